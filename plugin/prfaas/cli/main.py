@@ -1,0 +1,76 @@
+"""`prfaas …`: finds the command, runs it, turns every error into one line and an exit status.
+
+A command is a module of this package with `register(subparsers)`, which adds a parser and sets its `run` default to a
+function (args) -> exit status. Other packages add commands by the entry-point group `prfaas.commands`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+
+import prfaas.cli
+from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, PrfaasError
+
+K_FROM_TESTBED = ("bench",)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prfaas", description="Cross-datacentre prefill for SGLang.", allow_abbrev=False
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in sorted(info.name for info in pkgutil.iter_modules(prfaas.cli.__path__)):
+        if module != "main" and not module.startswith("_"):
+            importlib.import_module(f"prfaas.cli.{module}").register(subparsers)
+    found = {entry.name: entry for entry in entry_points(group="prfaas.commands")}
+    for name in K_FROM_TESTBED:
+        try:
+            found.pop(name).load().register(subparsers)
+        except (KeyError, ImportError) as error:
+            _register_missing(subparsers, name, error)
+    for entry in found.values():
+        entry.load().register(subparsers)
+    return parser
+
+
+def _register_missing(subparsers: argparse._SubParsersAction, name: str, error: Exception) -> None:
+    command = subparsers.add_parser(name, help="needs the testbed: pip install 'prfaas[testbed]'")
+    command.add_argument("rest", nargs=argparse.REMAINDER)
+
+    def run(args: argparse.Namespace) -> int:
+        sys.stderr.write(f"prfaas: {name} needs the testbed ({error}): pip install 'prfaas[testbed]'\n")
+        return EXIT_MACHINE
+
+    command.set_defaults(run=run)
+
+
+def run_command(prog: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse and run; the one place where an exception becomes a line on stderr and a status."""
+    try:
+        args = parser.parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except PrfaasError as error:
+        sys.stderr.write(f"{prog}: {error}\n")
+        return error.exit_status
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("prfaas", build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
