@@ -1,0 +1,330 @@
+"""Experiment files (topologies/experiments/*.yaml): what runs where, under which load and trouble, and what is judged.
+
+The testbed runs a file on an emulated network, the simulator runs the same file on virtual time. A file is either one
+experiment (`Experiment`) or a set of them (`ExperimentSet`, told by its `parts:`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from prfaas.config.loading import Strict, check, read_yaml
+from prfaas.model.errors import ConfigError, UsageError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ModelChoice(Strict):
+    """A model under test. The models of an experiment run one after the other, each with fresh servers."""
+
+    name: Name
+    """A model that set-up makes (real servers), or any label (profiled instances)."""
+    profile: str | None = None
+    """A profile under topologies/profiles or a path: what profiled instances and the simulator take for this model."""
+
+
+class Limits(Strict):
+    """What a profiled or simulated instance may hold; None leaves the profile's own figure."""
+
+    max_batch: Annotated[int, Field(ge=1)] | None = None
+    """Requests decoded at once."""
+    chunk_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Prompt tokens of one prefill step."""
+    cache_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens of KV that the instance can hold, prefix cache included."""
+
+
+class Instance(Strict):
+    """One or several equal servers in a site."""
+
+    name: Name
+    site: Name
+    role: Literal["prefill", "decode", "collocated"]
+    kind: Literal["sglang", "profiled"] = "profiled"
+    """`sglang` is a real server on CPU; `profiled` takes a profile's time and moves real bytes."""
+    count: Annotated[int, Field(ge=1, le=256)] = 1
+    limits: Limits = Limits()
+
+    def names(self) -> list[str]:
+        """The single servers' names: NAME, or NAME-0, NAME-1, … where there are several."""
+        return [self.name] if self.count == 1 else [f"{self.name}-{i}" for i in range(self.count)]
+
+
+class RouterChoice(Strict):
+    """The front door. Without one the client addresses each request to prefill and decode itself, in turn."""
+
+    site: Name
+    policy: Name = "prices"
+    options: dict[str, float | int | str | bool] = {}
+    """The policy's own settings, as the router's configuration names them."""
+
+
+class Baseline(Strict):
+    """A plain server that answers the same prompts in the same run, for comparison."""
+
+    site: Name
+    warm_up: bool = True
+
+
+class SetLink(Strict):
+    """Change fields of a link, for a while or for good."""
+
+    do: Literal["set_link"]
+    at_s: Seconds
+    link: Name
+    direction: Literal["forward", "backward", "both"] = "both"
+    """`forward` is the direction in which the topology file names the link's ends."""
+    set: dict[str, Any]
+    for_s: Positive | None = None
+    """Then the former values come back."""
+
+
+class LinkDown(Strict):
+    """Nothing passes (a black hole: neither end is told) for a while."""
+
+    do: Literal["link_down"]
+    at_s: Seconds
+    link: Name
+    direction: Literal["forward", "backward", "both"] = "both"
+    for_s: Positive
+
+
+class Flap(Strict):
+    """Up `on_s`, down `off_s`, so many times."""
+
+    do: Literal["flap"]
+    at_s: Seconds
+    link: Name
+    on_s: Positive
+    off_s: Positive
+    times: Annotated[int, Field(ge=1)]
+
+
+class CrossTraffic(Strict):
+    """Traffic that isn't ours, over the same path."""
+
+    do: Literal["cross_traffic"]
+    at_s: Seconds
+    source: Name
+    target: Name
+    kind: Literal["cubic", "bbr", "udp"] = "cubic"
+    streams: Annotated[int, Field(ge=1, le=64)] = 1
+    rate_mbps: Positive | None = None
+    """A ceiling; needed for udp."""
+    for_s: Positive
+
+    @model_validator(mode="after")
+    def _udp_has_a_rate(self) -> CrossTraffic:
+        if self.kind == "udp" and self.rate_mbps is None:
+            raise ValueError("udp cross-traffic needs rate_mbps")
+        return self
+
+
+class CutStream(Strict):
+    """Reset connections of the transfer between two sites while they carry data."""
+
+    do: Literal["cut_stream"]
+    at_s: Seconds
+    source: Name
+    target: Name
+    streams: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class Kill(Strict):
+    """SIGKILL a server (or, with `signal: freeze`, stop it with SIGSTOP), and start it again after a while."""
+
+    do: Literal["kill"]
+    at_s: Seconds
+    instance: Name
+    what: Literal["server", "pump"] = "server"
+    signal: Literal["kill", "freeze"] = "kill"
+    restart_after_s: Positive | None = None
+    """Start it again (thaw it) after this long; never where absent."""
+
+
+class ReplaceCertificate(Strict):
+    """Give a site's pumps a new certificate (or one that no peer trusts)."""
+
+    do: Literal["replace_certificate"]
+    at_s: Seconds
+    site: Name
+    trusted: bool = True
+
+
+Event = Annotated[
+    SetLink | LinkDown | Flap | CrossTraffic | CutStream | Kill | ReplaceCertificate,
+    Field(discriminator="do"),
+]
+
+
+class Control(Strict):
+    """A run with a planted fault whose comparison must fail: it shows that the checks can."""
+
+    name: Name
+    fault: Literal["zero_kv", "drop_page"]
+    requests: Annotated[int, Field(ge=1, le=16)] = 2
+
+
+class CheckSpec(Strict):
+    """One judgement: a metric computed from raw rows, and the bound it has to keep."""
+
+    name: Name
+    metric: str = ""
+    """The metric's name; the check's own name where absent. `prfaas-testbed list --metrics` lists them."""
+    at_least: float | None = None
+    at_most: float | None = None
+    model: Name | None = None
+    """Judge this model's rows only."""
+
+    @model_validator(mode="after")
+    def _a_bound(self) -> CheckSpec:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("a check needs at_least or at_most")
+        return self
+
+
+class Transfer(Strict):
+    """How KV travels between sites."""
+
+    streams: Annotated[int, Field(ge=1, le=64)] | None = None
+    """TCP connections a peer; None leaves the choice to the engine."""
+    tls: bool = True
+
+
+class Experiment(Strict):
+    """One experiment."""
+
+    name: Name
+    description: Annotated[str, Field(min_length=1, max_length=400)]
+    wall_time_s: Positive
+    """How long the whole run may take; it is stopped beyond."""
+    network: str
+    """A topology under topologies/networks, or a path."""
+    seed: int = 1
+    scale: Annotated[float, Field(ge=1)] = 1
+    """Bandwidth and bytes are divided by this factor alike; times aren't."""
+    repetitions: Annotated[int, Field(ge=1, le=100)] = 1
+    models: Annotated[list[ModelChoice], Field(min_length=1)]
+    instances: Annotated[list[Instance], Field(min_length=1)]
+    router: RouterChoice | None = None
+    baseline: Baseline | None = None
+    workload: dict[str, Any]
+    request_timeout_s: Positive = 60
+    slo_ttft_s: Positive | None = None
+    verify: bool = True
+    """Digests of source and landed pages are compared for every request, and leased pages are poisoned."""
+    transfer: Transfer = Transfer()
+    controls: list[Control] = []
+    timeline: list[Event] = []
+    checks: list[CheckSpec] = []
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Experiment:
+        seen: set[str] = set()
+        for instance in self.instances:
+            for name in instance.names():
+                if name in seen:
+                    raise ValueError(f"two instances are named {name}")
+                seen.add(name)
+        for event in self.timeline:
+            if isinstance(event, Kill) and event.instance not in seen:
+                raise ValueError(
+                    f"timeline kills {event.instance}, which isn't one of {', '.join(sorted(seen))}"
+                )
+        names = [spec.name for spec in self.checks]
+        if len(names) != len(set(names)):
+            raise ValueError("two checks have the same name")
+        if any(i.kind == "profiled" for i in self.instances):
+            for model in self.models:
+                if model.profile is None:
+                    raise ValueError(f"model {model.name} needs a profile: profiled instances take its times")
+        roles = {instance.role for instance in self.instances}
+        if ("prefill" in roles) != ("decode" in roles):
+            raise ValueError("prefill and decode instances come together")
+        return self
+
+    def kinds(self) -> set[str]:
+        return {instance.kind for instance in self.instances}
+
+
+class Part(Strict):
+    """One experiment of a set: a named file, or the set's base, with some fields set."""
+
+    name: Name
+    experiment: str | None = None
+    """A name under topologies/experiments or a path; the set's `base` where absent."""
+    set: dict[str, Any] = {}
+    """Fields that replace the file's; maps are merged, lists replaced."""
+
+
+class ExperimentSet(Strict):
+    """Several experiments with one run.json; a check is named PART/CHECK."""
+
+    name: Name
+    description: Annotated[str, Field(min_length=1, max_length=400)]
+    wall_time_s: Positive
+    base: str | None = None
+    parts: Annotated[list[Part], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ExperimentSet:
+        names = [part.name for part in self.parts]
+        if len(names) != len(set(names)):
+            raise ValueError("two parts have the same name")
+        for part in self.parts:
+            if part.experiment is None and self.base is None:
+                raise ValueError(f"part {part.name} names no experiment, and the set has no base")
+        return self
+
+
+def find_file(name: str, folder: Path, kind: str) -> Path:
+    """`name` as a path, or as FOLDER/NAME.yaml. Raises UsageError that lists what there is."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        if path.is_file():
+            return path
+        raise UsageError(f"{name}: no such file")
+    path = folder / f"{name}.yaml"
+    if path.is_file():
+        return path
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
+    raise UsageError(f"unknown {kind} {name!r}; known: {known}")
+
+
+def load_experiment(name: str, topologies: Path) -> Experiment | ExperimentSet:
+    """A file by name or path. Raises UsageError or ConfigError."""
+    path = find_file(name, topologies / "experiments", "experiment")
+    data = read_yaml(path)
+    if isinstance(data, Mapping) and "parts" in data:
+        return check(data, ExperimentSet, str(path))
+    return check(data, Experiment, str(path))
+
+
+def parts_of(choice: ExperimentSet, topologies: Path) -> Iterator[tuple[str, Experiment]]:
+    """The set's experiments with their fields set, as (part, experiment). Raises UsageError or ConfigError."""
+    for part in choice.parts:
+        path = find_file(part.experiment or choice.base or "", topologies / "experiments", "experiment")
+        data = read_yaml(path)
+        if not isinstance(data, Mapping) or "parts" in data:
+            raise ConfigError(
+                str(path), "the file", type(data).__name__, "a part must be a single experiment"
+            )
+        yield part.name, check(merged(data, part.set), Experiment, f"{path} (part {part.name})")
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`: maps are merged, everything else is replaced."""
+    result = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
