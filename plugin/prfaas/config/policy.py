@@ -1,0 +1,60 @@
+"""The `policy:` section of a router's or an experiment's file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prfaas.config.loading import Strict
+
+
+class SloClass(Strict):
+    """How soon the first token is due: base_s + prefill_factor x an idle local instance's time."""
+
+    base_s: float = Field(default=2.0, ge=0)
+    """Seconds allowed whatever the prompt."""
+    prefill_factor: float = Field(default=2.0, ge=0)
+    """Times the prompt's uncached local prefill time."""
+    weight: float = Field(default=1.0, gt=0)
+    """What a second late costs, relative to other classes."""
+
+
+class PolicyConfig(Strict):
+    """Which policy, and its parameters. Fields that a policy doesn't use are ignored by it."""
+
+    name: str = "prices"
+    """collocated, homogeneous, naive, paper, prices, or one registered by an extension."""
+    threshold_tokens: float = Field(default=19_400, ge=0)
+    """`paper`: t, on the uncached length."""
+    regime: Literal["auto", "scarce", "abundant"] = "auto"
+    """`paper`: how caches count. auto: by the link's utilisation."""
+    abundant_below: float = Field(default=0.5, gt=0, le=1)
+    """`paper`, auto: bandwidth is abundant while the share of the link in use is below this."""
+    raise_at: float = Field(default=0.9, gt=0, le=1)
+    """`paper`: utilisation at which t is raised at once; 1 leaves the threshold fixed."""
+    raise_factor: float = Field(default=1.0, ge=1)
+    """`paper`: t is multiplied by up to this as egress nears its limit; 1 is the fixed threshold."""
+    classes: dict[str, SloClass] = Field(default_factory=lambda: {"default": SloClass()})
+    default_class: str = "default"
+    tenant_weights: dict[str, float] = Field(default_factory=dict)
+    """`prices`: share of the system a tenant may take under overload, relative to 1 for those not named."""
+    shed: bool = False
+    """`prices`: refuse what can't meet its deadline on any path, rather than serve it late."""
+    shed_slack: float = Field(default=1.0, ge=0.1)
+    """`prices`: shed when the best path's TTFT exceeds this many times the time left."""
+    price_gain: float = Field(default=1.0, gt=0)
+    """`prices`: how strongly backlogs raise prices."""
+    hold: bool = True
+    """`prices`: keep a request at the door while what it wants is busy, if the shell supports it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PolicyConfig:
+        if self.default_class not in self.classes:
+            raise ValueError(
+                f"default_class {self.default_class!r} is not among classes {sorted(self.classes)}"
+            )
+        bad = [name for name, weight in self.tenant_weights.items() if weight <= 0]
+        if bad:
+            raise ValueError(f"tenant_weights must be above 0: {bad}")
+        return self
