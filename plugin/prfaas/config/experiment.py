@@ -1,7 +1,7 @@
-"""Experiment files (topologies/experiments/*.yaml): what runs where, under which load and trouble, and what is judged.
+"""Experiment files (topologies/experiments/*.yaml): what runs where, under what load and trouble, how judged.
 
-The testbed runs a file on an emulated network, the simulator runs the same file on virtual time. A file is either one
-experiment (`Experiment`) or a set of them (`ExperimentSet`, told by its `parts:`).
+The testbed runs a file on an emulated network, the simulator the same file on virtual time. A file is either
+one experiment (`Experiment`) or a set of them (`ExperimentSet`, told by its `parts:`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ModelChoice(Strict):
     name: Name
     """A model that set-up makes (real servers), or any label (profiled instances)."""
     profile: str | None = None
-    """A profile under topologies/profiles or a path: what profiled instances and the simulator take for this model."""
+    """A profile under topologies/profiles or a path: the times of profiled and simulated instances."""
 
 
 class Limits(Strict):
@@ -62,7 +62,7 @@ class RouterChoice(Strict):
 
     site: Name
     policy: Name = "prices"
-    options: dict[str, float | int | str | bool] = {}
+    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
     """The policy's own settings, as the router's configuration names them."""
 
 
@@ -138,7 +138,7 @@ class CutStream(Strict):
 
 
 class Kill(Strict):
-    """SIGKILL a server (or, with `signal: freeze`, stop it with SIGSTOP), and start it again after a while."""
+    """SIGKILL a server (with `signal: freeze`, SIGSTOP it), and start it again after a while."""
 
     do: Literal["kill"]
     at_s: Seconds
@@ -221,9 +221,9 @@ class Experiment(Strict):
     verify: bool = True
     """Digests of source and landed pages are compared for every request, and leased pages are poisoned."""
     transfer: Transfer = Transfer()
-    controls: list[Control] = []
-    timeline: list[Event] = []
-    checks: list[CheckSpec] = []
+    controls: tuple[Control, ...] = ()
+    timeline: tuple[Event, ...] = ()
+    checks: tuple[CheckSpec, ...] = ()
 
     @model_validator(mode="after")
     def _names_fit(self) -> Experiment:
@@ -260,7 +260,7 @@ class Part(Strict):
     name: Name
     experiment: str | None = None
     """A name under topologies/experiments or a path; the set's `base` where absent."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Fields that replace the file's; maps are merged, lists replaced."""
 
 
@@ -308,7 +308,7 @@ def load_experiment(name: str, topologies: Path) -> Experiment | ExperimentSet:
 
 
 def parts_of(choice: ExperimentSet, topologies: Path) -> Iterator[tuple[str, Experiment]]:
-    """The set's experiments with their fields set, as (part, experiment). Raises UsageError or ConfigError."""
+    """The set's experiments with their fields set, as (part, experiment). Raises UsageError, ConfigError."""
     for part in choice.parts:
         path = find_file(part.experiment or choice.base or "", topologies / "experiments", "experiment")
         data = read_yaml(path)

@@ -1,6 +1,6 @@
-"""run.json: the one record of a run, written by the testbed and by the simulator, read by figures, checks and reports.
+"""run.json: the one record of a run; testbed and simulator write it, figures, checks and reports read it.
 
-Rows are plain maps so that a writer can add raw values; the named fields are the ones that every reader may rely on.
+Rows are open maps so that a writer can add raw values; every reader may rely on the named fields.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def is_stamp(name: str) -> bool:
 
 
 def write_run(run: Run, folder: Path) -> Path:
-    """Write FOLDER/run.json (atomically); repetitions and baseline go to .jsonl.gz files where it would be too large."""
+    """Write FOLDER/run.json, atomically; where it would be too large, raw rows go to .jsonl.gz files."""
     folder.mkdir(parents=True, exist_ok=True)
     data = run.model_dump(mode="json")
     text = _dumps(data)
