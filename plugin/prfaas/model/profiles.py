@@ -26,9 +26,9 @@ class ProfileError(ValueError):
 class Curve:
     """A function that never falls, piecewise linear through (x, y).
 
-    x rises strictly and is positive, y is positive and never falls; `name` is used in errors alone. Beyond the
-    last point the last segment's slope continues. Before the first point the first segment's slope does, but
-    the curve stays above the straight line to the origin, so that no length has a negative time or size.
+    x rises strictly and is positive, y is positive and never falls; `name` is used in errors alone. Beyond
+    the last point the last segment's slope continues. Before the first point the first segment's slope does,
+    but the curve stays above the straight line to the origin: no length has a negative time or size.
     One point means a straight line through the origin. Raises ProfileError.
     """
 
@@ -119,8 +119,8 @@ class Profile:
     kv: Curve
     """S_kv(l): bytes that a decode instance needs after prefilling l tokens, state included."""
     state_bytes: int = 0
-    """Part of S_kv that is recurrent (or window) state: the same at every length, and reusable only at exactly
-    the length where it was saved."""
+    """Part of S_kv that is recurrent (or window) state: the same at every length, and reusable only at
+    exactly the length where it was saved."""
     decode: DecodeProfile | None = None
     """None: this kind of instance doesn't decode."""
     block_tokens: int = 64
@@ -137,15 +137,15 @@ class Profile:
         if not 0 <= self.state_bytes <= self.kv.y[0]:
             raise ProfileError(
                 "state_bytes",
-                f"found {self.state_bytes}; must lie between 0 and the least KV of the profile, {self.kv.y[0]:.0f}",
+                f"found {self.state_bytes}; must lie between 0 and the least S_kv, {self.kv.y[0]:.0f}",
             )
 
     def prefill_s(self, tokens: float, cached_tokens: float = 0) -> float:
         """Seconds to prefill `tokens`, the first `cached_tokens` of which are in the cache.
 
-        T(tokens) where nothing is cached. Else the start-up T(0) and the difference T(tokens) − T(cached): new
-        tokens cost what they cost at their place, attention over the cached ones included. The time of a chunk
-        [a, b) is therefore prefill_s(b, c) − prefill_s(a, c).
+        T(tokens) where nothing is cached. Else the start-up T(0) and the difference T(tokens) − T(cached):
+        new tokens cost what they cost at their place, attention over the cached ones included. The time of
+        a chunk [a, b) is therefore prefill_s(b, c) − prefill_s(a, c).
         """
         if cached_tokens <= 0:
             return self.prefill(tokens)
@@ -156,8 +156,8 @@ class Profile:
         return round(self.kv(tokens))
 
     def transfer_bytes(self, tokens: float, cached_tokens: float = 0) -> int:
-        """Bytes to send for a prompt of which the receiver holds the first `cached_tokens`: KV of the rest, and
-        the state, which is never reused from a shorter length."""
+        """Bytes to send for a prompt of which the receiver holds the first `cached_tokens`: KV of the rest,
+        and the state, which is never reused from a shorter length."""
         if cached_tokens <= 0:
             return self.kv_bytes(tokens)
         return round(self.state_bytes + max(0.0, self.kv(tokens) - self.kv(min(cached_tokens, tokens))))
@@ -171,7 +171,7 @@ class Profile:
         return self.prefill.covers(tokens) and self.kv.covers(tokens)
 
     def scaled(self, factor: float) -> Profile:
-        """The profile with bytes divided by `factor`, times unchanged: for links divided by the same factor."""
+        """Bytes divided by `factor`, times unchanged: for links divided by the same factor."""
         if not factor > 0:
             raise ProfileError("scale", f"found {factor:g}; must be above 0")
         return replace(
