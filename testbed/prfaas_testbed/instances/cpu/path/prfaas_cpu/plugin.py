@@ -1,0 +1,87 @@
+"""An SGLang plugin for the testbed's CPU servers: puts right the places where SGLang 0.5.23 takes a CUDA
+build of torch for a GPU. Entered by the entry point in the dist-info folder beside this package; nothing here
+reaches users."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_loaded = False
+
+
+def load_plugin() -> None:
+    """Idempotent; does nothing on a server that isn't on a CPU."""
+    global _loaded
+    from sglang.srt.utils import is_cpu
+
+    if _loaded or not is_cpu():
+        return
+    _loaded = True
+    _choose_cpu_norms()
+    _answer_device_module()
+    _register_hooks()
+
+
+def _choose_cpu_norms() -> None:
+    """Without AMX these modules would take the Triton path."""
+    from sglang.kernels.ops.attention.fla import fused_norm_gate, layernorm_gated
+
+    fused_norm_gate._use_cpu = layernorm_gated._use_cpu = True
+
+
+def _answer_device_module() -> None:
+    """A CUDA build of torch without a GPU answers torch.cuda; qwen3_next.py calls .current_device() on it."""
+    import torch
+
+    original = torch.get_device_module
+
+    def get_device_module(device: Any = None) -> Any:
+        if device is None or str(device).startswith("cpu"):
+            return torch.cpu
+        return original(device)
+
+    torch.get_device_module = get_device_module
+
+
+def _register_hooks() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add",
+        fused_gate_sigmoid_mul_add,
+        HookType.REPLACE,
+    )
+    # Tensor parallelism on CPU: a CUDA build of torch would build PyNccl on a CPU device.
+    HookRegistry.register(
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__", without_pynccl, HookType.BEFORE
+    )
+    # The stock Mooncake backend, our baseline: its sender asks for pinned memory and a CUDA event.
+    HookRegistry.register(
+        "sglang.srt.disaggregation.mooncake.conn.MooncakeKVSender.__init__",
+        with_device_indices,
+        HookType.BEFORE,
+    )
+
+
+def fused_gate_sigmoid_mul_add(
+    hidden_states: Any,
+    gate_weight: Any,
+    shared_output: Any,
+    final_hidden_states: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """final += sigmoid(hidden . gate) * shared, in place; SGLang's own is a Triton kernel."""
+    import torch
+
+    gate = torch.nn.functional.linear(hidden_states.float(), gate_weight.float().reshape(1, -1))
+    final_hidden_states.add_((torch.sigmoid(gate) * shared_output.float()).to(final_hidden_states.dtype))
+    return final_hidden_states
+
+
+def without_pynccl(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    return args, {**kwargs, "use_pynccl": False}
+
+
+def with_device_indices(sender: Any, *args: Any, **kwargs: Any) -> None:
+    sender.supports_host_tensor_indices = False

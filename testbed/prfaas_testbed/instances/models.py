@@ -1,0 +1,195 @@
+"""Tiny models with random weights from fixed seeds, one a kind of attention, and what their requests must
+weigh.
+
+As a script, with a Python that has torch and transformers (SGLang's environment): `python models.py DIR`
+makes DIR/dense, DIR/hybrid, DIR/mla and DIR/window: weights, configuration, tokenizer and chat template. The
+same seed gives the same bytes with the same torch.
+As a module it needs neither: names, and the bytes that the architecture predicts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+K_BYTES_PER_VALUE = 2  # bfloat16
+K_VOCABULARY = 1024  # entries in the embedding; the tokenizer uses fewer
+K_FIRST_PLAIN_TOKEN = 4  # ids below are <unk>, <s>, </s>, <pad>
+K_PLAIN_TOKENS = 996  # ids 4 … 999 are words and bytes: what random prompts are drawn from
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": K_VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32768,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """One tiny model and what a request of it moves between sites.
+
+    `kv_bytes_per_token` sums over the layers with a growing cache; `state_bytes` is what crosses once a
+    request whatever its length (recurrent state); `window_bytes_per_token` is what each of the last
+    `window_tokens` tokens weighs in the sliding layers.
+    """
+
+    name: str
+    kind: str
+    kv_bytes_per_token: int
+    state_bytes: int = 0
+    window_tokens: int = 0
+    window_bytes_per_token: int = 0
+    server_args: tuple[str, ...] = ()
+    """Flags that each of its servers needs."""
+    server_env: tuple[tuple[str, str], ...] = ()
+    decode_args: tuple[str, ...] = ()
+    """Flags that its decode servers need in addition; later flags win."""
+    longest_prompt_tokens: int = 8192
+    """What a CPU server takes: beyond a chunk, sliding windows fail in SGLang's torch_native backend."""
+
+
+# K and V (2), by KV heads, by head size, by layers with a cache.
+K_MODELS: dict[str, TinyModel] = {
+    model.name: model
+    for model in (
+        TinyModel(
+            name="dense",
+            kind="full attention, GQA (Llama)",
+            kv_bytes_per_token=2 * 2 * 32 * 4 * K_BYTES_PER_VALUE,
+        ),
+        TinyModel(
+            name="hybrid",
+            kind="gated delta net and full attention, 3:1 (Qwen3-Next)",
+            kv_bytes_per_token=2 * 2 * 32 * 1 * K_BYTES_PER_VALUE,
+            # A layer: convolution (2 K heads and 2 Q heads and 4 V heads of 32) x (kernel 4 - 1), bfloat16,
+            # and the recurrent matrix, 4 V heads x 32 x 32, float32.
+            state_bytes=3 * (((2 + 2 + 4) * 32) * 3 * K_BYTES_PER_VALUE + 4 * 32 * 32 * 4),
+            server_args=("--max-mamba-cache-size", "32"),
+            decode_args=("--max-mamba-cache-size", "64"),
+        ),
+    )
+}
+
+
+def make_all(directory: Path) -> None:
+    """Make every model that isn't under `directory` yet; a model appears whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in K_MODELS:
+        make(name, directory)
+
+
+def make(name: str, directory: Path) -> Path:
+    """Make one model afresh as `directory`/`name`."""
+    import torch
+
+    target, unfinished = directory / name, directory / f".{name}.{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        _MAKERS[name](unfinished)
+        _save_tokenizer(unfinished)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        torch.set_default_dtype(torch.float32)
+    return target
+
+
+def _save(config: Any, model_class: Any, seed: int, directory: Path) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+    config.torch_dtype = torch.bfloat16
+    model_class(config).to(torch.bfloat16).save_pretrained(directory, safe_serialization=True)
+
+
+def _make_dense(directory: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    # A wide initialiser, so that tokens depend on far context and a missing page shows.
+    config = LlamaConfig(**_COMMON, num_key_value_heads=2, initializer_range=0.3)
+    _save(config, LlamaForCausalLM, 0, directory)
+
+
+def _make_hybrid(directory: Path) -> None:
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **_COMMON,
+        num_key_value_heads=2,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        full_attention_interval=4,
+        initializer_range=0.2,
+    )
+    _save(config, Qwen3NextForCausalLM, 1, directory)
+    # transformers 5 leaves these out or folds them into rope_parameters; SGLang reads them at the top level.
+    _amend(directory, full_attention_interval=4, rope_theta=10000.0, partial_rotary_factor=0.25)
+
+
+def _amend(directory: Path, **fields: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}, indent=2) + "\n")
+
+
+def _save_tokenizer(directory: Path) -> None:
+    """A byte-level BPE of 1,000 entries trained on a fixed corpus, with a plain chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [" ".join(f"word{i} token{j} the quick brown fox" for i in range(50)) for j in range(50)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=K_FIRST_PLAIN_TOKEN + K_PLAIN_TOKENS,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    fast.save_pretrained(directory)
+
+
+_MAKERS: dict[str, Callable[[Path], None]] = {"dense": _make_dense, "hybrid": _make_hybrid}
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2:
+        sys.stderr.write("usage: models.py DIR\n")
+        return 2
+    make_all(Path(argv[1]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
