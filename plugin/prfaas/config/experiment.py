@@ -14,9 +14,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prfaas.config.loading import Strict, check, read_yaml
+from prfaas.config.policy import PolicyConfig
+from prfaas.config.topology import LinkChange
+from prfaas.config.workload import WorkloadConfig
 from prfaas.model.errors import ConfigError, UsageError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
+Links = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{0,9}<?->[a-z][a-z0-9]{0,9}$")]
+"""A directed link `a->b` as the topology has it, or both directions, `a<->b`."""
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -61,9 +66,7 @@ class RouterChoice(Strict):
     """The front door. Without one the client addresses each request to prefill and decode itself, in turn."""
 
     site: Name
-    policy: Name = "prices"
-    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
-    """The policy's own settings, as the router's configuration names them."""
+    policy: PolicyConfig = PolicyConfig()
 
 
 class Baseline(Strict):
@@ -73,15 +76,21 @@ class Baseline(Strict):
     warm_up: bool = True
 
 
+def directed(links: str) -> list[str]:
+    """The link ids that `a->b` or `a<->b` means."""
+    if "<->" in links:
+        a, b = links.split("<->")
+        return [f"{a}->{b}", f"{b}->{a}"]
+    return [links]
+
+
 class SetLink(Strict):
     """Change fields of a link, for a while or for good."""
 
     do: Literal["set_link"]
     at_s: Seconds
-    link: Name
-    direction: Literal["forward", "backward", "both"] = "both"
-    """`forward` is the direction in which the topology file names the link's ends."""
-    set: dict[str, Any]
+    link: Links
+    set: LinkChange
     for_s: Positive | None = None
     """Then the former values come back."""
 
@@ -91,8 +100,7 @@ class LinkDown(Strict):
 
     do: Literal["link_down"]
     at_s: Seconds
-    link: Name
-    direction: Literal["forward", "backward", "both"] = "both"
+    link: Links
     for_s: Positive
 
 
@@ -101,7 +109,7 @@ class Flap(Strict):
 
     do: Literal["flap"]
     at_s: Seconds
-    link: Name
+    link: Links
     on_s: Positive
     off_s: Positive
     times: Annotated[int, Field(ge=1)]
@@ -206,16 +214,16 @@ class Experiment(Strict):
     wall_time_s: Positive
     """How long the whole run may take; it is stopped beyond."""
     network: str
-    """A topology under topologies/networks, or a path."""
+    """A topology under topologies/networks, or a path. Its scale divides the KV bytes of profiles, too."""
     seed: int = 1
-    scale: Annotated[float, Field(ge=1)] = 1
-    """Bandwidth and bytes are divided by this factor alike; times aren't."""
     repetitions: Annotated[int, Field(ge=1, le=100)] = 1
     models: Annotated[list[ModelChoice], Field(min_length=1)]
     instances: Annotated[list[Instance], Field(min_length=1)]
     router: RouterChoice | None = None
     baseline: Baseline | None = None
-    workload: dict[str, Any]
+    workload: WorkloadConfig
+    prompts: Literal["as_traced", "independent"] = "as_traced"
+    """`independent`: no two prompts share a prefix, whatever the workload says."""
     request_timeout_s: Positive = 60
     slo_ttft_s: Positive | None = None
     verify: bool = True
