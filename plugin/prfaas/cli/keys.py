@@ -36,6 +36,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--days", type=float, default=K_CERTIFICATE_DAYS, help="certificate's life (%(default)g)"
     )
     rotate.set_defaults(run=run_rotate)
+    trust = actions.add_parser("trust", help="let the sites of these authorities connect")
+    trust.add_argument("--out", type=Path, required=True, metavar="DIR", help="this site's folder")
+    trust.add_argument("authorities", type=Path, nargs="+", metavar="AUTHORITY.crt", help="from the peers")
+    trust.set_defaults(run=run_trust)
     show = actions.add_parser("show", help="site, kind and days left of certificate files")
     show.add_argument("files", type=Path, nargs="+", metavar="FILE")
     show.set_defaults(run=run_show)
@@ -47,7 +51,7 @@ def run_create(args: argparse.Namespace) -> int:
     sys.stdout.write(
         f"site {args.site}\n"
         f"  {folder / keys.K_SITE_FILE}: this site's key and certificate ({args.days:g} days); stays here\n"
-        f"  {folder / keys.K_AUTHORITY_CERTIFICATE}: give it to every peer, for its `authorities`\n"
+        f"  {folder / keys.K_AUTHORITY_CERTIFICATE}: give it to every peer, for `prfaas keys trust`\n"
         f"  {folder / keys.K_AUTHORITY_KEY}: signs new certificates; keep it offline\n"
     )
     return EXIT_OK
@@ -60,6 +64,13 @@ def run_rotate(args: argparse.Namespace) -> int:
         f"site {identity.site}: {args.out / keys.K_SITE_FILE} is new, in force until "
         f"{identity.not_after:%Y-%m-%d %H:%M} UTC; peers need no change\n"
     )
+    return EXIT_OK
+
+
+def run_trust(args: argparse.Namespace) -> int:
+    for authority in args.authorities:
+        identity = keys.trust(args.out, authority)
+        sys.stdout.write(f"{args.out / keys.K_TRUSTED}: site {identity.site} may connect\n")
     return EXIT_OK
 
 

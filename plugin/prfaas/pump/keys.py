@@ -9,6 +9,7 @@ TLS 1.3 is the least version.
 A site's folder, as `create_site` makes it:
   authority.crt   public: what peers put under their `authorities`
   authority.key   mode 0600; needed only to sign, so it can be kept elsewhere
+  trusted.crt     authorities of the sites that may connect here, one after the other: `trust` adds to it
   site.pem        mode 0600: private key and certificate in one file, so that a rotation is one rename
 """
 
@@ -33,7 +34,8 @@ from prfaas.model.errors import UsageError
 K_SITE_SUFFIX = ".site.prfaas"
 K_SITE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 K_BACKDATED = datetime.timedelta(minutes=5)  # clocks of two sites may differ by this much
-K_AUTHORITY_CERTIFICATE, K_AUTHORITY_KEY, K_SITE_FILE = "authority.crt", "authority.key", "site.pem"
+K_AUTHORITY_CERTIFICATE, K_AUTHORITY_KEY = "authority.crt", "authority.key"
+K_SITE_FILE, K_TRUSTED = "site.pem", "trusted.crt"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,25 @@ def rotate_site(
     fresh = folder / f".{K_SITE_FILE}.{os.getpid()}"
     _write_new(fresh, _site_pem(site, key, authority, days, now), 0o600)
     os.replace(fresh, folder / K_SITE_FILE)
+
+
+def trust(folder: Path, authority: Path) -> Identity:
+    """Add a peer's authority to `folder`/trusted.crt, once however often it is asked.
+
+    Raises UsageError for a file that isn't an authority of ours.
+    """
+    certificate = _load_certificate(authority)
+    identity = identity_of(certificate, authority)
+    if identity.kind != "authority":
+        raise UsageError(f"{authority}: this is a site's certificate; trust its authority.crt")
+    trusted = folder / K_TRUSTED
+    text = certificate.public_bytes(serialization.Encoding.PEM)
+    known = _read(trusted) if trusted.exists() else b""
+    if text not in known:
+        fresh = folder / f".{K_TRUSTED}.{os.getpid()}"
+        _write_new(fresh, known + text, 0o644)
+        os.replace(fresh, trusted)
+    return identity
 
 
 def read_identity(path: Path) -> Identity:

@@ -238,3 +238,23 @@ def test_the_site_file_holds_the_key_of_its_certificate(east: Path) -> None:
     certificate = keys._load_certificate(east / "site.pem")
     form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     assert key.public_key().public_bytes(*form) == certificate.public_key().public_bytes(*form)
+
+
+def test_trust_collects_authorities_once_each(east: Path, west: Path, tmp_path: Path) -> None:
+    north = make_site(tmp_path / "north", "north")
+    for peer in (west, north, west):
+        keys.trust(east, peer / "authority.crt")
+    assert (east / "trusted.crt").read_text().count("BEGIN CERTIFICATE") == 2
+    trusted = [east / "trusted.crt"]
+    listener = keys.tls_context(server=True, site_file=east / "site.pem", authorities=trusted)
+    for peer, name in ((west, "west"), (north, "north")):
+        dialler = keys.tls_context(
+            server=False, site_file=peer / "site.pem", authorities=[east / "authority.crt"]
+        )
+        assert keys.peer_site(handshake(dialler, listener, "east")[1]) == name
+
+
+def test_trust_refuses_what_is_not_an_authority(east: Path, west: Path) -> None:
+    with pytest.raises(UsageError, match="trust its authority.crt"):
+        keys.trust(east, west / "site.pem")
+    assert not (east / "trusted.crt").exists()
