@@ -1,1 +1,23 @@
+from prfaas.admission.edf import Promise, finish_times
+from prfaas.admission.estimator import EstimatorEvent, LinkCameUp, LinkEstimator, LinkWentDown, RateFell
+from prfaas.admission.ledger import Admitted, Expired, Ledger, LedgerEvent, LedgerStatistics, PromiseBroken
+from prfaas.admission.shares import Share, ShareBook, ShareHolder
 
+__all__ = [
+    "Admitted",
+    "EstimatorEvent",
+    "Expired",
+    "Ledger",
+    "LedgerEvent",
+    "LedgerStatistics",
+    "LinkCameUp",
+    "LinkEstimator",
+    "LinkWentDown",
+    "Promise",
+    "PromiseBroken",
+    "RateFell",
+    "Share",
+    "ShareBook",
+    "ShareHolder",
+    "finish_times",
+]

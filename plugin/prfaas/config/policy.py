@@ -58,3 +58,28 @@ class PolicyConfig(Strict):
         if bad:
             raise ValueError(f"tenant_weights must be above 0: {bad}")
         return self
+
+
+class LinkAdmission(Strict):
+    """How one outgoing link is estimated and promised (`links:` of a pump's or router's file)."""
+
+    nominal_bps: float = Field(gt=0)
+    """Bits a second that the link is said to carry: believed until something was measured."""
+    reserved_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the estimate kept free for other traffic."""
+    reserved_bps: float = Field(default=0.0, ge=0)
+    """The same in bits a second; the larger of both counts."""
+    headroom: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the usable rate that is never promised: what estimates err by."""
+    queue_limit: int = Field(default=64, ge=0)
+    """Transfers that may wait for room; 0 refuses at once."""
+    share_ttl_s: float = Field(default=1.0, gt=0)
+    """A pump's share of the link expires after this unless renewed."""
+    floor_share: float = Field(default=0.1, gt=0, le=1)
+    """Share of the link set aside for pumps that can't reach its ledger, divided among them."""
+    max_pumps: int = Field(default=8, ge=1)
+    """Pumps that may share the link; the floor is divided by this number."""
+    outage_after_s: float = Field(default=0.8, gt=0, le=1)
+    """Silence with bytes under way that means the link is down."""
+    probe_every_s: float = Field(default=1.0, gt=0)
+    """An idle link is probed this often; a dead one a quarter of it, backing off to it."""

@@ -13,7 +13,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from prfaas.model.ids import ClassId, InstanceId, LinkId, ModelId, RequestId, SiteId, TenantId
+from prfaas.model.ids import (
+    ClassId,
+    InstanceId,
+    LinkId,
+    ModelId,
+    PumpId,
+    RequestId,
+    SiteId,
+    TenantId,
+)
 
 
 class Role(StrEnum):
@@ -48,6 +57,8 @@ class LinkObservation:
     """The sender had too little to send for the interval to say what the link can do."""
     failures: int = 0
     """Connections lost or timed out during the interval."""
+    sender: PumpId = ""
+    """Who saw it; several senders on one link are summed by the estimator."""
 
 
 @dataclass(frozen=True, slots=True)
