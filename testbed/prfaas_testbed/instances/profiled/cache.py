@@ -1,10 +1,8 @@
 """The bounded prefix cache of a profiled instance; pure.
 
 Full-attention KV is kept by whole blocks: any whole-block prefix can be reused. Recurrent state is kept by
-exact
-length: a prefix can be reused only at a length where a state was saved. A hybrid model needs both at once,
-and (as
-SGLang's `no_buffer` cache) the new prompt must be longer than what it reuses.
+exact length: a prefix can be reused only at a length where a state was saved. A hybrid model needs both at once,
+and (as SGLang's `no_buffer` cache) the new prompt must be longer than what it reuses.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """The scheduler of a profiled instance: queueing, chunked prefill, batched decode and a bounded pool; pure.
 
 One compute unit does one step at a time: a prefill step of at most `chunk_tokens` over the queue in order,
-or a decode
-step of the whole batch. As in SGLang, waiting prefill goes first. Time is whatever the caller passes as
-`now`; steps
-that ended in between are completed at their own times, so a late caller doesn't stretch them.
+or a decode step of the whole batch. As in SGLang, waiting prefill goes first. Time is whatever the caller
+passes as `now`; steps that ended in between are completed at their own times, so a late caller doesn't
+stretch them.
 
-    offer ── pool has room ──> Granted ──(prefill: at once; decode: the shell calls landed)──> steps ──>
+    offer: pool has room -> Granted -> (prefill: at once; decode: once the shell calls landed) -> steps ->
     events
 """
 

@@ -1,0 +1,45 @@
+"""`prfaas-testbed list`: experiments, networks, profiles, traces and metrics that can be named."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from prfaas.model.errors import EXIT_OK
+from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.metrics import K_METRICS
+
+K_KINDS = ("experiments", "networks", "profiles", "traces", "metrics")
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("list", help="what can be named: experiments, networks, …")
+    parser.add_argument("kind", nargs="?", choices=K_KINDS, default="experiments")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    for name, text in entries(args.kind):
+        sys.stdout.write(f"{name:<24} {text}\n")
+    return EXIT_OK
+
+
+def entries(kind: str) -> list[tuple[str, str]]:
+    if kind == "metrics":
+        return [(item.name, item.description) for item in K_METRICS.values()]
+    folder = K_TOPOLOGIES / kind
+    if kind == "traces":
+        return [(path.name, "") for path in sorted(folder.glob("*.*")) if path.is_file()]
+    return [(path.stem, _text(path)) for path in sorted(folder.glob("*.yaml"))]
+
+
+def _text(path: Path) -> str:
+    """The file's own line about itself; a faulty file is said to be one."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return " ".join(str(data.get("description") or data.get("text") or "").split())
+    except (OSError, yaml.YAMLError, AttributeError):
+        return "(not readable)"
