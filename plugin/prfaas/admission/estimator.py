@@ -24,13 +24,15 @@ from prfaas.model.observations import LinkEstimate, LinkObservation
 K_FAST_S = 0.25  # s, time constant for bad news
 K_SLOW_S = 3.0  # s, time constant for good news
 K_NOISE = 2.5  # mean deviations below the slow average that are news and not noise
-K_NOISE_FLOOR = 0.05  # share of the rate always taken for noise
+K_NOISE_SHARE = (0.05, 0.3)  # least and most share of the rate that is taken for noise
+K_FALL_GAP_S = 1.0  # s, falls closer than this are one event
 K_WIDEN_S = 60.0  # s without a sample after which the band has doubled
 K_SENDER_WINDOW_S = 0.6  # s, several senders' samples this fresh are one sum
 K_RAMP_S = 0.2  # s of backlog before a sample may count as the link's limit, and the same in RTTs:
 K_RAMP_RTTS = 4
 K_RESTART_SHARE = 0.5  # share of the rate before an outage that is believed after it
 K_PROBE_BYTES = (1 << 10, 1 << 20)  # bytes: a dead link's probe, the largest probe of an idle link
+K_INTERVAL_S = (1e-4, 1e4)  # s: what an observation's interval may be
 K_PROBE_S = 0.1  # s of the estimated rate that an idle link's probe carries
 
 
@@ -85,6 +87,7 @@ class LinkEstimator:
         self._fast_bps = config.nominal_bps
         self._deviation_bps = config.nominal_bps * 0.25  # nothing was measured yet
         self._measured = False
+        self._fell_s = -math.inf
         self._sample_at_s = now
         self._progress_at_s = now
         self._rtt_s: float | None = None
@@ -141,8 +144,8 @@ class LinkEstimator:
         now = max(self._now, now)
         up = self._down_since_s is None
         rate_bps = self._slow_bps if up else 0.0
-        band = max(2 * self._deviation_bps, K_NOISE_FLOOR * self._slow_bps)
-        band *= 1 + (now - self._sample_at_s) / K_WIDEN_S
+        band = max(2 * self._deviation_bps, K_NOISE_SHARE[0] * self._slow_bps)
+        band *= min(10.0, 1 + (now - self._sample_at_s) / K_WIDEN_S)
         reserved = max(self.config.reserved_bps, self.config.reserved_share * rate_bps)
         return LinkEstimate(
             link=self.link,
@@ -221,11 +224,14 @@ class LinkEstimator:
         self._sample_at_s = now
         step_s = min(seen.interval_s, K_SENDER_WINDOW_S) / max(1, sum(one.busy for one in fresh))
         self._fast_bps += (sample_bps - self._fast_bps) * _weight(step_s, K_FAST_S)
-        noise_bps = max(K_NOISE * self._deviation_bps, K_NOISE_FLOOR * self._slow_bps)
+        least, most = K_NOISE_SHARE
+        noise_bps = min(most * self._slow_bps, max(K_NOISE * self._deviation_bps, least * self._slow_bps))
         if self._fast_bps < self._slow_bps - noise_bps:
             before_bps, self._slow_bps = self._slow_bps, self._fast_bps
-            self._deviation_bps = min(self._deviation_bps, self._slow_bps / 4)
-            return [RateFell(self.link, now, before_bps, self._slow_bps)]
+            self._deviation_bps = min(self._deviation_bps, self._slow_bps * least)
+            news = now - self._fell_s >= K_FALL_GAP_S
+            self._fell_s = now
+            return [RateFell(self.link, now, before_bps, self._slow_bps)] if news else []
         error_bps = sample_bps - self._slow_bps
         self._slow_bps += error_bps * _weight(step_s, K_SLOW_S)
         # a long climb is not noise: its error is capped, or the next fall would hide in it
@@ -241,9 +247,8 @@ def _weight(step_s: float, constant_s: float) -> float:
 
 def _sane(seen: LinkObservation) -> bool:
     return (
-        seen.interval_s > 0
-        and math.isfinite(seen.at_s)
-        and math.isfinite(seen.interval_s)
+        math.isfinite(seen.at_s)
+        and K_INTERVAL_S[0] <= seen.interval_s <= K_INTERVAL_S[1]
         and min(seen.delivered_bytes, seen.backlog_bytes, seen.retransmits, seen.segments) >= 0
         and (seen.rtt_s is None or (math.isfinite(seen.rtt_s) and seen.rtt_s >= 0))
     )

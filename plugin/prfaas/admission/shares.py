@@ -37,10 +37,14 @@ class Share:
 
 
 @dataclass(slots=True)
-class _Grant:
+class _Pump:
     demand_bps: float
-    rate_bps: float
-    expires_s: float
+    grants: list[tuple[float, float]]
+    """(rate_bps, expires_s), all that still live: an answer may be lost; then the one before is in use."""
+
+    @property
+    def committed_bps(self) -> float:
+        return max((rate_bps for rate_bps, _ in self.grants), default=0.0)
 
 
 class ShareBook:
@@ -50,7 +54,7 @@ class ShareBook:
         self.link = link
         self.config = config
         self._capacity_bps = config.nominal_bps
-        self._grants: dict[PumpId, _Grant] = {}
+        self._grants: dict[PumpId, _Pump] = {}
         self._serial = 0
 
     @property
@@ -76,11 +80,11 @@ class ShareBook:
                 f"{self.link}: {len(self._grants)} pumps share it already; {pump!r} refused"
             )
         demand_bps = max(0.0, demand_bps)
-        grant = self._grants.setdefault(pump, _Grant(0.0, 0.0, now))
+        grant = self._grants.setdefault(pump, _Pump(0.0, []))
         grant.demand_bps = demand_bps
         rate_bps = max(self.floor_bps, min(self._fair(pump), self._room_for(pump)))
         rate_bps = max(0.0, min(rate_bps, self._room_for(pump)))
-        grant.rate_bps, grant.expires_s = rate_bps, now + self.config.share_ttl_s
+        grant.grants.append((rate_bps, now + self.config.share_ttl_s))
         self._serial += 1
         ttl_s = self.config.share_ttl_s
         return Share(
@@ -102,20 +106,22 @@ class ShareBook:
     def promised_bps(self, now: float) -> float:
         """Sum of what all pumps may send now: live shares, and floors for the rest of max_pumps."""
         self._expire(now)
-        live = sum(grant.rate_bps for grant in self._grants.values())
+        live = sum(grant.committed_bps for grant in self._grants.values())
         return live + self.floor_bps * (self.config.max_pumps - len(self._grants))
 
     def statistics(self, now: float) -> Mapping[PumpId, float]:
         """Live shares, bits a second."""
         self._expire(now)
-        return {pump: grant.rate_bps for pump, grant in self._grants.items()}
+        return {pump: grant.committed_bps for pump, grant in self._grants.items()}
 
     def _expire(self, now: float) -> None:
-        for pump in [pump for pump, grant in self._grants.items() if grant.expires_s <= now]:
-            del self._grants[pump]
+        for pump, grant in list(self._grants.items()):
+            grant.grants = [(rate_bps, expires_s) for rate_bps, expires_s in grant.grants if expires_s > now]
+            if not grant.grants:
+                del self._grants[pump]
 
     def _room_for(self, pump: PumpId) -> float:
-        others = [grant.rate_bps for name, grant in self._grants.items() if name != pump]
+        others = [grant.committed_bps for name, grant in self._grants.items() if name != pump]
         absent = self.config.max_pumps - 1 - len(others)
         return self._capacity_bps - sum(others) - self.floor_bps * absent
 

@@ -1,0 +1,120 @@
+"""Shares of one link: several pumps, lost renewals, a changing capacity; the sum never exceeds it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from prfaas.admission import ShareBook, ShareHolder
+from prfaas.config.policy import LinkAdmission
+from prfaas.model.errors import LocalProtocolError
+from prfaas.model.ids import LinkId
+
+LINK = LinkId("east", "west")
+
+
+def book(max_pumps: int = 4, floor_share: float = 0.1) -> ShareBook:
+    return ShareBook(LINK, LinkAdmission(nominal_bps=1e9, max_pumps=max_pumps, floor_share=floor_share))
+
+
+def test_one_pump_gets_all_but_the_others_floors() -> None:
+    share = book().renew("a", 5e9, now=0)
+    assert share.rate_bps == pytest.approx(1e9 - 3 * 0.025e9)
+    assert share.floor_bps == pytest.approx(0.025e9)
+
+
+def test_two_hungry_pumps_end_up_with_equal_shares() -> None:
+    shared = book()
+    for k in range(6):
+        first = shared.renew("a", 5e9, now=k * 0.5)
+        second = shared.renew("b", 5e9, now=k * 0.5)
+    assert first.rate_bps == pytest.approx(second.rate_bps, rel=0.01)
+    assert first.rate_bps + second.rate_bps == pytest.approx(0.95e9)
+
+
+def test_what_a_modest_pump_leaves_goes_to_the_other() -> None:
+    shared = book()
+    for k in range(6):
+        modest = shared.renew("a", 0.1e9, now=k * 0.5)
+        hungry = shared.renew("b", 5e9, now=k * 0.5)
+    assert modest.rate_bps == pytest.approx(0.1e9)
+    assert hungry.rate_bps == pytest.approx(0.85e9)
+
+
+def test_an_expired_share_falls_to_its_floor_and_frees_the_rest() -> None:
+    shared, holder = book(), ShareHolder(LINK, "a")
+    holder.on_share(shared.renew("a", 5e9, now=0), asked_s=0)
+    assert holder.rate_bps(0.99) > 0.9e9
+    assert holder.rate_bps(1.0) == pytest.approx(0.025e9)
+    assert shared.renew("b", 5e9, now=1.0).rate_bps > 0.9e9
+
+
+def test_an_older_grant_does_not_replace_a_newer_one() -> None:
+    shared, holder = book(), ShareHolder(LINK, "a")
+    old = shared.renew("a", 1e6, now=0)
+    new = shared.renew("a", 5e9, now=0.5)
+    holder.on_share(new, asked_s=0.5)
+    holder.on_share(old, asked_s=0.9)
+    assert holder.rate_bps(1.2) == new.rate_bps
+    assert holder.renew_at(0.6) == pytest.approx(1.0)
+
+
+def test_one_pump_too_many_is_refused_and_changes_nothing() -> None:
+    shared = book(max_pumps=1)
+    shared.renew("a", 1e9, now=0)
+    with pytest.raises(LocalProtocolError):
+        shared.renew("b", 1e9, now=0)
+    assert set(shared.statistics(0)) == {"a"}
+    shared.leave("a", now=0)
+    with pytest.raises(LocalProtocolError):
+        shared.leave("a", now=0)
+
+
+class SharesMachine(RuleBasedStateMachine):
+    """Holders that renew when they please; answers may be lost."""
+
+    @initialize(pumps=st.integers(1, 4), floor=st.sampled_from([0.01, 0.1, 1.0]))
+    def start(self, pumps: int, floor: float) -> None:
+        self.now = 0.0
+        self.book = book(max_pumps=pumps, floor_share=floor)
+        self.holders = [ShareHolder(LINK, str(k)) for k in range(pumps)]
+        # each capacity counts until the shares granted under it have expired
+        self.capacities = [(0.0, 1e9)]
+
+    @rule(which=st.integers(0, 3), demand=st.floats(0, 3e9), lost=st.booleans(), delay_s=st.floats(0, 0.3))
+    def renew(self, which: int, demand: float, lost: bool, delay_s: float) -> None:
+        holder = self.holders[which % len(self.holders)]
+        asked = self.now
+        self.now += delay_s
+        share = self.book.renew(holder.pump, demand, now=self.now)
+        if not lost:
+            holder.on_share(share, asked_s=asked)
+
+    @rule(capacity=st.sampled_from([0.0, 1e8, 1e9, 4e9]))
+    def capacity_changes(self, capacity: float) -> None:
+        self.book.set_capacity(capacity)
+        self.capacities.append((self.now, capacity))
+
+    @rule(step_s=st.floats(0.01, 2))
+    def wait(self, step_s: float) -> None:
+        self.now += step_s
+
+    @invariant()
+    def the_sum_never_exceeds_what_was_believed_when_granted(self) -> None:
+        ttl_s = self.book.config.share_ttl_s
+        started = [at_s for at_s, _ in self.capacities]
+        ends = [*started[1:], float("inf")]
+        believed = max(
+            value for (_, value), end in zip(self.capacities, ends, strict=True) if end >= self.now - ttl_s
+        )
+        live = sum(holder.rate_bps(self.now) for holder in self.holders if self.now < holder._expires_s)
+        assert live <= believed + 1
+        if len(self.capacities) == 1:
+            assert sum(holder.rate_bps(self.now) for holder in self.holders) <= believed + 1
+            assert self.book.promised_bps(self.now) <= believed + 1
+
+
+TestShares = SharesMachine.TestCase
+TestShares.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
