@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from prfaas.model.errors import ConfigError, UsageError
 
@@ -57,37 +57,73 @@ def check(data: object, model: type[M], file: str) -> M:
 def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> ConfigError:
     """Pydantic's first fault in our words."""
     fault = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in fault["loc"]) or "the file"
-    found: object = fault["input"]
-    allowed = str(fault["msg"])
+    path, here = _follow(model, fault["loc"][:-1])
     if fault["type"] == "extra_forbidden":
-        known = ", ".join(sorted(_fields_at(model, fault["loc"][:-1]))) or "none"
+        path.append(fault["loc"][-1])
+    else:
+        path, here = _follow(model, fault["loc"])
+    field = ".".join(str(part) for part in path) or "the file"
+    found: object = fault["input"]
+    allowed = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(sorted({name for one in here for name in one.model_fields})) or "none"
         allowed = f"unknown field; known here: {known}"
     elif fault["type"] == "missing":
         found, allowed = None, "this field is required"
+    elif fault["type"] == "union_tag_invalid":
+        tag = str(fault["ctx"]["discriminator"]).strip("'")
+        field, found = f"{field}.{tag}", fault["ctx"]["tag"]
+        allowed = f"expected {fault['ctx']['expected_tags']}"
+    elif fault["type"] == "union_tag_not_found":
+        field, found = f"{field}.{str(fault['ctx']['discriminator']).strip(chr(39))}", None
+        allowed = "this field is required"
     elif isinstance(found, (dict, list)) and len(repr(found)) > 80:
         found = repr(found)[:77] + "..."
     return ConfigError(file, field, found, allowed)
 
 
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
-    """Names of the fields of the model that `path` leads to; empty when it can't be told."""
-    here: object = model
-    for part in path:
-        if isinstance(part, int):
-            continue
-        fields = getattr(here, "model_fields", {})
-        if part not in fields:
-            return set()
-        here = _inner_model(fields[part].annotation)
-    return set(getattr(here, "model_fields", {}))
+def _follow(
+    model: type[BaseModel], loc: tuple[int | str, ...]
+) -> tuple[list[int | str], list[type[BaseModel]]]:
+    """The path that a person sees in the file, without pydantic's tags of unions; and the models there."""
+    path: list[int | str] = []
+    here, tags = [model], set[str]()
+    for part in loc:
+        fields = [
+            one.model_fields[part] for one in here if isinstance(part, str) and part in one.model_fields
+        ]
+        if fields:
+            path.append(part)
+            here = [inner for field in fields for inner in _models_in(field.annotation)]
+            tags = {tag for field in fields for tag in _tags_in(field.annotation)}
+        elif isinstance(part, str) and (tagged := [one for one in here if part in _names_of(one)]):
+            here = tagged
+        elif isinstance(part, int) or part not in tags:
+            path.append(part)
+    return path, here
 
 
-def _inner_model(annotation: object) -> object:
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    """The models that a field's annotation mentions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return [annotation]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _models_in(inner)]
+
+
+def _tags_in(annotation: object) -> set[str]:
+    """Tags, and names of plain types, by which pydantic's errors tell a union's branches apart."""
+    found = {part.tag for part in getattr(annotation, "__metadata__", ()) if isinstance(part, Tag)}
+    if isinstance(annotation, type):
+        found.add(annotation.__name__)
     for inner in getattr(annotation, "__args__", ()):
-        found = _inner_model(inner)
-        if found is not None:
-            return found
-    return None
+        found |= _tags_in(inner)
+    return found
+
+
+def _names_of(model: type[BaseModel]) -> set[object]:
+    """What a union's error may call this branch: its class, or a value of one of its Literal fields."""
+    names: set[object] = {model.__name__}
+    for field in model.model_fields.values():
+        if get_origin(field.annotation) is Literal:
+            names.update(get_args(field.annotation))
+    return names
