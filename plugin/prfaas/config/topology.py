@@ -162,8 +162,10 @@ class Impairments(Strict):
             update["bursty_loss"] = None
         elif change.bursty_loss is not None:
             update["loss_percent"] = 0.0
-        if update.get("queue_bytes") is not None:
-            update["queue_packets"] = None
+        if update.get("queue_bytes") is not None and self.queue_packets is not None:
+            raise UsageError(
+                "this change can't be made: the link's queue is in packets, queue_bytes is in bytes"
+            )
         fields = {name: getattr(self, name) for name in Impairments.model_fields} | update
         try:
             return Impairments.model_validate(fields)

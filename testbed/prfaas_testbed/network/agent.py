@@ -1,0 +1,330 @@
+"""The router's own hand: one process inside the router that runs commands, counts, and measures its timers.
+
+It is started as a script, with Python's standard library alone: in the appliance by the guest's init, natively in
+the router's network namespace. It speaks lines of JSON over two descriptors.
+
+In:  {"id", "do": "run", "node", "argv", "input"}          a command in a node's namespace (null: the router's own)
+     {"id", "do": "change", "node", "lines"}               lines for a tc that waits, already started, in that node
+     {"id", "do": "observe", "links", "edges", "every_s"}  start counting: {link id: [node, device]}, {site: [node, device]}
+     {"id", "do": "clock"}
+     {"id", "do": "stop"}                                  and the guest, if this is one, powers off
+Out: {"id", "rc", "out", "err", "began_s", "ended_s"}
+     {"sample": {...}}                                     every every_s: see Observer.sample
+Times are the router's CLOCK_MONOTONIC.
+"""
+
+import ctypes
+import json
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+K_CLONE_NEWNET = 0x40000000
+K_POWER_OFF = 0x4321FEDC
+K_RTM_GETQDISC, K_RTM_NEWQDISC = 38, 36
+K_TCA_KIND, K_TCA_STATS2 = 1, 7
+K_STATS_BASIC, K_STATS_QUEUE, K_STATS_PKT64 = 1, 3, 8
+K_NLMSG_DONE, K_NLMSG_ERROR = 3, 2
+K_PROBE_ETHERTYPE = 0x88B5  # for local experiments
+K_PROBE_DELAY_S = 0.010
+K_PROBE_EVERY_S = 0.020
+K_SO_TIMESTAMPNS = 35
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def setns(fd):
+    if libc.setns(fd, K_CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+class Namespaces:
+    """Open descriptors of the nodes' namespaces, and a way to be in one for a moment."""
+
+    def __init__(self):
+        self.home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self.fds = {}
+
+    def within(self, node, action):
+        if node is None:
+            return action()
+        if node not in self.fds:
+            self.fds[node] = os.open(f"/run/netns/{node}", os.O_RDONLY | os.O_CLOEXEC)
+        setns(self.fds[node])
+        try:
+            return action()
+        finally:
+            setns(self.home)
+
+
+class Commands:
+    def __init__(self, namespaces):
+        self.namespaces = namespaces
+        self.waiting = {}  # node -> a tc that has started and waits for its lines
+
+    def run(self, node, argv, text):
+        process = self.namespaces.within(node, lambda: self._start(argv))
+        return self._finish(process, text)
+
+    def prepare(self, node):
+        if node not in self.waiting:
+            self.waiting[node] = self.namespaces.within(node, lambda: self._start(["tc", "-batch", "-"]))
+
+    def change(self, node, lines):
+        self.prepare(node)
+        process = self.waiting.pop(node)
+        return self._finish(process, "".join(line + "\n" for line in lines))
+
+    @staticmethod
+    def _start(argv):
+        pipe = subprocess.PIPE
+        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    @staticmethod
+    def _finish(process, text):
+        began_s = time.monotonic()
+        try:
+            out, err = process.communicate(text or "", timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            err += "did not end within 20 s"
+        return {
+            "rc": process.returncode,
+            "out": out,
+            "err": err,
+            "began_s": began_s,
+            "ended_s": time.monotonic(),
+        }
+
+
+class QdiscReader:
+    """Counters of every queueing discipline of one namespace, by netlink: a command a sample would cost too much."""
+
+    def __init__(self):
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        self.socket.bind((0, 0))
+        self.request = struct.pack("=IHHII", 36, K_RTM_GETQDISC, 0x301, 1, 0) + bytes(20)
+
+    def read(self):
+        """{(interface index, handle >> 16): (bytes, packets, drops, backlog_bytes, queued packets)}"""
+        self.socket.send(self.request)
+        found = {}
+        while True:
+            data = self.socket.recv(65536)
+            at = 0
+            while at < len(data):
+                length, kind = struct.unpack_from("=IH", data, at)
+                if kind in (K_NLMSG_DONE, K_NLMSG_ERROR):
+                    return found
+                if kind == K_RTM_NEWQDISC:
+                    index, handle = struct.unpack_from("=4xiI", data, at + 16)
+                    found[index, handle >> 16] = self._stats(data, at + 36, at + length)
+                at += (length + 3) & ~3
+
+    @staticmethod
+    def _stats(data, at, end):
+        total_bytes = packets = drops = backlog = queued = 0
+        while at + 4 <= end:
+            length, kind = struct.unpack_from("=HH", data, at)
+            if kind & 0x3FFF == K_TCA_STATS2:
+                inner, stop = at + 4, at + length
+                while inner + 4 <= stop:
+                    size, what = struct.unpack_from("=HH", data, inner)
+                    what &= 0x3FFF
+                    if what == K_STATS_BASIC:
+                        total_bytes, packets = struct.unpack_from("=QI", data, inner + 4)
+                    elif what == K_STATS_QUEUE:
+                        queued, backlog, drops = struct.unpack_from("=III", data, inner + 4)
+                    inner += (size + 3) & ~3
+            at += (length + 3) & ~3
+        return total_bytes, packets, drops, backlog, queued
+
+
+class LagProbe:
+    """How late this kernel's netem lets packets go: frames over a cable of its own with a known delay.
+
+    Arrival is stamped by the kernel, so neither end waits for this process to be scheduled.
+    """
+
+    def __init__(self, run):
+        for argv in (
+            ["ip", "link", "add", "lag0", "type", "veth", "peer", "name", "lag1"],
+            ["ip", "link", "set", "lag0", "up"],
+            ["ip", "link", "set", "lag1", "up"],
+            ["tc", "qdisc", "add", "dev", "lag0", "root", "netem", "limit", "1000",
+             "delay", f"{round(K_PROBE_DELAY_S * 1e6)}us"],
+        ):  # fmt: skip
+            done = run(argv)
+            if done["rc"]:
+                raise OSError(done["err"])
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self.sender = socket.socket(socket.AF_PACKET, kind, 0)
+        self.sender.bind(("lag0", 0))
+        self.receiver = socket.socket(
+            socket.AF_PACKET, kind | socket.SOCK_NONBLOCK, socket.htons(K_PROBE_ETHERTYPE)
+        )
+        self.receiver.bind(("lag1", K_PROBE_ETHERTYPE))
+        self.receiver.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPNS, 1)
+        self.head = b"\xff" * 6 + b"\x02\x72\0\0\0\1" + struct.pack("!H", K_PROBE_ETHERTYPE)
+        self.lags_us = []
+
+    def send(self):
+        self.sender.send(
+            self.head + struct.pack("=Q", time.clock_gettime_ns(time.CLOCK_REALTIME)) + bytes(38)
+        )
+
+    def receive(self):
+        while True:
+            try:
+                frame, notes, _, _ = self.receiver.recvmsg(128, 64)
+            except BlockingIOError:
+                return
+            sent_ns = struct.unpack_from("=Q", frame, 14)[0]
+            for _level, kind, value in notes:
+                if kind == K_SO_TIMESTAMPNS and len(value) >= 16:
+                    seconds, rest_ns = struct.unpack_from("=qq", value)
+                    lag_ns = seconds * 1_000_000_000 + rest_ns - sent_ns - round(K_PROBE_DELAY_S * 1e9)
+                    self.lags_us.append(lag_ns // 1000)
+
+
+class Observer:
+    """Counters of links and of what must not happen, once every_s."""
+
+    def __init__(self, namespaces, links, edges, every_s, probe):
+        self.namespaces, self.every_s, self.probe = namespaces, every_s, probe
+        self.links, self.edges = {}, {}
+        nodes = {node for node, _ in [*links.values(), *edges.values()]}
+        self.readers = {node: namespaces.within(node, QdiscReader) for node in nodes}
+        for name, (node, device) in links.items():
+            self.links[name] = (
+                node,
+                namespaces.within(node, lambda device=device: socket.if_nametoindex(device)),
+            )
+        for name, (node, device) in edges.items():
+            index = namespaces.within(node, lambda device=device: socket.if_nametoindex(device))
+            self.edges[name] = node, device, index
+        self.count = 0
+        self.accidents = {}
+
+    def sample(self):
+        """Per link [bytes, packets, netem's drops, the queue's drops, queue bytes, packets held], and accidents."""
+        stats = {node: reader.read() for node, reader in self.readers.items()}
+        at_s = time.monotonic()
+        rows = {}
+        nothing = (0, 0, 0, 0, 0)
+        for name, (node, index) in self.links.items():
+            line = stats[node].get((index, 1), nothing)
+            queue = stats[node].get((index, 2), nothing)
+            rows[name] = [line[0], line[1], line[2], queue[2], queue[3], line[4]]
+        if self.count % 10 == 0:
+            self.accidents = self._accidents(stats)
+        self.count += 1
+        lags_us, self.probe.lags_us = self.probe.lags_us, []
+        return {"at_s": at_s, "links": rows, "lags_us": lags_us, "accidents": self.accidents}
+
+    def _accidents(self, stats):
+        """Counts of drops that no link planned: devices' errors, their own queues, the kernel's backlog."""
+        found = {}
+        for name, (node, device, index) in self.edges.items():
+            text = self.namespaces.within(node, lambda: read("/proc/thread-self/net/dev"))
+            for line in text.splitlines():
+                label, _, rest = line.partition(":")
+                if label.strip() == device:
+                    fields = [int(field) for field in rest.split()]
+                    found[f"{name} device"] = fields[2] + fields[3] + fields[10] + fields[11]
+            found[f"{name} device queue"] = sum(v[2] for k, v in stats[node].items() if k[0] == index)
+        found["kernel backlog"] = sum(
+            int(row.split()[1], 16) for row in read("/proc/net/softnet_stat").splitlines()
+        )
+        return found
+
+
+def read(path):
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
+class Agent:
+    def __init__(self, source, sink):
+        self.source, self.sink = source, sink
+        self.namespaces = Namespaces()
+        self.commands = Commands(self.namespaces)
+        self.observer = self.probe = None
+        self.pending = b""
+        self.going = True
+
+    def say(self, message):
+        data = (json.dumps(message, separators=(",", ":")) + "\n").encode()
+        while data:
+            data = data[os.write(self.sink, data) :]
+
+    def loop(self):
+        self.say({"ready": os.getpid(), "now_s": time.monotonic()})
+        next_sample_s = next_probe_s = 0.0
+        while self.going:
+            watched, wait_s = [self.source], None
+            if self.observer:
+                watched.append(self.probe.receiver)
+                wait_s = max(0.0, min(next_sample_s, next_probe_s) - time.monotonic())
+            ready, _, _ = select.select(watched, [], [], wait_s)
+            if self.observer:
+                now = time.monotonic()
+                if self.probe.receiver in ready:
+                    self.probe.receive()
+                if now >= next_probe_s:
+                    self.probe.send()
+                    next_probe_s = max(next_probe_s + K_PROBE_EVERY_S, now)
+                if now >= next_sample_s:
+                    self.say({"sample": self.observer.sample()})
+                    next_sample_s = max(next_sample_s + self.observer.every_s, now)
+            if self.source in ready:
+                self._take()
+
+    def _take(self):
+        data = os.read(self.source, 65536)
+        if not data:
+            self.going = False
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        for line in lines:
+            if not line.strip():
+                continue
+            order = json.loads(line)
+            try:
+                answer = self._do(order)
+            except Exception as error:
+                answer = {"rc": 255, "out": "", "err": f"{type(error).__name__}: {error}"}
+            self.say({"id": order["id"], "now_s": time.monotonic(), **answer})
+            # The next change must not wait for a process to start.
+            if order["do"] == "change":
+                self.commands.prepare(order["node"])
+
+    def _do(self, order):
+        what = order["do"]
+        if what == "run":
+            return self.commands.run(order["node"], order["argv"], order.get("input"))
+        if what == "change":
+            return self.commands.change(order["node"], order["lines"])
+        if what == "observe":
+            for node, _ in order["links"].values():
+                self.commands.prepare(node)
+            self.probe = self.probe or LagProbe(lambda argv: self.commands.run(None, argv, None))
+            self.observer = Observer(
+                self.namespaces, order["links"], order["edges"], order["every_s"], self.probe
+            )
+            return {"rc": 0}
+        if what == "stop":
+            self.going = False
+        elif what != "clock":
+            raise ValueError(f"unknown order {what!r}")
+        return {"rc": 0}
+
+
+if __name__ == "__main__":
+    Agent(int(sys.argv[1]), int(sys.argv[2])).loop()
+    if os.getpid() == 1:
+        libc.reboot(K_POWER_OFF)

@@ -1,0 +1,340 @@
+"""A topology brought up on this machine: sites to run programs in, links to measure and to change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from prfaas.config.topology import Impairments, LinkChange, Topology
+from prfaas.model.errors import MachineError, UsageError
+from prfaas_testbed.network.base import Emulation, create
+from prfaas_testbed.network.hosts import K_PIN_PREFIX, Host, check_free, join, new_network
+from prfaas_testbed.network.plan import Plan, SiteAddress, next_hops, path_links, plan_network
+from prfaas_testbed.network.router import RouterAgent, RouterError, Sample
+from prfaas_testbed.network.state import (
+    K_TMP_PREFIX,
+    Lock,
+    Record,
+    checkout,
+    clean_up,
+    read_sysctl,
+    state_file,
+)
+from prfaas_testbed.network.tc import differences, qdisc_commands
+
+K_WAN = "wan"
+K_SITE_BUFFER_BYTES = (
+    32 * 2**20
+)  # the most TCP may hold a connection: well above any bandwidth-delay product here
+K_SAMPLE_EVERY_S = 0.1
+K_CONGESTION = "net.ipv4.tcp_allowed_congestion_control"
+K_NEEDED = {
+    "mnexec": "mininet",
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "ss": "iproute2",
+    "ethtool": "ethtool",
+    "nft": "nftables",
+    "iperf3": "iperf3",
+    "ping": "iputils-ping",
+    "tcpdump": "tcpdump",
+    "unshare": "util-linux",
+}
+_FORWARD = (
+    "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 0 > /proc/sys/net/ipv4/conf/all/send_redirects; "
+    "echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter; echo 0 > /proc/sys/net/ipv4/icmp_ratelimit; "
+    "[ ! -d /proc/sys/net/ipv6 ] || echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; exec ip -batch -"
+)
+
+Progress = Callable[[str], None]
+
+
+class Site(Host):
+    """A data centre: a host with one address and no way out but its link to the WAN."""
+
+    address: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A change of a link as it truly happened."""
+
+    link: str
+    asked_s: float
+    """time.monotonic() at the call."""
+    at_s: float
+    """time.monotonic() when the router's kernel had taken the change."""
+    uncertainty_s: float
+    """The change took effect within this time before at_s."""
+    state: Impairments
+    """The link after it."""
+
+
+class Network:
+    """Made by open_network. `emulation` is `native` or `appliance`, `sites` the hosts by name, `links` the state of
+    each directed link as emulated (scaled)."""
+
+    def __init__(self, topology: Topology, workdir: Path, progress: Progress, record: Record) -> None:
+        self.topology, self.workdir = topology, workdir
+        self.links = topology.emulated()
+        self.plan: Plan = plan_network(topology, self.links)
+        self.hops = next_hops(topology, self.links)
+        self.sites: dict[str, Site] = {}
+        self.emulation = ""
+        self.up_s = 0.0
+        """How long bringing it up took."""
+        self._progress, self._record = progress, record
+        self._mininet = new_network()
+        self._emulator: Emulation | None = None
+        self._agent: RouterAgent | None = None
+        self._wan: Host | None = None
+        self._change_lock = threading.Lock()
+
+    # Up and down
+
+    def bring_up(self, emulation: str | None, folder: Path) -> None:
+        began_s = time.monotonic()
+        self._emulator = create(emulation)
+        self._emulator.check_reach(self.links)
+        self.emulation = self._emulator.name
+        devices = {site: f"wan-{site}" for site in self.topology.sites}
+        check_free(
+            [K_PIN_PREFIX + name for name in (K_WAN, *self.topology.sites)],
+            [*devices.values(), *(f"{site}-wan" for site in devices)],
+        )
+        self._progress(
+            f"{self.emulation} emulation of {self.topology.name}: {', '.join(self.topology.sites)}"
+        )
+        keep = [checkout(), self.workdir, folder]
+        allow_congestion_controls(self._record)
+        self._wan = Host(self._mininet, K_WAN, keep, self._record)
+        self._wan.check(["sh", "-c", quiet_sysctls("")])
+        for name, address in self.plan.sites.items():
+            site = self.sites[name] = Site(self._mininet, name, keep, self._record)
+            site.address, site.device = address.address, f"{name}-wan"
+            join(site, site.device, self._wan, devices[name], self._record)
+            site.check(["sh", "-c", site_sysctls()])
+            site.check(["ip", "-batch", "-"], site_lines(site.device, address, self.plan.site_mtu_bytes))
+            mtu = self.plan.site_mtu_bytes
+            self._wan.check(["ip", "link", "set", devices[name], "arp", "off", "mtu", str(mtu), "up"])
+        self._agent = self._emulator.start(self.plan, self._wan, devices, self._record, folder)
+        for node in self.plan.nodes:
+            self._agent.run(node, ["sh", "-c", _FORWARD], self.plan.node_lines[node])
+            if self.plan.tc_lines[node]:
+                self._agent.run(node, ["tc", "-batch", "-"], self.plan.tc_lines[node])
+        self._emulator.started(self._record)
+        self.check_links()
+        places = {link: [place.node, place.device] for link, place in self.plan.links.items()}
+        edges = {site: [site, "site"] for site in self.sites}
+        self._agent.order({"do": "observe", "links": places, "edges": edges, "every_s": K_SAMPLE_EVERY_S})
+        self.up_s = time.monotonic() - began_s
+        self._progress(f"up in {self.up_s:.1f} s")
+
+    def close(self) -> None:
+        if self._emulator is not None:
+            self._emulator.stop()
+        self._mininet.stop()
+
+    # Measuring
+
+    @property
+    def agent(self) -> RouterAgent:
+        if self._agent is None:
+            raise UsageError("the network is not up")
+        return self._agent
+
+    def path(self, source: str, target: str) -> list[str]:
+        """The directed links from site to site, in order."""
+        return path_links(self.hops, source, target)
+
+    def check_links(self) -> None:
+        """Read every link's queueing disciplines back. Raises RouterError naming what isn't as wanted."""
+        for node in self.plan.nodes:
+            rows = json.loads(self.agent.run(node, ["tc", "-s", "-j", "qdisc", "show"]) or "[]")
+            for link, place in self.plan.links.items():
+                if place.node == node:
+                    shown = [row for row in rows if row.get("dev") == place.device]
+                    wrong = differences(self.links[link], shown)
+                    if wrong:
+                        raise RouterError(f"link {link} is not as asked for: {'; '.join(wrong)}")
+
+    def sample(self) -> Sample:
+        """The newest counters, at most 0.1 s old. Costs nothing: the router sends them by itself."""
+        samples = self.agent.samples
+        deadline = time.monotonic() + 5
+        while not samples and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not samples:
+            raise RouterError("the router sends no counters")
+        return samples[-1]
+
+    def samples(self, since_s: float = 0.0, until_s: float = float("inf")) -> list[Sample]:
+        """All counters between two times of time.monotonic(), ten a second."""
+        return [sample for sample in tuple(self.agent.samples) if since_s <= sample.at_s <= until_s]
+
+    # Changing
+
+    def apply(self, link: str, change: LinkChange) -> Applied:
+        """Change a directed link (`a->b`) now; packets under way keep what they met. Rates are the topology's,
+        before scale. Raises UsageError for an unknown link or an impossible change, RouterError if it failed."""
+        asked_s = time.monotonic()
+        if link not in self.links:
+            raise UsageError(f"no link {link!r}; there are: {', '.join(self.links)}")
+        with self._change_lock:
+            factor = self.topology.scale.factor if self.topology.scale else 1.0
+            state = self.links[link].changed(scaled_change(change, factor))
+            place = self.plan.links[link]
+            lines = [" ".join(words) for words in qdisc_commands(place.device, state, "change")]
+            began_s, ended_s = self.agent.change(place.node, lines)
+            self.links[link] = state
+            rows = json.loads(
+                self.agent.run(place.node, ["tc", "-s", "-j", "qdisc", "show", "dev", place.device])
+            )
+            wrong = differences(state, rows)
+            if wrong:
+                raise RouterError(f"link {link} did not take the change: {'; '.join(wrong)}")
+        return Applied(link, asked_s, ended_s, ended_s - began_s + self.agent.clock_error_s, state)
+
+
+def scaled_change(change: LinkChange, factor: float) -> LinkChange:
+    update: dict[str, object] = {}
+    if change.rate_mbps is not None:
+        update["rate_mbps"] = change.rate_mbps / factor
+    if change.queue_bytes is not None:
+        update["queue_bytes"] = max(3028, round(change.queue_bytes / factor))
+    return change.model_copy(update=update)
+
+
+def site_lines(device: str, site: SiteAddress, mtu_bytes: int) -> list[str]:
+    """ip -batch in a site: one address, one way out, and the gateway's hardware address written down."""
+    return [
+        "link set lo up",
+        f"link set dev {device} address {site.mac} mtu {mtu_bytes} txqueuelen 10000",
+        f"addr add {site.address}/24 dev {device}",
+        f"link set dev {device} up",
+        f"neigh replace {site.gateway} lladdr {site.gateway_mac} dev {device} nud permanent",
+        f"route add default via {site.gateway}",
+    ]
+
+
+def quiet_sysctls(more: str) -> str:
+    return f"[ ! -d /proc/sys/net/ipv6 ] || echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; {more}"
+
+
+def site_sysctls() -> str:
+    """Of the site's own namespace: room for long fat links, and no memory of earlier connections."""
+    return quiet_sysctls(
+        f"echo 4096 131072 {K_SITE_BUFFER_BYTES} > /proc/sys/net/ipv4/tcp_rmem; "
+        f"echo 4096 65536 {K_SITE_BUFFER_BYTES} > /proc/sys/net/ipv4/tcp_wmem; "
+        "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save; "
+        "echo cubic > /proc/sys/net/ipv4/tcp_congestion_control || true; "
+        "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range"
+    )
+
+
+def allow_congestion_controls(record: Record) -> None:
+    allowed = read_sysctl(K_CONGESTION).split()
+    offered = read_sysctl("net.ipv4.tcp_available_congestion_control").split()
+    more = [name for name in ("cubic", "bbr") if name in offered and name not in allowed]
+    if more:
+        record.raise_sysctl(K_CONGESTION, " ".join([*allowed, *more]))
+
+
+def check_machine() -> None:
+    """Raises MachineError for what this machine lacks: root, or a program, with the package that has it."""
+    if os.geteuid() != 0:
+        raise MachineError("an emulated network needs root: run it with sudo")
+    for program, package in K_NEEDED.items():
+        if shutil.which(program) is None:
+            raise MachineError(
+                f"{program} is missing; install Debian's package {package}, or run `make setup`"
+            )
+
+
+def recover(lock: Lock, progress: Progress) -> None:
+    """Clean up after a run that was killed, in this checkout or in the one that last held the lock."""
+    for path in {state_file(), Path(lock.previous_state) if lock.previous_state else state_file()}:
+        for line in clean_up(path, grace_s=0.5):
+            progress(f"left by a killed run, now gone: {line}")
+
+
+@contextmanager
+def open_network(
+    topology: Topology,
+    workdir: str | os.PathLike[str],
+    progress: Progress | None = None,
+    emulation: str | None = None,
+) -> Iterator[Network]:
+    """Bring `topology` up, and take it down whatever happens inside.
+
+    `workdir` (made if missing) is seen by the sites under its own path, as the checkout is. `emulation` forces
+    `native` or `appliance`. Raises MachineError when this machine lacks something or another run holds it.
+    """
+    tell = progress or (lambda text: None)
+    check_machine()
+    workdir = Path(workdir).resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with terminated_as_interrupt():
+        lock = Lock(topology.name)
+        try:
+            recover(lock, tell)
+            record = Record(state_file())
+            folder = Path(tempfile.mkdtemp(prefix=K_TMP_PREFIX))
+            record.folder(folder)
+            net = Network(topology, workdir, tell, record)
+            try:
+                net.bring_up(emulation, folder)
+                yield net
+            finally:
+                with undisturbed():
+                    try:
+                        net.close()
+                    finally:
+                        clean_up(state_file())
+        finally:
+            lock.release()
+
+
+@contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, with everything cleaned up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Taking down is not interrupted half way: a second Ctrl-C waits the seconds it needs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
