@@ -54,7 +54,9 @@ class Instance(Strict):
     role: Literal["prefill", "decode", "collocated"]
     kind: Literal["sglang", "profiled"] = "profiled"
     """`sglang` is a real server on CPU; `profiled` takes a profile's time and moves real bytes."""
-    count: Annotated[int, Field(ge=1, le=256)] = 1
+    count: Annotated[int, Field(ge=1, le=10_000)] = 1
+    profile: str | None = None
+    """Its own profile, where its hardware isn't the model's: a name under topologies/profiles or a path."""
     limits: Limits = Limits()
 
     def names(self) -> list[str]:
@@ -249,7 +251,7 @@ class Experiment(Strict):
         names = [spec.name for spec in self.checks]
         if len(names) != len(set(names)):
             raise ValueError("two checks have the same name")
-        if any(i.kind == "profiled" for i in self.instances):
+        if any(i.kind == "profiled" and i.profile is None for i in self.instances):
             for model in self.models:
                 if model.profile is None:
                     raise ValueError(f"model {model.name} needs a profile: profiled instances take its times")
