@@ -38,7 +38,7 @@ K_CHECKOUT = Path(__file__).resolve().parents[3]
 K_READY = "Uvicorn running"  # with --skip-server-warmup nothing later is printed
 K_DYING = "Received sigquit from a child process"
 K_START_TIMEOUT_S = 300.0  # two at once took 45–77 s on two quiet cores
-K_STOP_GRACE_S = 5.0
+K_STOP_GRACE_S = 2.0  # SGLang drains for long; there is nothing of it to keep
 K_POLL_S = 0.25
 K_PROGRESS_EVERY_S = 10.0
 

@@ -1,0 +1,61 @@
+"""Schema of the file that PRFAAS_CONFIG names: what the backend inside an SGLang server needs to know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from prfaas.config.loading import Strict, load
+from prfaas.config.pump import PumpConfig
+
+K_ENVIRONMENT = "PRFAAS_CONFIG"
+
+
+class VerifyConfig(Strict):
+    """Proof that the right bytes landed, at the cost of reading them all twice. For CPU pools; off by
+    default.
+    """
+
+    directory: Path
+    """Where each server writes its rows, a line of JSON a room: digests of what it sent, or of what
+    landed.
+    """
+    poison: bool = True
+    """Overwrite pages and states when they are leased, so that an old right page can't hide a missing new
+    one.
+    """
+
+
+class BackendFaults(Strict):
+    """Faults in what a prefill server sends, which no checksum on the way can see; only the testbed sets
+    them.
+    """
+
+    kv: Literal["zero", "drop_page"] | None = None
+    """zero: KV is zeroed in transit; drop_page: one page of one layer of each request isn't sent."""
+
+
+class BackendConfig(Strict):
+    """One SGLang server's side of the backend."""
+
+    pump: PumpConfig = Field(default_factory=lambda: PumpConfig.model_validate({"site": "local"}))
+    """The node's pump, and this node's site. Without a file: loopback only, started when none is found."""
+    pump_file: Path | None = None
+    """The pump's own file instead of `pump`; relative to this one."""
+    deadline_s: float = Field(default=300.0, gt=0, le=3600)
+    """How long a request's pages are leased at most, from allocation to the last byte."""
+    verify: VerifyConfig | None = None
+    faults: BackendFaults | None = None
+
+
+def load_backend_config(path: Path | str | None) -> BackendConfig:
+    """The file's configuration, or the loopback default without one. Raises UsageError or ConfigError."""
+    if not path:
+        return BackendConfig.model_validate({})
+    config = load(path, BackendConfig)
+    if config.pump_file is None:
+        return config
+    pump_path = Path(path).parent / config.pump_file
+    return config.model_copy(update={"pump": load(pump_path, PumpConfig), "pump_file": pump_path})

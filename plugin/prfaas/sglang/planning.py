@@ -1,0 +1,124 @@
+"""SGLang's own methods as a planner: they work out which bytes go where, an engine that only writes down
+hears it.
+
+Mooncake's manager maps ranks, layers, slices for unequal tensor parallelism and every kind of state to lists
+of (source, destination, length), and hands them to its engine. Ours records them, so that the mapping stays
+SGLang's and follows its changes, while sending is ours: asynchronous, with leases, KV beside state beside
+auxiliary data.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from prfaas.sglang.transport import Segments, Transport
+
+
+class Recorder:
+    """Segments that one thread's plan comes to, in order."""
+
+    def __init__(self) -> None:
+        self._source: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
+        self._destination: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
+        self._length: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
+
+    def add(self, source: Sequence[int], destination: Sequence[int], length: Sequence[int]) -> None:
+        for column, values in (
+            (self._source, source),
+            (self._destination, destination),
+            (self._length, length),
+        ):
+            column.append(np.asarray(values, dtype=np.uint64))
+
+    def segments(self) -> Segments:
+        """All of it, pieces of no length left out."""
+        if not self._source:
+            empty = np.empty(0, dtype=np.uint64)
+            return Segments(empty, empty, empty)
+        source, destination, length = (
+            np.concatenate(column) for column in (self._source, self._destination, self._length)
+        )
+        full = length > 0
+        return Segments(source[full], destination[full], length[full])
+
+
+class RecordingEngine:
+    """What Mooncake's manager takes for its engine: registration is passed on, transfers are written down."""
+
+    def __init__(self, transport: Transport, session_id: str) -> None:
+        self._transport, self._session_id = transport, session_id
+        self._here = threading.local()
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        """Everything this thread asks to transfer inside goes into the recorder."""
+        recorder = Recorder()
+        self._here.recorder = recorder
+        try:
+            yield recorder
+        finally:
+            self._here.recorder = None
+
+    def batch_register(self, ptrs: Sequence[int], lengths: Sequence[int]) -> int:
+        self._transport.register(list(zip(ptrs, lengths, strict=True)))
+        return 0
+
+    def batch_deregister(self, ptrs: Sequence[int]) -> int:
+        self._transport.deregister(list(ptrs))
+        return 0
+
+    def batch_transfer_sync(
+        self, session_id: str, source: Sequence[int], destination: Sequence[int], length: Sequence[int]
+    ) -> int:
+        recorder: Recorder | None = getattr(self._here, "recorder", None)
+        if recorder is None:
+            raise RuntimeError("a transfer outside of a plan: this path of SGLang's isn't one prfaas knows")
+        recorder.add(source, destination, length)
+        return 0
+
+    def get_session_id(self) -> str:
+        return self._session_id
+
+    def send_probe(self, session_id: str) -> int:
+        return 0
+
+
+class InlineExecutor:
+    """An executor that runs a task where it is submitted: recording is by thread."""
+
+    def submit(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
+        pass
+
+
+def page_pieces(
+    pointers: Sequence[int], item_lengths: Sequence[int], indices: Sequence[int] | np.ndarray[Any, Any]
+) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Rows (address, length) of the items `indices` of every buffer, neighbours joined. [runs x buffers,
+    2].
+    """
+    items = np.unique(np.asarray(indices, dtype=np.int64))
+    if items.size == 0 or not len(pointers):
+        return np.empty((0, 2), dtype=np.uint64)
+    first = np.flatnonzero(np.concatenate(([True], np.diff(items) != 1)))
+    starts = items[first].astype(np.uint64)
+    counts = np.diff(np.append(first, items.size)).astype(np.uint64)
+    rows = [
+        np.stack((np.uint64(pointer) + starts * np.uint64(size), counts * np.uint64(size)), axis=1)
+        for pointer, size in zip(pointers, item_lengths, strict=True)
+        if size > 0
+    ]
+    return np.concatenate(rows) if rows else np.empty((0, 2), dtype=np.uint64)

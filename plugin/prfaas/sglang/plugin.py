@@ -1,0 +1,77 @@
+"""The entry point that SGLang calls in each of its processes (group `sglang.srt.plugins`): it registers and
+no more.
+
+A process that doesn't use the backend pays for one legal word of a flag, one enum member and one hook, which
+hands every other backend's question on. The backend's modules are imported when SGLang asks for its classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from prfaas.sglang import compat
+
+logger = logging.getLogger(__name__)
+
+_registered = False
+_hooked = False
+
+
+def load_plugin() -> None:
+    """Idempotent. With the backend asked for, an SGLang that moved ends the launch here, with one line."""
+    asked = backend_asked_for(sys.argv)
+    try:
+        if asked:
+            compat.check_backend()
+        register(with_classes=asked or compat.utils_loaded())
+    except compat.SglangMoved as moved:
+        if asked:
+            # Not an Exception's subclass: SGLang logs a plugin's exceptions and goes on.
+            raise SystemExit(f"prfaas: {moved}") from None
+        logger.warning("prfaas isn't available: %s", moved)
+
+
+def backend_asked_for(argv: Sequence[str]) -> bool:
+    """Whether the command line names this backend; spawned children inherit their parent's."""
+    flag = "--disaggregation-transfer-backend"
+    return f"{flag}={compat.K_BACKEND}" in argv or any(
+        (word, value) == (flag, compat.K_BACKEND) for word, value in itertools.pairwise(argv)
+    )
+
+
+def register(with_classes: bool) -> None:
+    """Make the flag legal; `with_classes`: also the enum member and the hook, which need SGLang's heavier
+    module.
+    """
+    global _registered, _hooked
+    if not _registered:
+        compat.check(compat.K_ENTRANCE)
+        if compat.K_BACKEND not in compat.DISAGG_TRANSFER_BACKEND_CHOICES:
+            compat.add_disagg_transfer_backend_choices([compat.K_BACKEND])
+        _registered = True
+    if with_classes and not _hooked:
+        compat.check(compat.K_ENTRANCE_UTILS)
+        compat.add_backend_member()
+        compat.HookRegistry.register(compat.K_GET_KV_CLASS, choose_class, compat.HookType.AROUND)
+        _hooked = True
+
+
+def choose_class(original: Any, transfer_backend: Any, class_type: Any) -> Any:
+    """SGLang's get_kv_class, with ours for our member."""
+    if getattr(transfer_backend, "value", None) != compat.K_BACKEND:
+        return original(transfer_backend, class_type)
+    kinds = compat.KVClassType
+    if class_type == kinds.KVARGS:
+        return original(transfer_backend, class_type)
+    import prfaas.sglang.backend as backend
+
+    return {
+        kinds.MANAGER: backend.PrfaasKVManager,
+        kinds.SENDER: backend.PrfaasKVSender,
+        kinds.RECEIVER: backend.PrfaasKVReceiver,
+        kinds.BOOTSTRAP_SERVER: backend.PrfaasKVBootstrapServer,
+    }[class_type]
