@@ -1,0 +1,126 @@
+"""Schema of a pump's configuration: where it listens, whom it trusts, how much it may hold."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from prfaas.config.loading import Strict
+
+K_LOOPBACK = ("127.", "::1", "localhost")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """host and port of "host:port" or "[v6]:port". Raises ValueError."""
+    match = re.fullmatch(r"\[([0-9A-Fa-f:.%]+)\]:(\d{1,5})|([^:\[\]\s]+):(\d{1,5})", address)
+    if match is None:
+        raise ValueError(f"{address!r} is not host:port")
+    port = int(match[2] or match[4])
+    if port > 65535:
+        raise ValueError(f"{address!r}: a port is at most 65535")
+    return match[1] or match[3], port
+
+
+def is_loopback(host: str) -> bool:
+    return host.startswith(K_LOOPBACK)
+
+
+class TlsConfig(Strict):
+    """Mutual TLS 1.3. Files as `prfaas keys create` writes them; read again when they change."""
+
+    ca: Path
+    """Certificates of the authorities trusted to name sites."""
+    certificate: Path
+    """This site's certificate (its common name or a prfaas URI names the site)."""
+    key: Path
+    sites: tuple[str, ...] = ()
+    """Sites that may connect; empty: every site the authorities vouch for."""
+
+
+class FaultConfig(Strict):
+    """Faults that only the testbed sets, to see that they are found and mended."""
+
+    corrupt_every_blocks: int = Field(0, ge=0)
+    """Flip a byte of every n-th block after its checksum was taken; 0: never."""
+    cut_every_blocks: int = Field(0, ge=0)
+    """Abort the stream after every n-th block sent on it; 0: never."""
+    pause_copy_s: float = Field(0.0, ge=0, le=5)
+    """Pause half-way through every copy into a lease's pages."""
+    drop_every_blocks: int = Field(0, ge=0)
+    """Zero every n-th block before its checksum is taken (a fault no checksum of ours can see); 0: never."""
+
+
+class LedgerConfig(Strict):
+    """One outgoing link of this site, and the pump that keeps its ledger."""
+
+    link: str
+    """Name of the link."""
+    peer_site: str
+    """The site at its other end."""
+    host: str = ""
+    """host:port of the pump that hosts the ledger; empty: this one."""
+    capacity_bps: float | None = Field(None, gt=0)
+    """Upper bound of the link's rate in bits per second; None: what is measured."""
+    floor_bps: float = Field(1e6, gt=0)
+    """What this pump may use while the ledger can't be reached, bits per second."""
+
+
+class PumpConfig(Strict):
+    """One pump: a process that owns a node's sockets to other sites."""
+
+    site: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    listen: str = "127.0.0.1:0"
+    """host:port to bind; port 0 takes a free one."""
+    advertise: str = ""
+    """host:port that peers dial, if it isn't the bound one (NAT); "host" alone keeps the bound port."""
+    control_socket: Path | None = None
+    """Unix socket for the node's servers; default: $XDG_RUNTIME_DIR or /tmp, by user and site."""
+    tls: TlsConfig | None = None
+    allow_plaintext: bool = False
+    """Let peers that aren't on loopback talk without TLS; logged as a warning."""
+    block_bytes: int = Field(256 * 1024, ge=4096, le=4 << 20)
+    """Most payload in one block."""
+    min_streams: int = Field(2, ge=1, le=64)
+    max_streams: int = Field(64, ge=1, le=256)
+    """TCP connections to one peer: opened at first use, and more while loss asks for it."""
+    congestion_control: Literal["auto", "bbr", "cubic", "reno"] = "auto"
+    """auto: bbr where the kernel allows it, else its default."""
+    window_bytes: int = Field(64 << 20, ge=4096)
+    """Most bytes in flight on one lease; what a lease first gets is this too, if staging allows."""
+    staging_bytes: int = Field(256 << 20, ge=1 << 20)
+    """Memory for blocks that an owner must copy itself (device memory), over all leases."""
+    stall_s: float = Field(1.5, gt=0, le=60)
+    """A stream that delivers nothing for this long (or 8 RTT, if longer) is replaced."""
+    idle_exit_s: float = Field(60.0, gt=0)
+    """A pump that a server started ends after so long without clients."""
+    max_transfers: int = Field(65536, ge=1)
+    metrics: str = ""
+    """host:port of the Prometheus page; empty: none."""
+    ledgers: tuple[LedgerConfig, ...] = ()
+    protocol_versions: tuple[int, int] = (1, 2)
+    """Oldest and newest protocol version spoken."""
+    faults: FaultConfig | None = None
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_is_address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PumpConfig:
+        if self.max_streams < self.min_streams:
+            raise ValueError(f"max_streams {self.max_streams} is below min_streams {self.min_streams}")
+        return self
+
+    @property
+    def control_path(self) -> Path:
+        """Where the node's servers find the pump."""
+        if self.control_socket is not None:
+            return self.control_socket
+        base = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
+        return Path(base) / f"prfaas-{os.getuid()}-{self.site}.sock"

@@ -1,0 +1,42 @@
+"""`python -m prfaas.pump --config F`: what a server starts when it finds no pump; `prfaas pump` calls the same."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from prfaas.config.loading import load
+from prfaas.config.pump import PumpConfig
+from prfaas.model.errors import PrfaasError
+from prfaas.pump.server import Pump
+
+
+def run(config: PumpConfig, *, persistent: bool) -> int:
+    """Serve until SIGTERM or SIGINT, or until there have been no clients for a while (unless `persistent`)."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    pump = Pump(config, persistent=persistent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: pump.stop())
+    pump.run()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="prfaas.pump", allow_abbrev=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--for-clients", action="store_true", help="end when no client is left")
+    args = parser.parse_args(argv)
+    try:
+        return run(load(args.config, PumpConfig), persistent=not args.for_clients)
+    except PrfaasError as error:
+        sys.stderr.write(f"prfaas pump: {error}\n")
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Peers that send to us: their blocks are checked, copied under their lease's guard, and acknowledged."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from prfaas.model.errors import RemoteProtocolError
+from prfaas.model.transfer import FailureReason
+from prfaas.pump.memory import Gone, Withdrawn
+from prfaas.pump.stream import Counters, Handler, Stream, W
+from prfaas.transfer.frames import (
+    FrameType,
+    Header,
+    Hello,
+    Open,
+    Refuse,
+    agree_version,
+    decode_message,
+    message_frame,
+)
+from prfaas.transfer.receiving import Apply, Incoming, Known, Refused
+from prfaas.transfer.segments import decode_table
+
+if TYPE_CHECKING:
+    from prfaas.pump.server import Pump
+
+log = logging.getLogger(__name__)
+
+K_HANDSHAKE_S = 5.0
+K_STREAMS_PER_PUMP = 512
+K_UNKNOWN_STREAMS = 256
+"""Most connections that haven't said HELLO yet."""
+
+
+class Inbound(Handler):
+    """All streams that peers opened to this pump."""
+
+    def __init__(self, pump: Pump) -> None:
+        self.pump = pump
+        self.streams: set[Stream] = set()
+        self.counters = Counters()
+        self.refusals: dict[str, int] = {}
+        self._serial = 0
+        self._by_boot: dict[bytes, dict[int, Stream]] = {}
+
+    def accept(self, stream: Stream) -> None:
+        self.streams.add(stream)
+        self.pump.loop.call_at(stream.opened_s + K_HANDSHAKE_S, lambda now: self._expect_hello(stream, now))
+
+    @property
+    def crowded(self) -> bool:
+        return sum(not s.ready for s in self.streams) >= K_UNKNOWN_STREAMS
+
+    def _expect_hello(self, stream: Stream, now: float) -> None:
+        if not stream.ready:
+            stream.lose("no HELLO", now)
+
+    def count_refusal(self, reason: str) -> None:
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+
+    def our_hello(self, stream: Stream) -> Hello:
+        return self.pump.hello(stream.index)
+
+    def on_hello(self, stream: Stream, hello: Hello) -> int:
+        version = agree_version(self.pump.config.protocol_versions, (hello.oldest, hello.newest))
+        self.pump.check_site(stream, hello)
+        if len(hello.boot) != 16:
+            raise RemoteProtocolError(f"a boot id of {len(hello.boot)} bytes")
+        same = self._by_boot.setdefault(hello.boot, {})
+        if len(same) >= K_STREAMS_PER_PUMP:
+            raise RemoteProtocolError(f"more than {K_STREAMS_PER_PUMP} streams of one pump")
+        stream.peer_site = hello.site
+        stream.session = hello.boot
+        same[id(stream)] = stream
+        return version
+
+    def on_ready(self, stream: Stream, now: float) -> None:
+        self.counters.streams_opened += 1
+
+    def on_lost(self, stream: Stream, reason: str, now: float) -> None:
+        self.streams.discard(stream)
+        self.counters.add(stream.counters)
+        self.counters.streams_lost += 1
+        if isinstance(stream.session, bytes):
+            same = self._by_boot.get(stream.session, {})
+            same.pop(id(stream), None)
+            if not same:
+                self._by_boot.pop(stream.session, None)
+        else:
+            self.count_refusal("handshake")
+        log.info("a stream from %s ended: %s", stream.peer_site or "an unknown peer", reason)
+
+    def any_stream(self, peer: object) -> Stream | None:
+        """An open stream of the peer, to tell it something."""
+        if isinstance(peer, bytes):
+            return next((s for s in self._by_boot.get(peer, {}).values() if s.ready), None)
+        return None
+
+    def next_block(self, stream: Stream, now: float) -> int:
+        return 0
+
+    def on_frame(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
+        kind = header.type
+        if kind is FrameType.OPEN:
+            self._open(stream, header.transfer_id, decode_message(body, Open), now)
+        elif kind is FrameType.CANCEL:
+            why = decode_message(body, Refuse)
+            try:
+                reason = FailureReason(why.reason)
+            except ValueError:
+                reason = FailureReason.CANCELLED
+            event = self.pump.receiving.on_cancel(
+                stream.session, header.transfer_id, reason, why.detail[:200]
+            )
+            if event is not None:
+                self.pump.on_receive_event(event, now)
+        elif kind is FrameType.LEDGER:
+            self.pump.on_ledger_frame(stream, body, now)
+        elif kind is not FrameType.PONG:
+            raise RemoteProtocolError(f"{kind.name} from a sender")
+
+    def _open(self, stream: Stream, transfer_id: int, opening: Open, now: float) -> None:
+        receiving = self.pump.receiving
+        refused = receiving.on_open(stream.session, stream.peer_site, transfer_id, opening, now)
+        if refused is not None and refused.reason is FailureReason.LEASE_UNKNOWN:
+            # Its grant may be in a server's socket already, not yet read in this turn.
+            self.pump.read_servers(now)
+            refused = receiving.on_open(stream.session, stream.peer_site, transfer_id, opening, now)
+        if refused is not None:
+            self._refuse(stream, transfer_id, refused)
+
+    def _refuse(self, stream: Stream, transfer_id: int, refused: Refused) -> None:
+        self.count_refusal(refused.reason.value)
+        why = Refuse(refused.reason.value, refused.detail)
+        stream.send_control(message_frame(stream.version, FrameType.REFUSE, why, transfer_id))
+
+    def tell_refused(self, incoming: Incoming, reason: FailureReason, detail: str) -> None:
+        """Our side ended a transfer: say so to its sender, if it can be reached."""
+        stream = self.any_stream(incoming.peer)
+        if stream is not None:
+            self._refuse(stream, incoming.transfer_id, Refused(reason, detail))
+            self.pump.loop.call_again(stream, W)
+
+    def on_block(self, stream: Stream, header: Header, body: memoryview, address: int, now: float) -> None:
+        payload_bytes = header.body_bytes - header.table_bytes
+        pieces = decode_table(body[: header.table_bytes], stream.version, payload_bytes)
+        receiving = self.pump.receiving
+        answer = receiving.on_block(stream.session, header.transfer_id, header.block_id, pieces)
+        if isinstance(answer, Known):
+            stream.acknowledge(header.transfer_id, header.block_id)
+            return
+        if isinstance(answer, Apply):
+            incoming = answer.incoming
+            owner = self.pump.owner(incoming.owner)
+            guard = incoming.lease.guard if incoming.lease else (0, 1)
+            try:
+                if owner is None:
+                    raise Gone("the server has gone")
+                owner.memory.write(guard, pieces, address + header.table_bytes)
+            except Withdrawn:
+                broken = receiving.break_off(incoming, FailureReason.LEASE_ENDED, "revoked")
+                self.pump.on_receive_event(broken, now)
+                return
+            except Gone as error:
+                broken = receiving.break_off(incoming, FailureReason.OWNER_GONE, str(error))
+                self.pump.on_receive_event(broken, now)
+                return
+            received = receiving.applied(incoming, header.block_id, payload_bytes)
+            if received is not None:
+                # The server hears of it before the sender does: what a killed pump has said stands.
+                self.pump.on_receive_event(received, now)
+            stream.acknowledge(header.transfer_id, header.block_id)
+            return
+        self._refuse(stream, header.transfer_id, answer)
+
+    def close(self, now: float) -> None:
+        for stream in list(self.streams):
+            stream.close(now)
+        self.streams.clear()
+        self._by_boot.clear()

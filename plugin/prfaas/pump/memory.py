@@ -1,0 +1,127 @@
+"""A server's memory, as its pump reads and writes it: process_vm_readv and process_vm_writev, as MPI's CMA does.
+
+The server's interpreter takes no part, so its loop isn't delayed, and a server that is stopped holds nobody up. The
+kernel asks for the same user, and under Yama's ptrace_scope 1 for the server's leave (PR_SET_PTRACER, which pump_client
+gives). Every copy is under a guard (pump_client/guard.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import time
+
+import numpy as np
+
+from prfaas.pump_client.guard import K_TABLE_BYTES, K_WORD
+from prfaas.transfer.segments import U64
+
+K_IOV_MAX = 1024
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_readv = _libc.process_vm_readv
+_writev = _libc.process_vm_writev
+for _call in (_readv, _writev):
+    _call.restype = ctypes.c_ssize_t
+    _call.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong
+    ]  # fmt: skip
+
+
+class Withdrawn(Exception):
+    """The guard was withdrawn: nothing was copied."""
+
+
+class Gone(Exception):
+    """The memory or its process isn't there any more."""
+
+
+class Buffer:
+    """A buffer of ours, page-aligned, with its address."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._map = mmap.mmap(-1, size_bytes)
+        self.view = memoryview(self._map)
+        self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
+
+
+class OwnerMemory:
+    """One attached server's memory."""
+
+    def __init__(self, pid: int, guard_fd: int, pause_copy_s: float = 0.0) -> None:
+        if os.fstat(guard_fd).st_size < K_TABLE_BYTES:
+            raise Gone("the guard table is too short")
+        self._pid = pid
+        self._fd = guard_fd
+        self._map = mmap.mmap(guard_fd, K_TABLE_BYTES, prot=mmap.PROT_READ)
+        self._local = np.empty((1, 2), dtype=np.uint64)
+        self._pause_copy_s = pause_copy_s
+
+    def probe(self, address: int, expected: bytes) -> str | None:
+        """Why this process can't be read; None: it can."""
+        buffer = Buffer(mmap.PAGESIZE)
+        pieces = np.array([[address, len(expected)]], dtype=np.uint64)
+        try:
+            self._move(_readv, pieces, buffer.address)
+        except Gone as error:
+            return str(error)
+        return (
+            None if bytes(buffer.view[: len(expected)]) == expected else "another process answers at this id"
+        )
+
+    def read(self, guard: tuple[int, int], pieces: U64, address: int) -> None:
+        """Gather pieces of the server's memory to ours. Raises Withdrawn or Gone."""
+        self._hold(guard)
+        try:
+            self._move(_readv, pieces, address)
+        finally:
+            self._release(guard)
+
+    def write(self, guard: tuple[int, int], pieces: U64, address: int) -> None:
+        """Scatter bytes of ours to pieces of the server's memory. Raises Withdrawn (none written) or Gone."""
+        self._hold(guard)
+        try:
+            if self._pause_copy_s and pieces.shape[0] > 1:
+                half = pieces.shape[0] // 2
+                self._move(_writev, pieces[:half], address)
+                time.sleep(self._pause_copy_s)
+                self._move(_writev, pieces[half:], address + int(pieces[:half, 1].sum()))
+            else:
+                self._move(_writev, pieces, address)
+        finally:
+            self._release(guard)
+
+    def _hold(self, guard: tuple[int, int]) -> None:
+        slot, word = guard
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, K_WORD.size, slot * K_WORD.size)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise Withdrawn from None
+        if K_WORD.unpack_from(self._map, slot * K_WORD.size)[0] != word:
+            self._release(guard)
+            raise Withdrawn
+
+    def _release(self, guard: tuple[int, int]) -> None:
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, K_WORD.size, guard[0] * K_WORD.size)
+
+    def _move(self, call: ctypes._NamedFuncPointer, pieces: U64, address: int) -> None:  # type: ignore[name-defined]
+        remote = np.ascontiguousarray(pieces)
+        local = self._local
+        for at in range(0, remote.shape[0], K_IOV_MAX):
+            n = min(K_IOV_MAX, remote.shape[0] - at)
+            want = int(remote[at : at + n, 1].sum())
+            local[0, 0], local[0, 1] = address, want
+            got = call(self._pid, local.ctypes.data, 1, remote.ctypes.data + 16 * at, n, 0)
+            if got != want:
+                code = ctypes.get_errno() if got < 0 else errno.EFAULT
+                raise Gone(f"memory of process {self._pid}: {os.strerror(code)}")
+            address += want
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._fd)

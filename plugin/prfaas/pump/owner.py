@@ -1,0 +1,267 @@
+"""One server attached to this pump by the control socket: its memory, its leases, its transfers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from prfaas.model.errors import PrfaasError
+from prfaas.model.transfer import FailureReason
+from prfaas.pump.memory import Gone, OwnerMemory
+from prfaas.pump_client import messages as m
+from prfaas.transfer.frames import Open
+from prfaas.transfer.receiving import Lease
+from prfaas.transfer.segments import U64, Plan, Ranges, iov
+from prfaas.transfer.sending import Completed, SendEvent
+
+if TYPE_CHECKING:
+    from prfaas.pump.server import Pump
+
+log = logging.getLogger(__name__)
+
+K_READ_BYTES = 1 << 20
+K_BACKLOG_MAX_BYTES = 64 << 20
+"""A server that doesn't read what happened to its transfers is cut off at so much."""
+R, W = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+def _u64(data: bytes) -> U64:
+    return np.frombuffer(data, dtype="<u8").astype(np.uint64, copy=False)
+
+
+class Owner:
+    """See the module. Its key in the core is its owner token."""
+
+    def __init__(self, pump: Pump, sock: socket.socket) -> None:
+        self.pump = pump
+        self.name = ""
+        self.token = b""
+        self.registered = Ranges()
+        self.transfers: dict[int, str] = {}
+        self.leases: set[int] = set()
+        self._sock = sock
+        self._inbox = m.Inbox()
+        self._out = bytearray()
+        self._mask = R
+        self._memory: OwnerMemory | None = None
+        self._fds: list[int] = []
+        self.closed = False
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self.pid, self.uid, _ = struct.unpack("3i", credentials)
+        sock.setblocking(False)
+        pump.loop.add(sock.fileno(), R, self, first=True)
+
+    @property
+    def memory(self) -> OwnerMemory:
+        if self._memory is None:
+            raise Gone("the server has not attached its memory")
+        return self._memory
+
+    def on_ready(self, mask: int, now: float) -> None:
+        if self.closed:
+            return
+        try:
+            if mask & W:
+                self._flush()
+            if mask & R:
+                self.read(now)
+        except OSError as error:
+            self.close(str(error), now)
+
+    def read(self, now: float) -> None:
+        """Handle what the server has sent, until its socket is empty."""
+        while not self.closed:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._sock, K_READ_BYTES, 4)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                data, fds = b"", []
+            self._fds += fds
+            if not data:
+                self.close("", now)
+                return
+            try:
+                for body in self._inbox.feed(data):
+                    self._handle(m.decode_to_pump(body), now)
+            except (msgspec.MsgspecError, ValueError) as error:
+                self.close(f"not a message: {error}", now)
+            except (PrfaasError, Gone) as error:
+                self.close(str(error), now)
+
+    def send(self, message: m.Message) -> None:
+        """Queue a message; a server that doesn't read is cut off before its queue grows without bound."""
+        if self.closed:
+            return
+        self._out += m.encode(message)
+        if len(self._out) > K_BACKLOG_MAX_BYTES:
+            self.pump.loop.call_at(0, lambda now: self.close("it doesn't read its messages", now))
+            return
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._out:
+                n = self._sock.send(self._out)
+                del self._out[:n]
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self._out.clear()
+        mask = R | W if self._out else R
+        if mask != self._mask and not self.closed:
+            self._mask = mask
+            self.pump.loop.modify(self._sock.fileno(), mask, self)
+
+    def _handle(self, message: m.ToPump, now: float) -> None:
+        if isinstance(message, m.Attach):
+            self._attach(message)
+            return
+        if self._memory is None:
+            raise PrfaasError("the first message must be attach")
+        match message:
+            case m.Register():
+                self._answer(message.serial, lambda: self.registered.add(_rows(message)))
+            case m.Deregister():
+                self._answer(message.serial, lambda: self.registered.remove(_u64(message.addresses).tolist()))
+            case m.Grant():
+                self._grant(message, now)
+            case m.Revoke():
+                self.leases.discard(message.lease_id)
+                self.pump.end_lease(message.lease_id, now)
+            case m.Submit():
+                self._submit(message, now)
+            case m.Cancel():
+                address = self.transfers.get(message.transfer_id)
+                if address is not None:
+                    self.pump.peer(address, "", now).cancel(
+                        message.transfer_id, FailureReason.CANCELLED, "by the sender", now
+                    )
+            case m.Prepare():
+                self.pump.peer(message.address, "", now).prepare(now)
+            case m.AskStats():
+                self.send(m.Reply(message.serial, "", self.pump.stats(now)))
+
+    def _answer(self, serial: int, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except PrfaasError as error:
+            self.send(m.Reply(serial, str(error)))
+        else:
+            self.send(m.Reply(serial))
+
+    def _attach(self, message: m.Attach) -> None:
+        if self._memory is not None or not self._fds:
+            raise PrfaasError("attach comes once, with the guard table")
+        if message.version != m.K_CONTROL_VERSION:
+            self.send(m.Refused(f"control version {message.version}, here {m.K_CONTROL_VERSION}"))
+            raise PrfaasError("another control version")
+        if self.uid not in (os.getuid(), 0):
+            raise PrfaasError(f"user {self.uid} may not use this pump")
+        if len(message.owner_token) < 16 or self.pump.owner(message.owner_token) is not None:
+            raise PrfaasError("the owner's token is weak or taken")
+        fd, self._fds = self._fds[0], self._fds[1:]
+        faults = self.pump.config.faults
+        memory = OwnerMemory(self.pid, fd, faults.pause_copy_s if faults else 0.0)
+        problem = memory.probe(message.probe_address, message.probe)
+        if problem is not None:
+            memory.close()
+            self.send(m.Refused(f"the pump can't read its server's memory ({problem}); see prfaas doctor"))
+            raise PrfaasError(problem)
+        self._memory, self.name, self.token = memory, message.name, message.owner_token
+        self.pump.attach(self)
+        self.send(
+            m.Attached(
+                m.K_CONTROL_VERSION,
+                self.pump.address,
+                self.pump.config.site,
+                os.getpid(),
+                self.pump.boot,
+                self.pump.config.block_bytes,
+                self.pump.config.window_bytes,
+            )  # fmt: skip
+        )
+
+    def _grant(self, message: m.Grant, now: float) -> None:
+        lease = Lease(
+            message.lease_id, message.token, message.room, message.generation, Ranges(_rows(message)),
+            now + message.deadline_s, self.token, message.site, (message.guard_slot, message.guard_word),
+        )  # fmt: skip
+        try:
+            self.pump.receiving.grant(lease, self.registered)
+            self.leases.add(lease.lease_id)
+        except PrfaasError as error:
+            log.warning("%s: lease %d refused: %s", self.name, message.lease_id, error)
+            reason = FailureReason.BAD_REQUEST.value
+            self.send(m.Arrived(message.lease_id, 0, "", 0, 0, "", 0, False, reason, str(error)))
+
+    def _submit(self, message: m.Submit, now: float) -> None:
+        opening = Open(
+            message.room, message.generation, message.lease_id, message.token, message.kind, 0, 0,
+            message.deadline_s, message.index, message.count, message.source,
+        )  # fmt: skip
+        src, dst, length = _u64(message.sources), _u64(message.destinations), _u64(message.lengths)
+        try:
+            if not src.shape == dst.shape == length.shape:
+                raise PrfaasError("arrays of different lengths")
+            if not self.registered.holds(iov(src, length)):
+                raise PrfaasError("a source that isn't registered")
+            self.transfers[message.transfer_id] = message.address
+            self.pump.peer(message.address, message.site, now).submit(
+                message.transfer_id, opening, lambda block_bytes: Plan(src, dst, length, block_bytes),
+                message.window_bytes, now + message.deadline_s, self.memory,
+                (message.guard_slot, message.guard_word), self._ended, now,
+            )  # fmt: skip
+        except (PrfaasError, ValueError) as error:
+            self.transfers.pop(message.transfer_id, None)
+            reason = (
+                FailureReason.BAD_REQUEST if "registered" not in str(error) else FailureReason.SOURCE_REFUSED
+            )
+            self.send(m.Ended(message.transfer_id, False, reason.value, str(error), 0, 0, 0.0))
+
+    def _ended(self, event: SendEvent) -> None:
+        self.transfers.pop(event.transfer_id, None)
+        ok = isinstance(event, Completed)
+        reason, detail = ("", "") if isinstance(event, Completed) else (event.reason.value, event.detail)
+        self.pump.count_ended(event)
+        self.send(
+            m.Ended(
+                event.transfer_id,
+                ok,
+                reason,
+                detail,
+                event.payload_bytes,
+                event.resent_blocks,
+                self.pump.loop.now() - event.started_s,
+            )  # fmt: skip
+        )
+
+    def close(self, why: str, now: float) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if why:
+            log.warning("server %s (pid %d) is cut off: %s", self.name or "?", self.pid, why)
+        self.pump.loop.remove(self._sock.fileno())
+        self._sock.close()
+        for fd in self._fds:
+            os.close(fd)
+        for transfer_id, address in list(self.transfers.items()):
+            self.pump.peer(address, "", now).cancel(
+                transfer_id, FailureReason.OWNER_GONE, "the sender has gone", now
+            )
+        self.pump.detach(self, now)
+        if self._memory is not None:
+            self._memory.close()
+
+
+def _rows(message: m.Register | m.Grant) -> U64:
+    return iov(_u64(message.addresses), _u64(message.lengths))

@@ -1,0 +1,403 @@
+"""One peer that we send to: its streams, which are opened once, kept, and replaced when they are lost.
+
+The peer may be away: a lost stream is dialled again after a growing, bounded pause, for as long as transfers wait and
+their deadlines allow. Only a peer that refuses every connection for `K_REFUSED_S`, or whose certificate is wrong, fails
+its transfers earlier.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prfaas.config.pump import is_loopback, split_address
+from prfaas.model.errors import RemoteProtocolError
+from prfaas.model.transfer import FailureReason
+from prfaas.pump import tcpinfo
+from prfaas.pump.memory import Gone, OwnerMemory, Withdrawn
+from prfaas.pump.stream import Counters, Handler, Stream, W
+from prfaas.transfer.frames import (
+    K_HEADER_BYTES,
+    FrameType,
+    Header,
+    Hello,
+    Open,
+    Refuse,
+    Window,
+    agree_version,
+    checksum,
+    decode_acks,
+    decode_message,
+    message_frame,
+)
+from prfaas.transfer.segments import Plan, encode_table
+from prfaas.transfer.sending import Failed, SendEvent, Sending
+from prfaas.transfer.streams import StreamCount, block_bytes_for
+
+if TYPE_CHECKING:
+    from prfaas.pump.server import Pump
+
+log = logging.getLogger(__name__)
+
+K_TICK_S = 0.1
+K_CONNECT_S = 3.0
+K_HANDSHAKE_S = 5.0
+K_BACKOFF_FIRST_S = 0.05
+K_BACKOFF_MOST_S = 1.0
+K_REFUSED_S = 10.0
+K_UNTRUSTED_TRIES = 3
+K_NOTSENT_LOWAT_BYTES = 128 * 1024
+_serial = itertools.count(1)
+
+
+class Peer(Handler):
+    """Transfers to `address`, over its streams."""
+
+    def __init__(self, pump: Pump, address: str, site: str, now: float) -> None:
+        self.pump, self.address, self.wanted_site = pump, address, site
+        self.site = ""
+        self.sending = Sending(pump.config.window_bytes)
+        self.counters = Counters()
+        self.count = StreamCount(pump.config.min_streams, pump.config.max_streams)
+        self.boot: bytes | None = None
+        self.last_error = ""
+        self._sources: dict[int, tuple[OwnerMemory, tuple[int, int], Callable[[SendEvent], None]]] = {}
+        self._streams: dict[int, Stream] = {}
+        self._names: dict[Stream, int] = {}
+        self._next_dial_s = now
+        self._failures = 0
+        self._first_failure_s: float | None = None
+        self._refused = False
+        self._untrusted = 0
+        self._keep_warm = False
+        self._blocks_sent = 0
+        loop = pump.loop
+        loop.call_at(now + K_TICK_S, self._tick)
+        self.alive = True
+
+    # Asked by the pump
+
+    def submit(
+        self, transfer_id: int, opening: Open, plan_of: Callable[[int], Plan], window_bytes: int,
+        deadline_s: float, memory: OwnerMemory, guard: tuple[int, int], on_event: Callable[[SendEvent], None],
+        now: float,
+    ) -> None:  # fmt: skip
+        """Begin a transfer. `plan_of` makes its plan from a block size. Raises LocalProtocolError."""
+        most_bytes = self.pump.config.block_bytes
+        if opening.lease_id:
+            most_bytes = max(4096, min(most_bytes, window_bytes))
+        plan = plan_of(self.block_bytes(most_bytes))
+        opening.total_bytes, opening.n_blocks = plan.total_bytes, plan.n_blocks
+        self.sending.submit(transfer_id, opening, plan, window_bytes, deadline_s, now)
+        self._sources[transfer_id] = (memory, guard, on_event)
+        self.prepare(now)
+        self.kick(now)
+
+    def prepare(self, now: float) -> None:
+        """Have the streams open."""
+        self._keep_warm = True
+        self._dial(now)
+
+    def block_bytes(self, most_bytes: int) -> int:
+        rtt_s, n = self.rtt_s, max(1, self.n_ready)
+        rate = max(
+            self.count.goodput_bps, sum(s.info.delivery_rate_bps for s in self._streams.values() if s.info)
+        )
+        return block_bytes_for(rate / n, rtt_s, most_bytes)
+
+    def cancel(self, transfer_id: int, reason: FailureReason, detail: str, now: float) -> None:
+        self._event(self.sending.fail(transfer_id, reason, detail), now)
+
+    @property
+    def n_ready(self) -> int:
+        return sum(s.ready for s in self._streams.values())
+
+    @property
+    def streams(self) -> list[Stream]:
+        return list(self._streams.values())
+
+    @property
+    def rtt_s(self) -> float:
+        """The smallest smoothed RTT of the open streams; 0 when unknown."""
+        return min((s.info.rtt_s for s in self._streams.values() if s.info and s.info.rtt_s), default=0.0)
+
+    def totals(self) -> Counters:
+        """Counters of closed and open streams together."""
+        total = Counters()
+        total.add(self.counters)
+        for stream in self._streams.values():
+            total.add(stream.counters)
+        return total
+
+    def kick(self, now: float) -> None:
+        """Let every stream that can take something have a turn."""
+        for stream in list(self._streams.values()):
+            if stream.ready and not stream.waiting_to_write:
+                if not self.sending.backlog_bytes:
+                    return
+                stream.on_ready(W, now)
+
+    def close(self, now: float) -> None:
+        self.alive = False
+        for stream in list(self._streams.values()):
+            stream.close(now)
+        self._streams.clear()
+
+    # Dialling
+
+    def _dial(self, now: float) -> None:
+        if not self.alive or now < self._next_dial_s:
+            return
+        # One connection tries a peer that doesn't answer; the others follow when it does.
+        missing = self.count.wanted - len(self._streams)
+        if self._failures and not self.n_ready:
+            missing = min(missing, 1 - len(self._streams))
+        for _ in range(missing):
+            self._dial_one(now)
+
+    def _dial_one(self, now: float) -> None:
+        host, port = split_address(self.address)
+        tls = self.pump.client_tls(host)
+        if tls is None and not self.pump.plaintext_allowed(host):
+            self._fail_all(
+                FailureReason.PEER_UNTRUSTED, f"{host}: plaintext is for loopback only (allow_plaintext)", now
+            )
+            return
+        try:
+            family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            self._dial_failed(str(error), refused=False, now=now)
+            return
+        sock.setblocking(False)
+        tcpinfo.prepare(sock, K_NOTSENT_LOWAT_BYTES)
+        congestion_control = tcpinfo.set_congestion_control(sock, self.pump.config.congestion_control)
+        code = sock.connect_ex(target)
+        if code not in (0, 11, 115):
+            sock.close()
+            self._dial_failed(f"connect: error {code}", refused=True, now=now)
+            return
+        serial = next(_serial)
+        stream = Stream(self.pump.loop, sock, self, serial, dialled=True, tls=tls, now=now)
+        stream.congestion_control = congestion_control
+        self._streams[serial] = stream
+
+    def _dial_failed(self, reason: str, *, refused: bool, now: float) -> None:
+        self.last_error = reason
+        self._refused = refused
+        self._failures += 1
+        if self._first_failure_s is None:
+            self._first_failure_s = now
+        pause_s = min(K_BACKOFF_MOST_S, K_BACKOFF_FIRST_S * 2 ** min(self._failures, 10))
+        self._next_dial_s = now + pause_s * random.uniform(0.75, 1.25)
+
+    # Handler
+
+    def our_hello(self, stream: Stream) -> Hello:
+        return self.pump.hello(stream.index)
+
+    def on_hello(self, stream: Stream, hello: Hello) -> int:
+        version = agree_version(self.pump.config.protocol_versions, (hello.oldest, hello.newest))
+        self.pump.check_site(stream, hello)
+        if self.wanted_site and hello.site != self.wanted_site:
+            stream.untrusted = f"site {hello.site!r} answers where {self.wanted_site!r} was expected"
+            raise RemoteProtocolError(stream.untrusted)
+        if self.boot is not None and hello.boot != self.boot:
+            self._restarted(stream)
+        self.boot, self.site = hello.boot, hello.site
+        stream.peer_site = hello.site
+        return version
+
+    def _restarted(self, new: Stream) -> None:
+        log.info("peer %s: another pump answers; what is under way is sent again", self.address)
+        for name, stream in list(self._streams.items()):
+            if stream is not new and stream.ready:
+                stream.close(self.pump.loop.now())
+                self._drop(name, stream)
+        self.sending.on_peer_restarted()
+
+    def on_ready(self, stream: Stream, now: float) -> None:
+        self._failures = self._untrusted = 0
+        self._first_failure_s = None
+        self._next_dial_s = now
+        self.counters.streams_opened += 1
+        self._dial(now)
+
+    def on_block(self, stream: Stream, header: Header, body: memoryview, address: int, now: float) -> None:
+        raise RemoteProtocolError("a block on a stream that we opened")
+
+    def on_frame(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
+        kind = header.type
+        if kind is FrameType.ACK:
+            for transfer_id, block_id in decode_acks(body):
+                self._event(self.sending.on_ack(transfer_id, block_id), now)
+        elif kind is FrameType.NACK:
+            stream.counters.corrupt_blocks += 1
+            self._event(self.sending.on_nack(header.transfer_id, header.block_id), now)
+        elif kind is FrameType.REFUSE:
+            refuse = decode_message(body, Refuse)
+            try:
+                reason = FailureReason(refuse.reason)
+            except ValueError:
+                reason = FailureReason.BAD_REQUEST
+            self._event(self.sending.on_refuse(header.transfer_id, reason, refuse.detail[:200]), now)
+        elif kind is FrameType.WINDOW:
+            window = decode_message(body, Window)
+            self.sending.on_window(window.lease_id, window.window_bytes)
+        elif kind is FrameType.LEDGER:
+            self.pump.on_ledger_frame(stream, body, now)
+        elif kind is not FrameType.PONG:
+            raise RemoteProtocolError(f"{kind.name} from a receiver")
+        self.kick(now)
+
+    def next_block(self, stream: Stream, now: float) -> int:
+        while True:
+            draw = self.sending.draw(stream.index, now)
+            if draw is None:
+                return 0
+            memory, guard, _ = self._sources[draw.transfer_id]
+            piece = self.sending.plan(draw.transfer_id).block(draw.block_id)
+            table = encode_table(piece.destination, stream.version)
+            buffer, at = stream.out_buffer, 0
+            if draw.open_first:
+                opening = self.sending.opening(draw.transfer_id, now)
+                frame = message_frame(stream.version, FrameType.OPEN, opening, draw.transfer_id)
+                at = len(frame)
+                buffer.view[:at] = frame
+            body_at = at + K_HEADER_BYTES
+            payload_at = body_at + len(table)
+            end = payload_at + piece.payload_bytes
+            try:
+                memory.read(guard, piece.source, buffer.address + payload_at)
+            except Withdrawn:
+                self.cancel(draw.transfer_id, FailureReason.CANCELLED, "the source was withdrawn", now)
+                continue
+            except Gone as error:
+                self.cancel(draw.transfer_id, FailureReason.SOURCE_GONE, str(error), now)
+                continue
+            buffer.view[body_at:payload_at] = table
+            self._blocks_sent += 1
+            faults = self.pump.config.faults
+            if faults and faults.drop_every_blocks and self._blocks_sent % faults.drop_every_blocks == 0:
+                buffer.view[payload_at:end] = bytes(piece.payload_bytes)
+            crc = checksum(buffer.view[body_at:end])
+            header = Header(
+                stream.version,
+                FrameType.BLOCK,
+                0,
+                end - body_at,
+                len(table),
+                draw.transfer_id,
+                draw.block_id,
+                crc,
+            )
+            buffer.view[at:body_at] = header.to_bytes()
+            if (
+                faults
+                and faults.corrupt_every_blocks
+                and self._blocks_sent % faults.corrupt_every_blocks == 0
+            ):
+                buffer.view[end - 1] ^= 0x55
+            counters = stream.counters
+            counters.control_bytes_sent += at
+            counters.framing_bytes_sent += K_HEADER_BYTES + len(table)
+            counters.payload_bytes_sent += piece.payload_bytes
+            counters.blocks_sent += 1
+            if faults and faults.cut_every_blocks and self._blocks_sent % faults.cut_every_blocks == 0:
+                self.pump.loop.call_at(now, lambda when: stream.lose("cut by a test", when))
+            return end
+
+    def on_lost(self, stream: Stream, reason: str, now: float) -> None:
+        was_ready = self.boot is not None and stream.peer_site != ""
+        self._drop(stream.index, stream)
+        self.counters.streams_lost += 1
+        if stream.untrusted:
+            self._untrusted += 1
+            if self._untrusted >= K_UNTRUSTED_TRIES:
+                self._fail_all(FailureReason.PEER_UNTRUSTED, stream.untrusted, now)
+        if was_ready:
+            self.last_error = reason
+            log.info("peer %s: a stream was lost: %s", self.address, reason)
+            if not self.n_ready:
+                self._next_dial_s = max(self._next_dial_s, now + K_BACKOFF_FIRST_S)
+        else:
+            self._dial_failed(reason, refused="refused" in reason, now=now)
+        self._dial(now)
+        self.kick(now)
+
+    def _drop(self, name: int, stream: Stream) -> None:
+        if self._streams.pop(name, None) is not None:
+            self.sending.on_stream_lost(name)
+            self.counters.add(stream.counters)
+
+    # Time
+
+    def _tick(self, now: float) -> None:
+        if not self.alive:
+            return
+        for event in self.sending.tick(now):
+            self._event(event, now)
+        for stream in self.streams:
+            self._check(stream, now)
+        busy = len(self.sending) > 0
+        self._observe(now)
+        if busy and self._refused and self._first_failure_s is not None and not self.n_ready:
+            if now - self._first_failure_s > K_REFUSED_S:
+                self._fail_all(FailureReason.PEER_UNREACHABLE, self.last_error, now)
+        if busy or (self._keep_warm and self._failures < 10):
+            self._dial(now)
+        self.kick(now)
+        self.pump.loop.call_at(now + (K_TICK_S if busy else 5 * K_TICK_S), self._tick)
+
+    def _check(self, stream: Stream, now: float) -> None:
+        if not stream.ready:
+            limit_s = K_CONNECT_S if stream.state.value == "connecting" else K_HANDSHAKE_S
+            if now - stream.opened_s > limit_s:
+                stream.lose(f"no answer ({stream.state.value})", now)
+            return
+        stream.sample(now)
+        rtt_s = stream.info.rtt_s if stream.info else 0.0
+        if now - stream.progress_s > max(self.pump.config.stall_s, 8 * rtt_s):
+            stream.lose(f"nothing was acknowledged for {now - stream.progress_s:.1f} s", now)
+
+    def _observe(self, now: float) -> None:
+        totals = self.totals()
+        before = self.count.wanted
+        wanted = self.count.observe(
+            now, open_streams=self.n_ready, acked_bytes=totals.bytes_acked, sent_bytes=totals.tcp_bytes_sent,
+            retransmitted_bytes=totals.retransmitted_bytes, rtt_s=self.rtt_s,
+            backlogged=self.sending.backlog_bytes > 0,
+        )  # fmt: skip
+        if wanted > before:
+            log.info("peer %s: %d streams, for %.2f%% loss", self.address, wanted, 100 * self.count.loss)
+            self._dial(now)
+
+    # Ends
+
+    def _event(self, event: SendEvent | None, now: float) -> None:
+        if event is None:
+            return
+        _, _, on_event = self._sources.pop(event.transfer_id)
+        if isinstance(event, Failed) and event.tell_peer:
+            self._tell_cancelled(event)
+        on_event(event)
+
+    def _tell_cancelled(self, event: Failed) -> None:
+        """A receiver that never heard of the transfer ignores it; one that can't be reached ends it by its deadline."""
+        for stream in self._streams.values():
+            if stream.ready:
+                why = Refuse(event.reason.value, event.detail)
+                stream.send_control(message_frame(stream.version, FrameType.CANCEL, why, event.transfer_id))
+                self.pump.loop.call_again(stream, W)
+                return
+
+    def _fail_all(self, reason: FailureReason, detail: str, now: float) -> None:
+        for event in self.sending.fail_all(reason, detail):
+            self._event(event, now)
+
+    def is_local(self) -> bool:
+        return is_loopback(split_address(self.address)[0])

@@ -1,0 +1,320 @@
+"""The pump: one process that owns a node's streams to other sites, for all of the node's servers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import selectors
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+from prfaas.config.pump import PumpConfig, is_loopback, split_address
+from prfaas.model.errors import MachineError, RemoteProtocolError
+from prfaas.model.transfer import FailureReason
+from prfaas.pump import tcpinfo
+from prfaas.pump.inbound import Inbound
+from prfaas.pump.loop import Loop
+from prfaas.pump.owner import Owner
+from prfaas.pump.peer import K_NOTSENT_LOWAT_BYTES, Peer
+from prfaas.pump.stream import Stream
+from prfaas.pump_client import messages as m
+from prfaas.transfer.frames import Hello
+from prfaas.transfer.receiving import Broken, ReceiveEvent, Receiving
+from prfaas.transfer.sending import Completed, SendEvent
+
+log = logging.getLogger(__name__)
+
+K_TICK_S = 0.1
+K_BACKLOG = 512
+R = selectors.EVENT_READ
+
+
+class _Acceptor:
+    """A listening socket in the loop."""
+
+    def __init__(self, sock: socket.socket, accept: Callable[[socket.socket, float], None]) -> None:
+        self.sock, self._accept = sock, accept
+        sock.setblocking(False)
+
+    def on_ready(self, mask: int, now: float) -> None:
+        for _ in range(64):
+            try:
+                conn, _ = self.sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.warning("accept: %s", error)
+                return
+            self._accept(conn, now)
+
+
+class Pump:
+    """Call `run`; `stop` from a signal handler ends it. `persistent`: stay without clients (an operator started it)."""
+
+    def __init__(self, config: PumpConfig, *, persistent: bool = True) -> None:
+        self.config = config
+        self.loop = Loop()
+        self.boot = secrets.token_bytes(16)
+        self.receiving = Receiving(config.max_transfers)
+        self.inbound = Inbound(self)
+        self.ended: dict[str, int] = {}
+        self._persistent = persistent
+        self._owners: dict[bytes, Owner] = {}
+        self._controls: set[Owner] = set()
+        self._peers: dict[tuple[str, str], Peer] = {}
+        self._warned: set[str] = set()
+        self._last_client_s = self.loop.now()
+        self._listener = self._listen()
+        try:
+            self._control = self._listen_control(config.control_path)
+        except BaseException:
+            self._listener.close()
+            self.loop.close()
+            raise
+        host, port = self._listener.getsockname()[:2]
+        self.address = self._advertised(host, port)
+        self.loop.add(self._listener.fileno(), R, _Acceptor(self._listener, self._accept_peer))
+        self.loop.add(self._control.fileno(), R, _Acceptor(self._control, self._accept_server))
+        self.loop.call_at(self.loop.now() + K_TICK_S, self._tick)
+
+    def _listen(self) -> socket.socket:
+        host, port = split_address(self.config.listen)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        if not self.config.tls and not self.plaintext_allowed(host):
+            raise MachineError(
+                f"listen {host}: peers that aren't on loopback need tls (or allow_plaintext, which trusts the network)"
+            )
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+            sock.listen(K_BACKLOG)
+        except OSError as error:
+            sock.close()
+            raise MachineError(f"listen {self.config.listen}: {error.strerror}") from None
+        return sock
+
+    def _listen_control(self, path: Path) -> socket.socket:
+        """The unix socket for servers of the same user. Whoever starts a pump holds the lock beside it."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            if path.exists():
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                    if probe.connect_ex(str(path)) == 0:
+                        raise MachineError(f"{path}: another pump is at work there")
+                path.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = os.umask(0o177)
+            try:
+                sock.bind(str(path))
+            finally:
+                os.umask(before)
+            sock.listen(K_BACKLOG)
+        except OSError as error:
+            sock.close()
+            raise MachineError(f"{path}: {error.strerror}") from None
+        except MachineError:
+            sock.close()
+            raise
+        return sock
+
+    def _advertised(self, host: str, port: int) -> str:
+        wanted = self.config.advertise
+        if not wanted:
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            split_address(wanted)
+        except ValueError:
+            return f"{wanted}:{port}"
+        return wanted
+
+    # Trust
+
+    def plaintext_allowed(self, host: str) -> bool:
+        if is_loopback(host):
+            return True
+        if self.config.allow_plaintext and host not in self._warned:
+            self._warned.add(host)
+            log.warning("allow_plaintext: traffic with %s is neither encrypted nor authenticated", host)
+        return self.config.allow_plaintext
+
+    def client_tls(self, host: str) -> ssl.SSLContext | None:
+        return None
+
+    def server_tls(self) -> ssl.SSLContext | None:
+        return None
+
+    def check_site(self, stream: Stream, hello: Hello) -> None:
+        """Whether the peer is the site it says it is. Raises RemoteProtocolError."""
+        if not hello.site or len(hello.site) > 64:
+            raise RemoteProtocolError("a HELLO without a site")
+
+    # Peers
+
+    def _accept_peer(self, sock: socket.socket, now: float) -> None:
+        host = str(sock.getpeername()[0]) if sock.fileno() >= 0 else ""
+        tls = self.server_tls()
+        if self.inbound.crowded or (tls is None and not self.plaintext_allowed(host)):
+            self.inbound.count_refusal("crowded" if self.inbound.crowded else "plaintext")
+            tcpinfo.abort(sock)
+            return
+        sock.setblocking(False)
+        tcpinfo.prepare(sock, K_NOTSENT_LOWAT_BYTES)
+        tcpinfo.set_congestion_control(sock, self.config.congestion_control)
+        stream = Stream(self.loop, sock, self.inbound, 0, dialled=False, tls=tls, now=now)
+        self.inbound.accept(stream)
+        stream.on_ready(0, now)
+
+    def hello(self, index: int) -> Hello:
+        oldest, newest = self.config.protocol_versions
+        return Hello(oldest, newest, self.boot, self.config.site, self.address, index)
+
+    def peer(self, address: str, site: str, now: float) -> Peer:
+        """The peer at the address (of that site, if one is named), known or new. Raises ValueError: no address."""
+        split_address(address)
+        key = (address, site)
+        if key not in self._peers:
+            self._peers[key] = Peer(self, address, site, now)
+        return self._peers[key]
+
+    def on_ledger_frame(self, stream: Stream, body: memoryview, now: float) -> None:
+        raise RemoteProtocolError("no ledger is hosted here")
+
+    # Servers
+
+    def _accept_server(self, sock: socket.socket, now: float) -> None:
+        self._controls.add(Owner(self, sock))
+
+    def owner(self, token: object) -> Owner | None:
+        return self._owners.get(token) if isinstance(token, bytes) else None
+
+    def attach(self, owner: Owner) -> None:
+        self._owners[owner.token] = owner
+        self.receiving.add_owner(owner.token, owner.token, owner.registered)
+
+    def detach(self, owner: Owner, now: float) -> None:
+        self._controls.discard(owner)
+        self._last_client_s = now
+        if self._owners.get(owner.token) is owner:
+            del self._owners[owner.token]
+            for event in self.receiving.remove_owner(owner.token):
+                self.on_receive_event(event, now)
+
+    def read_servers(self, now: float) -> None:
+        """Handle what servers have sent but the loop hasn't come to."""
+        for owner in list(self._controls):
+            owner.on_ready(R, now)
+
+    def end_lease(self, lease_id: int, now: float) -> None:
+        for event in self.receiving.end(lease_id, FailureReason.CANCELLED):
+            self.on_receive_event(event, now)
+
+    def on_receive_event(self, event: ReceiveEvent, now: float) -> None:
+        """Tell the owner, and the sender if it doesn't know."""
+        incoming = event.incoming
+        opening = incoming.opening
+        broken = event if isinstance(event, Broken) else None
+        if broken is not None:
+            self.inbound.count_refusal(broken.reason.value)
+            if broken.tell_peer:
+                self.inbound.tell_refused(incoming, broken.reason, broken.detail)
+        owner = self.owner(incoming.owner)
+        if owner is not None and opening.lease_id:
+            owner.send(
+                m.Arrived(
+                    opening.lease_id,
+                    incoming.transfer_id,
+                    opening.kind,
+                    opening.index,
+                    opening.count,
+                    opening.source,
+                    incoming.applied_bytes,
+                    broken is None,
+                    broken.reason.value if broken else "",
+                    broken.detail if broken else "",
+                )  # fmt: skip
+            )
+
+    # Figures
+
+    def count_ended(self, event: SendEvent) -> None:
+        name = "ok" if isinstance(event, Completed) else event.reason.value
+        self.ended[name] = self.ended.get(name, 0) + 1
+
+    def stats(self, now: float) -> dict[str, object]:
+        """Counters of every peer and of what came in, in bytes, and each stream's TCP figures."""
+        peers = []
+        for peer in self._peers.values():
+            streams = [
+                {
+                    "congestion_control": s.congestion_control, "rtt_s": s.info.rtt_s, "min_rtt_s": s.info.min_rtt_s,
+                    "cwnd_packets": s.info.cwnd_packets, "retransmitted_bytes": s.info.retransmitted_bytes,
+                    "delivery_rate_bps": s.info.delivery_rate_bps, "acked_bytes": s.info.acked_bytes,
+                    "tls": s.peer_certificate() is not None,
+                }
+                for s in peer.streams if s.ready and s.info is not None
+            ]  # fmt: skip
+            peers.append(
+                {
+                    "address": peer.address, "site": peer.site, "streams": streams, "rtt_s": peer.rtt_s,
+                    "streams_wanted": peer.count.wanted, "goodput_bps": peer.count.goodput_bps,
+                    "loss": peer.count.loss, "backlog_bytes": peer.sending.backlog_bytes,
+                    "in_flight_bytes": peer.sending.in_flight_bytes, "transfers": len(peer.sending),
+                    "last_error": peer.last_error, **peer.totals().as_dict(),
+                }
+            )  # fmt: skip
+        inbound = {"streams": len(self.inbound.streams), "refusals": dict(self.inbound.refusals)}
+        for stream in self.inbound.streams:
+            stream.sample(now)
+        total = self.inbound.counters.as_dict()
+        for stream in self.inbound.streams:
+            for name, value in stream.counters.as_dict().items():
+                total[name] += value
+        cpu = os.times()
+        return {
+            "address": self.address, "site": self.config.site, "pid": os.getpid(), "peers": peers,
+            "inbound": {**inbound, **total}, "ended": dict(self.ended), "leases": self.receiving.n_leases,
+            "incoming": self.receiving.n_transfers, "clients": len(self._owners),
+            "cpu_user_s": cpu.user, "cpu_system_s": cpu.system,
+        }  # fmt: skip
+
+    # Life
+
+    def _tick(self, now: float) -> None:
+        for event in self.receiving.tick(now):
+            self.on_receive_event(event, now)
+        if self._owners:
+            self._last_client_s = now
+        elif not self._persistent and now - self._last_client_s > self.config.idle_exit_s:
+            log.info("no clients for %.0f s: the pump ends", self.config.idle_exit_s)
+            self.stop()
+        self.loop.call_at(now + K_TICK_S, self._tick)
+
+    def run(self) -> None:
+        log.info(
+            "pump of site %s at %s, control %s", self.config.site, self.address, self.config.control_path
+        )
+        try:
+            self.loop.run()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        self.loop.stop()
+
+    def close(self) -> None:
+        now = self.loop.now()
+        with contextlib.suppress(OSError):
+            self.config.control_path.unlink()
+        self._listener.close()
+        self._control.close()
+        for peer in self._peers.values():
+            peer.close(now)
+        for owner in list(self._controls):
+            owner.close("", now)
+        self.inbound.close(now)
+        self.loop.close()

@@ -1,0 +1,389 @@
+"""One TCP connection to a peer: whole frames in, whole frames out, with or without TLS.
+
+It reads exactly what it needs next (a header, then a body into one buffer), so a block is never moved again before its
+copy to the pages, and sends a block's header, table and payload from one buffer. All calls return at once; each turn is
+bounded, so that no stream keeps the others waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import ssl
+from abc import ABC, abstractmethod
+from enum import Enum
+
+from prfaas.model.errors import RemoteProtocolError
+from prfaas.pump import tcpinfo
+from prfaas.pump.loop import Loop
+from prfaas.pump.memory import Buffer
+from prfaas.transfer.frames import (
+    K_ACKS_PER_FRAME,
+    K_BLOCK_MAX_BYTES,
+    K_CONTROL_MAX_BYTES,
+    K_HEADER_BYTES,
+    K_HELLO_VERSION,
+    K_TABLE_MAX_BYTES,
+    FrameType,
+    Header,
+    Hello,
+    ack_body,
+    checksum,
+    control_frame,
+    decode_message,
+    message_frame,
+)
+
+K_TURN_BYTES = 2 << 20
+"""Most bytes read or written in one turn."""
+K_QUEUE_MAX_BYTES = 8 << 20
+"""A peer that doesn't read our answers to its own frames loses the stream."""
+K_SMALL_BUFFER_BYTES = K_CONTROL_MAX_BYTES
+K_LARGE_BUFFER_BYTES = K_BLOCK_MAX_BYTES + K_TABLE_MAX_BYTES
+R, W = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class State(Enum):
+    CONNECTING = "connecting"
+    TLS = "tls handshake"
+    HELLO = "hello"
+    READY = "ready"
+    CLOSED = "closed"
+
+
+class Counters:
+    """Bytes of one or of many streams, by what they are. Payload and framing are those of blocks."""
+
+    __slots__ = (
+        "blocks_received", "blocks_sent", "bytes_acked", "control_bytes_received", "control_bytes_sent",
+        "corrupt_blocks", "framing_bytes_received", "framing_bytes_sent", "payload_bytes_received",
+        "payload_bytes_sent", "retransmitted_bytes", "segments_in", "segments_out", "streams_lost",
+        "streams_opened", "tcp_bytes_received", "tcp_bytes_sent",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        for name in self.__slots__:
+            setattr(self, name, 0)
+
+    def add(self, other: Counters) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Handler(ABC):
+    """What owns streams and understands their frames."""
+
+    @abstractmethod
+    def our_hello(self, stream: Stream) -> Hello: ...
+
+    @abstractmethod
+    def on_hello(self, stream: Stream, hello: Hello) -> int:
+        """The peer's first frame; the version agreed on. Raises RemoteProtocolError."""
+
+    @abstractmethod
+    def on_frame(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
+        """A control frame. Raises RemoteProtocolError, which ends the stream."""
+
+    @abstractmethod
+    def on_block(self, stream: Stream, header: Header, body: memoryview, address: int, now: float) -> None:
+        """A block whose checksum is right; its table is the start of `body`, which lies at `address`."""
+
+    @abstractmethod
+    def next_block(self, stream: Stream, now: float) -> int:
+        """Put the next block, after its OPEN if need be, into stream.out_buffer and answer the bytes; 0: nothing to send."""
+
+    @abstractmethod
+    def on_ready(self, stream: Stream, now: float) -> None: ...
+
+    @abstractmethod
+    def on_lost(self, stream: Stream, reason: str, now: float) -> None: ...
+
+
+class Stream:
+    """See the module. `index` is its place among the peer's streams; `dialled` whether we opened it."""
+
+    def __init__(
+        self, loop: Loop, sock: socket.socket, handler: Handler, index: int, *, dialled: bool,
+        tls: ssl.SSLContext | None, now: float,
+    ) -> None:  # fmt: skip
+        self.loop, self.handler, self.index, self.dialled = loop, handler, index, dialled
+        self.state = State.CONNECTING if dialled else (State.TLS if tls else State.HELLO)
+        self.version = K_HELLO_VERSION
+        self.counters = Counters()
+        self.peer_site = ""
+        self.untrusted = ""
+        self.opened_s = self.progress_s = now
+        self.acked_bytes = 0
+        self.congestion_control = ""
+        self.info: tcpinfo.TcpInfo | None = None
+        self.session: object = None
+        self._tls = tls
+        self._sock: socket.socket | ssl.SSLSocket = sock
+        self._fd = sock.fileno()
+        self._mask = 0
+        self._queue: list[bytes] = []
+        self._queue_bytes = 0
+        self._acks: list[tuple[int, int]] = []
+        self._out = memoryview(b"")
+        self._blocked = False
+        self._in = Buffer(K_SMALL_BUFFER_BYTES)
+        self._in_large = False
+        self._out_buffer: Buffer | None = None
+        self._header: Header | None = None
+        self._want = K_HEADER_BYTES
+        self._got = 0
+        if tls is not None and not dialled:
+            self._wrap()
+        self._interest(W if self.state is State.CONNECTING else R | W)
+
+    @property
+    def out_buffer(self) -> Buffer:
+        if self._out_buffer is None:
+            self._out_buffer = Buffer(K_LARGE_BUFFER_BYTES + K_SMALL_BUFFER_BYTES)
+        return self._out_buffer
+
+    @property
+    def closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    @property
+    def ready(self) -> bool:
+        return self.state is State.READY
+
+    @property
+    def waiting_to_write(self) -> bool:
+        return self._blocked
+
+    def _wrap(self) -> None:
+        assert self._tls is not None
+        self._sock.setblocking(False)
+        self._sock = self._tls.wrap_socket(
+            self._sock, server_side=not self.dialled, do_handshake_on_connect=False
+        )
+
+    def _interest(self, mask: int) -> None:
+        if mask == self._mask or self.state is State.CLOSED:
+            return
+        if not self._mask:
+            self.loop.add(self._fd, mask, self)
+        else:
+            self.loop.modify(self._fd, mask, self)
+        self._mask = mask
+
+    # Readiness
+
+    def on_ready(self, mask: int, now: float) -> None:
+        if self.closed:
+            return
+        try:
+            if self.state is State.CONNECTING:
+                self._finish_connect()
+            if self.state is State.TLS and not self._handshake():
+                return
+            if self.state is State.HELLO and not self._queue and not self.counters.control_bytes_sent:
+                self._send_hello()
+            if mask & R:
+                self._read(now)
+            if not self.closed and (mask & W or self._queue or self._acks):
+                self.write(now)
+        except RemoteProtocolError as error:
+            self.lose(str(error), now)
+        except ssl.SSLError as error:
+            if self.state is not State.READY:
+                self.untrusted = f"TLS: {error.reason or error}"
+            self.lose(f"TLS: {error.reason or error}", now)
+        except OSError as error:
+            self.lose(error.strerror or str(error) or type(error).__name__, now)
+
+    def _finish_connect(self) -> None:
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        self.state = State.HELLO
+        if self._tls is not None:
+            self.state = State.TLS
+            self.loop.remove(self._fd)
+            self._mask = 0
+            self._wrap()
+        self._interest(R | W)
+
+    def _handshake(self) -> bool:
+        assert isinstance(self._sock, ssl.SSLSocket)
+        try:
+            self._sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self._interest(R)
+            return False
+        except ssl.SSLWantWriteError:
+            self._interest(W)
+            return False
+        self.state = State.HELLO
+        self._interest(R | W)
+        return True
+
+    def peer_certificate(self) -> dict[str, object] | None:
+        """The peer's checked certificate, as ssl gives it; None without TLS."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            return self._sock.getpeercert() or {}
+        return None
+
+    def peer_host(self) -> str:
+        try:
+            return str(self._sock.getpeername()[0])
+        except OSError:
+            return ""
+
+    def _send_hello(self) -> None:
+        self.send_control(message_frame(K_HELLO_VERSION, FrameType.HELLO, self.handler.our_hello(self)))
+
+    # Reading
+
+    def _read(self, now: float) -> None:
+        budget = K_TURN_BYTES
+        while budget > 0 and not self.closed:
+            try:
+                n = self._sock.recv_into(self._in.view[self._got : self._want])
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                break
+            if n == 0:
+                self.lose("closed by the peer", now)
+                return
+            budget -= n
+            self._got += n
+            self.progress_s = now
+            if self._got == self._want:
+                self._whole(now)
+        if budget <= 0 and isinstance(self._sock, ssl.SSLSocket) and not self.closed and self._sock.pending():
+            self.loop.call_again(self, R)
+
+    def _whole(self, now: float) -> None:
+        """A header or a body is complete."""
+        if self._header is None:
+            version = self.version if self.state is State.READY else None
+            self._header = header = Header.from_bytes(self._in.view[:K_HEADER_BYTES], version)
+            self._got, self._want = 0, header.body_bytes
+            if header.type is FrameType.BLOCK:
+                self.counters.framing_bytes_received += K_HEADER_BYTES + header.table_bytes
+                if not self._in_large:
+                    self._in = Buffer(K_LARGE_BUFFER_BYTES)
+                    self._in_large = True
+            else:
+                self.counters.control_bytes_received += K_HEADER_BYTES + header.body_bytes
+            if header.body_bytes:
+                return
+        header, self._header = self._header, None
+        body = self._in.view[: header.body_bytes]
+        self._got, self._want = 0, K_HEADER_BYTES
+        sound = checksum(body) == header.body_crc
+        if header.type is FrameType.BLOCK:
+            self._block(header, body, sound, now)
+        elif not sound:
+            raise RemoteProtocolError(f"{header.type.name} with a bad checksum")
+        elif header.type is FrameType.HELLO:
+            self.version = self.handler.on_hello(self, decode_message(body, Hello))
+            self.state = State.READY
+            self.handler.on_ready(self, now)
+        elif header.type is FrameType.PING:
+            self.send_control(control_frame(self.version, FrameType.PONG, bytes(body)))
+        else:
+            self.handler.on_frame(self, header, body, now)
+
+    def _block(self, header: Header, body: memoryview, sound: bool, now: float) -> None:
+        self.counters.blocks_received += 1
+        self.counters.payload_bytes_received += header.body_bytes - header.table_bytes
+        if sound:
+            self.handler.on_block(self, header, body, self._in.address, now)
+        else:
+            self.counters.corrupt_blocks += 1
+            self.send_control(
+                control_frame(self.version, FrameType.NACK, b"", header.transfer_id, header.block_id)
+            )
+
+    # Writing
+
+    def send_control(self, frame: bytes) -> None:
+        """Queue a frame; it goes before any block that hasn't begun."""
+        self._queue.append(frame)
+        self._queue_bytes += len(frame)
+        self.counters.control_bytes_sent += len(frame)
+        if self._queue_bytes > K_QUEUE_MAX_BYTES:
+            raise RemoteProtocolError("the peer doesn't read what we answer")
+
+    def acknowledge(self, transfer_id: int, block_id: int) -> None:
+        """Queue an acknowledgement; those of one turn share a frame."""
+        self._acks.append((transfer_id, block_id))
+
+    def write(self, now: float) -> None:
+        """Send what is queued, then blocks, until the socket is full or the turn is over."""
+        budget = K_TURN_BYTES
+        while budget > 0 and not self.closed:
+            if not self._out and not self._load(now):
+                self._blocked = False
+                self._interest(R)
+                return
+            try:
+                n = self._sock.send(self._out)
+            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                break
+            budget -= n
+            self._out = self._out[n:]
+        self._blocked = True
+        self._interest(R | W)
+
+    def _load(self, now: float) -> bool:
+        if self._acks and self.state is State.READY:
+            for at in range(0, len(self._acks), K_ACKS_PER_FRAME):
+                body = ack_body(self._acks[at : at + K_ACKS_PER_FRAME])
+                self.send_control(control_frame(self.version, FrameType.ACK, body))
+            self._acks.clear()
+        if not self._queue and self.state is State.READY:
+            n = self.handler.next_block(self, now)
+            if n:
+                self._out = self.out_buffer.view[:n]
+                return True
+        # next_block may have queued frames of its own (a CANCEL).
+        if self._queue:
+            self._out = memoryview(b"".join(self._queue))
+            self._queue.clear()
+            self._queue_bytes = 0
+            return True
+        return False
+
+    # Figures and the end
+
+    def sample(self, now: float) -> None:
+        """Read TCP_INFO; bytes that the peer's kernel acknowledged count as progress."""
+        info = tcpinfo.read(self._sock)
+        if info is None:
+            return
+        if info.acked_bytes > self.acked_bytes or (not info.unacked_packets and not info.notsent_bytes):
+            self.progress_s = now
+        self.info = info
+        c = self.counters
+        self.acked_bytes = c.bytes_acked = info.acked_bytes
+        c.retransmitted_bytes, c.tcp_bytes_sent = info.retransmitted_bytes, info.sent_bytes
+        c.tcp_bytes_received = info.received_bytes
+        c.segments_out, c.segments_in = info.segments_out, info.segments_in
+
+    def lose(self, reason: str, now: float) -> None:
+        """The stream ends here; its handler hears of it once."""
+        if self.closed:
+            return
+        self.close(now)
+        self.handler.on_lost(self, reason, now)
+
+    def close(self, now: float) -> None:
+        if self.closed:
+            return
+        self.sample(now)
+        self.state = State.CLOSED
+        if self._mask:
+            self.loop.remove(self._fd)
+        tcpinfo.abort(self._sock)
+        self._queue.clear()
+        self._acks.clear()
+        self._out = memoryview(b"")

@@ -1,0 +1,103 @@
+"""TCP_INFO and the few socket options of a stream, parsed with struct (linux/tcp.h; later fields where the kernel has them)."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+
+K_TCP_NOTSENT_LOWAT = 25
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TcpInfo:
+    """What the kernel says of one connection. Zero where it doesn't say."""
+
+    rtt_s: float
+    min_rtt_s: float
+    cwnd_packets: int
+    mss_bytes: int
+    unacked_packets: int
+    notsent_bytes: int
+    retransmitted_bytes: int
+    sent_bytes: int
+    """Payload of TCP, retransmissions included."""
+    acked_bytes: int
+    received_bytes: int
+    delivery_rate_bps: float
+    segments_out: int
+    segments_in: int
+
+
+def _u32(data: bytes, at: int) -> int:
+    return int(_U32.unpack_from(data, at)[0]) if len(data) >= at + 4 else 0
+
+
+def _u64(data: bytes, at: int) -> int:
+    return int(_U64.unpack_from(data, at)[0]) if len(data) >= at + 8 else 0
+
+
+def parse(data: bytes) -> TcpInfo:
+    """struct tcp_info as getsockopt gives it."""
+    mss = _u32(data, 16)
+    return TcpInfo(
+        rtt_s=_u32(data, 68) / 1e6,
+        min_rtt_s=_u32(data, 148) / 1e6,
+        cwnd_packets=_u32(data, 80),
+        mss_bytes=mss,
+        unacked_packets=_u32(data, 24),
+        notsent_bytes=_u32(data, 144),
+        # Kernels before 4.19 count retransmitted segments alone.
+        retransmitted_bytes=_u64(data, 208) if len(data) >= 216 else _u32(data, 100) * mss,
+        sent_bytes=_u64(data, 200),
+        acked_bytes=_u64(data, 120),
+        received_bytes=_u64(data, 128),
+        delivery_rate_bps=_u64(data, 160) * 8.0,
+        segments_out=_u32(data, 136),
+        segments_in=_u32(data, 140),
+    )
+
+
+def read(sock: socket.socket) -> TcpInfo | None:
+    """None when the socket can't say (closed)."""
+    try:
+        return parse(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+    except OSError:
+        return None
+
+
+def set_congestion_control(sock: socket.socket, wanted: str) -> str:
+    """Try `wanted` ("auto": bbr); the one in force, whichever it is."""
+    try:
+        name = "bbr" if wanted == "auto" else wanted
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+    except OSError:
+        pass
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+    except OSError:
+        return ""
+
+
+def prepare(sock: socket.socket, notsent_lowat_bytes: int) -> None:
+    """Options of every stream: no Nagle, keep-alive, and a short unsent queue, so that order is decided late."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, K_TCP_NOTSENT_LOWAT, notsent_lowat_bytes)
+    except OSError:
+        pass
+
+
+def abort(sock: socket.socket) -> None:
+    """Close with a reset, so that nothing queued is delivered later."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        pass
+    sock.close()

@@ -1,0 +1,196 @@
+"""Messages between a server's process and its pump, over a unix socket: a 4-byte length, then msgpack.
+
+Arrays of addresses and lengths travel as the bytes of little-endian uint64, so that 100,000 segments are one copy.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+K_LENGTH = struct.Struct("<I")
+K_MESSAGE_MAX_BYTES = 256 << 20
+K_CONTROL_VERSION = 1
+K_GUARD_SLOTS = 65536
+
+
+class Message(msgspec.Struct, tag_field="t", omit_defaults=True):
+    """Base of all messages."""
+
+
+# From the server
+
+
+class Attach(Message, tag="attach"):
+    """First message; the guard table's descriptor travels with it (SCM_RIGHTS)."""
+
+    version: int
+    name: str
+    owner_token: bytes
+    probe_address: int
+    """Where `probe` lies in the server's memory: the pump tries to read it, to know whether it can."""
+    probe: bytes
+
+
+class Register(Message, tag="register"):
+    serial: int
+    addresses: bytes
+    lengths: bytes
+
+
+class Deregister(Message, tag="deregister"):
+    serial: int
+    addresses: bytes
+
+
+class Grant(Message, tag="grant"):
+    lease_id: int
+    token: bytes
+    room: int
+    generation: int
+    addresses: bytes
+    lengths: bytes
+    deadline_s: float
+    site: str
+    guard_slot: int
+    guard_word: int
+
+
+class Revoke(Message, tag="revoke"):
+    lease_id: int
+
+
+class Submit(Message, tag="submit"):
+    transfer_id: int
+    address: str
+    room: int
+    generation: int
+    lease_id: int
+    token: bytes
+    window_bytes: int
+    kind: str
+    deadline_s: float
+    sources: bytes
+    destinations: bytes
+    lengths: bytes
+    guard_slot: int
+    guard_word: int
+    index: int = 0
+    count: int = 0
+    source: str = ""
+    site: str = ""
+
+
+class Cancel(Message, tag="cancel"):
+    transfer_id: int
+
+
+class Prepare(Message, tag="prepare"):
+    """Open the streams to a peer before the first transfer needs them."""
+
+    address: str
+
+
+class AskStats(Message, tag="stats"):
+    serial: int
+
+
+# From the pump
+
+
+class Attached(Message, tag="attached"):
+    version: int
+    address: str
+    site: str
+    pump_pid: int
+    boot: bytes
+    block_bytes: int
+    window_bytes: int
+
+
+class Reply(Message, tag="reply"):
+    serial: int
+    error: str = ""
+    body: dict[str, Any] = {}  # msgspec copies empty defaults
+
+
+class Ended(Message, tag="ended"):
+    """One of the server's transfers ended."""
+
+    transfer_id: int
+    ok: bool
+    reason: str
+    detail: str
+    payload_bytes: int
+    resent_blocks: int
+    elapsed_s: float
+
+
+class Arrived(Message, tag="arrived"):
+    """A peer's transfer to one of the server's leases is whole, or has broken."""
+
+    lease_id: int
+    transfer_id: int
+    kind: str
+    index: int
+    count: int
+    source: str
+    payload_bytes: int
+    ok: bool
+    reason: str
+    detail: str
+
+
+class Refused(Message, tag="refused"):
+    """The pump ends the connection; why."""
+
+    error: str
+
+
+ToPump = Attach | Register | Deregister | Grant | Revoke | Submit | Cancel | Prepare | AskStats
+ToServer = Attached | Reply | Ended | Arrived | Refused
+
+_to_pump = msgspec.msgpack.Decoder(ToPump)
+_to_server = msgspec.msgpack.Decoder(ToServer)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    body = _encoder.encode(message)
+    return K_LENGTH.pack(len(body)) + body
+
+
+class Inbox:
+    """Bytes as they come, cut into message bodies."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that are whole now. Raises ValueError for one that is too long."""
+        self._data += data
+        bodies = []
+        at = 0
+        while len(self._data) - at >= K_LENGTH.size:
+            (length,) = K_LENGTH.unpack_from(self._data, at)
+            if length > K_MESSAGE_MAX_BYTES:
+                raise ValueError(f"a control message of {length} bytes")
+            if len(self._data) - at - K_LENGTH.size < length:
+                break
+            at += K_LENGTH.size
+            bodies.append(bytes(self._data[at : at + length]))
+            at += length
+        del self._data[:at]
+        return bodies
+
+
+def decode_to_pump(body: bytes) -> ToPump:
+    """Raises msgspec.MsgspecError."""
+    return _to_pump.decode(body)
+
+
+def decode_to_server(body: bytes) -> ToServer:
+    """Raises msgspec.MsgspecError."""
+    return _to_server.decode(body)

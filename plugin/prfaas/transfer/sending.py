@@ -1,0 +1,306 @@
+"""The sending side of transfers to one peer: what is sent, in flight, acknowledged, to be sent again.
+
+A block is pending, in flight on one stream, or acknowledged:
+
+    pending --draw--> in flight --ack--> acknowledged
+       ^                 |
+       +--nack, stream lost, peer restarted
+
+A transfer completes when every block is acknowledged, and fails by its deadline, the receiver's refusal or its owner's
+cancelling; either is said once, in one event. A stream's loss costs its unacknowledged blocks. No block is drawn unless
+the lease's window has room for it, so a transfer whose receiver stands still leaves the streams to the others.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from prfaas.model.errors import LocalProtocolError
+from prfaas.model.transfer import FailureReason
+from prfaas.transfer.frames import Open
+from prfaas.transfer.order import SendOrder
+from prfaas.transfer.segments import Plan
+
+K_NACKS_MAX = 16
+"""A block refused as corrupt so often fails its transfer: something corrupts it every time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    transfer_id: int
+    payload_bytes: int
+    resent_blocks: int
+    started_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    transfer_id: int
+    reason: FailureReason
+    detail: str
+    payload_bytes: int
+    """Acknowledged before it failed."""
+    resent_blocks: int
+    started_s: float
+    tell_peer: bool
+    """Whether the receiver is to be told (it isn't, when it was the one that refused)."""
+
+
+SendEvent = Completed | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One block to send now. `open_first`: this stream hasn't carried the transfer's OPEN yet."""
+
+    transfer_id: int
+    block_id: int
+    payload_bytes: int
+    open_first: bool
+
+
+@dataclass(slots=True)
+class _Transfer:
+    transfer_id: int
+    opening: Open
+    plan: Plan
+    deadline_s: float
+    started_s: float
+    fresh: int = 0
+    again: list[int] = field(default_factory=list)
+    in_flight: dict[int, int] = field(default_factory=dict)
+    acked: set[int] = field(default_factory=set)
+    acked_bytes: int = 0
+    opened_on: set[int] = field(default_factory=set)
+    nacks: dict[int, int] = field(default_factory=dict)
+    resent: int = 0
+
+    def next_block(self) -> int | None:
+        while self.again:
+            if self.again[0] not in self.acked:
+                return self.again[0]
+            heapq.heappop(self.again)
+        return self.fresh if self.fresh < self.plan.n_blocks else None
+
+    def take(self) -> int:
+        if self.again:
+            return heapq.heappop(self.again)
+        self.fresh += 1
+        return self.fresh - 1
+
+
+class Sending:
+    """All transfers to one peer. Single-threaded; times are the caller's monotonic seconds."""
+
+    def __init__(self, raw_window_bytes: int) -> None:
+        self._transfers: dict[int, _Transfer] = {}
+        self._order: SendOrder[int] = SendOrder()
+        self._windows: dict[int, int] = {0: raw_window_bytes}
+        self._flying: dict[int, int] = {}
+        self._users: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._transfers)
+
+    def __contains__(self, transfer_id: int) -> bool:
+        return transfer_id in self._transfers
+
+    @property
+    def order(self) -> SendOrder[int]:
+        return self._order
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Bytes that have not been sent yet, or are to be sent again."""
+        return self._order.backlog_bytes
+
+    @property
+    def in_flight_bytes(self) -> int:
+        return sum(self._flying.values())
+
+    def in_flight_on(self, stream: int) -> int:
+        """How many blocks are in flight on the stream."""
+        return sum(s == stream for t in self._transfers.values() for s in t.in_flight.values())
+
+    def plan(self, transfer_id: int) -> Plan:
+        return self._transfers[transfer_id].plan
+
+    def opening(self, transfer_id: int, now: float) -> Open:
+        """The OPEN to send now, with the seconds that are left."""
+        t = self._transfers[transfer_id]
+        t.opening.deadline_s = max(0.0, t.deadline_s - now)
+        return t.opening
+
+    def submit(
+        self, transfer_id: int, opening: Open, plan: Plan, window_bytes: int, deadline_s: float, now: float
+    ) -> None:
+        """Take a transfer. `deadline_s` is on `now`'s clock. Raises LocalProtocolError if its id is taken."""
+        if transfer_id in self._transfers:
+            raise LocalProtocolError(f"transfer {transfer_id} is under way")
+        lease = opening.lease_id
+        if lease:
+            self._windows.setdefault(lease, window_bytes)
+        self._users[lease] = self._users.get(lease, 0) + 1
+        self._transfers[transfer_id] = _Transfer(transfer_id, opening, plan, deadline_s, now)
+        self._order.add(transfer_id, plan.total_bytes, deadline_s)
+
+    def draw(self, stream: int, now: float) -> Draw | None:
+        """The next block for a stream that can take one, marked as in flight there; None: nothing may be sent."""
+        eligible = self._eligible()
+        if not eligible:
+            return None
+        key = (
+            self._order.draw(now, eligible[0][1], [k for k, _ in eligible])
+            if len(eligible) > 1
+            else eligible[0][0]
+        )
+        assert key is not None
+        t = self._transfers[key]
+        block = t.take()
+        size = t.plan.block_bytes(block)
+        t.in_flight[block] = stream
+        self._flying[t.opening.lease_id] = self._flying.get(t.opening.lease_id, 0) + size
+        self._order.sent(now, key, size, [k for k, _ in eligible])
+        open_first = stream not in t.opened_on
+        t.opened_on.add(stream)
+        return Draw(key, block, size, open_first)
+
+    def _eligible(self) -> list[tuple[int, int]]:
+        """(transfer, bytes of its next block) of those with a block to send and room for it."""
+        result = []
+        for key, t in self._transfers.items():
+            block = t.next_block()
+            if block is not None:
+                size = t.plan.block_bytes(block)
+                lease = t.opening.lease_id
+                if self._flying.get(lease, 0) + size <= self._windows[lease]:
+                    result.append((key, size))
+        return result
+
+    def can_send(self) -> bool:
+        return bool(self._eligible())
+
+    def on_ack(self, transfer_id: int, block_id: int) -> SendEvent | None:
+        """The receiver has applied the block. What is unknown or known already changes nothing."""
+        t = self._transfers.get(transfer_id)
+        if t is None or block_id in t.acked or not 0 <= block_id < t.plan.n_blocks:
+            return None
+        size = t.plan.block_bytes(block_id)
+        if t.in_flight.pop(block_id, None) is not None:
+            self._flying[t.opening.lease_id] -= size
+        elif block_id < t.fresh:
+            # Waiting to be sent again, but the first copy landed after all.
+            self._unsend(t, -size)
+        else:
+            return None
+        t.acked.add(block_id)
+        t.acked_bytes += size
+        if len(t.acked) < t.plan.n_blocks:
+            return None
+        self._forget(t)
+        return Completed(transfer_id, t.acked_bytes, t.resent, t.started_s)
+
+    def on_nack(self, transfer_id: int, block_id: int) -> SendEvent | None:
+        """The block arrived corrupt: it will be sent again, up to K_NACKS_MAX times."""
+        t = self._transfers.get(transfer_id)
+        if t is None or block_id not in t.in_flight:
+            return None
+        t.nacks[block_id] = t.nacks.get(block_id, 0) + 1
+        if t.nacks[block_id] > K_NACKS_MAX:
+            return self.fail(
+                transfer_id, FailureReason.CORRUPT, f"block {block_id} arrived corrupt {K_NACKS_MAX} times"
+            )
+        self._again(t, block_id)
+        return None
+
+    def on_refuse(self, transfer_id: int, reason: FailureReason, detail: str) -> SendEvent | None:
+        return self.fail(transfer_id, reason, detail, tell_peer=False)
+
+    def on_window(self, lease_id: int, window_bytes: int) -> None:
+        """The receiver's word on how much may be in flight on a lease."""
+        if lease_id in self._windows:
+            self._windows[lease_id] = window_bytes
+
+    def on_stream_lost(self, stream: int) -> int:
+        """The stream is gone: its blocks in flight will be sent again over others. How many there were."""
+        count = 0
+        for t in self._transfers.values():
+            t.opened_on.discard(stream)
+            for block in [b for b, s in t.in_flight.items() if s == stream]:
+                self._again(t, block)
+                count += 1
+        return count
+
+    def on_peer_restarted(self) -> None:
+        """Another pump answers at the peer's address: it knows none of our transfers, so all their blocks go again."""
+        for t in self._transfers.values():
+            t.opened_on.clear()
+            for block in list(t.in_flight):
+                self._again(t, block)
+            for block in sorted(t.acked):
+                heapq.heappush(t.again, block)
+                self._unsend(t, t.plan.block_bytes(block))
+            t.acked.clear()
+            t.acked_bytes = 0
+
+    def unsent(self, transfer_id: int, block_id: int) -> None:
+        """A drawn block that was not put on the stream after all (its source couldn't be read just now)."""
+        t = self._transfers.get(transfer_id)
+        if t is not None and block_id in t.in_flight:
+            self._again(t, block_id)
+            t.resent -= 1
+
+    def fail(
+        self, transfer_id: int, reason: FailureReason, detail: str = "", *, tell_peer: bool = True
+    ) -> SendEvent | None:
+        """End a transfer without success; None if it isn't under way."""
+        t = self._transfers.get(transfer_id)
+        if t is None:
+            return None
+        self._forget(t)
+        return Failed(transfer_id, reason, detail, t.acked_bytes, t.resent, t.started_s, tell_peer)
+
+    def fail_all(self, reason: FailureReason, detail: str) -> list[SendEvent]:
+        events = [self.fail(key, reason, detail, tell_peer=False) for key in list(self._transfers)]
+        return [event for event in events if event is not None]
+
+    def tick(self, now: float) -> list[SendEvent]:
+        """Transfers whose deadline has passed fail."""
+        late = [key for key, t in self._transfers.items() if t.deadline_s <= now]
+        events = [self.fail(key, FailureReason.DEADLINE, "not acknowledged in time") for key in late]
+        return [event for event in events if event is not None]
+
+    def next_deadline_s(self) -> float | None:
+        return min((t.deadline_s for t in self._transfers.values()), default=None)
+
+    def _again(self, t: _Transfer, block: int) -> None:
+        size = t.plan.block_bytes(block)
+        del t.in_flight[block]
+        self._flying[t.opening.lease_id] -= size
+        heapq.heappush(t.again, block)
+        t.resent += 1
+        self._unsend(t, size)
+
+    def _unsend(self, t: _Transfer, more_bytes: int) -> None:
+        """The order's bytes left, which may bring a transfer back into it or (negative) end its place."""
+        key = t.transfer_id
+        if key not in self._order:
+            if more_bytes > 0:
+                self._order.add(key, more_bytes, t.deadline_s)
+        elif self._order.remaining_bytes(key) + more_bytes > 0:
+            self._order.add_bytes(key, more_bytes)
+        else:
+            self._order.remove(key)
+
+    def _forget(self, t: _Transfer) -> None:
+        lease = t.opening.lease_id
+        del self._transfers[t.transfer_id]
+        self._order.remove(t.transfer_id)
+        self._flying[lease] = self._flying.get(lease, 0) - sum(t.plan.block_bytes(b) for b in t.in_flight)
+        self._users[lease] -= 1
+        if not self._users[lease]:
+            del self._users[lease]
+            self._flying.pop(lease, None)
+            if lease:
+                self._windows.pop(lease, None)

@@ -1,0 +1,82 @@
+"""How many TCP connections a peer needs, from what they measure.
+
+One loss-driven stream carries about MSS/RTT * 1.22/sqrt(p) (Mathis et al., 1997), so a link with loss p that isn't
+congestion needs more of them; a rate-driven one (BBR) hardly does. While there is a backlog and packets are lost the
+number is doubled (fourfold above 0.5% loss), and as long as that brought at least K_GAIN more goodput, again. When it
+didn't, the loss is the link's own queue and the number stays, to be tried again after K_RETRY_S. Streams once opened
+stay open: they are warm.
+"""
+
+from __future__ import annotations
+
+K_LOSS = 2e-4
+K_LOSS_HIGH = 5e-3
+K_GAIN = 1.08
+K_SETTLE_RTT = 10.0
+K_SETTLE_S = 0.5
+K_RETRY_S = 15.0
+
+
+class StreamCount:
+    """Call `observe` about every quarter of a second; `wanted` is the number to have open."""
+
+    def __init__(self, minimum: int, maximum: int) -> None:
+        self.wanted = minimum
+        self._maximum = maximum
+        self._since_s: float | None = None
+        self._acked = 0
+        self._sent = 0
+        self._lost = 0
+        self._before_bps: float | None = None
+        self._resume_s = 0.0
+        self.goodput_bps = 0.0
+        self.loss = 0.0
+
+    def observe(
+        self, now: float, *, open_streams: int, acked_bytes: int, sent_bytes: int, retransmitted_bytes: int,
+        rtt_s: float, backlogged: bool,
+    ) -> int:  # fmt: skip
+        """Totals over all streams since the start, and whether more waited to be sent; the number wanted now."""
+        if not backlogged or open_streams < self.wanted:
+            # Without a backlog the rate says nothing; while streams are still opening, neither.
+            self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
+            return self.wanted
+        if self._since_s is None:
+            self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
+        assert self._since_s is not None
+        elapsed_s = now - self._since_s
+        if elapsed_s < max(K_SETTLE_S, K_SETTLE_RTT * rtt_s):
+            return self.wanted
+        sent = max(sent_bytes - self._sent, 1)
+        self.loss = max(0.0, (retransmitted_bytes - self._lost) / sent)
+        self.goodput_bps = 8.0 * (acked_bytes - self._acked) / elapsed_s
+        self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
+        self._decide(now)
+        return self.wanted
+
+    def _restart(self, now: float, acked: int, sent: int, lost: int) -> None:
+        self._since_s, self._acked, self._sent, self._lost = now, acked, sent, lost
+
+    def _decide(self, now: float) -> None:
+        if self._before_bps is not None and self.goodput_bps < self._before_bps * K_GAIN:
+            self._before_bps, self._resume_s = None, now + K_RETRY_S
+            return
+        if self.loss < K_LOSS or self.wanted >= self._maximum or now < self._resume_s:
+            self._before_bps = None
+            return
+        self._before_bps = self.goodput_bps
+        self.wanted = min(self._maximum, self.wanted * (4 if self.loss > K_LOSS_HIGH else 2))
+
+
+def block_bytes_for(rate_per_stream_bps: float, rtt_s: float, most_bytes: int) -> int:
+    """The block size that keeps one block's time on a stream near 20 ms, in powers of two from 16 KiB to `most_bytes`.
+
+    Small blocks let a short transfer spread over all streams and end on all at once; large ones cost fewer turns.
+    Without a measured rate: large on a short path, 64 KiB on a long one.
+    """
+    if rate_per_stream_bps <= 0:
+        return most_bytes if rtt_s < 0.002 else min(most_bytes, 64 * 1024)
+    size = 16 * 1024
+    while size * 2 <= most_bytes and size * 2 * 8 / rate_per_stream_bps <= 0.02:
+        size *= 2
+    return min(size, most_bytes)
