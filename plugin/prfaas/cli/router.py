@@ -1,0 +1,64 @@
+"""`prfaas router --config F`: the front door as a process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+
+from prfaas.config.router import load_router_config
+from prfaas.model.errors import EXIT_OK
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "router",
+        help="the OpenAI-compatible front door that decides where each prompt is prefilled",
+        description="SIGHUP (or POST /reload) reads the file again; SIGTERM lets running requests end.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see the README")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument(
+        "--check", action="store_true", help="read the file, say whether it is sound, and end"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    # Imported here: other commands need neither a web server nor a tokenizer.
+    import uvloop
+
+    from prfaas.router.service import Router, serve
+
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    # A batch of one prompt gains nothing from the tokenizer's own threads, and forks would warn.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config = load_router_config(args.config)
+
+    async def main() -> None:
+        router = Router(config, reread=lambda: load_router_config(args.config))
+        if args.check:
+            return
+        stop, reload = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
+        await router.start()
+        # What lives now lives long: leaving it out of collections keeps their pauses short.
+        gc.collect()
+        gc.freeze()
+        await serve(router, until=stop, reload=reload)
+
+    # Threads that tokenise hand the interpreter back within this time.
+    sys.setswitchinterval(0.0005)
+    uvloop.run(main())
+    return EXIT_OK

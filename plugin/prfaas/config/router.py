@@ -1,0 +1,336 @@
+"""The file of `prfaas router --config F`: listeners, keys, models, sites and their servers, links, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from prfaas.config.loading import Strict, load
+from prfaas.config.policy import PolicyConfig
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Tls(Strict):
+    """Serve HTTPS; the files are read again at every reload."""
+
+    certificate: str
+    key: str
+    client_ca: str | None = None
+    """Demand a client certificate signed by this authority."""
+
+
+class Listen(Strict):
+    """Where clients connect. Changing it needs a restart; everything else can be reloaded."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0: any free port, told on stderr."""
+    tls: Tls | None = None
+    backlog: Annotated[int, Field(ge=1)] = 1024
+    reuse_port: bool = False
+    """Several router processes on one port of one machine (SO_REUSEPORT)."""
+
+
+class ApiKey(Strict):
+    """One client. A file of the key's SHA-256 in hex keeps the key itself out of the configuration."""
+
+    tenant: Name
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    slo_class: str = ""
+    """Class of its requests that name none; empty: the policy's default."""
+    classes: tuple[str, ...] = ()
+    """Classes it may ask for by the x-prfaas-class header; empty: any."""
+    max_in_flight: Annotated[int, Field(ge=1)] | None = None
+    admin: bool = False
+    """May read /decisions and post /reload."""
+
+
+class CostFile(Strict):
+    """What a site's instance takes for a prompt: a profile file, or two straight lines."""
+
+    profile: str | None = None
+    """A profile file (`prfaas-testbed profile` writes one); then the rest is unused."""
+    base_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    """Seconds any prompt takes."""
+    prefill_tokens_per_s: Positive = 5000.0
+    kv_bytes_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 32768.0
+    state_bytes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Recurrent or window state, whatever the length."""
+
+
+class Model(Strict):
+    """One served model."""
+
+    name: str = Field(min_length=1, max_length=256)
+    """As clients name it and as the servers serve it."""
+    aliases: tuple[str, ...] = ()
+    tokenizer: str
+    """Folder with tokenizer.json (and tokenizer_config.json, chat_template.jinja), as for the servers."""
+    chat_template: str | None = None
+    """A file that replaces the folder's template, as SGLang's --chat-template."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Defaults of the template's variables, as the servers are started with."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Longer prompts are refused at the door."""
+    layers: Literal["dense", "hybrid"] = "dense"
+    """hybrid: recurrent or window state beside full attention; reuse only where a state was saved."""
+    page_tokens: Annotated[int, Field(ge=1)] = 1
+    """The servers' --page-size, which is the size of a block in their KV events."""
+
+
+class KvEvents(Strict):
+    """The server's --kv-events-config, seen from the router."""
+
+    endpoint: Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]
+    replay_endpoint: Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")] | None = None
+    topic: str = ""
+
+
+class Server(Strict):
+    """One SGLang server (or a profiled instance, which answers alike)."""
+
+    name: Name
+    role: Literal["prefill", "decode", "collocated"]
+    url: str
+    bootstrap_host: str | None = None
+    """What decode servers dial; None: the url's host."""
+    bootstrap_port: Port | None = None
+    models: tuple[str, ...] = ()
+    """Models it serves; empty: all of them."""
+    kv_events: KvEvents | None = None
+    max_running: Annotated[int, Field(ge=1)] | None = None
+    """Batch limit of a decode server; None: unknown."""
+    key_file: str | None = None
+    """The server's --api-key, if it has one."""
+
+    @field_validator("url")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _prefill_has_a_bootstrap(self) -> Server:
+        if self.role == "prefill" and self.bootstrap_port is None:
+            raise ValueError(
+                f"{self.name}: a prefill server needs bootstrap_port (--disaggregation-bootstrap-port)"
+            )
+        return self
+
+    @property
+    def bootstrap(self) -> tuple[str, int]:
+        """Host and port that decode servers ask for this prefill server's address."""
+        return self.bootstrap_host or urlsplit(self.url).hostname or "", self.bootstrap_port or 0
+
+
+class Site(Strict):
+    """One data centre. A site with decode servers is a local PD cluster, one without a PrfaaS cluster."""
+
+    name: Name
+    servers: tuple[Server, ...] = ()
+    cost: CostFile = CostFile()
+    costs: dict[str, CostFile] = Field(default_factory=dict)
+    """By model, where they differ."""
+
+
+class Link(Strict):
+    """One direction between two sites."""
+
+    source: Name
+    target: Name
+    rate_mbps: Positive = 1000.0
+    """Believed until something better is known."""
+    rtt_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 40.0
+    reserved_mbps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Left to other traffic."""
+    status_url: str | None = None
+    """Where the pump that hosts the link's ledger tells its estimate; None: the figures above."""
+    status_ca: str | None = None
+    """Authority of that pump's certificate, where the url is https."""
+
+
+class Limits(Strict):
+    """What one client, or all together, may take."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 1 << 20
+    max_in_flight: Annotated[int, Field(ge=1)] = 4096
+    """Requests being served; beyond, 429."""
+    max_held: Annotated[int, Field(ge=0)] = 1024
+    """Requests that the policy keeps waiting at the door; beyond, 429."""
+    max_connections: Annotated[int, Field(ge=1)] = 8192
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 16384
+    body_timeout_s: Positive = 30.0
+    """A request's body must have arrived by then."""
+    client_stall_s: Positive = 60.0
+    """A client that takes nothing of its stream for this long is cut off."""
+    idle_timeout_s: Positive = 75.0
+    """Connections without a (complete) request are closed after this."""
+    retry_after_s: Positive = 1.0
+    """Told to clients when nothing better is known."""
+    inline_bytes: Annotated[int, Field(ge=0)] = 8192
+    """Bodies up to this size are read and tokenised on the event loop, longer ones off it."""
+    tokenise_threads: Annotated[int, Field(ge=1, le=64)] = 2
+
+
+class Retry(Strict):
+    """What happens before the first token when a path fails."""
+
+    attempts: Annotated[int, Field(ge=1, le=32)] = 6
+    total_s: Positive = 120.0
+    """All attempts together; then the client is told."""
+    first_token_min_s: Positive = 10.0
+    """An attempt has at least this long for its first token …"""
+    first_token_factor: Positive = 4.0
+    """… or this many times the predicted time, if longer."""
+    answer_s: Positive = 600.0
+    """Without streaming the first token can't be seen: after prefill, the whole answer has this long."""
+    backoff_s: Positive = 0.1
+    """Pause after every path has failed once; doubled each time."""
+    stall_s: Positive = 120.0
+    """After the first token: silence of a decode server for this long is an error."""
+    cool_down_s: Positive = 5.0
+    """A server that refused a connection, or a link whose transfers failed, is left alone for this long."""
+
+
+class Loads(Strict):
+    """How servers are asked for their load (/v1/loads)."""
+
+    interval_s: Positive = 0.5
+    timeout_s: Positive = 2.0
+    max_age_s: Positive = 5.0
+    """An older figure counts as none."""
+
+
+class Logs(Strict):
+    """What is kept of decisions."""
+
+    events: str | None = None
+    """JSON lines, one a decision and one an outcome; None: none."""
+    max_bytes: Annotated[int, Field(ge=1 << 16)] = 256 << 20
+    """The file is turned over at this size; one former file is kept."""
+    decisions: Annotated[int, Field(ge=0)] = 2000
+    """Last ones that /decisions shows."""
+
+
+class RouterConfig(Strict):
+    """The whole file."""
+
+    listen: Listen = Listen()
+    keys: tuple[ApiKey, ...] = ()
+    """None: anyone may ask (bind to a private address)."""
+    models: Annotated[tuple[Model, ...], Field(min_length=1)]
+    sites: Annotated[tuple[Site, ...], Field(min_length=1)]
+    links: tuple[Link, ...] = ()
+    home: Name | None = None
+    """The site that decodes what this router takes in; None: any site that decodes."""
+    policy: PolicyConfig = PolicyConfig()
+    limits: Limits = Limits()
+    retry: Retry = Retry()
+    loads: Loads = Loads()
+    logs: Logs = Logs()
+    movable: bool = False
+    """Cached prefixes can be brought to another site's prefill cache."""
+    seed: int | None = None
+    """Of the rooms' random numbers; None: from the system, as it must be where several routers run."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RouterConfig:
+        for what, names in (
+            ("site", [site.name for site in self.sites]),
+            ("server", [server.name for _, server in self.servers()]),
+            ("tenant's key", [key.sha256 for key in self.keys]),
+            ("model", [name for model in self.models for name in (model.name, *model.aliases)]),
+        ):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{what} named twice: {', '.join(sorted(twice))}")
+        sites = {site.name for site in self.sites}
+        models = {model.name for model in self.models}
+        for link in self.links:
+            if {link.source, link.target} - sites:
+                raise ValueError(f"link {link.source}>{link.target}: sites are {sorted(sites)}")
+        if self.home is not None and self.home not in self.local_sites:
+            raise ValueError(f"home {self.home!r}: sites that decode are {sorted(self.local_sites)}")
+        for _, server in self.servers():
+            unknown = set(server.models) - models
+            if unknown:
+                raise ValueError(f"server {server.name}: unknown models {sorted(unknown)}")
+        return self
+
+    def servers(self) -> Iterator[tuple[str, Server]]:
+        """Site name and server, in the file's order."""
+        for site in self.sites:
+            for server in site.servers:
+                yield site.name, server
+
+    @property
+    def local_sites(self) -> frozenset[str]:
+        """Sites that decode."""
+        return frozenset(name for name, server in self.servers() if server.role != "prefill")
+
+
+def load_router_config(path: Path | str) -> RouterConfig:
+    """The file, with relative paths taken from its folder. Raises UsageError or ConfigError."""
+    config = load(path, RouterConfig)
+    folder = Path(path).resolve().parent
+
+    def at(name: str) -> str:
+        return str(folder / name)
+
+    def optional(name: str | None) -> str | None:
+        return None if name is None else at(name)
+
+    def cost(found: CostFile) -> CostFile:
+        return found.model_copy(update={"profile": optional(found.profile)})
+
+    tls = config.listen.tls
+    if tls is not None:
+        tls = tls.model_copy(
+            update={
+                "certificate": at(tls.certificate),
+                "key": at(tls.key),
+                "client_ca": optional(tls.client_ca),
+            }
+        )
+    return config.model_copy(
+        update={
+            "listen": config.listen.model_copy(update={"tls": tls}),
+            "models": tuple(
+                model.model_copy(
+                    update={
+                        "tokenizer": at(model.tokenizer),
+                        "chat_template": optional(model.chat_template),
+                    }
+                )
+                for model in config.models
+            ),
+            "sites": tuple(
+                site.model_copy(
+                    update={
+                        "cost": cost(site.cost),
+                        "costs": {name: cost(one) for name, one in site.costs.items()},
+                        "servers": tuple(
+                            server.model_copy(update={"key_file": optional(server.key_file)})
+                            for server in site.servers
+                        ),
+                    }
+                )
+                for site in config.sites
+            ),
+            "links": tuple(
+                link.model_copy(update={"status_ca": optional(link.status_ca)}) for link in config.links
+            ),
+            "logs": config.logs.model_copy(update={"events": optional(config.logs.events)}),
+        }
+    )

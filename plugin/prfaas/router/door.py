@@ -1,0 +1,412 @@
+"""The door: a client's request from its headers to the last byte of its answer.
+
+Before the first token a failed attempt is followed by another, by another path; the client notices the time
+alone. From the first token on the stream is the client's: what breaks it is told in an error event. Each
+request ends exactly once: answered, refused, told of an error, or left by its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from prfaas.config.router import ApiKey, Model, RouterConfig
+from prfaas.router.attempt import Attempt, AttemptFailed, FailureKind, Opened, Route
+from prfaas.router.body import Asked, Endpoint, read_body, with_fields
+from prfaas.router.clients import Clients, Wishes
+from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded, error_event
+from prfaas.router.scheduler import Scheduler
+from prfaas.router.ticket import Ticket
+from prfaas.router.tokens import OffLoop, Prompt, PromptReader
+from prfaas.telemetry.router_metrics import RouterMetrics
+
+K_DEFAULT_MODEL = "default"
+"""What SGLang takes a request without a model to name."""
+K_CLIENT_LEFT = 499
+K_ROOMS = 1 << 62
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a request ended, for the event log."""
+
+    at_s: float
+    request: str
+    endpoint: str
+    tenant: str = ""
+    model: str = ""
+    status: int = 0
+    attempts: int = 0
+    site: str | None = None
+    reason: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int | None = None
+    predicted_cached_tokens: int | None = None
+    predicted_ttft_s: float | None = None
+    ttft_s: float | None = None
+    e2e_s: float = 0.0
+    error: str | None = None
+    failures: list[str] = field(default_factory=list)
+    event: str = "outcome"
+
+
+class Door:
+    """Handlers of the three endpoints that generate."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        scheduler: Scheduler,
+        clients: Clients,
+        readers: Mapping[str, PromptReader],
+        off_loop: OffLoop,
+        metrics: RouterMetrics,
+        *,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+        on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> None:
+        self._scheduler, self._clients, self._off_loop = scheduler, clients, off_loop
+        self._metrics, self._rng, self._clock = metrics, rng, clock
+        self._on_outcome = on_outcome
+        self.background: set[asyncio.Task[None]] = set()
+        """Aborts and prefill answers that are still under way."""
+        self.apply(config, readers)
+
+    def apply(self, config: RouterConfig, readers: Mapping[str, PromptReader]) -> None:
+        """Take over a configuration; running requests keep what they began with."""
+        self._config, self._readers = config, readers
+        self._models: dict[str, Model] = {}
+        for model in config.models:
+            for name in (model.name, *model.aliases):
+                self._models[name] = model
+
+    async def handle(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+        """aiohttp's handler. Answers every DoorError in OpenAI's form."""
+        began_s = self._clock()
+        outcome = Outcome(at_s=time.time(), request=f"{self._rng.getrandbits(96):024x}", endpoint=endpoint)
+        try:
+            key = self._clients.identify(request.headers)
+            wishes = self._clients.wishes(key, request.headers)
+            outcome.tenant = key.tenant
+            with self._clients.admitted(key):
+                return await self._serve(request, endpoint, key, wishes, outcome, began_s)
+        except DoorError as error:
+            outcome.status, outcome.error = error.status, error.message
+            if isinstance(error, BadRequest):
+                self._metrics.refused_input.labels("client", str(error.code)).inc()
+            headers = error.headers | self._headers(outcome)
+            return web.Response(
+                status=error.status, body=error.body, content_type="application/json", headers=headers
+            )
+        except (asyncio.CancelledError, ConnectionResetError):
+            outcome.status, outcome.error = K_CLIENT_LEFT, outcome.error or "the client left"
+            raise
+        finally:
+            outcome.e2e_s = self._clock() - began_s
+            self._metrics.requests.labels(endpoint, str(outcome.status)).inc()
+            if outcome.ttft_s is not None:
+                self._metrics.e2e.labels(outcome.site or "").observe(outcome.e2e_s)
+            self._on_outcome(outcome)
+
+    async def _serve(
+        self,
+        request: web.Request,
+        endpoint: Endpoint,
+        key: ApiKey,
+        wishes: Wishes,
+        outcome: Outcome,
+        began_s: float,
+    ) -> web.StreamResponse:
+        raw = await self._body(request)
+        arrived_s = self._clock()
+        asked, model, prompt = await self._off_loop.run(len(raw), lambda: self._read(endpoint, raw))
+        outcome.model, outcome.prompt_tokens = model.name, prompt.tokens
+        self._metrics.prompt_tokens.observe(prompt.tokens)
+        longest = self._config.limits.max_prompt_tokens
+        limit = min(model.max_prompt_tokens or longest, longest)
+        if prompt.tokens > limit * prompt.prompts:
+            raise BadRequest(
+                f"The prompt has {prompt.tokens} tokens; the limit is {limit}.",
+                code="context_length_exceeded",
+                param="messages" if endpoint is Endpoint.CHAT else "prompt",
+            )
+        ticket = Ticket(
+            request_id=outcome.request,
+            model=model.name,
+            tenant=key.tenant,
+            slo_class=wishes.slo_class,
+            prompt=prompt,
+            output_tokens=asked.output_tokens,
+            arrived_s=began_s,
+            deadline_s=None if wishes.first_token_within_s is None else began_s + wishes.first_token_within_s,
+        )
+        try:
+            attempt, opened = await self._first_token(asked, ticket, outcome, arrived_s)
+            try:
+                outcome.ttft_s = self._clock() - began_s
+                self._told(attempt, ticket, outcome)
+                return await self._answer(request, asked, attempt, opened, outcome, wishes)
+            finally:
+                await attempt.close()
+                self._compare(attempt, outcome)
+        finally:
+            self._scheduler.on_finished(ticket)
+
+    async def _body(self, request: web.Request) -> bytes:
+        limits = self._config.limits
+        try:
+            async with asyncio.timeout(limits.body_timeout_s):
+                return await request.read()
+        except TimeoutError:
+            raise BadRequest(
+                f"The body did not arrive within {limits.body_timeout_s:g} s.", status=408, code="slow_body"
+            ) from None
+        except web.HTTPRequestEntityTooLarge:
+            raise BadRequest(
+                f"The body is larger than {limits.max_body_bytes} bytes.", status=413, code="body_too_large"
+            ) from None
+        except (aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
+            raise BadRequest(f"The body can't be read: {error}", code="bad_body") from None
+
+    def _read(self, endpoint: Endpoint, raw: bytes) -> tuple[Asked, Model, Prompt]:
+        """Off the event loop for large bodies. Raises BadRequest."""
+        asked = read_body(endpoint, raw)
+        model = self._model(asked)
+        return asked, model, self._readers[model.name].read(asked)
+
+    def _model(self, asked: Asked) -> Model:
+        name = asked.model
+        if name is None or name == K_DEFAULT_MODEL:
+            return self._models.get(K_DEFAULT_MODEL, self._config.models[0])
+        # "base:adapter" names a LoRA adapter, which the servers resolve.
+        found = self._models.get(name) or self._models.get(name.partition(":")[0])
+        if found is None:
+            raise BadRequest(
+                f"The model {name[:128]!r} does not exist.",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        if name in found.aliases:
+            asked.body = with_fields(asked.body, {"model": found.name})
+        return found
+
+    async def _first_token(
+        self, asked: Asked, ticket: Ticket, outcome: Outcome, arrived_s: float
+    ) -> tuple[Attempt, Opened]:
+        """Attempt after attempt until one has its first token. Raises DoorError."""
+        retry = self._config.retry
+        end_s = arrived_s + retry.total_s
+        tried: set[tuple[str, str | None]] = set()
+        rounds = 0
+        last: AttemptFailed | None = None
+        while True:
+            try:
+                route = await self._scheduler.route(ticket)
+            except NoPath as none:
+                if last is None or ticket.attempt >= retry.attempts:
+                    raise self._gave_up(last) if last else none from None
+                # Every path has failed for this request: after a pause they may be tried again.
+                self._scheduler.forgive(ticket)
+                await self._pause(rounds, end_s, last)
+                rounds += 1
+                continue
+            names = (route.decode.name, route.prefill.name if route.prefill else None)
+            if names in tried:
+                await self._pause(rounds, end_s, last)
+                rounds += 1
+            elif not tried:
+                self._metrics.overhead.observe(self._clock() - arrived_s)
+            tried.add(names)
+            decision = ticket.decision
+            assert decision is not None
+            outcome.site, outcome.reason = decision.prefill_site, decision.reason
+            outcome.predicted_ttft_s = decision.predicted_ttft_s
+            outcome.attempts = ticket.attempt + 1
+            outcome.predicted_cached_tokens = ticket.cached.get(route.prefill.name) if route.prefill else None
+            attempt = Attempt(
+                asked,
+                route,
+                rid=f"{ticket.request_id}-{ticket.attempt:02d}",
+                room=self._rng.randrange(K_ROOMS),
+                aborts=self.background,
+                clock=self._clock,
+            )
+            patience_s = max(
+                retry.first_token_min_s, retry.first_token_factor * (decision.predicted_ttft_s or 0.0)
+            )
+            patience_s = min(patience_s, max(0.1, end_s - self._clock()))
+            try:
+                return attempt, await attempt.open(patience_s, retry.answer_s)
+            except AttemptFailed as failed:
+                await attempt.close()
+                last = failed
+                self._failed(ticket, route, failed, outcome)
+                if ticket.attempt >= retry.attempts or self._clock() >= end_s:
+                    raise self._gave_up(failed) from None
+            except BaseException:
+                await attempt.close()
+                raise
+
+    def _failed(self, ticket: Ticket, route: Route, failed: AttemptFailed, outcome: Outcome) -> None:
+        site = route.prefill.site if route.prefill else route.decode.site
+        outcome.failures.append(f"{site}: {failed}")
+        self._metrics.attempts_failed.labels(site, failed.side, failed.kind).inc()
+        self._scheduler.on_failed(ticket, route, failed)
+
+    async def _pause(self, rounds: int, end_s: float, last: AttemptFailed | None) -> None:
+        """Before a path that has failed is tried again. Raises when there is no time for it."""
+        pause_s = self._config.retry.backoff_s * 2 ** min(rounds, 8)
+        if self._clock() + pause_s >= end_s:
+            raise self._gave_up(last)
+        await asyncio.sleep(pause_s * (0.5 + self._rng.random() / 2))
+
+    def _gave_up(self, last: AttemptFailed | None) -> DoorError:
+        retry_after_s = self._config.limits.retry_after_s
+        if last is None:
+            return NoPath("No server could serve this request.", retry_after_s=retry_after_s)
+        if last.kind is FailureKind.REFUSED:
+            return Overloaded(
+                f"Refused on every path; last: {last.message}",
+                code="refused",
+                retry_after_s=last.retry_after_s or retry_after_s,
+            )
+        if last.kind is FailureKind.TIMEOUT:
+            return NoPath(
+                f"No first token in time: {last.message}",
+                status=504,
+                code="timeout",
+                retry_after_s=retry_after_s,
+            )
+        return NoPath(f"Every path failed; last: {last}", retry_after_s=retry_after_s)
+
+    def _told(self, attempt: Attempt, ticket: Ticket, outcome: Outcome) -> None:
+        """The first token is here."""
+        attempt.unbook_tokens()
+        answer = attempt.prefill_answer
+        self._scheduler.on_first_token(ticket, answer.cached_tokens if answer else None)
+        self._metrics.ttft.labels(outcome.site or "").observe(outcome.ttft_s or 0.0)
+
+    def _compare(self, attempt: Attempt, outcome: Outcome) -> None:
+        """Was the prefix prediction right?"""
+        answer = attempt.prefill_answer
+        outcome.cached_tokens = answer.cached_tokens if answer else None
+        if outcome.cached_tokens is not None and outcome.predicted_cached_tokens is not None:
+            equal = outcome.cached_tokens == outcome.predicted_cached_tokens
+            self._metrics.cached_prediction.labels("equal" if equal else "different").inc()
+
+    def _headers(self, outcome: Outcome, wishes: Wishes | None = None) -> dict[str, str]:
+        headers = {"x-prfaas-request-id": outcome.request, "x-request-id": outcome.request}
+        if wishes is not None and wishes.correlation:
+            headers["x-request-id"] = wishes.correlation
+        if outcome.site is not None:
+            headers["x-prfaas-site"] = outcome.site
+            headers["x-prfaas-reason"] = _header_text(outcome.reason)
+            headers["x-prfaas-attempts"] = str(outcome.attempts)
+        if outcome.predicted_ttft_s is not None:
+            headers["x-prfaas-predicted-ttft-ms"] = f"{outcome.predicted_ttft_s * 1e3:.1f}"
+        return headers
+
+    async def _answer(
+        self,
+        request: web.Request,
+        asked: Asked,
+        attempt: Attempt,
+        opened: Opened,
+        outcome: Outcome,
+        wishes: Wishes,
+    ) -> web.StreamResponse:
+        outcome.status = 200
+        headers = self._headers(outcome, wishes)
+        if opened.response is None:
+            body = merge_prompt_logprobs(asked, opened.first, attempt.prefill_body)
+            return web.Response(body=body, content_type=opened.content_type, headers=headers)
+        headers["Content-Type"] = "text/event-stream; charset=utf-8"
+        headers["Cache-Control"] = "no-cache"
+        headers["X-Accel-Buffering"] = "no"
+        out = web.StreamResponse(headers=headers)
+        await out.prepare(request)
+        stall_s = self._config.limits.client_stall_s
+        await _write(request, out, opened.first, stall_s)
+        cause = await self._relay(request, opened, out)
+        if cause is None:
+            attempt.finished()
+        else:
+            outcome.error = f"the stream broke after its first token: {cause}"
+            self._metrics.broken_streams.labels(cause).inc()
+            await _write(
+                request,
+                out,
+                error_event(f"The server's stream ended early ({cause}).", "server_error", "stream_broken"),
+                stall_s,
+            )
+        await out.write_eof()
+        return out
+
+    async def _relay(self, request: web.Request, opened: Opened, out: web.StreamResponse) -> str | None:
+        """Hand on the stream as it comes; the cause when it broke."""
+        assert opened.response is not None
+        upstream, cutter = opened.response.content, opened.cutter
+        stall_s, client_stall_s = self._config.retry.stall_s, self._config.limits.client_stall_s
+        while True:
+            try:
+                async with asyncio.timeout(stall_s):
+                    chunk = await upstream.readany()
+            except TimeoutError:
+                return "silent"
+            except (aiohttp.ClientError, OSError):
+                return "lost"
+            if not chunk:
+                return None if cutter.done else "incomplete"
+            try:
+                events = cutter.feed(chunk)
+            except ValueError:
+                return "garbage"
+            if events:
+                await _write(request, out, events, client_stall_s)
+
+
+async def _write(request: web.Request, out: web.StreamResponse, data: bytes, stall_s: float) -> None:
+    """To the client. Raises ConnectionResetError when it has left, or takes nothing any more."""
+    try:
+        async with asyncio.timeout(stall_s):
+            await out.write(data)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client takes nothing of its stream") from None
+
+
+def _header_text(text: str) -> str:
+    """Printable ASCII, short: a reason may hold names from outside."""
+    return "".join(one if " " <= one <= "~" else "?" for one in text)[:240]
+
+
+def merge_prompt_logprobs(asked: Asked, answer: bytes, prefill: bytes | None) -> bytes:
+    """/generate's logprobs of the prompt exist at the prefill server alone: put them into decode's answer."""
+    if asked.endpoint is not Endpoint.GENERATE or not asked.fields.get("return_logprob") or prefill is None:
+        return answer
+    try:
+        ours: Any = msgspec.json.decode(answer)
+        theirs: Any = msgspec.json.decode(prefill)
+        for one, other in zip(_as_list(ours), _as_list(theirs), strict=True):
+            meta = one["meta_info"]
+            meta["input_token_logprobs"] = other["meta_info"]["input_token_logprobs"] + (
+                meta.get("input_token_logprobs") or []
+            )
+    except (msgspec.DecodeError, ValueError, KeyError, TypeError):
+        return answer
+    return msgspec.json.encode(ours)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,189 @@
+"""The servers as this router knows them: connections, load, health; and how the set changes at a reload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+from prfaas.config.router import RouterConfig, Server
+from prfaas.model.ids import ModelId, SiteId
+from prfaas.model.observations import InstanceObservation, Role
+
+K_KEEP_ALIVE_S = 4.0
+"""Below the 5 s after which SGLang's server closes an idle connection (SGLANG_TIMEOUT_KEEP_ALIVE)."""
+K_CONNECT_S = 3.0
+
+
+@dataclass(slots=True)
+class Reported:
+    """A server's own figures, checked; `at_s` on the router's clock."""
+
+    at_s: float = float("-inf")
+    running: int = 0
+    waiting: int = 0
+    waiting_uncached_tokens: int = 0
+    used_tokens: int = 0
+    total_tokens: int | None = None
+    max_running: int | None = None
+    prefill_tokens_per_s: float | None = None
+
+
+@dataclass(eq=False)
+class ServerHandle:
+    """One server: its connection pool, what it says of itself, what this router has sent it."""
+
+    site: SiteId
+    config: Server
+    session: aiohttp.ClientSession
+    reported: Reported = field(default_factory=Reported)
+    in_flight: int = 0
+    """Requests of ours that it hasn't answered."""
+    pending_tokens: int = 0
+    """Uncached prompt tokens of ours on it whose prefill hasn't ended."""
+    down_until_s: float = float("-inf")
+    """Not to be used before, after a connection failed."""
+    misses: int = 0
+    """Load polls in a row that brought nothing usable."""
+    draining: bool = False
+    """Left the configuration, or about to change role."""
+    role: Role = Role.PREFILL
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def url(self) -> str:
+        return self.config.url
+
+    def serves(self, model: ModelId) -> bool:
+        return not self.config.models or model in self.config.models
+
+    def up(self, now: float) -> bool:
+        return not self.draining and now >= self.down_until_s
+
+    def mark_down(self, now: float, cool_down_s: float) -> None:
+        self.down_until_s = now + cool_down_s
+
+    def observe(self, now: float, max_age_s: float) -> InstanceObservation:
+        """Its load: the worse of what it reports and of what this router knows to be there.
+
+        A server that reports too little gains nothing by it: our own requests on it still count.
+        """
+        fresh = now - self.reported.at_s <= max_age_s
+        said = self.reported if fresh else Reported(max_running=self.reported.max_running)
+        decodes = self.role is Role.DECODE
+        free = None
+        if fresh and said.total_tokens is not None:
+            free = max(0, said.total_tokens - said.used_tokens)
+        limit = self.config.max_running or self.reported.max_running
+        ours = max(0, self.in_flight - said.waiting) if decodes else 0
+        return InstanceObservation(
+            instance=self.name,
+            site=self.site,
+            role=self.role,
+            at_s=max(self.reported.at_s, 0.0),
+            running=max(said.running, ours),
+            waiting=said.waiting,
+            waiting_uncached_tokens=max(said.waiting_uncached_tokens, self.pending_tokens),
+            prefill_tokens_per_s=self.reported.prefill_tokens_per_s,
+            free_tokens=free,
+            total_tokens=self.reported.total_tokens,
+            max_running=limit,
+            healthy=now >= self.down_until_s,
+            draining=self.draining,
+        )
+
+
+class ServerPool:
+    """All servers of the configuration, by name."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, ServerHandle] = {}
+        self._leaving: list[ServerHandle] = []
+
+    def __iter__(self) -> Iterator[ServerHandle]:
+        return iter(self._handles.values())
+
+    def get(self, name: str) -> ServerHandle | None:
+        return self._handles.get(name)
+
+    def apply(self, config: RouterConfig) -> tuple[list[ServerHandle], list[ServerHandle]]:
+        """Take over a configuration: handles that came and that left. Must run on the event loop.
+
+        An unchanged server keeps its connections and figures; one that left is closed when its last request
+        has ended (`sweep`), and one that changed is both.
+        """
+        wanted = {server.name: (site, server) for site, server in config.servers()}
+        left = [handle for handle in self if wanted.get(handle.name) != (handle.site, handle.config)]
+        for handle in left:
+            handle.draining = True
+            del self._handles[handle.name]
+            self._leaving.append(handle)
+        came = []
+        for name, (site, server) in wanted.items():
+            if name not in self._handles:
+                self._handles[name] = _open(site, server)
+                came.append(self._handles[name])
+        # Keep the file's order: it is the order of preference among equals.
+        self._handles = {name: self._handles[name] for name in wanted}
+        return came, left
+
+    async def sweep(self) -> None:
+        """Close servers that left and have nothing of ours any more."""
+        idle = [handle for handle in self._leaving if handle.in_flight == 0]
+        self._leaving = [handle for handle in self._leaving if handle.in_flight > 0]
+        for handle in idle:
+            await handle.session.close()
+
+    async def close(self) -> None:
+        for handle in [*self._handles.values(), *self._leaving]:
+            await handle.session.close()
+        self._handles.clear()
+        self._leaving.clear()
+
+
+def _open(site: SiteId, server: Server) -> ServerHandle:
+    headers = {"Content-Type": "application/json"}
+    if server.key_file:
+        headers["Authorization"] = f"Bearer {Path(server.key_file).read_text().strip()}"
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            limit=0,
+            keepalive_timeout=K_KEEP_ALIVE_S,
+        ),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=K_CONNECT_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=True,
+        skip_auto_headers=("User-Agent",),
+        read_bufsize=1 << 17,
+    )
+    return ServerHandle(site, server, session, role=Role(server.role), headers=headers)
+
+
+def least_loaded(handles: Iterable[ServerHandle], now: float, max_age_s: float) -> ServerHandle | None:
+    """The prefill server with the fewest tokens before a new one; None without any."""
+    best, best_key = None, (float("inf"), float("inf"))
+    for handle in handles:
+        seen = handle.observe(now, max_age_s)
+        speed = seen.prefill_tokens_per_s or 1.0
+        key = (seen.waiting_uncached_tokens / speed, float(handle.in_flight))
+        if key < best_key:
+            best, best_key = handle, key
+    return best
+
+
+def least_running(handles: Iterable[ServerHandle], now: float, max_age_s: float) -> ServerHandle | None:
+    """The decode server whose batch is emptiest relative to its limit; None without any."""
+    best, best_key = None, (float("inf"), float("inf"))
+    for handle in handles:
+        seen = handle.observe(now, max_age_s)
+        busy = seen.running + seen.waiting
+        key = (busy / (seen.max_running or 64), float(handle.in_flight))
+        if key < best_key:
+            best, best_key = handle, key
+    return best

@@ -1,0 +1,172 @@
+"""Asks each server for its load (/v1/loads), and believes what can be true.
+
+Figures that can't be (negative, absurd, of another type, a server slower or faster than anything built) are
+refused and counted; the server's last good ones stand until they are too old, and then only what this router
+itself has sent it counts. Several misses in a row take a server out of use until it answers again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Callable
+
+import aiohttp
+import msgspec
+
+from prfaas.config.router import Loads
+from prfaas.router.fleet import Reported, ServerHandle
+from prfaas.telemetry.router_metrics import RouterMetrics
+
+K_PATH = "/v1/loads?include=core,disagg,queues"
+K_MAX_BODY_BYTES = 1 << 20
+K_MISSES_DOWN = 3
+K_MAX_COUNT = 1 << 40
+K_SPEED_RANGE = (1.0, 1e8)  # tokens a second of prefill that an instance may claim
+K_SMOOTHING = 0.3
+
+
+class _Disagg(msgspec.Struct):
+    prefill_bootstrap_queue_reqs: int = 0
+    prefill_inflight_queue_reqs: int = 0
+    decode_prealloc_queue_reqs: int = 0
+    decode_transfer_queue_reqs: int = 0
+    decode_retracted_queue_reqs: int = 0
+
+
+class _Load(msgspec.Struct):
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    num_waiting_uncached_tokens: int = 0
+    num_used_tokens: int = 0
+    max_total_num_tokens: int = 0
+    max_running_requests: int = 0
+    total_prefill_uncached_tokens: int = 0
+    total_prefill_busy_us: int = 0
+    disaggregation: _Disagg | None = None
+
+
+class LoadReport(msgspec.Struct):
+    """The answer's part that is read: a load for each data-parallel rank."""
+
+    loads: list[_Load]
+
+
+_DECODER = msgspec.json.Decoder(LoadReport)
+
+
+class ReportError(ValueError):
+    """A load that can't be true."""
+
+
+def read_report(
+    data: bytes, before: Reported, totals: tuple[int, int] | None, now: float
+) -> tuple[Reported, tuple[int, int]]:
+    """The sum over ranks, and the cumulative (tokens, microseconds) of prefill for the next call.
+
+    Raises ReportError.
+    """
+    try:
+        loads = _DECODER.decode(data).loads
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ReportError(str(error)[:200]) from None
+    if not loads:
+        raise ReportError("no loads")
+    for load in loads:
+        numbers = [value for value in msgspec.structs.astuple(load) if isinstance(value, int)]
+        if load.disaggregation is not None:
+            numbers += msgspec.structs.astuple(load.disaggregation)
+        if not all(0 <= number <= K_MAX_COUNT for number in numbers):
+            raise ReportError("a count below 0 or beyond reason")
+    tokens = sum(load.total_prefill_uncached_tokens for load in loads)
+    busy_us = sum(load.total_prefill_busy_us for load in loads)
+    speed = before.prefill_tokens_per_s
+    if totals is not None and tokens > totals[0] and busy_us > totals[1]:
+        sample = (tokens - totals[0]) / (busy_us - totals[1]) * 1e6 * len(loads)
+        if not K_SPEED_RANGE[0] <= sample <= K_SPEED_RANGE[1]:
+            raise ReportError(f"{sample:.3g} tokens of prefill a second")
+        speed = sample if speed is None else speed + K_SMOOTHING * (sample - speed)
+    waiting = sum(load.num_waiting_reqs for load in loads)
+    for load in loads:
+        queues = load.disaggregation
+        if queues is not None:
+            waiting += queues.decode_prealloc_queue_reqs + queues.decode_transfer_queue_reqs
+            waiting += queues.decode_retracted_queue_reqs
+    limit = sum(load.max_running_requests for load in loads)
+    return (
+        Reported(
+            at_s=now,
+            running=sum(load.num_running_reqs for load in loads),
+            waiting=waiting,
+            waiting_uncached_tokens=sum(load.num_waiting_uncached_tokens for load in loads),
+            used_tokens=sum(load.num_used_tokens for load in loads),
+            total_tokens=sum(load.max_total_num_tokens for load in loads) or None,
+            max_running=limit or None,
+            prefill_tokens_per_s=speed,
+        ),
+        (tokens, busy_us),
+    )
+
+
+class LoadPoller:
+    """One server's questions. `run` until cancelled."""
+
+    def __init__(
+        self,
+        handle: ServerHandle,
+        settings: Callable[[], Loads],
+        cool_down_s: Callable[[], float],
+        metrics: RouterMetrics,
+        *,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._handle, self._settings, self._cool_down_s = handle, settings, cool_down_s
+        self._metrics, self._rng, self._clock, self._on_news = metrics, rng, clock, on_news
+        self._totals: tuple[int, int] | None = None
+
+    async def run(self) -> None:
+        while True:
+            await self.once()
+            # Spread, so that many servers and routers don't ask in step.
+            await asyncio.sleep(self._settings().interval_s * (0.75 + self._rng.random() / 2))
+
+    async def once(self) -> None:
+        handle, settings = self._handle, self._settings()
+        cause = None
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                async with handle.session.get(handle.url + K_PATH, headers=handle.headers) as response:
+                    data = await response.content.read(K_MAX_BODY_BYTES + 1)
+                    while data and len(data) <= K_MAX_BODY_BYTES and not response.content.at_eof():
+                        more = await response.content.read(K_MAX_BODY_BYTES + 1)
+                        data += more
+                    if len(data) > K_MAX_BODY_BYTES:
+                        cause = "too large"
+                    elif response.status != 200:
+                        cause = f"HTTP {response.status}"
+        except TimeoutError:
+            cause = "timeout"
+        except (aiohttp.ClientError, OSError):
+            cause = "connection"
+        if cause is None:
+            try:
+                handle.reported, self._totals = read_report(
+                    data, handle.reported, self._totals, self._clock()
+                )
+            except ReportError:
+                cause = "garbage"
+        if cause is None:
+            handle.misses = 0
+            if handle.down_until_s > self._clock():
+                handle.down_until_s = -math.inf
+                self._on_news()
+            return
+        self._metrics.refused_input.labels("loads", cause).inc()
+        handle.misses += 1
+        # Silence means down; a server that answers nonsense may still serve, and its requests will tell.
+        if cause in ("timeout", "connection") and handle.misses >= K_MISSES_DOWN:
+            handle.mark_down(self._clock(), self._cool_down_s())

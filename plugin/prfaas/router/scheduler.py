@@ -1,0 +1,357 @@
+"""Asks the policy where a request goes, and turns its answer into servers.
+
+The policy sees a snapshot (servers' loads, links' estimates, prefixes); what it decides, and how that ended,
+is kept for /decisions, the event log and its own hooks. Not thread-safe: all of it runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+from prfaas.config.router import CostFile, RouterConfig
+from prfaas.model.decisions import Action, Decision
+from prfaas.model.ids import ModelId, SiteId
+from prfaas.model.observations import RequestView, SiteObservation, Snapshot
+from prfaas.router.attempt import AttemptFailed, FailureKind, Route, Side
+from prfaas.router.errors import NoPath, Overloaded
+from prfaas.router.fleet import ServerHandle, ServerPool, least_loaded, least_running
+from prfaas.router.holding import HoldingPen
+from prfaas.router.links import LinkBook
+from prfaas.router.ticket import Record, Ticket
+from prfaas.router.tokens import Prompt
+from prfaas.routing import CostProfile, Fleet, Policy, create_policy
+
+K_LOCAL_FROM = 2
+"""Attempt (counted from 0) from which only sites that also decode may prefill."""
+K_HOLD_STEP_S = 0.5
+"""Longest time between two questions for a held request."""
+
+
+class Prefixes(Protocol):
+    """Who has which prefix."""
+
+    def cached_tokens(self, model: ModelId, prompt: Prompt) -> Mapping[str, int]:
+        """Usable prefix by server name."""
+        ...
+
+
+class NoPrefixes:
+    """Nothing is known of any cache."""
+
+    def cached_tokens(self, model: ModelId, prompt: Prompt) -> Mapping[str, int]:
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCost:
+    """T_prefill(l) and S_kv(l) as two straight lines, from the configuration."""
+
+    config: CostFile
+
+    def prefill_s(self, tokens: float, /) -> float:
+        return self.config.base_s + tokens / self.config.prefill_tokens_per_s
+
+    def kv_bytes(self, tokens: float, /) -> float:
+        return self.config.state_bytes + tokens * self.config.kv_bytes_per_token
+
+
+class Scheduler:
+    """The deciding half of the router."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        servers: ServerPool,
+        links: LinkBook,
+        *,
+        costs: Callable[[CostFile], CostProfile],
+        prefixes: Prefixes | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        on_record: Callable[[Record], None] = lambda record: None,
+        on_decided: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._servers, self._links = servers, links
+        self._costs = costs
+        self._prefixes = prefixes or NoPrefixes()
+        self._clock, self._wall_clock = clock, wall_clock
+        self._on_record, self._on_decided = on_record, on_decided
+        self.pen = HoldingPen()
+        self.records: deque[Record] = deque(maxlen=0)
+        self.policy: Policy
+        self._config = config
+        self.apply(config)
+
+    def apply(self, config: RouterConfig) -> None:
+        """Take over a configuration. The policy is made anew only when what it depends on has changed."""
+        fleet = self._fleet(config)
+        before = (self._config.policy, self._fleet_key(self._config)) if hasattr(self, "policy") else None
+        if before != (config.policy, self._fleet_key(config)):
+            self.policy = create_policy(config.policy, fleet)
+        if self.records.maxlen != config.logs.decisions:
+            self.records = deque(self.records, maxlen=config.logs.decisions)
+        self._config = config
+        filling = {site for site, server in config.servers() if server.role != "decode"}
+        # Without prefill at home there is no local way to fall back to.
+        local = filling & config.local_sites
+        self._remote_sites = {site.name for site in config.sites} - config.local_sites if local else set()
+        self.pen.wake()
+
+    @staticmethod
+    def _fleet_key(config: RouterConfig) -> object:
+        return (
+            [(site.name, site.cost, site.costs) for site in config.sites],
+            config.local_sites,
+            config.movable,
+        )
+
+    def _fleet(self, config: RouterConfig) -> Fleet:
+        profiles: dict[tuple[str, str], CostProfile] = {}
+        for site in config.sites:
+            profiles[site.name, ""] = self._costs(site.cost)
+            for model, cost in site.costs.items():
+                profiles[site.name, model] = self._costs(cost)
+        return Fleet(profiles=profiles, local_sites=config.local_sites, movable=config.movable)
+
+    def snapshot(self, model: ModelId, without: Collection[str], now: float) -> Snapshot:
+        """What is known now, of servers that serve `model` and aren't among `without`."""
+        max_age_s = self._config.loads.max_age_s
+        by_site: dict[str, list[ServerHandle]] = {site.name: [] for site in self._config.sites}
+        for handle in self._servers:
+            if handle.name not in without and handle.serves(model):
+                by_site[handle.site].append(handle)
+        sites = {
+            site: SiteObservation.of(site, [one.observe(now, max_age_s) for one in handles], now)
+            for site, handles in by_site.items()
+        }
+        return Snapshot(now=now, sites=sites, links=self._links.estimates(now))
+
+    async def route(self, ticket: Ticket) -> Route:
+        """Where the next attempt goes. Waits while the policy holds it. Raises Overloaded or NoPath."""
+        ticket.cached = self._prefixes.cached_tokens(ticket.model, ticket.prompt)
+        held = False
+        with ExitStack() as stay:
+            while True:
+                now = self._clock()
+                decision = self.policy.decide(
+                    self._view(ticket), self.snapshot(ticket.model, ticket.failed_servers, now), now
+                )
+                self._on_decided(self._clock() - now)
+                if decision.action is Action.DISPATCH:
+                    route = self._servers_for(ticket, decision, now)
+                    if route is not None:
+                        self._dispatched(ticket, decision, route, now)
+                        if held:
+                            self.pen.wake(1)
+                        return route
+                    # The policy's picture is older than ours: not this site again.
+                    site = decision.prefill_site
+                    if site is None or site in ticket.failed_sites:
+                        raise NoPath(
+                            "No server can take this request now.", retry_after_s=self._retry_after_s
+                        )
+                    ticket.failed_sites.add(site)
+                    continue
+                if decision.action is not Action.HOLD:
+                    ticket.decision = decision
+                    self._record(ticket, decision, None)
+                    raise self._refusal(decision)
+                if not held:
+                    if self.pen.held >= self._config.limits.max_held:
+                        raise Overloaded("Too many requests are waiting.", retry_after_s=self._retry_after_s)
+                    held = True
+                    stay.enter_context(self.pen.place())
+                wait_s = K_HOLD_STEP_S
+                if decision.until_s is not None:
+                    wait_s = min(wait_s, max(0.001, decision.until_s - now))
+                await self.pen.wait(decision.deadline_s or ticket.arrived_s, wait_s)
+
+    def _refusal(self, decision: Decision) -> Exception:
+        retry_after_s = decision.retry_after_s or self._retry_after_s
+        if decision.action is Action.SHED:
+            return Overloaded(f"Not served now: {decision.reason}", code="shed", retry_after_s=retry_after_s)
+        return NoPath(f"No path: {decision.reason}", retry_after_s=retry_after_s)
+
+    @property
+    def _retry_after_s(self) -> float:
+        return self._config.limits.retry_after_s
+
+    def _view(self, ticket: Ticket) -> RequestView:
+        by_site: dict[str, int] = {}
+        decode_by_site: dict[str, int] = {}
+        for name, tokens in ticket.cached.items():
+            handle = self._servers.get(name)
+            if handle is not None and name not in ticket.failed_servers:
+                sites = decode_by_site if handle.role == "decode" else by_site
+                sites[handle.site] = max(sites.get(handle.site, 0), tokens)
+        return RequestView(
+            request=ticket.request_id,
+            prompt_tokens=ticket.prompt.tokens,
+            arrived_s=ticket.arrived_s,
+            model=ticket.model,
+            home=self._config.home,
+            cached_tokens=by_site,
+            decode_cached_tokens=decode_by_site,
+            output_tokens=ticket.output_tokens,
+            tenant=ticket.tenant,
+            slo_class=ticket.slo_class,
+            deadline_s=ticket.deadline_s,
+            block_hashes=ticket.prompt.block_hashes,
+            excluded=self._excluded(ticket),
+            attempt=ticket.attempt,
+        )
+
+    def _excluded(self, ticket: Ticket) -> frozenset[SiteId]:
+        """Sites not to be tried again; from the third attempt on, none but those that also decode."""
+        if ticket.attempt < K_LOCAL_FROM or not self._config.local_sites:
+            return frozenset(ticket.failed_sites)
+        return frozenset(ticket.failed_sites | self._remote_sites)
+
+    def _usable(self, ticket: Ticket, site: SiteId, now: float, *, decode: bool) -> list[ServerHandle]:
+        refused = "prefill" if decode else "decode"
+        return [
+            handle
+            for handle in self._servers
+            if handle.site == site
+            and handle.role != refused
+            and handle.name not in ticket.failed_servers
+            and handle.serves(ticket.model)
+            and handle.up(now)
+        ]
+
+    def _servers_for(self, ticket: Ticket, decision: Decision, now: float) -> Route | None:
+        assert decision.chosen is not None
+        max_age_s = self._config.loads.max_age_s
+        prefills = self._usable(ticket, decision.chosen.prefill_site, now, decode=False)
+        decodes = self._usable(ticket, decision.chosen.decode_site, now, decode=True)
+        wanted = decision.prefill_instance
+        prefill = next((one for one in prefills if one.name == wanted), None)
+        if prefill is None and prefills:
+            # Among a site's servers the longest prefix wins, then the shortest queue.
+            prefills = _least_blamed(ticket, prefills)
+            most = max(ticket.cached.get(one.name, 0) for one in prefills)
+            best = [one for one in prefills if ticket.cached.get(one.name, 0) >= most]
+            prefill = least_loaded(best, now, max_age_s)
+        if prefill is None:
+            return None
+        tokens = max(0, ticket.prompt.tokens - ticket.cached.get(prefill.name, 0))
+        if prefill.role == "collocated":
+            if decision.chosen.decode_site != decision.chosen.prefill_site:
+                return None
+            return Route(decode=prefill, prefill=None, prefill_tokens=tokens)
+        decodes = [one for one in decodes if one.role == "decode"]
+        wanted = decision.decode_instance
+        decode = next((one for one in decodes if one.name == wanted), None)
+        decode = decode or least_running(_least_blamed(ticket, decodes), now, max_age_s)
+        return None if decode is None else Route(decode=decode, prefill=prefill, prefill_tokens=tokens)
+
+    def _dispatched(self, ticket: Ticket, decision: Decision, route: Route, now: float) -> None:
+        ticket.decision, ticket.policy = decision, self.policy
+        assert decision.chosen is not None
+        ticket.link = decision.chosen.link
+        if ticket.link is not None:
+            self._links.on_sent(ticket.link)
+        self.policy.on_dispatch(request=self._view(ticket), decision=decision, now=now)
+        self._record(ticket, decision, route)
+
+    def _record(self, ticket: Ticket, decision: Decision, route: Route | None) -> None:
+        prefill = route.prefill or route.decode if route else None
+        record = Record(
+            at_s=self._wall_clock(),
+            request=ticket.request_id,
+            model=ticket.model,
+            tenant=ticket.tenant,
+            slo_class=ticket.slo_class,
+            attempt=ticket.attempt,
+            prompt_tokens=ticket.prompt.tokens,
+            cached_tokens=dict(ticket.cached),
+            decision=decision,
+            prefill=prefill.name if prefill else None,
+            decode=route.decode.name if route else None,
+        )
+        self.records.append(record)
+        self._on_record(record)
+
+    def on_prefill_done(self, ticket: Ticket) -> None:
+        if ticket.policy is not None:
+            ticket.policy.on_prefill_done(request=ticket.request_id, now=self._clock())
+        self.pen.wake()
+
+    def on_first_token(self, ticket: Ticket, cached_tokens: int | None) -> None:
+        if ticket.link is not None:
+            self._links.on_succeeded(ticket.link)
+            ticket.link = None
+        if ticket.policy is not None:
+            ticket.policy.on_first_token(
+                request=ticket.request_id, now=self._clock(), cached_tokens=cached_tokens
+            )
+
+    def on_failed(self, ticket: Ticket, route: Route, failed: AttemptFailed) -> None:
+        """An attempt brought no token: learn from it, and lead the next one elsewhere."""
+        now = self._clock()
+        retry = self._config.retry
+        prefill_site = route.prefill.site if route.prefill else route.decode.site
+        culprit = route.decode if failed.side is Side.DECODE or route.prefill is None else route.prefill
+        if failed.kind is FailureKind.CONNECT:
+            culprit.mark_down(now, retry.cool_down_s)
+        if failed.side is Side.DECODE and failed.kind in (FailureKind.CONNECT, FailureKind.REFUSED):
+            ticket.failed_servers.add(route.decode.name)
+        elif ticket.link is not None:
+            ticket.failed_sites.add(prefill_site)
+            if failed.kind in (FailureKind.SERVER, FailureKind.TIMEOUT):
+                self._links.on_failed(ticket.link, now)
+        elif failed.kind is not FailureKind.SERVER:
+            ticket.failed_servers.add(culprit.name)
+        # Inside a site an error answer doesn't tell which of the two failed: both become second choice.
+        for one in (route.decode, route.prefill):
+            if one is not None:
+                ticket.blame[one.name] = ticket.blame.get(one.name, 0) + 1
+        policy = ticket.policy
+        if policy is not None and failed.kind is FailureKind.REFUSED:
+            policy.on_refused(
+                request=ticket.request_id,
+                reason=failed.message,
+                retry_after_s=failed.retry_after_s,
+                now=now,
+            )
+        elif policy is not None:
+            policy.on_failed(
+                request=ticket.request_id,
+                site=prefill_site,
+                reason=f"{failed.kind}: {failed.message}",
+                now=now,
+            )
+        self._leave_link(ticket)
+        ticket.attempt += 1
+        self.pen.wake()
+
+    def _leave_link(self, ticket: Ticket) -> None:
+        if ticket.link is not None:
+            self._links.on_given_up(ticket.link)
+            ticket.link = None
+
+    def forgive(self, ticket: Ticket) -> None:
+        """Every path has failed once: all may be tried again."""
+        ticket.failed_sites.clear()
+        ticket.failed_servers.clear()
+
+    def on_finished(self, ticket: Ticket) -> None:
+        """It is answered, or given up. Harmless when repeated."""
+        self._leave_link(ticket)
+        if ticket.policy is not None:
+            ticket.policy.on_finished(request=ticket.request_id, now=self._clock())
+            ticket.policy = None
+        self.pen.wake()
+
+
+def _least_blamed(ticket: Ticket, handles: list[ServerHandle]) -> list[ServerHandle]:
+    """Those that had part in the fewest failed attempts of this request."""
+    if not ticket.blame or not handles:
+        return handles
+    least = min(ticket.blame.get(one.name, 0) for one in handles)
+    return [one for one in handles if ticket.blame.get(one.name, 0) == least]

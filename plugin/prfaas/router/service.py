@@ -1,0 +1,477 @@
+"""Everything of one router, put together: what is started, reloaded and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+
+import zmq.asyncio
+from aiohttp import web
+
+from prfaas.config.profile import load_profile
+from prfaas.config.router import CostFile, Model, RouterConfig, Tls
+from prfaas.model.errors import ConfigError, MachineError, PrfaasError
+from prfaas.router.body import Endpoint
+from prfaas.router.clients import Clients
+from prfaas.router.door import Door, Outcome
+from prfaas.router.errors import BadRequest, DoorError
+from prfaas.router.fleet import ServerHandle, ServerPool
+from prfaas.router.kv_events import KvEventReader
+from prfaas.router.links import LinkBook
+from prfaas.router.loads import LoadPoller
+from prfaas.router.pages import (
+    as_json,
+    decisions_page,
+    health_page,
+    model_page,
+    models_page,
+    record_row,
+)
+from prfaas.router.prefixes import PrefixBook
+from prfaas.router.scheduler import LinearCost, Scheduler
+from prfaas.router.ticket import Record
+from prfaas.router.tokens import OffLoop, PromptReader
+from prfaas.routing import CostProfile
+from prfaas.telemetry.event_log import EventLog
+from prfaas.telemetry.router_metrics import RouterMetrics
+
+log = logging.getLogger("prfaas.router")
+
+K_SWEEP_S = 1.0
+K_GRACE_S = 30.0
+"""Running requests have this long to end when the router stops."""
+
+
+def cost_profile(config: CostFile) -> CostProfile:
+    """A site's costs. Raises UsageError or ConfigError."""
+    return LinearCost(config) if config.profile is None else load_profile(config.profile)
+
+
+class Router:
+    """One front door. `start`, any number of `reload`, `stop`; all on one event loop."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        reread: Callable[[], RouterConfig] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`reread` reads the configuration anew. Raises ConfigError, UsageError for what can't be served."""
+        self.config = config
+        self.metrics = RouterMetrics()
+        self.servers = ServerPool()
+        self._reread = reread
+        self._clock = clock
+        self._started_s = time.time()
+        # Rooms must differ between routers that share servers; a seed is for tests alone.
+        self._rng = random.Random(
+            int.from_bytes(os.urandom(16), "big") if config.seed is None else config.seed
+        )
+        self.links = LinkBook(cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s)
+        self.links.apply(config.links, cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s)
+        self.prefixes = PrefixBook(config, self.metrics)
+        self._log = self._open_log(config)
+        self.scheduler = Scheduler(
+            config,
+            self.servers,
+            self.links,
+            costs=cost_profile,
+            prefixes=self.prefixes,
+            clock=clock,
+            on_record=self._on_record,
+            on_decided=self.metrics.decide.observe,
+        )
+        self.clients = Clients(config)
+        self._off_loop = OffLoop(
+            inline_bytes=config.limits.inline_bytes, threads=config.limits.tokenise_threads
+        )
+        self._readers = self._make_readers(config, {})
+        self.door = Door(
+            config,
+            self.scheduler,
+            self.clients,
+            {name: reader for name, (_, reader) in self._readers.items()},
+            self._off_loop,
+            self.metrics,
+            rng=self._rng,
+            clock=clock,
+            on_outcome=self._on_outcome,
+        )
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+        self._zmq: zmq.asyncio.Context | None = None
+        self._runner: web.AppRunner | None = None
+        self._listeners: list[asyncio.Server] = []
+        self._tls: ssl.SSLContext | None = None
+        self._reloading = asyncio.Lock()
+        self._refused_connections = 0
+
+    # Building blocks
+
+    def _make_readers(
+        self, config: RouterConfig, former: dict[str, tuple[Model, PromptReader]]
+    ) -> dict[str, tuple[Model, PromptReader]]:
+        """Readers by model; unchanged models keep theirs. Raises ConfigError."""
+        readers = {}
+        for model in config.models:
+            kept = former.get(model.name)
+            if kept is not None and kept[0] == model:
+                readers[model.name] = kept
+            else:
+                readers[model.name] = (model, PromptReader(model, self.prefixes.hasher(model)))
+        return readers
+
+    def _open_log(self, config: RouterConfig) -> EventLog | None:
+        if config.logs.events is None:
+            return None
+        return EventLog(
+            Path(config.logs.events),
+            max_bytes=config.logs.max_bytes,
+            on_dropped=self.metrics.log_dropped.inc,
+        )
+
+    def _on_record(self, record: Record) -> None:
+        decision = record.decision
+        self.metrics.decisions.labels(decision.policy, decision.action, record.site or "").inc()
+        if self._log is not None:
+            self._log.add(record_row(record))
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        if self._log is not None:
+            self._log.add(outcome)
+
+    # Life
+
+    async def start(self) -> tuple[str, int]:
+        """Listen; where. Raises MachineError when the address is taken, ConfigError for bad TLS files."""
+        listen = self.config.listen
+        self._tls = tls_context(listen.tls) if listen.tls else None
+        self._zmq = zmq.asyncio.Context()
+        self._adopt(self.config)
+        self._spawn("", self._sweep())
+        if self._log is not None:
+            self._spawn("", self._log.run())
+        limits = self.config.limits
+        self._runner = web.AppRunner(
+            self._app(),
+            handle_signals=False,
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=limits.idle_timeout_s,
+            max_field_size=limits.max_header_bytes,
+            max_line_size=limits.max_header_bytes,
+            shutdown_timeout=K_GRACE_S,
+            tcp_keepalive=True,
+        )
+        await self._runner.setup()
+        loop = asyncio.get_running_loop()
+        try:
+            listener = await loop.create_server(
+                self._protocol,
+                listen.host,
+                listen.port,
+                ssl=self._tls,
+                backlog=listen.backlog,
+                reuse_port=listen.reuse_port or None,
+            )
+        except OSError as error:
+            await self.stop()
+            raise MachineError(f"can't listen on {listen.host}:{listen.port}: {error.strerror}") from None
+        self._listeners.append(listener)
+        host, port = listener.sockets[0].getsockname()[:2]
+        log.info("listening on %s:%d", host, port)
+        return host, port
+
+    def _protocol(self) -> asyncio.Protocol:
+        """A connection's handler, or one that closes it at once when there are too many."""
+        assert self._runner is not None
+        assert self._runner.server is not None
+        if len(self._runner.server.connections) >= self.config.limits.max_connections:
+            self._refused_connections += 1
+            self.metrics.refused_input.labels("client", "too many connections").inc()
+            return _Busy()
+        handler: asyncio.Protocol = self._runner.server()
+        return handler
+
+    def _app(self) -> web.Application:
+        app = web.Application(
+            client_max_size=self.config.limits.max_body_bytes, middlewares=[self._errors_in_form]
+        )
+        for endpoint in Endpoint:
+            app.router.add_post(endpoint.value, self._generating(endpoint))
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{name:.+}", self._model)
+        for path in ("/health", "/health_generate"):
+            app.router.add_get(path, self._health)
+        app.router.add_get("/metrics", self._metrics_page)
+        app.router.add_get("/decisions", self._decisions)
+        app.router.add_post("/reload", self._reload_asked)
+        for path in ("/server_info", "/get_server_info", "/get_model_info", "/model_info"):
+            app.router.add_get(path, self._server_info)
+        return app
+
+    def _generating(
+        self, endpoint: Endpoint
+    ) -> Callable[[web.Request], Coroutine[None, None, web.StreamResponse]]:
+        async def handler(request: web.Request) -> web.StreamResponse:
+            return await self.door.handle(request, endpoint)
+
+        return handler
+
+    def _spawn(self, owner: str, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(_tell_of_death)
+        self._tasks.setdefault(owner, []).append(task)
+
+    async def _end(self, owner: str) -> None:
+        tasks = self._tasks.pop(owner, [])
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _adopt(self, config: RouterConfig) -> list[ServerHandle]:
+        """Take over a configuration's servers; the handles that left."""
+        came, left = self.servers.apply(config)
+        for handle in came:
+            self._watch(handle)
+        return left
+
+    def _watch(self, handle: ServerHandle) -> None:
+        poller = LoadPoller(
+            handle,
+            lambda: self.config.loads,
+            lambda: self.config.retry.cool_down_s,
+            self.metrics,
+            rng=self._rng,
+            clock=self._clock,
+            on_news=self.scheduler.pen.wake,
+        )
+        self._spawn(handle.name, poller.run())
+        if handle.config.kv_events is not None:
+            assert self._zmq is not None
+            self.prefixes.add_server(handle)
+            reader = KvEventReader(
+                handle.name, handle.config.kv_events, self.prefixes, self.metrics, self._zmq
+            )
+            self._spawn(handle.name, reader.run())
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(K_SWEEP_S)
+            await self.servers.sweep()
+
+    async def reload(self) -> None:
+        """Read the configuration again and take it over; running requests end as they began.
+
+        Raises ConfigError or UsageError, and then nothing has changed.
+        """
+        async with self._reloading:
+            try:
+                if self._reread is None:
+                    raise ConfigError(
+                        "the configuration", "the file", None, "this router was not read from one"
+                    )
+                config = await asyncio.to_thread(self._reread)
+                if (config.listen.host, config.listen.port) != (
+                    self.config.listen.host,
+                    self.config.listen.port,
+                ):
+                    raise ConfigError(
+                        "the configuration", "listen", config.listen.port, "changing it needs a restart"
+                    )
+                readers = await asyncio.to_thread(self._make_readers, config, self._readers)
+                if self._tls is not None and config.listen.tls is not None:
+                    load_certificates(self._tls, config.listen.tls)
+                # From here on nothing can fail: a policy is made before anything else is replaced.
+                self.scheduler.apply(config)
+            except PrfaasError:
+                self.metrics.reloads.labels("refused").inc()
+                raise
+            self.config, self._readers = config, readers
+            self.links.apply(
+                config.links, cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s
+            )
+            self.prefixes.apply(config)
+            self.clients.apply(config)
+            self.door.apply(config, {name: reader for name, (_, reader) in readers.items()})
+            for handle in self._adopt(config):
+                await self._end(handle.name)
+                self.prefixes.remove_server(handle.name)
+            for handle in self.servers:
+                if handle.name not in self._tasks:
+                    self._watch(handle)
+            self.metrics.reloads.labels("done").inc()
+            log.info("configuration reloaded")
+
+    async def stop(self) -> None:
+        """Take nothing new, let running requests end (for K_GRACE_S at most), close everything."""
+        for listener in self._listeners:
+            listener.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self.door.background:
+            await asyncio.wait(self.door.background, timeout=K_GRACE_S)
+        for owner in list(self._tasks):
+            await self._end(owner)
+        await self.servers.close()
+        self._off_loop.close()
+        if self._zmq is not None:
+            self._zmq.destroy(linger=0)
+        if self._log is not None:
+            self._log.close()
+
+    # Pages
+
+    @web.middleware
+    async def _errors_in_form(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        """Errors of pages, and aiohttp's own (404, 405), in OpenAI's form."""
+        try:
+            return await handler(request)
+        except DoorError as error:
+            return web.Response(
+                status=error.status, body=error.body, content_type="application/json", headers=error.headers
+            )
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            said = BadRequest(
+                f"{request.method} {request.path[:128]}: {error.reason}",
+                status=error.status,
+                code="no_such_page",
+            )
+            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+            return web.Response(
+                status=error.status, body=said.body, content_type="application/json", headers=headers
+            )
+        except (asyncio.CancelledError, ConnectionResetError):
+            raise
+        except Exception:
+            log.exception("a fault of the router's own, at %s", request.path[:128])
+            fault = DoorError("The router failed; its log says more.")
+            return web.Response(status=500, body=fault.body, content_type="application/json")
+
+    def _administrator(self, request: web.Request) -> None:
+        if not self.clients.identify(request.headers).admin:
+            raise BadRequest("This key may not.", status=403, kind="permission_error", code="not_admin")
+
+    async def _models(self, request: web.Request) -> web.Response:
+        self.clients.identify(request.headers)
+        return as_json(models_page(self.config, self._started_s))
+
+    async def _model(self, request: web.Request) -> web.Response:
+        self.clients.identify(request.headers)
+        return as_json(model_page(self.config, request.match_info["name"], self._started_s))
+
+    async def _health(self, request: web.Request) -> web.Response:
+        healthy, page = health_page(self.config, self.servers, self.links, self._clock())
+        return as_json(page, 200 if healthy else 503)
+
+    async def _metrics_page(self, request: web.Request) -> web.Response:
+        now = self._clock()
+        metrics = self.metrics
+        metrics.in_flight.set(self.clients.in_flight)
+        metrics.held.set(self.scheduler.pen.held)
+        for gauge in (metrics.server_up, metrics.server_in_flight, metrics.link_up, metrics.link_rate):
+            gauge.clear()
+        for handle in self.servers:
+            metrics.server_up.labels(handle.name, handle.site, handle.role).set(handle.up(now))
+            metrics.server_in_flight.labels(handle.name).set(handle.in_flight)
+        for link, estimate in self.links.estimates(now).items():
+            metrics.link_up.labels(str(link)).set(estimate.up)
+            metrics.link_rate.labels(str(link)).set(estimate.rate_bps)
+        for figure, value in self.scheduler.policy.get_log_data().items():
+            metrics.policy_figures.labels(figure).set(value)
+        return web.Response(body=metrics.page(), headers={"Content-Type": metrics.content_type})
+
+    async def _decisions(self, request: web.Request) -> web.Response:
+        self._administrator(request)
+        return as_json(decisions_page(self.scheduler, request.query))
+
+    async def _reload_asked(self, request: web.Request) -> web.Response:
+        self._administrator(request)
+        try:
+            await self.reload()
+        except PrfaasError as error:
+            raise BadRequest(str(error), status=422, code="bad_configuration") from None
+        return as_json({"status": "reloaded"})
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        """What SGLang's tools look for at a server, as far as a router has it."""
+        self.clients.identify(request.headers)
+        model = self.config.models[0]
+        return as_json(
+            {
+                "router": "prfaas",
+                "policy": self.config.policy.name,
+                "model_path": model.name,
+                "served_model_name": model.name,
+                "tokenizer_path": model.tokenizer,
+                "is_generation": True,
+                "internal_states": [],
+            }
+        )
+
+
+class _Busy(asyncio.Protocol):
+    """Closes its connection at once: the limit of connections is reached."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+def _tell_of_death(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a watcher died: %r", error, exc_info=error)
+
+
+def tls_context(tls: Tls) -> ssl.SSLContext:
+    """Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificates(context, tls)
+    return context
+
+
+def load_certificates(context: ssl.SSLContext, tls: Tls) -> None:
+    """Connections from now on use the files as they are now. Raises ConfigError."""
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+        if tls.client_ca is not None:
+            context.load_verify_locations(tls.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(tls.certificate, "listen.tls", str(error), "expected PEM files") from None
+
+
+async def serve(router: Router, *, until: asyncio.Event, reload: asyncio.Event) -> None:
+    """Run a started router until told to stop; reload when told to. Faults of a reload are logged."""
+    stopping = asyncio.ensure_future(until.wait())
+    try:
+        while not until.is_set():
+            reloading = asyncio.ensure_future(reload.wait())
+            await asyncio.wait({stopping, reloading}, return_when=asyncio.FIRST_COMPLETED)
+            if reload.is_set():
+                reload.clear()
+                try:
+                    await router.reload()
+                except PrfaasError as error:
+                    log.error("reload refused, the former configuration stays: %s", error)
+            else:
+                reloading.cancel()
+    finally:
+        stopping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await stopping
+        await router.stop()
