@@ -178,6 +178,8 @@ class RequestView:
     """The site that must decode it; None: any site that decodes."""
     cached_tokens: Mapping[SiteId, int] = field(default_factory=dict)
     """Usable prefix at each site's prefill instances: what EVERY layer group has (routing.prefix_index)."""
+    instance_cached_tokens: Mapping[InstanceId, int] = field(default_factory=dict)
+    """The same by instance, where that is known: then the choice inside a site counts it too."""
     decode_cached_tokens: Mapping[SiteId, int] = field(default_factory=dict)
     """Prefix that the decode side already holds and need not be sent."""
     output_tokens: int | None = None

@@ -1,0 +1,124 @@
+"""What all policies share.
+
+Booking of what was sent, instances, and the Decision made of the path they chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prfaas.config.policy import PolicyConfig
+from prfaas.model.decisions import Action, Decision, PathPrediction
+from prfaas.model.ids import RequestId, SiteId
+from prfaas.model.observations import RequestView, Snapshot
+from prfaas.routing.base import Fleet, Policy
+from prfaas.routing.book import DispatchBook
+from prfaas.routing.instances import decode_instance, prefill_instance
+from prfaas.routing.paths import PathFinder
+
+K_RETRY_S = 1.0  # s, retry_after_s where nothing better is known
+
+
+class BookingPolicy(Policy):
+    """Keeps the book of outstanding requests; concrete policies choose a path and say why."""
+
+    def __init__(self, config: PolicyConfig, fleet: Fleet) -> None:
+        super().__init__(config, fleet)
+        self.book = DispatchBook()
+        self.paths = PathFinder(fleet, self.book)
+
+    def on_dispatch(self, *, request: RequestView, decision: Decision, now: float) -> None:
+        if decision.chosen is not None:
+            self.book.add(request.request, decision.chosen, now)
+
+    def on_prefill_done(self, *, request: RequestId, now: float) -> None:
+        self.book.prefilled(request)
+
+    def on_first_token(self, *, request: RequestId, now: float, cached_tokens: int | None = None) -> None:
+        self.book.drop(request)
+
+    def on_refused(self, *, request: RequestId, reason: str, retry_after_s: float | None, now: float) -> None:
+        self.book.drop(request)
+
+    def on_failed(self, *, request: RequestId, site: SiteId, reason: str, now: float) -> None:
+        self.book.drop(request)
+
+    def on_finished(self, *, request: RequestId, now: float) -> None:
+        self.book.drop(request)
+
+    def deadline_s(self, request: RequestView) -> float:
+        """When the first token is due: the request's own deadline, or its class's."""
+        if request.deadline_s is not None:
+            return request.deadline_s
+        classes = self.config.classes
+        slo = classes.get(request.slo_class) or classes[self.config.default_class]
+        home = request.home if request.home is not None else min(self.fleet.local_sites, default="")
+        cached = max(0, min(request.cached_tokens.get(home, 0), request.prompt_tokens - 1))
+        alone_s = self.paths.costs(home, request.model).prefill_s(request.prompt_tokens, cached)
+        return request.arrived_s + slo.base_s + slo.prefill_factor * alone_s
+
+    def dispatch(
+        self,
+        request: RequestView,
+        snapshot: Snapshot,
+        now: float,
+        chosen: PathPrediction,
+        paths: Sequence[PathPrediction],
+        reason: str,
+        threshold_tokens: float | None = None,
+        deadline_s: float | None = None,
+    ) -> Decision:
+        """The decision to send it on `chosen`."""
+        costs = self.paths.costs(chosen.prefill_site, request.model)
+        return Decision(
+            request=request.request,
+            policy=self.name,
+            at_s=now,
+            action=Action.DISPATCH,
+            reason=reason,
+            chosen=chosen,
+            alternatives=tuple(path for path in paths if path is not chosen),
+            prefill_instance=prefill_instance(request, snapshot, chosen, costs),
+            decode_instance=decode_instance(snapshot, chosen),
+            deadline_s=self.deadline_s(request) if deadline_s is None else deadline_s,
+            threshold_tokens=threshold_tokens,
+        )
+
+    def no_path(self, request: RequestView, now: float, paths: Sequence[PathPrediction]) -> Decision:
+        """Nothing that could serve it is alive."""
+        why = "; ".join(f"{path.label}: {path.why_not}" for path in paths) or "no decode site"
+        return Decision(
+            request=request.request,
+            policy=self.name,
+            at_s=now,
+            action=Action.NO_PATH,
+            reason=why,
+            alternatives=tuple(paths),
+            retry_after_s=K_RETRY_S,
+        )
+
+    def first_of(
+        self,
+        request: RequestView,
+        snapshot: Snapshot,
+        now: float,
+        paths: Sequence[PathPrediction],
+        wanted: Sequence[PathPrediction],
+        reason: str,
+        threshold_tokens: float | None = None,
+    ) -> Decision:
+        """Soonest feasible of `wanted`; if none is, soonest feasible of all, saying what was in the way."""
+        chosen = soonest(wanted)
+        if chosen is None:
+            chosen = soonest(paths)
+            if chosen is None:
+                return self.no_path(request, now, paths)
+            trouble = "; ".join(f"{path.label}: {path.why_not}" for path in wanted) or "nothing of that kind"
+            reason = f"{reason}, but {trouble}: {chosen.label}"
+        return self.dispatch(request, snapshot, now, chosen, paths, reason, threshold_tokens)
+
+
+def soonest(paths: Sequence[PathPrediction]) -> PathPrediction | None:
+    """The feasible path with the smallest TTFT; earlier ones win ties."""
+    able = [path for path in paths if path.feasible]
+    return min(able, key=lambda path: path.ttft_s) if able else None

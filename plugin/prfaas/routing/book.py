@@ -1,0 +1,77 @@
+"""What this policy has sent out and not yet seen arrive: it fills the gap between a load report and now.
+
+A report older than a dispatch doesn't contain it; one that is younger does. So a site's backlog is what it
+reported, less what it has worked off since, plus what was dispatched since. Bytes of requests that are
+still being prefilled are in no link's backlog yet, but will be.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from prfaas.model.decisions import PathPrediction
+from prfaas.model.ids import LinkId, RequestId, SiteId
+from prfaas.model.observations import SiteObservation
+
+
+@dataclass(slots=True)
+class _Sent:
+    path: PathPrediction
+    at_s: float
+    prefilling: bool = True
+
+
+class DispatchBook:
+    """Outstanding requests by site and link. Every entry ends by `drop`, which may be repeated."""
+
+    def __init__(self) -> None:
+        self._sent: dict[RequestId, _Sent] = {}
+        self._recent: dict[SiteId, deque[tuple[float, float, RequestId]]] = {}
+        self._coming_bytes: dict[LinkId, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    def add(self, request: RequestId, path: PathPrediction, now: float) -> None:
+        """A request left on `path`; an attempt of it that is still booked ends here."""
+        self.drop(request)
+        self._sent[request] = _Sent(path, now)
+        recent = self._recent.setdefault(path.prefill_site, deque())
+        recent.append((now, path.prefill_s, request))
+        if path.link is not None:
+            self._coming_bytes[path.link] = self._coming_bytes.get(path.link, 0) + path.transfer_bytes
+
+    def prefilled(self, request: RequestId) -> None:
+        """Its bytes are in the link's backlog from now on, or through."""
+        sent = self._sent.get(request)
+        if sent is None or not sent.prefilling:
+            return
+        sent.prefilling = False
+        if sent.path.link is not None:
+            self._coming_bytes[sent.path.link] -= sent.path.transfer_bytes
+
+    def drop(self, request: RequestId) -> PathPrediction | None:
+        """Forgets it; the path it was on, None if it wasn't booked."""
+        self.prefilled(request)
+        sent = self._sent.pop(request, None)
+        return None if sent is None else sent.path
+
+    def path(self, request: RequestId) -> PathPrediction | None:
+        sent = self._sent.get(request)
+        return None if sent is None else sent.path
+
+    def backlog_s(self, site: SiteObservation, now: float) -> float:
+        """Instance-seconds of prefill waiting at the site now, all instances together."""
+        since_s = 0.0
+        recent = self._recent.get(site.site)
+        if recent:
+            while recent and recent[0][0] <= site.at_s:
+                recent.popleft()
+            since_s = sum(prefill_s for _, prefill_s, request in recent if request in self._sent)
+        worked_off_s = max(0.0, now - site.at_s) * site.prefill_instances
+        return max(0.0, site.prefill_backlog_s + since_s - worked_off_s)
+
+    def coming_bytes(self, link: LinkId) -> int:
+        """Bytes that prefill has yet to hand to the link."""
+        return self._coming_bytes.get(link, 0)

@@ -1,0 +1,208 @@
+"""Every way to serve a request, with its predicted TTFT.
+
+T_prefill(l) and S_kv(l) are the report's; the rest is what the report leaves out: queues, the link's
+backlog, and how much of the wire time prefill hides. KV leaves as each chunk is finished, so the transfer
+ends at
+
+    max(queue + T_prefill + last piece, max(queue + first chunk, link free) + S_kv · 8 / rate) + RTT
+
+and only what lies after the end of prefill counts as the tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prfaas.model.decisions import CacheMove, PathPrediction
+from prfaas.model.ids import LinkId, ModelId, SiteId
+from prfaas.model.observations import LinkEstimate, RequestView, SiteObservation, Snapshot
+from prfaas.routing.base import CostProfile, Fleet
+from prfaas.routing.book import DispatchBook
+
+K_CHUNK_TOKENS = 8192  # tokens after which the first bytes can leave
+K_TYPICAL_TOKENS = 4096  # tokens at which seconds a token are read off a profile
+_INF = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """A profile's figures with cached prefixes taken into account."""
+
+    prefill_s: Callable[[int, int], float]
+    """(prompt tokens, of them cached) to seconds."""
+    transfer_bytes: Callable[[int, int], float]
+    """(prompt tokens, of them held by the receiver) to bytes."""
+    s_per_token: float
+    """Seconds of prefill a queued token stands for, where a server reports tokens alone."""
+
+    @classmethod
+    def of(cls, profile: CostProfile) -> Costs:
+        transfer: Callable[[int, int], float] | None = getattr(profile, "transfer_bytes", None)
+        # model.profiles.Profile knows how a cached prefix shortens prefill; another need not.
+        prefill: Callable[..., float] = profile.prefill_s
+        return cls(
+            prefill_s=prefill if transfer is not None else lambda tokens, cached: prefill(tokens - cached),
+            transfer_bytes=transfer or (lambda tokens, held: _missing_bytes(profile, tokens, held)),
+            s_per_token=profile.prefill_s(K_TYPICAL_TOKENS) / K_TYPICAL_TOKENS,
+        )
+
+
+def _missing_bytes(profile: CostProfile, tokens: int, held: int) -> float:
+    """S_kv(l) less the KV, but not the state, of what the receiver holds."""
+    if held <= 0:
+        return profile.kv_bytes(tokens)
+    return max(0.0, profile.kv_bytes(tokens) - profile.kv_bytes(min(held, tokens)) + profile.kv_bytes(0))
+
+
+class PathFinder:
+    """Predicts paths. Keeps nothing of a snapshot."""
+
+    def __init__(self, fleet: Fleet, book: DispatchBook) -> None:
+        self.fleet = fleet
+        self.book = book
+        self._costs: dict[tuple[SiteId, ModelId], Costs] = {}
+
+    def costs(self, site: SiteId, model: ModelId) -> Costs:
+        """Raises UsageError when there is no profile."""
+        key = (site, model)
+        found = self._costs.get(key)
+        if found is None:
+            found = self._costs[key] = Costs.of(self.fleet.profile(site, model))
+        return found
+
+    def queue_s(self, site: SiteObservation, model: ModelId, now: float) -> float:
+        """Mean wait for a prefill instance of the site; inf where it has none."""
+        if site.prefill_instances <= 0:
+            return _INF
+        waiting_s = self.book.backlog_s(site, now)
+        if site.waiting_uncached_tokens:
+            waiting_s += site.waiting_uncached_tokens * self.costs(site.site, model).s_per_token
+        return waiting_s / site.prefill_instances
+
+    def decode_sites(self, request: RequestView, snapshot: Snapshot) -> list[SiteId]:
+        """Where it may be decoded: at home, or at any local site that has decode instances."""
+        if request.home is not None:
+            return [request.home]
+        local = self.fleet.local_sites
+        return [name for name, site in snapshot.sites.items() if name in local and site.decode_instances > 0]
+
+    def predict(
+        self,
+        request: RequestView,
+        snapshot: Snapshot,
+        source: SiteId,
+        home: SiteId,
+        now: float,
+        move_from: SiteId | None = None,
+    ) -> PathPrediction:
+        """Prefill at `source`, decode at `home`; first bring the prefix that `move_from` holds to `source`.
+
+        What can't be done comes back as not feasible, with infinite times where they can't be told.
+        """
+        tokens = request.prompt_tokens
+        site = snapshot.sites.get(source)
+        costs = self.costs(source, request.model)
+        why_not = self._site_trouble(site, source, request)
+        queue_s = self.queue_s(site, request.model, now) if site is not None else _INF
+        cached = max(0, min(request.cached_tokens.get(source, 0), tokens - 1))
+        move, move_s = None, 0.0
+        if move_from is not None:
+            there = max(0, min(request.cached_tokens.get(move_from, 0), tokens - 1))
+            carrier = snapshot.links.get(LinkId(move_from, source))
+            why_not = why_not or _link_trouble(carrier, move_from, source)
+            move = CacheMove(move_from, source, there, int(costs.transfer_bytes(there, cached)))
+            move_s = max(0.0, _arrival_s(carrier, move.transfer_bytes) - queue_s) if not why_not else _INF
+            cached = max(cached, there)
+        prefill_s = costs.prefill_s(tokens, cached)
+        size, tail_s = 0.0, 0.0
+        if source != home:
+            link = snapshot.links.get(LinkId(source, home))
+            why_not = why_not or _link_trouble(link, source, home)
+            held = max(0, min(request.decode_cached_tokens.get(home, 0), tokens))
+            size = costs.transfer_bytes(tokens, held)
+            tail_s = _INF
+            if not why_not and link is not None:
+                tail_s = _tail_s(link, size, queue_s + move_s, prefill_s, tokens - cached)
+        return PathPrediction(
+            prefill_site=source,
+            decode_site=home,
+            ttft_s=queue_s + move_s + prefill_s + tail_s,
+            queue_s=queue_s,
+            prefill_s=prefill_s,
+            tail_s=tail_s,
+            uncached_tokens=tokens - cached,
+            transfer_bytes=int(size),
+            move_s=move_s,
+            cache_move=move,
+            feasible=not why_not,
+            why_not=why_not,
+        )
+
+    def all_paths(self, request: RequestView, snapshot: Snapshot, now: float) -> list[PathPrediction]:
+        """For each decode site.
+
+        Local first, then each site with a link to it, then worthwhile cache moves.
+        """
+        paths: list[PathPrediction] = []
+        for home in self.decode_sites(request, snapshot):
+            for source in self.sources(snapshot, home):
+                paths.append(self.predict(request, snapshot, source, home, now))
+            if self.fleet.movable and request.cached_tokens:
+                paths += [
+                    self.predict(request, snapshot, source, home, now, giver)
+                    for source, giver in self._moves(request, snapshot, home)
+                ]
+        return paths
+
+    def sources(self, snapshot: Snapshot, home: SiteId) -> list[SiteId]:
+        """Sites that may prefill for `home`, itself first."""
+        there = [name for name in snapshot.sites if name != home and (name, home) in snapshot.links]
+        return [home, *there]
+
+    def _moves(self, request: RequestView, snapshot: Snapshot, home: SiteId) -> list[tuple[SiteId, SiteId]]:
+        """(prefill site, giver of a longer prefix), givers that haven't failed this request."""
+        cached = request.cached_tokens
+        return [
+            (source, giver)
+            for source in self.sources(snapshot, home)
+            for giver, tokens in cached.items()
+            if giver != source
+            and tokens > cached.get(source, 0)
+            and (giver, source) in snapshot.links
+            and giver not in request.excluded
+        ]
+
+    def _site_trouble(self, site: SiteObservation | None, name: SiteId, request: RequestView) -> str:
+        if name in request.excluded:
+            return "tried before"
+        if site is None or site.prefill_instances <= 0:
+            return "no prefill instance"
+        return ""
+
+
+def _arrival_s(link: LinkEstimate | None, size_bytes: float) -> float:
+    """Seconds until bytes handed to the link now are all there."""
+    if link is None or link.usable_bps <= 0:
+        return _INF
+    return (link.backlog_bytes + size_bytes) * 8 / link.usable_bps + link.rtt_s
+
+
+def _tail_s(link: LinkEstimate, size_bytes: float, start_s: float, prefill_s: float, uncached: int) -> float:
+    """From the end of prefill, which starts in start_s, to the last byte's acknowledgement."""
+    share = min(1.0, K_CHUNK_TOKENS / uncached)  # of prefill: before the first piece, and the last piece
+    wire_s = size_bytes * 8 / link.usable_bps
+    wait_s = link.backlog_bytes * 8 / link.usable_bps
+    done_s = start_s + prefill_s
+    end_s = max(done_s + wire_s * share, max(start_s + prefill_s * share, wait_s) + wire_s)
+    return end_s - done_s + link.rtt_s
+
+
+def _link_trouble(link: LinkEstimate | None, source: SiteId, home: SiteId) -> str:
+    if link is None:
+        return f"no link {source}>{home}"
+    if not link.up:
+        return "link down"
+    if link.usable_bps <= 0:
+        return "link reserved for other traffic"
+    return ""
