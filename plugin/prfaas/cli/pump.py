@@ -9,7 +9,7 @@ from prfaas.config.pump import PumpConfig
 from prfaas.pump.__main__ import run as run_pump
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "pump", help="move bytes between sites for a node's servers", allow_abbrev=False
     )

@@ -1,4 +1,6 @@
-"""Types of a transfer between sites: its kinds, its outcome, the grant that a decode side hands to a prefill side."""
+"""Types of a transfer between sites: its kinds, its outcome, the grant that a decode side hands to a prefill
+side.
+"""
 
 from __future__ import annotations
 

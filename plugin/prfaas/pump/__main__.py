@@ -1,4 +1,6 @@
-"""`python -m prfaas.pump --config F`: what a server starts when it finds no pump; `prfaas pump` calls the same."""
+"""`python -m prfaas.pump --config F`: what a server starts when it finds no pump; `prfaas pump` calls the
+same.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from prfaas.pump.server import Pump
 
 
 def run(config: PumpConfig, *, persistent: bool) -> int:
-    """Serve until SIGTERM or SIGINT, or until there have been no clients for a while (unless `persistent`)."""
+    """Serve until SIGTERM or SIGINT; unless `persistent`, end after a while without clients."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )

@@ -1,8 +1,9 @@
-"""A server's memory, as its pump reads and writes it: process_vm_readv and process_vm_writev, as MPI's CMA does.
+"""A server's memory, as its pump reads and writes it: process_vm_readv and process_vm_writev, as MPI's CMA
+does.
 
-The server's interpreter takes no part, so its loop isn't delayed, and a server that is stopped holds nobody up. The
-kernel asks for the same user, and under Yama's ptrace_scope 1 for the server's leave (PR_SET_PTRACER, which pump_client
-gives). Every copy is under a guard (pump_client/guard.py).
+The server's interpreter takes no part, so its loop isn't delayed, and a server that is stopped holds nobody
+up. The kernel asks for the same user, and under Yama's ptrace_scope 1 for the server's leave (PR_SET_PTRACER,
+which pump_client gives). Every copy is under a guard (pump_client/guard.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import mmap
 import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -109,7 +111,7 @@ class OwnerMemory:
     def _release(self, guard: tuple[int, int]) -> None:
         fcntl.lockf(self._fd, fcntl.LOCK_UN, K_WORD.size, guard[0] * K_WORD.size)
 
-    def _move(self, call: ctypes._NamedFuncPointer, pieces: U64, address: int) -> None:  # type: ignore[name-defined]
+    def _move(self, call: Callable[..., int], pieces: U64, address: int) -> None:
         remote = np.ascontiguousarray(pieces)
         local = self._local
         for at in range(0, remote.shape[0], K_IOV_MAX):

@@ -187,7 +187,7 @@ class Owner:
                 self.pump.boot,
                 self.pump.config.block_bytes,
                 self.pump.config.window_bytes,
-            )  # fmt: skip
+            )
         )
 
     def _grant(self, message: m.Grant, now: float) -> None:
@@ -241,7 +241,7 @@ class Owner:
                 event.payload_bytes,
                 event.resent_blocks,
                 self.pump.loop.now() - event.started_s,
-            )  # fmt: skip
+            )
         )
 
     def close(self, why: str, now: float) -> None:

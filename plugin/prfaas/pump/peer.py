@@ -1,8 +1,8 @@
 """One peer that we send to: its streams, which are opened once, kept, and replaced when they are lost.
 
-The peer may be away: a lost stream is dialled again after a growing, bounded pause, for as long as transfers wait and
-their deadlines allow. Only a peer that refuses every connection for `K_REFUSED_S`, or whose certificate is wrong, fails
-its transfers earlier.
+The peer may be away: a lost stream is dialled again after a growing, bounded pause, for as long as transfers
+wait and their deadlines allow. Only a peer that refuses every connection for `K_REFUSED_S`, or whose
+certificate is wrong, fails its transfers earlier.
 """
 
 from __future__ import annotations
@@ -345,9 +345,15 @@ class Peer(Handler):
             self._check(stream, now)
         busy = len(self.sending) > 0
         self._observe(now)
-        if busy and self._refused and self._first_failure_s is not None and not self.n_ready:
-            if now - self._first_failure_s > K_REFUSED_S:
-                self._fail_all(FailureReason.PEER_UNREACHABLE, self.last_error, now)
+        since_s = self._first_failure_s
+        if (
+            busy
+            and self._refused
+            and not self.n_ready
+            and since_s is not None
+            and now - since_s > K_REFUSED_S
+        ):
+            self._fail_all(FailureReason.PEER_UNREACHABLE, self.last_error, now)
         if busy or (self._keep_warm and self._failures < 10):
             self._dial(now)
         self.kick(now)
@@ -387,7 +393,9 @@ class Peer(Handler):
         on_event(event)
 
     def _tell_cancelled(self, event: Failed) -> None:
-        """A receiver that never heard of the transfer ignores it; one that can't be reached ends it by its deadline."""
+        """A receiver that never heard of the transfer ignores it; one that can't be reached ends it by its
+        deadline.
+        """
         for stream in self._streams.values():
             if stream.ready:
                 why = Refuse(event.reason.value, event.detail)

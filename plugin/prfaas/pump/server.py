@@ -53,7 +53,9 @@ class _Acceptor:
 
 
 class Pump:
-    """Call `run`; `stop` from a signal handler ends it. `persistent`: stay without clients (an operator started it)."""
+    """Call `run`; `stop` from a signal handler ends it. `persistent`: stay without clients (an operator
+    started it).
+    """
 
     def __init__(self, config: PumpConfig, *, persistent: bool = True) -> None:
         self.config = config
@@ -86,7 +88,7 @@ class Pump:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         if not self.config.tls and not self.plaintext_allowed(host):
             raise MachineError(
-                f"listen {host}: peers that aren't on loopback need tls (or allow_plaintext, which trusts the network)"
+                f"listen {host}: off loopback tls is needed (or allow_plaintext, which trusts the network)"
             )
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -174,7 +176,9 @@ class Pump:
         return Hello(oldest, newest, self.boot, self.config.site, self.address, index)
 
     def peer(self, address: str, site: str, now: float) -> Peer:
-        """The peer at the address (of that site, if one is named), known or new. Raises ValueError: no address."""
+        """The peer at the address (of that site, if one is named), known or new. Raises ValueError: no
+        address.
+        """
         split_address(address)
         key = (address, site)
         if key not in self._peers:
@@ -236,7 +240,7 @@ class Pump:
                     broken is None,
                     broken.reason.value if broken else "",
                     broken.detail if broken else "",
-                )  # fmt: skip
+                )
             )
 
     # Figures
@@ -251,8 +255,9 @@ class Pump:
         for peer in self._peers.values():
             streams = [
                 {
-                    "congestion_control": s.congestion_control, "rtt_s": s.info.rtt_s, "min_rtt_s": s.info.min_rtt_s,
-                    "cwnd_packets": s.info.cwnd_packets, "retransmitted_bytes": s.info.retransmitted_bytes,
+                    "congestion_control": s.congestion_control, "rtt_s": s.info.rtt_s,
+                    "min_rtt_s": s.info.min_rtt_s, "cwnd_packets": s.info.cwnd_packets,
+                    "retransmitted_bytes": s.info.retransmitted_bytes,
                     "delivery_rate_bps": s.info.delivery_rate_bps, "acked_bytes": s.info.acked_bytes,
                     "tls": s.peer_certificate() is not None,
                 }

@@ -1,17 +1,19 @@
 """One TCP connection to a peer: whole frames in, whole frames out, with or without TLS.
 
-It reads exactly what it needs next (a header, then a body into one buffer), so a block is never moved again before its
-copy to the pages, and sends a block's header, table and payload from one buffer. All calls return at once; each turn is
-bounded, so that no stream keeps the others waiting.
+It reads exactly what it needs next (a header, then a body into one buffer), so a block is never moved again
+before its copy to the pages, and sends a block's header, table and payload from one buffer. All calls return
+at once; each turn is bounded, so that no stream keeps the others waiting.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import selectors
 import socket
 import ssl
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from enum import Enum
 
 from prfaas.model.errors import RemoteProtocolError
@@ -52,26 +54,34 @@ class State(Enum):
     CLOSED = "closed"
 
 
+@dataclasses.dataclass(slots=True)
 class Counters:
     """Bytes of one or of many streams, by what they are. Payload and framing are those of blocks."""
 
-    __slots__ = (
-        "blocks_received", "blocks_sent", "bytes_acked", "control_bytes_received", "control_bytes_sent",
-        "corrupt_blocks", "framing_bytes_received", "framing_bytes_sent", "payload_bytes_received",
-        "payload_bytes_sent", "retransmitted_bytes", "segments_in", "segments_out", "streams_lost",
-        "streams_opened", "tcp_bytes_received", "tcp_bytes_sent",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
+    blocks_received: int = 0
+    blocks_sent: int = 0
+    bytes_acked: int = 0
+    control_bytes_received: int = 0
+    control_bytes_sent: int = 0
+    corrupt_blocks: int = 0
+    framing_bytes_received: int = 0
+    framing_bytes_sent: int = 0
+    payload_bytes_received: int = 0
+    payload_bytes_sent: int = 0
+    retransmitted_bytes: int = 0
+    segments_in: int = 0
+    segments_out: int = 0
+    streams_lost: int = 0
+    streams_opened: int = 0
+    tcp_bytes_received: int = 0
+    tcp_bytes_sent: int = 0
 
     def add(self, other: Counters) -> None:
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, value in other.as_dict().items():
+            setattr(self, name, getattr(self, name) + value)
 
     def as_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return dataclasses.asdict(self)
 
 
 class Handler(ABC):
@@ -94,7 +104,9 @@ class Handler(ABC):
 
     @abstractmethod
     def next_block(self, stream: Stream, now: float) -> int:
-        """Put the next block, after its OPEN if need be, into stream.out_buffer and answer the bytes; 0: nothing to send."""
+        """Put the next block, after its OPEN if need be, into stream.out_buffer and answer the bytes; 0:
+        nothing to send.
+        """
 
     @abstractmethod
     def on_ready(self, stream: Stream, now: float) -> None: ...
@@ -225,7 +237,7 @@ class Stream:
         self._interest(R | W)
         return True
 
-    def peer_certificate(self) -> dict[str, object] | None:
+    def peer_certificate(self) -> Mapping[str, object] | None:
         """The peer's checked certificate, as ssl gives it; None without TLS."""
         if isinstance(self._sock, ssl.SSLSocket):
             return self._sock.getpeercert() or {}

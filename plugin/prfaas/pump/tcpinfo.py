@@ -1,4 +1,6 @@
-"""TCP_INFO and the few socket options of a stream, parsed with struct (linux/tcp.h; later fields where the kernel has them)."""
+"""TCP_INFO and the few socket options of a stream, parsed with struct (linux/tcp.h; later fields where the
+kernel has them).
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,7 @@ def set_congestion_control(sock: socket.socket, wanted: str) -> str:
 
 
 def prepare(sock: socket.socket, notsent_lowat_bytes: int) -> None:
-    """Options of every stream: no Nagle, keep-alive, and a short unsent queue, so that order is decided late."""
+    """Options of every stream: no Nagle, keep-alive, a short unsent queue (so that order is decided late)."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)

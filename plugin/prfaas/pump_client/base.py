@@ -1,4 +1,6 @@
-"""What SGLang's process, or a profiled instance, asks of a pump. Sizes in bytes, times in seconds, addresses as integers."""
+"""What SGLang's process, or a profiled instance, asks of a pump. Sizes in bytes, times in seconds, addresses
+as integers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Region = tuple[int, int]
 
 
 class Transfer:
-    """A transfer under way. Ends once, with an Outcome; callbacks run on the client's own thread and must be short."""
+    """A transfer under way. Ends once, with an Outcome; callbacks run on the client's own thread and must be
+    short.
+    """
 
     def __init__(self, transfer_id: int) -> None:
         self.transfer_id = transfer_id
@@ -99,15 +103,16 @@ class Lease(ABC):
 
     @abstractmethod
     def revoke(self) -> None:
-        """End the lease. Local: waits only for the copy that is running now, never for a peer or the pump's word.
+        """End the lease. Local: waits only for the copy that is running now, never for a peer or the pump's
+        word.
 
         After it returns not one byte is written to the pages. A second call does nothing.
         """
 
 
 class PumpClient(ABC):
-    """One server's connection to its node's pump. All methods may be called from any thread, and don't block but where
-    they say so. If the pump dies another is started, and what was under way goes on.
+    """One server's connection to its node's pump. All methods may be called from any thread, and don't block
+    but where they say so. If the pump dies another is started, and what was under way goes on.
     """
 
     @property
@@ -122,20 +127,24 @@ class PumpClient(ABC):
 
     @abstractmethod
     def register(self, regions: Sequence[Region]) -> None:
-        """Let transfers read and leases name this memory. Raises LocalProtocolError for an impossible region."""
+        """Let transfers read and leases name this memory. Raises LocalProtocolError: impossible region."""
 
     @abstractmethod
     def deregister(self, addresses: Sequence[int]) -> None:
-        """Forget regions. Blocks until the pump has: after it returns no raw transfer writes there. Revoke leases first."""
+        """Forget regions. Blocks until the pump has: after it returns no raw transfer writes there. Revoke
+        leases first.
+        """
 
     @abstractmethod
     def grant_lease(
         self, room: int, generation: int, regions: Sequence[Region], deadline_s: float, *,
         expected_sources: int = 1, site: str = "",
     ) -> Lease:  # fmt: skip
-        """Let peers write to `regions`, which are registered, for `deadline_s` at most. `site`: only that one may.
+        """Let peers write to `regions`, which are registered, for `deadline_s` at most. `site`: only that one
+        may.
 
-        `expected_sources`: how many senders, each with its own `source`, must be done for the lease to be complete.
+        `expected_sources`: how many senders, each with its own `source`, must be done for the lease to be
+        complete.
         """
 
     @abstractmethod
@@ -145,8 +154,8 @@ class PumpClient(ABC):
     ) -> Transfer:  # fmt: skip
         """Send segments, sources[i] (ours) to destinations[i] (the lease's), asynchronously.
 
-        `last`: this source sends nothing more to the lease; only then can the lease be complete. The source memory
-        must stay as it is until the transfer ends. A refusal is an outcome, not an exception.
+        `last`: this source sends nothing more to the lease; only then can the lease be complete. The source
+        memory must stay as it is until the transfer ends. A refusal is an outcome, not an exception.
         """
 
     @abstractmethod
@@ -163,8 +172,9 @@ class PumpClient(ABC):
 
     @abstractmethod
     def cancel(self, transfer: Transfer) -> None:
-        """End a transfer. After it returns its source memory isn't read any more; its outcome is `cancelled`, unless
-        it ended before."""
+        """End a transfer. After it returns its source memory isn't read any more; its outcome is `cancelled`,
+        unless it ended before.
+        """
 
     @abstractmethod
     def prepare(self, address: str) -> None:
@@ -172,7 +182,9 @@ class PumpClient(ABC):
 
     @abstractmethod
     def stats(self, timeout_s: float = 5.0) -> dict[str, object]:
-        """The pump's counters (see pump.server.Pump.stats). Blocks for the answer. Raises PrfaasError without one."""
+        """The pump's counters (see pump.server.Pump.stats). Blocks for the answer. Raises PrfaasError without
+        one.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """The client of a pump on the same machine.
 
-One thread reads what the pump says; calls write to the control socket at once or, when it is full, leave it to that
-thread. Bytes of a transfer never pass through this process: the pump reads and writes its memory (pump/memory.py).
+One thread reads what the pump says; calls write to the control socket at once or, when it is full, leave it
+to that thread. Bytes of a transfer never pass through this process: the pump reads and writes its memory
+(pump/memory.py).
 """
 
 from __future__ import annotations
@@ -253,11 +254,12 @@ class LocalPumpClient(PumpClient):
         kind: TransferKind, deadline_s: float, index: int, count: int, source: str,
     ) -> Transfer:  # fmt: skip
         transfer = Transfer(next(self._ids))
-        arrays = [as_u64(x).tobytes() for x in (sources, destinations, lengths)]
+        src, dst, size = (as_u64(x).tobytes() for x in (sources, destinations, lengths))
         slot, word = self._guards.take()
         message = m.Submit(
             transfer.transfer_id, grant.address, grant.room, grant.generation, grant.lease_id, grant.token,
-            grant.window_bytes, kind.value, deadline_s, *arrays, slot, word, index, count, source, grant.site,
+            grant.window_bytes, kind.value, deadline_s, src, dst, size, slot, word, index, count, source,
+            grant.site,
         )  # fmt: skip
         self._transfers[transfer.transfer_id] = (transfer, message, time.monotonic() + deadline_s)
         self._send(message)
@@ -336,7 +338,7 @@ class LocalPumpClient(PumpClient):
         try:
             sock.settimeout(K_ATTACH_S)
             pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-            # Under Yama's ptrace_scope 1 the pump may touch our memory only by our leave; without Yama this fails.
+            # Under Yama's ptrace_scope 1 the pump may touch our memory only by our leave.
             ctypes.CDLL(None).prctl(K_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
             hello = m.Attach(
                 m.K_CONTROL_VERSION, self._name, self._token, ctypes.addressof(self._probe), self._probe.raw

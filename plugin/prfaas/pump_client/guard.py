@@ -1,10 +1,11 @@
 """Guards: how a server takes back memory that a pump reads or writes, at once and for good.
 
-Server and pump share a table of 8-byte words (a memfd). A lease or a transfer has a slot there, holding a word that is
-never used again. The pump copies only while it holds the slot's record lock (fcntl, by process) and has seen the word
-under it; the server withdraws by zeroing the word, then taking and releasing the lock. So withdrawing waits for the
-copy that is running, if there is one, and after it not one byte moves; a pump that is killed loses its locks with its
-life, and a server that is stopped while it holds one makes the pump skip, not wait.
+Server and pump share a table of 8-byte words (a memfd). A lease or a transfer has a slot there, holding a
+word that is never used again. The pump copies only while it holds the slot's record lock (fcntl, by process)
+and has seen the word under it; the server withdraws by zeroing the word, then taking and releasing the lock.
+So withdrawing waits for the copy that is running, if there is one, and after it not one byte moves; a pump
+that is killed loses its locks with its life, and a server that is stopped while it holds one makes the pump
+skip, not wait.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class GuardTable:
             return slot, self._word
 
     def withdraw(self, slot: int, word: int) -> None:
-        """After this returns the pump neither reads nor writes under the guard. Once withdrawn, nothing happens."""
+        """After this returns the pump neither reads nor writes under the guard. Once withdrawn, nothing
+        happens.
+        """
         with self._lock:
             if K_WORD.unpack_from(self._map, slot * K_WORD.size)[0] != word:
                 return

@@ -1,4 +1,6 @@
-"""Find the node's pump, or start one: detached, under a file lock, so that many servers start one between them."""
+"""Find the node's pump, or start one: detached, under a file lock, so that many servers start one between
+them.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ def _start(config: PumpConfig, path: Path) -> socket.socket:
     while time.monotonic() < end_s:
         sock = connect(path)
         if sock is not None:
-            # It outlives us; if it ends first, its parent's Popen must not complain of a child nobody waited for.
+            # It outlives us: Popen must not complain of a child nobody waited for.
             process.returncode = 0
             return sock
         if process.poll() is not None:

@@ -1,6 +1,7 @@
 """Messages between a server's process and its pump, over a unix socket: a 4-byte length, then msgpack.
 
-Arrays of addresses and lengths travel as the bytes of little-endian uint64, so that 100,000 segments are one copy.
+Arrays of addresses and lengths travel as the bytes of little-endian uint64, so that 100,000 segments are one
+copy.
 """
 
 from __future__ import annotations
@@ -188,9 +189,11 @@ class Inbox:
 
 def decode_to_pump(body: bytes) -> ToPump:
     """Raises msgspec.MsgspecError."""
-    return _to_pump.decode(body)
+    message: ToPump = _to_pump.decode(body)
+    return message
 
 
 def decode_to_server(body: bytes) -> ToServer:
     """Raises msgspec.MsgspecError."""
-    return _to_server.decode(body)
+    message: ToServer = _to_server.decode(body)
+    return message

@@ -3,13 +3,14 @@
     magic 4s | version B | type B | flags H | body_bytes I | table_bytes I | transfer_id Q | block_id I
     | body_crc I | header_crc I            little-endian, 36 bytes
 
-A BLOCK's body is its table (where the bytes go, `segments.py`) and its payload. Its room, generation, lease and token
-are those of the OPEN with the same transfer_id, which a sender repeats on every stream before the transfer's first
-block there, so that no stream waits for another. Other bodies are msgpack maps: unknown fields are ignored, missing
-ones take defaults, which is what lets versions N and N-1 talk. HELLO is always sent in version 1's form.
+A BLOCK's body is its table (where the bytes go, `segments.py`) and its payload. Its room, generation, lease
+and token are those of the OPEN with the same transfer_id, which a sender repeats on every stream before the
+transfer's first block there, so that no stream waits for another. Other bodies are msgpack maps: unknown
+fields are ignored, missing ones take defaults, which is what lets versions N and N-1 talk. HELLO is always
+sent in version 1's form.
 
-A wrong header CRC, magic, version or length ends the stream (RemoteProtocolError): framing is lost. A wrong body CRC
-costs the block only.
+A wrong header CRC, magic, version or length ends the stream (RemoteProtocolError): framing is lost. A wrong
+body CRC costs the block only.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Hello(msgspec.Struct, omit_defaults=True):
     oldest: int
     newest: int
     boot: bytes
-    """Random at the pump's start: another value at the same address is another pump, which knows no transfer."""
+    """Random at the pump's start: another value at the same address is another pump, which knows no transfer.
+    """
     site: str
     advertise: str
     stream: int
@@ -124,7 +126,8 @@ class Header:
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, version: int | None) -> Header:
-        """The header in `data`. `version`: what the stream agreed on; None before HELLO, when only HELLO may come.
+        """The header in `data`. `version`: what the stream agreed on; None before HELLO, when only HELLO may
+        come.
 
         Raises RemoteProtocolError.
         """
@@ -193,7 +196,9 @@ def decode_acks(body: bytes | bytearray | memoryview) -> list[tuple[int, int]]:
 
 
 def agree_version(ours: tuple[int, int], theirs: tuple[int, int]) -> int:
-    """The newest version both speak; each pair is (oldest, newest). Raises RemoteProtocolError if there is none."""
+    """The newest version both speak; each pair is (oldest, newest). Raises RemoteProtocolError if there is
+    none.
+    """
     version = min(ours[1], theirs[1])
     if version < max(ours[0], theirs[0]) or theirs[0] > theirs[1]:
         raise RemoteProtocolError(

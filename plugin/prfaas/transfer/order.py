@@ -1,11 +1,13 @@
-"""Order of sending: which transfer's bytes leave next. One object, drawn from by the pump, integrated by the simulator.
+"""Order of sending: which transfer's bytes leave next. One object, drawn from by the pump, integrated by the
+simulator.
 
 Of the link's rate, three parts are given at every instant among the transfers that can send:
-  K_DEADLINE   to the one whose deadline is earliest (EDF: misses fewest deadlines while all can be met);
-  K_SHORTEST   to the one with the fewest bytes left (SRPT: a small one never waits for a large one);
+  K_DEADLINE   to the earliest deadline (EDF: misses none while all can be met);
+  K_SHORTEST   to the fewest bytes left (SRPT: small never waits for large);
   K_EQUAL      to all in equal parts (so none starves: each of n gets at least K_EQUAL / n).
-A transfer may hold more than one part; one alone holds all. Ties go to the one that came first. `shares` says the parts;
-`draw` hands out blocks so that bytes drawn follow them within one block (deficit counters, as in deficit round robin).
+A transfer may hold more than one part; one alone holds all. Ties go to the one that came first. `shares` says
+the parts; `draw` hands out blocks so that bytes drawn follow them within one block (deficit counters, as in
+deficit round robin).
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ class SendOrder(Generic[Key]):
     def shares(self, now: float, eligible: Collection[Key] | None = None) -> dict[Key, float]:
         """Each transfer's part of the rate at `now`, adding up to 1 (or to nothing, without transfers).
 
-        `eligible` names those that can send (they hold credit and bytes); the others get none. A deadline that has
-        passed can't be met any more and counts as the latest.
+        `eligible` names those that can send (they hold credit and bytes); the others get none. A deadline
+        that has passed can't be met any more and counts as the latest.
         """
         entries = self._among(eligible)
         if not entries:
@@ -93,7 +95,9 @@ class SendOrder(Generic[Key]):
         )
 
     def sent(self, now: float, key: Key, sent_bytes: int, eligible: Collection[Key] | None = None) -> None:
-        """`sent_bytes` of `key` left. The debts move by the shares that held; the last byte ends its place here."""
+        """`sent_bytes` of `key` left. The debts move by the shares that held; the last byte ends its place
+        here.
+        """
         for other, share in self.shares(now, eligible).items():
             self._entries[other].owed_bytes += share * sent_bytes
         entry = self._entries[key]
@@ -104,7 +108,9 @@ class SendOrder(Generic[Key]):
             self._forgive(entry.owed_bytes)
 
     def _forgive(self, owed_bytes: float) -> None:
-        """What one that leaves owed or was owed is spread over the rest, so that debts always add up to nothing."""
+        """What one that leaves owed or was owed is spread over the rest, so that debts always add up to
+        nothing.
+        """
         if self._entries:
             part = owed_bytes / len(self._entries)
             for entry in self._entries.values():

@@ -1,8 +1,10 @@
-"""The receiving side: leases, the transfers that write to them, and what may be done with a block that arrives.
+"""The receiving side: leases, the transfers that write to them, and what may be done with a block that
+arrives.
 
-A lease is open until it ends: revoked by its owner, past its time, or its owner gone. It never opens again. Whether it
-is still open at the moment of the copy is for the caller's lock to say (see pump/memory.py); this core says whether a
-block may be tried at all, and counts what was applied. A block is applied once: a second copy is only acknowledged.
+A lease is open until it ends: revoked by its owner, past its time, or its owner gone. It never opens again.
+Whether it is still open at the moment of the copy is for the caller's lock to say (see pump/memory.py); this
+core says whether a block may be tried at all, and counts what was applied. A block is applied once: a second
+copy is only acknowledged.
 
 Only the peer that opened a transfer may add to it. Everything refused changes nothing and carries its reason.
 """
@@ -98,7 +100,7 @@ ReceiveEvent = Received | Broken
 
 
 class Receiving:
-    """Leases and incoming transfers of one pump. Single-threaded; times are the caller's monotonic seconds."""
+    """Leases and incoming transfers of one pump. Single-threaded; times are the caller's monotonic."""
 
     def __init__(self, max_transfers: int) -> None:
         self._leases: dict[int, Lease] = {}
@@ -122,7 +124,9 @@ class Receiving:
     # Owners
 
     def add_owner(self, owner: Hashable, token: bytes, ranges: Ranges) -> None:
-        """An owner whose `ranges` may be written to by whoever shows `token` (raw transfers, without a lease)."""
+        """An owner whose `ranges` may be written to by whoever shows `token` (raw transfers, without a
+        lease).
+        """
         self._raw[token] = (owner, ranges)
 
     def remove_owner(self, owner: Hashable) -> list[ReceiveEvent]:

@@ -1,7 +1,9 @@
-"""Scattered memory: lists of (source, destination, length), cut into blocks, and the tables that blocks carry.
+"""Scattered memory: lists of (source, destination, length), cut into blocks, and the tables that blocks
+carry.
 
-An *iov* is an (n, 2) array of uint64, a row (address, length) each: the kernel's struct iovec, so that a gather or a
-scatter of thousands of pieces is one system call. All checks are on whole arrays and hold for addresses up to 2^64.
+An *iov* is an (n, 2) array of uint64, a row (address, length) each: the kernel's struct iovec, so that a
+gather or a scatter of thousands of pieces is one system call. All checks are on whole arrays and hold for
+addresses up to 2^64.
 """
 
 from __future__ import annotations
@@ -86,7 +88,9 @@ class Ranges:
         self.add(regions)
 
     def add(self, regions: Sequence[tuple[int, int]] | U64) -> None:
-        """Add (address, length) rows; the same one may be added twice. Raises LocalProtocolError, changing nothing."""
+        """Add (address, length) rows; the same one may be added twice. Raises LocalProtocolError, changing
+        nothing.
+        """
         rows = [(int(a), int(n)) for a, n in regions]
         for address, length in rows:
             if address < 0 or length <= 0 or address + length > (1 << 64) - 1:
@@ -95,7 +99,9 @@ class Ranges:
         self._join()
 
     def remove(self, addresses: Sequence[int]) -> None:
-        """Forget the regions added at these addresses, each once for every time it is named; unknown ones are ignored."""
+        """Forget the regions added at these addresses, each once for every time it is named; unknown ones are
+        ignored.
+        """
         left = list(self._regions)
         for address in addresses:
             for i, (a, _) in enumerate(left):
@@ -148,10 +154,11 @@ class Piece:
 
 
 class Plan:
-    """A transfer's segments as blocks 0..n_blocks-1, fixed at the start so that a resent block is the same block.
+    """A transfer's segments as blocks 0..n_blocks-1, fixed at the start so that a resent block is the same
+    block.
 
-    Raises LocalProtocolError if the segments are at fault: empty, past the end of memory, destinations overlapping,
-    arrays of different lengths.
+    Raises LocalProtocolError if the segments are at fault: empty, past the end of memory, destinations
+    overlapping, arrays of different lengths.
     """
 
     def __init__(
@@ -233,7 +240,9 @@ def join_runs(pieces: U64) -> U64:
 
 
 def encode_table(pieces: U64, version: int) -> bytes:
-    """Where a block's bytes go. Version 1: the iov as it is. Version 2: equal lengths and strides once, else 4 bytes."""
+    """Where a block's bytes go. Version 1: the iov as it is. Version 2: equal lengths and strides once, else
+    4 bytes.
+    """
     if version < 2:
         return pieces.tobytes()
     n = pieces.shape[0]
@@ -256,8 +265,9 @@ def encode_table(pieces: U64, version: int) -> bytes:
 
 
 def decode_table(table: bytes | bytearray | memoryview, version: int, payload_bytes: int) -> U64:
-    """Inverse of encode_table. Raises RemoteProtocolError unless the pieces add up to the payload, none of them empty,
-    none past the end of memory, none over another."""
+    """Inverse of encode_table. Raises RemoteProtocolError unless the pieces add up to the payload, none of
+    them empty, none past the end of memory, none over another.
+    """
     pieces = _decode_plain(table) if version < 2 else _decode_compact(table)
     if bool((pieces[:, 1] > K_BLOCK_MAX_BYTES).any()) or int(pieces[:, 1].sum()) != payload_bytes:
         raise RemoteProtocolError("a table that doesn't add up to its payload")

@@ -6,9 +6,10 @@ A block is pending, in flight on one stream, or acknowledged:
        ^                 |
        +--nack, stream lost, peer restarted
 
-A transfer completes when every block is acknowledged, and fails by its deadline, the receiver's refusal or its owner's
-cancelling; either is said once, in one event. A stream's loss costs its unacknowledged blocks. No block is drawn unless
-the lease's window has room for it, so a transfer whose receiver stands still leaves the streams to the others.
+A transfer completes when every block is acknowledged, and fails by its deadline, the receiver's refusal or
+its owner's cancelling; either is said once, in one event. A stream's loss costs its unacknowledged blocks. No
+block is drawn unless the lease's window has room for it, so a transfer whose receiver stands still leaves the
+streams to the others.
 """
 
 from __future__ import annotations
@@ -146,7 +147,9 @@ class Sending:
         self._order.add(transfer_id, plan.total_bytes, deadline_s)
 
     def draw(self, stream: int, now: float) -> Draw | None:
-        """The next block for a stream that can take one, marked as in flight there; None: nothing may be sent."""
+        """The next block for a stream that can take one, marked as in flight there; None: nothing may be
+        sent.
+        """
         eligible = self._eligible()
         if not eligible:
             return None
@@ -233,7 +236,9 @@ class Sending:
         return count
 
     def on_peer_restarted(self) -> None:
-        """Another pump answers at the peer's address: it knows none of our transfers, so all their blocks go again."""
+        """Another pump answers at the peer's address: it knows none of our transfers, so all their blocks go
+        again.
+        """
         for t in self._transfers.values():
             t.opened_on.clear()
             for block in list(t.in_flight):

@@ -1,10 +1,10 @@
 """How many TCP connections a peer needs, from what they measure.
 
-One loss-driven stream carries about MSS/RTT * 1.22/sqrt(p) (Mathis et al., 1997), so a link with loss p that isn't
-congestion needs more of them; a rate-driven one (BBR) hardly does. While there is a backlog and packets are lost the
-number is doubled (fourfold above 0.5% loss), and as long as that brought at least K_GAIN more goodput, again. When it
-didn't, the loss is the link's own queue and the number stays, to be tried again after K_RETRY_S. Streams once opened
-stay open: they are warm.
+One loss-driven stream carries about MSS/RTT * 1.22/sqrt(p) (Mathis et al., 1997), so a link with loss p that
+isn't congestion needs more of them; a rate-driven one (BBR) hardly does. While there is a backlog and packets
+are lost the number is doubled (fourfold above 0.5% loss), and as long as that brought at least K_GAIN more
+goodput, again. When it didn't, the loss is the link's own queue and the number stays, to be tried again after
+K_RETRY_S. Streams once opened stay open: they are warm.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StreamCount:
         self, now: float, *, open_streams: int, acked_bytes: int, sent_bytes: int, retransmitted_bytes: int,
         rtt_s: float, backlogged: bool,
     ) -> int:  # fmt: skip
-        """Totals over all streams since the start, and whether more waited to be sent; the number wanted now."""
+        """Totals over all streams since the start, and whether more waits to be sent; the number wanted."""
         if not backlogged or open_streams < self.wanted:
             # Without a backlog the rate says nothing; while streams are still opening, neither.
             self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
@@ -69,10 +69,11 @@ class StreamCount:
 
 
 def block_bytes_for(rate_per_stream_bps: float, rtt_s: float, most_bytes: int) -> int:
-    """The block size that keeps one block's time on a stream near 20 ms, in powers of two from 16 KiB to `most_bytes`.
+    """The block size that keeps one block's time on a stream near 20 ms, in powers of two from 16 KiB to
+    `most_bytes`.
 
-    Small blocks let a short transfer spread over all streams and end on all at once; large ones cost fewer turns.
-    Without a measured rate: large on a short path, 64 KiB on a long one.
+    Small blocks let a short transfer spread over all streams and end on all at once; large ones cost fewer
+    turns. Without a measured rate: large on a short path, 64 KiB on a long one.
     """
     if rate_per_stream_bps <= 0:
         return most_bytes if rtt_s < 0.002 else min(most_bytes, 64 * 1024)
