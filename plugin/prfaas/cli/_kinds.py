@@ -37,6 +37,8 @@ KINDS = (
     Kind("experiment", "prfaas.config.experiment", "Experiment", "experiments"),
     Kind("experiment set", "prfaas.config.experiment", "ExperimentSet", "experiments"),
     Kind("case", "prfaas.config.case", "CaseConfig", "cases"),
+    Kind("case of several sites", "prfaas.config.case", "SitesCaseConfig", "cases"),
+    Kind("KV throughput table", "prfaas.config.case", "TableCaseConfig", "cases"),
     Kind("profile", "prfaas.config.profile", "ProfileConfig", "profiles"),
     Kind("router", "prfaas.config.router", "RouterConfig"),
     Kind("pump", "prfaas.config.pump", "PumpConfig"),
@@ -73,8 +75,7 @@ def _named(name: str) -> tuple[Kind, type[BaseModel]]:
 
 
 def _guess(fields: set[str], path: Path) -> tuple[Kind, type[BaseModel]]:
-    """The kind whose fields fit best: most of the file's known, fewest required ones missing; then by folder.
-    """
+    """The kind whose fields fit best: most of the file's known, fewest required ones missing; then by folder."""
 
     def fit(entry: tuple[Kind, type[BaseModel]]) -> tuple[int, int, bool]:
         kind, model = entry

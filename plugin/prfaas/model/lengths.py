@@ -136,6 +136,31 @@ class TruncatedLognormal(Lengths):
         return min(max(math.exp(self.mu + self.sigma * _NORMAL.inv_cdf(at)), self.low), self.high)
 
 
+@dataclass(frozen=True)
+class Scaled(Lengths):
+    """Another distribution with every length `factor` times as long."""
+
+    inner: Lengths
+    factor: float
+
+    @property
+    def low(self) -> float:  # type: ignore[override]
+        return self.inner.low * self.factor
+
+    @property
+    def high(self) -> float:  # type: ignore[override]
+        return self.inner.high * self.factor
+
+    def share_above(self, tokens: float) -> float:
+        return self.inner.share_above(tokens / self.factor)
+
+    def mass_above(self, tokens: float) -> float:
+        return self.inner.mass_above(tokens / self.factor) * self.factor
+
+    def quantile(self, u: float) -> float:
+        return self.inner.quantile(u) * self.factor
+
+
 class Empirical(Lengths):
     """Lengths that were counted, each with its weight (1 where none is given)."""
 

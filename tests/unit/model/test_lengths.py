@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prfaas.model.lengths import Constant, Empirical, Lengths, TruncatedLognormal, Uniform
+from prfaas.model.lengths import Constant, Empirical, Lengths, Scaled, TruncatedLognormal, Uniform
 
 K_REPORT = TruncatedLognormal(9.90, 1.00, 128, 131072)
 
@@ -43,6 +43,7 @@ K_EACH: list[Lengths] = [
     Constant(77),
     Empirical([5, 1, 3, 3, 9]),
     Empirical([10, 20], [1, 3]),
+    Scaled(Uniform(10, 30), 7),
 ]
 
 

@@ -1,0 +1,175 @@
+"""Queues in front of prefill and on the link, approximated; times to first token that follow.
+
+Assumed: Poisson arrivals, each path's instances fed from one queue in order of arrival, any instance takes any
+request, prompts prefilled one at a time. Splitting Poisson arrivals by length leaves two Poisson streams.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prfaas.planner.system import System
+
+
+def erlang_c(servers: int, load: float) -> float:
+    """C(k, a): probability that an arrival of an M/M/k queue waits, at an offered load a < k."""
+    if not 0 <= load < servers:
+        raise ValueError(f"load {load:g} is not below {servers} servers")
+    blocked = 1.0  # Erlang B, by its recursion over the number of servers
+    for k in range(1, servers + 1):
+        blocked = load * blocked / (k + load * blocked)
+    return servers * blocked / (servers - load * (1 - blocked))
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Time in a queue: none with probability 1 − `probability`, else exponential."""
+
+    probability: float
+    mean_s: float
+    """Over all arrivals."""
+    utilisation: float
+
+    def above(self, seconds: float) -> float:
+        """P(W > seconds)."""
+        if seconds < 0:
+            return 1.0
+        if self.mean_s <= 0:
+            return 0.0
+        return self.probability * math.exp(-seconds * self.probability / self.mean_s)
+
+
+def mgk_wait(servers: int, rate_rps: float, service_s: Sequence[float], arrivals_scv: float = 1.0) -> Wait:
+    """G/G/k by Allen and Cunneen: W = C(k, a) / (k / E[S] − λ) · (c_a² + c_s²) / 2.
+
+    `service_s`: service times of equal weight; `arrivals_scv` c_a²: squared coefficient of variation of the
+    gaps, 1 for Poisson. Exact for M/M/k and, in its mean, for M/G/1. Raises ValueError at a load of k or more.
+    """
+    mean = sum(service_s) / len(service_s)
+    load = rate_rps * mean
+    if rate_rps == 0:
+        return Wait(0.0, 0.0, 0.0)
+    waits = erlang_c(servers, load)
+    scv = sum((s - mean) ** 2 for s in service_s) / len(service_s) / mean**2
+    queued = waits / (servers / mean - rate_rps) * (arrivals_scv + scv) / 2
+    return Wait(waits, queued, load / servers)
+
+
+@dataclass(frozen=True)
+class PathTimes:
+    """One path's part of the requests: service times and what follows prefill, of equal weight, and the queue."""
+
+    share: float
+    service_s: tuple[float, ...]
+    after_s: tuple[float, ...]
+    """Seconds from the end of prefill to the first token's leave to go: the end of the transfer."""
+    wait: Wait
+
+    def within(self, seconds: float) -> float:
+        """P(TTFT ≤ seconds)."""
+        late = sum(
+            self.wait.above(seconds - s - a) for s, a in zip(self.service_s, self.after_s, strict=True)
+        )
+        return 1 - late / len(self.service_s)
+
+    @property
+    def mean_s(self) -> float:
+        return self.wait.mean_s + (sum(self.service_s) + sum(self.after_s)) / len(self.service_s)
+
+
+@dataclass(frozen=True)
+class Ttft:
+    """Time to first token over all paths."""
+
+    paths: tuple[PathTimes, ...]
+
+    def within(self, seconds: float) -> float:
+        """P(TTFT ≤ seconds)."""
+        return sum(path.share * path.within(seconds) for path in self.paths)
+
+    @property
+    def mean_s(self) -> float:
+        return sum(path.share * path.mean_s for path in self.paths)
+
+    def quantile_s(self, q: float) -> float:
+        """The time that a share q of requests doesn't exceed, to a millisecond."""
+        low, high = 0.0, 1.0
+        while self.within(high) < q and high < 1e9:
+            high *= 2
+        while high - low > 5e-4:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.within(middle) >= q else (middle, high)
+        return high
+
+
+def cells_of_paths(
+    system: System, threshold_tokens: float, count: int
+) -> tuple[float, list[float], list[float]]:
+    """p, and lengths of equal weight that stand for the long prompts and for the short ones."""
+    lengths = system.lengths
+    p = lengths.share_above(threshold_tokens)
+    long = [lengths.quantile(1 - p + p * (i + 0.5) / count) for i in range(count)] if p > 0 else []
+    short = [lengths.quantile((1 - p) * (i + 0.5) / count) for i in range(count)] if p < 1 else []
+    return p, long, short
+
+
+def transfer_tail_s(system: System, tokens: float, free_bps: float) -> float:
+    """From the end of prefill to the last byte's arrival, on a link that gives this transfer `free_bps`.
+
+    KV leaves chunk by chunk while prefill goes on; after it remain the last chunk and the state, or more where
+    the link is slower than prefill; and half a round trip.
+    """
+    size = system.kv(tokens)
+    last = size - system.kv(max(tokens - system.chunk_tokens, 0.0)) + system.state_bytes
+    left = max(min(last, size), size - system.prfaas_prefill(tokens) * free_bps / 8)
+    return system.rtt_s / 2 + 8 * left / free_bps
+
+
+def zero_queue(system: System, threshold_tokens: float, count: int = 1000) -> Ttft:
+    """Bare prefill times, as the report's TTFTs are: no queue, no transfer."""
+    none = Wait(0.0, 0.0, 0.0)
+    p, long, short = cells_of_paths(system, threshold_tokens, count)
+    paths = []
+    if long:
+        paths.append(PathTimes(p, tuple(map(system.prfaas_prefill, long)), (0.0,) * len(long), none))
+    if short:
+        paths.append(PathTimes(1 - p, tuple(map(system.local_prefill, short)), (0.0,) * len(short), none))
+    return Ttft(tuple(paths))
+
+
+def ttft_at(system: System, threshold_tokens: float, prefill: int, rate_rps: float, count: int = 400) -> Ttft:
+    """TTFT with queues, at a rate that every path can carry. Raises ValueError where one can't, saying which.
+
+    The link is shared evenly by the transfers on it (processor sharing): one alone gets the rate, one among
+    others on average what the load leaves, B · (1 − ρ).
+    """
+    p, long, short = cells_of_paths(system, threshold_tokens, count)
+    paths = []
+    if long:
+        sent_bps = rate_rps * p * 8 * sum(map(system.kv, long)) / len(long)
+        if not sent_bps < system.egress_bps:
+            raise ValueError(
+                f"the link can't carry {rate_rps:g} requests a second: {sent_bps / 1e9:.3g} Gbit/s"
+            )
+        free_bps = system.egress_bps - sent_bps
+        service = tuple(map(system.prfaas_prefill, long))
+        after = tuple(transfer_tail_s(system, tokens, free_bps) for tokens in long)
+        wait = _wait("PrfaaS prefill", system.prfaas_instances, rate_rps * p, service)
+        paths.append(PathTimes(p, service, after, wait))
+    if short:
+        service = tuple(map(system.local_prefill, short))
+        wait = _wait("local prefill", prefill, rate_rps * (1 - p), service)
+        paths.append(PathTimes(1 - p, service, (0.0,) * len(short), wait))
+    return Ttft(tuple(paths))
+
+
+def _wait(name: str, servers: int, rate_rps: float, service_s: Sequence[float]) -> Wait:
+    try:
+        return mgk_wait(servers, rate_rps, service_s)
+    except ValueError:
+        mean = sum(service_s) / len(service_s)
+        raise ValueError(
+            f"{name}: {servers} instances serve {servers / mean:.3g} of {rate_rps:.3g} requests a second"
+        ) from None
