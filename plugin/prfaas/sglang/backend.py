@@ -28,11 +28,11 @@ import torch
 
 from prfaas.config.backend import K_ENVIRONMENT, BackendConfig, load_backend_config
 from prfaas.model.errors import PrfaasError
-from prfaas.model.transfer import LeaseGrant, Outcome, TransferKind
+from prfaas.model.transfer import LeaseGrant, TransferKind
+from prfaas.pump_client import Lease, LocalPumpClient
 from prfaas.sglang import compat, layout
-from prfaas.sglang.planning import InlineExecutor, RecordingEngine
+from prfaas.sglang.planning import InlineExecutor, RecordingEngine, Segments
 from prfaas.sglang.rooms import LeasedRoom, LeasedRooms, Remembered, SendingRoom, SendingRooms, describe
-from prfaas.sglang.transport import Segments, connect
 from prfaas.sglang.verification import Verification
 
 logger = logging.getLogger(__name__)
@@ -60,17 +60,19 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
         """Called by the constructor, after the bootstrap and before memory is registered."""
         config = load_config()
         self.deadline_s = config.deadline_s
-        self.transport = connect(config)
+        self.pump = LocalPumpClient.open(
+            config.pump, name=f"sglang {self.disaggregation_mode.value} {os.getpid()}"
+        )
         # The last part must be a number to SGLang, and the whole unlike any other manager's.
-        self.session_id = f"{self.transport.address}/{secrets.token_hex(8)}:{self.rank_port}"
-        self.engine = RecordingEngine(self.transport, self.session_id)
+        self.session_id = f"{self.pump.address}/{secrets.token_hex(8)}:{self.rank_port}"
+        self.engine = RecordingEngine(self.pump, self.session_id)
         self.verification = Verification(config, self.kv_args, self.disaggregation_mode.value)
-        self.verification.prepare(self.transport.register)
+        self.verification.prepare(self.pump.register)
         # By room. What is refused or aborted before the request itself arrives here is kept in `doomed`.
         self.doomed = Remembered()
         self.refused_sessions: dict[str, str] = {}
-        self.leased = LeasedRooms(self.transport)
-        self.sending = SendingRooms(self.transport, f"rank {self._prefill_unique_rank()}", self._sent)
+        self.leased = LeasedRooms()
+        self.sending = SendingRooms(self.pump, f"rank {self._prefill_unique_rank()}", self._sent)
         logger.info(
             "prfaas: %s rank at %s, session %s",
             self.disaggregation_mode.value,
@@ -135,29 +137,30 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
             pieces = layout.leased_pieces(self.kv_args, kv_indices, aux_index, state_indices)
             generation = self.leased.next_generation()
             self.verification.leased(room, generation, kv_indices, aux_index, state_indices)
-            lease = self.transport.lease(
+            lease = self.pump.grant_lease(
                 room,
                 generation,
-                pieces,
+                [(int(address), int(length)) for address, length in pieces],
                 self.deadline_s,
-                self.required_prefill_response_num_table.get(room, 1),
-                lambda outcome: self._landed(room, generation, outcome),
+                expected_sources=self.required_prefill_response_num_table.get(room, 1),
             )
             leased = LeasedRoom(room, generation, lease)
             self.leased.hold(leased)
+            lease.add_callback(lambda lease: self._landed(room, generation, lease))
         return leased.lease.grant
 
-    def _landed(self, room: int, generation: int, outcome: Outcome) -> None:
-        """The transport's word on a lease: all is there, or it can't come any more."""
-        leased = self.leased.find(room)
-        if leased is None or leased.generation != generation:
+    def _landed(self, room: int, generation: int, lease: Lease) -> None:
+        """The pump's word on a lease: a part has arrived, or broken."""
+        if lease.failure is None and not lease.complete:
             return
-        if not outcome.ok:
-            self.record_failure(room, describe(TransferKind.KV, outcome))
+        # Taken out first, once: nothing that is still under way can touch pages that somebody may now use.
+        if not self.leased.end(room, generation):
+            return
+        if lease.failure is not None:
+            arrival = lease.failure
+            self.record_failure(room, describe(arrival.kind, arrival.reason, arrival.detail))
             self.update_status(room, compat.KVPoll.Failed)
             return
-        # Ended before anyone may use the pages: nothing that is still under way can touch them.
-        self.leased.end(room)
         self.verification.landed(room, generation)
         self.update_status(room, compat.KVPoll.Success)
 
@@ -365,7 +368,7 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
     def teardown(self) -> None:
         """SGLang's, at a role switch, then the transport's: the next role makes a new one."""
         super().teardown()
-        self.transport.close()
+        self.pump.close()
 
 
 def _aborted(room: int, reason: str | None) -> str:

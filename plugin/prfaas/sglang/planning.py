@@ -13,20 +13,40 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from prfaas.sglang.transport import Segments, Transport
+from prfaas.pump_client import PumpClient
+
+U64 = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Scattered bytes: where they are, where they go, how long each piece is. Arrays of one length."""
+
+    source: U64
+    destination: U64
+    length: U64
+
+    @property
+    def total_bytes(self) -> int:
+        return int(self.length.sum())
+
+    def __len__(self) -> int:
+        return int(self.length.size)
 
 
 class Recorder:
     """Segments that one thread's plan comes to, in order."""
 
     def __init__(self) -> None:
-        self._source: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
-        self._destination: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
-        self._length: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
+        self._source: list[U64] = []
+        self._destination: list[U64] = []
+        self._length: list[U64] = []
 
     def add(self, source: Sequence[int], destination: Sequence[int], length: Sequence[int]) -> None:
         for column, values in (
@@ -51,8 +71,8 @@ class Recorder:
 class RecordingEngine:
     """What Mooncake's manager takes for its engine: registration is passed on, transfers are written down."""
 
-    def __init__(self, transport: Transport, session_id: str) -> None:
-        self._transport, self._session_id = transport, session_id
+    def __init__(self, pump: PumpClient, session_id: str) -> None:
+        self._pump, self._session_id = pump, session_id
         self._here = threading.local()
 
     @contextmanager
@@ -66,11 +86,11 @@ class RecordingEngine:
             self._here.recorder = None
 
     def batch_register(self, ptrs: Sequence[int], lengths: Sequence[int]) -> int:
-        self._transport.register(list(zip(ptrs, lengths, strict=True)))
+        self._pump.register(list(zip(ptrs, lengths, strict=True)))
         return 0
 
     def batch_deregister(self, ptrs: Sequence[int]) -> int:
-        self._transport.deregister(list(ptrs))
+        self._pump.deregister(list(ptrs))
         return 0
 
     def batch_transfer_sync(
@@ -105,8 +125,8 @@ class InlineExecutor:
 
 
 def page_pieces(
-    pointers: Sequence[int], item_lengths: Sequence[int], indices: Sequence[int] | np.ndarray[Any, Any]
-) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    pointers: Sequence[int], item_lengths: Sequence[int], indices: Sequence[int] | NDArray[Any]
+) -> U64:
     """Rows (address, length) of the items `indices` of every buffer, neighbours joined. [runs x buffers,
     2].
     """

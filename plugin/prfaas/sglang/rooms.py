@@ -12,19 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from prfaas.model.transfer import LeaseGrant, Outcome, TransferKind
-from prfaas.sglang.transport import Lease, Order, Segments, Sending, Transport
+from prfaas.model.transfer import LeaseGrant, TransferKind
+from prfaas.pump_client import Lease, PumpClient, Transfer
+from prfaas.sglang.planning import Segments
 
 K_REMEMBERED_ROOMS = 65536
-
-
-@dataclass
-class Destination:
-    """One lease that a room of ours fills, and how far that has come."""
-
-    grant: LeaseGrant
-    index: int = 0
-    """Transfers handed over so far: the place of the next one."""
 
 
 @dataclass
@@ -32,9 +24,9 @@ class SendingRoom:
     """A prefill server's room: transfers handed over, and what they came to."""
 
     room: int
-    destinations: dict[str, Destination] = field(default_factory=dict)
-    """By the peer's session."""
-    open: dict[int, Sending] = field(default_factory=dict)
+    grants: dict[str, LeaseGrant] = field(default_factory=dict)
+    """The leases it fills, by the peer's session."""
+    open: dict[int, Transfer] = field(default_factory=dict)
     bytes_by_kind: dict[TransferKind, int] = field(default_factory=dict)
     all_handed_over: bool = False
     failure: str | None = None
@@ -42,112 +34,91 @@ class SendingRoom:
 
 
 class SendingRooms:
-    """All rooms of a prefill server. `conclude(room, failure)` is called once a room, outside of the lock:
-    failure is None when every peer has all of it, else what went wrong first."""
+    """All rooms of a prefill server. `conclude(room, failure)` is called once a room, without the lock:
+    failure is None when every peer has all of it, else what went wrong first. A room that this side cancelled
+    isn't concluded."""
 
     def __init__(
-        self, transport: Transport, source: str, conclude: Callable[[SendingRoom, str | None], None]
+        self, pump: PumpClient, source: str, conclude: Callable[[SendingRoom, str | None], None]
     ) -> None:
-        self._transport, self._source, self._conclude = transport, source, conclude
+        self._pump, self._source, self._conclude = pump, source, conclude
         self._lock = threading.Lock()
         self._rooms: dict[int, SendingRoom] = {}
-        self._next = 0
 
     def granted(self, session: str, grant: LeaseGrant) -> None:
         """A peer has leased pages to a room. A newer generation replaces the one before."""
         with self._lock:
-            room = self._rooms.get(grant.room)
-            if room is None or room.concluded:
-                room = self._rooms[grant.room] = SendingRoom(grant.room)
-            room.destinations[session] = Destination(grant)
-
-    def known(self, room: int) -> bool:
-        with self._lock:
-            return room in self._rooms
+            room = self._rooms.setdefault(grant.room, SendingRoom(grant.room))
+            room.grants[session] = grant
 
     def send(
-        self,
-        room_id: int,
-        parts: list[tuple[str, TransferKind, Segments]],
-        last: bool,
-        deadline_s: float,
+        self, room_id: int, parts: list[tuple[str, TransferKind, Segments]], last: bool, deadline_s: float
     ) -> None:
         """Hand over a chunk's parts, (session, kind, segments) each; `last`: there will be no more of this
         room.
         """
-        orders: list[tuple[int, Order]] = []
+        parts = [part for part in parts if len(part[2])]
+        last_of = {session: i for i, (session, _, _) in enumerate(parts)}
+        started: list[tuple[TransferKind, Transfer]] = []
         with self._lock:
             room = self._rooms.get(room_id)
-            if room is None or room.failure is not None or room.concluded:
+            if room is None:
                 return
-            totals: dict[str, int] = {}
-            parts = [part for part in parts if len(part[2])]
-            for session, _, _ in parts:
-                totals[session] = totals.get(session, room.destinations[session].index) + 1
-            for session, kind, segments in parts:
-                to = room.destinations[session]
-                count = totals[session] if last else 0
-                order = Order(to.grant, kind, segments, deadline_s, self._source, to.index, count)
-                to.index += 1
-                orders.append((self._next, order))
-                self._next += 1
+            for i, (session, kind, segments) in enumerate(parts):
+                transfer = self._pump.submit(
+                    room.grants[session],
+                    segments.source,
+                    segments.destination,
+                    segments.length,
+                    kind=kind,
+                    deadline_s=deadline_s,
+                    last=last and last_of[session] == i,
+                    source=self._source,
+                )
+                room.open[transfer.transfer_id] = transfer
                 room.bytes_by_kind[kind] = room.bytes_by_kind.get(kind, 0) + segments.total_bytes
+                started.append((kind, transfer))
             room.all_handed_over = last
-            # Reserved before they start, so that the first to end doesn't conclude the room.
-            for number, _ in orders:
-                room.open[number] = _NotStarted()
-        for number, order in orders:
-            self._start(room, number, order)
-        self._maybe_conclude(room)
+        for kind, transfer in started:
+            transfer.add_done_callback(lambda ended, kind=kind: self._done(room, kind, ended))  # type: ignore[misc]
 
-    def _start(self, room: SendingRoom, number: int, order: Order) -> None:
-        sending = self._transport.send(order, lambda outcome: self._done(room, number, order.kind, outcome))
+    def _done(self, room: SendingRoom, kind: TransferKind, transfer: Transfer) -> None:
+        outcome = transfer.outcome
+        assert outcome is not None
+        others: list[Transfer] = []
         with self._lock:
-            if number in room.open:
-                room.open[number] = sending
-            cancelled = room.failure is not None
-        if cancelled:
-            sending.cancel()
-
-    def _done(self, room: SendingRoom, number: int, kind: TransferKind, outcome: Outcome) -> None:
-        others: list[Sending] = []
-        with self._lock:
-            room.open.pop(number, None)
+            room.open.pop(transfer.transfer_id, None)
+            if room.concluded:
+                return
             if not outcome.ok and room.failure is None:
-                room.failure = describe(kind, outcome)
+                room.failure = describe(kind, outcome.reason, outcome.detail)
                 others = list(room.open.values())
-        for sending in others:
-            sending.cancel()
-        self._maybe_conclude(room)
-
-    def _maybe_conclude(self, room: SendingRoom) -> None:
-        with self._lock:
-            if room.concluded or (room.failure is None and (room.open or not room.all_handed_over)):
+            if room.failure is None and (room.open or not room.all_handed_over):
                 return
             room.concluded = True
-            if self._rooms.get(room.room) is room:
-                del self._rooms[room.room]
+            self._forget(room)
+        for other in others:
+            self._pump.cancel(other)
         self._conclude(room, room.failure)
 
     def cancel(self, room_id: int, reason: str) -> None:
-        """The room is over on this side: what is on its way stops. Nothing is concluded: the caller knows."""
+        """The room is over on this side: when this returns its pages aren't read any more."""
         with self._lock:
             room = self._rooms.pop(room_id, None)
             if room is None:
                 return
             room.concluded = True
             room.failure = room.failure or reason
-            sendings = list(room.open.values())
-        for sending in sendings:
-            sending.cancel()
+            transfers = list(room.open.values())
+        for transfer in transfers:
+            self._pump.cancel(transfer)
+
+    def _forget(self, room: SendingRoom) -> None:
+        if self._rooms.get(room.room) is room:
+            del self._rooms[room.room]
 
     def __len__(self) -> int:
         return len(self._rooms)
-
-
-class _NotStarted(Sending):
-    def cancel(self) -> None:
-        pass
 
 
 @dataclass
@@ -160,8 +131,7 @@ class LeasedRoom:
 class LeasedRooms:
     """All rooms of a decode server that hold a lease."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rooms: dict[int, LeasedRoom] = {}
         self._generation = 0
@@ -179,14 +149,16 @@ class LeasedRooms:
         with self._lock:
             return self._rooms.get(room)
 
-    def end(self, room: int) -> None:
-        """Revoke the room's lease if it has one: when this returns no byte is written to its pages any
-        more.
-        """
+    def end(self, room: int, generation: int | None = None) -> bool:
+        """Revoke the room's lease: when this returns no byte is written to its pages any more. Whether there
+        was one (of that generation, if one is named)."""
         with self._lock:
-            leased = self._rooms.pop(room, None)
-        if leased is not None:
-            leased.lease.revoke()
+            leased = self._rooms.get(room)
+            if leased is None or generation not in (None, leased.generation):
+                return False
+            del self._rooms[room]
+        leased.lease.revoke()
+        return True
 
     def __len__(self) -> int:
         return len(self._rooms)
@@ -212,12 +184,15 @@ class Remembered:
             return self._reasons.pop(room, None)
 
 
-K_WHAT = {TransferKind.KV: "KV", TransferKind.STATE: "state", TransferKind.AUX: "auxiliary data"}
+K_WHAT: dict[str, str] = {
+    TransferKind.KV: "KV",
+    TransferKind.STATE: "state",
+    TransferKind.AUX: "auxiliary data",
+}
 
 
-def describe(kind: TransferKind, outcome: Outcome) -> str:
-    """What a failed transfer's outcome says to whoever reads a log or an HTTP error."""
-    reason = outcome.reason.value.replace("_", " ") if outcome.reason else "unknown reason"
-    return f"KV transfer aborted: {K_WHAT.get(kind, kind.value)}: {reason}" + (
-        f" ({outcome.detail})" if outcome.detail else ""
-    )
+def describe(kind: str, reason: str | None, detail: str = "") -> str:
+    """What a transfer's failure says to whoever reads a log or an HTTP error."""
+    what = K_WHAT.get(kind, kind)
+    why = (reason or "unknown reason").replace("_", " ")
+    return f"KV transfer aborted: {what}: {why}" + (f" ({detail})" if detail else "")

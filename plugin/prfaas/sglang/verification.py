@@ -10,7 +10,7 @@ from typing import Any
 from prfaas.config.backend import BackendConfig
 from prfaas.model.transfer import TransferKind
 from prfaas.sglang import layout
-from prfaas.sglang.transport import Segments
+from prfaas.sglang.planning import Segments
 from prfaas.sglang.verify import KvFault, Rows, digest_buffers, poison
 
 

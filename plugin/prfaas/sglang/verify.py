@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prfaas.model.transfer import TransferKind
-from prfaas.sglang.transport import Segments
+from prfaas.sglang.planning import Segments
 
 K_POISON = 0x5A  # bfloat16 0x5A5A is 1.5e16: attention to such a page can't go unnoticed
 
