@@ -1,0 +1,35 @@
+"""Virtual time: a heap of things to do. Equal times keep the order in which they were asked for."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+Call = Callable[[float], None]
+
+
+class Agenda:
+    """`now` only moves in `run`; what is asked for in the past happens now."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events = 0
+        """Handled so far."""
+        self._heap: list[tuple[float, int, Call]] = []
+        self._serial = 0
+
+    def at(self, at_s: float, call: Call) -> None:
+        """`call(now)` at `at_s`. There is no cancelling: a caller whose plan changed ignores the call."""
+        self._serial += 1
+        heapq.heappush(self._heap, (max(at_s, self.now), self._serial, call))
+
+    def run(self, until_s: float = float("inf")) -> None:
+        """Handle everything up to `until_s`."""
+        heap, pop, handled = self._heap, heapq.heappop, 0
+        while heap and heap[0][0] <= until_s:
+            self.now, _, call = pop(heap)
+            call(self.now)
+            handled += 1
+        self.events += handled
+        if until_s != float("inf"):
+            self.now = max(self.now, until_s)

@@ -1,0 +1,315 @@
+"""One serving instance on virtual time: a queue of prefills taken in chunks, and a batch of decodes.
+
+Prefill takes steps of at most `chunk_tokens`, filled in order of the queue; whatever is in a step is done at
+its end. Decode is a batch of at most `max_batch`; all in it advance together, one token a step, a step's time
+a function of the batch's size, and stand still while the same engine prefills. Requests hold their pages from
+their reservation to their end; those that find no room wait in order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from prfaas.model.profiles import Profile
+from prfaas.simulator.agenda import Agenda
+from prfaas.simulator.cache import BlockCache
+
+Role = Literal["prefill", "decode", "collocated"]
+
+
+class Job:
+    """One request at one engine."""
+
+    __slots__ = (
+        "block_ids",
+        "cached",
+        "done",
+        "key",
+        "on_chunk",
+        "on_done",
+        "on_join",
+        "output_tokens",
+        "payload",
+        "prompt_tokens",
+        "reserved",
+        "void",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        payload: object,
+        prompt_tokens: int,
+        output_tokens: int,
+        block_ids: tuple[int, ...] = (),
+        key: float = 0.0,
+        on_chunk: Callable[[Job, float, bool], None] | None = None,
+        on_join: Callable[[Job, float], None] | None = None,
+        on_done: Callable[[Job, float], None] | None = None,
+    ) -> None:
+        self.payload = payload
+        self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
+        self.block_ids = block_ids
+        self.key = key
+        """Order of service: smaller first, then arrival."""
+        self.cached = 0
+        """Tokens found in the engine's cache when prefill begins."""
+        self.done = 0
+        """Tokens of the prompt that are there."""
+        self.reserved = 0
+        self.void = False
+        """Given up: no longer counts, and none of its calls come."""
+        self.on_chunk, self.on_join, self.on_done = on_chunk, on_join, on_done
+
+
+class Engine:
+    """One instance. All times are the agenda's."""
+
+    def __init__(
+        self,
+        name: str,
+        site: str,
+        role: Role,
+        profile: Profile,
+        agenda: Agenda,
+        *,
+        max_batch: int | None = None,
+        chunk_tokens: int | None = None,
+        pool_tokens: int | None = None,
+    ) -> None:
+        self.name, self.site, self.role = name, site, role
+        self.profile, self._agenda = profile, agenda
+        decode = profile.decode
+        if role != "prefill" and decode is None:
+            raise ValueError(f"{name}: profile {profile.name} has no decode figures")
+        self.max_batch = max_batch or (decode.max_batch if decode else 0)
+        self.chunk_tokens = chunk_tokens or profile.chunk_tokens
+        self.pool_tokens = pool_tokens if pool_tokens is not None else profile.pool_tokens
+        self.cache = BlockCache(profile.block_tokens, self.pool_tokens, exact=profile.state_bytes > 0)
+        self.up = True
+        self.draining = False
+        self.busy_s = 0.0
+        """Seconds spent in prefill steps."""
+        self.reserved_tokens = 0
+        self.assigned = 0
+        """Requests that hold pages here, wherever their prefill is."""
+        self.backlog_s = 0.0
+        """Seconds of prefill queued, the running step's share included until it ends."""
+        self.backlog_tokens = 0
+        self._queue: list[tuple[float, int, Job]] = []
+        self._current: list[tuple[Job, int]] | None = None
+        self._serial = 0
+        self._unplaced: deque[tuple[Job, int, Callable[[Job, float], None]]] = deque()
+        self._landed: deque[Job] = deque()
+        # The batch: `_steps` counts decode steps taken; a job ends when it reaches its own figure.
+        self._running: list[tuple[float, int, Job]] = []
+        self._steps, self._steps_at_s, self._decode_plan = 0.0, 0.0, 0
+        self._voided = 0
+
+    # Pages.
+
+    def reserve(self, job: Job, tokens: int, granted: Callable[[Job, float], None], now: float) -> None:
+        """Pages for `tokens`, held until `release`; `granted` is called at once or when there is room."""
+        self._unplaced.append((job, tokens, granted))
+        self._place(now)
+
+    def _place(self, now: float) -> None:
+        while self._unplaced:
+            job, tokens, granted = self._unplaced[0]
+            if not job.void:
+                most = self.pool_tokens
+                if most is not None and self.reserved_tokens and self.reserved_tokens + tokens > most:
+                    return
+                job.reserved = tokens
+                self.assigned += 1
+                self.reserved_tokens += tokens
+                if self.pool_tokens is not None and self.cache.block_tokens:
+                    self.cache.fit(self.pool_tokens - self.reserved_tokens)
+            self._unplaced.popleft()
+            if not job.void:
+                granted(job, now)
+
+    def release(self, job: Job, now: float) -> None:
+        """Its pages are free. Harmless when it holds none."""
+        if job.reserved:
+            self.reserved_tokens = max(0, self.reserved_tokens - job.reserved)  # 0 after it was killed
+            job.reserved = 0
+            self.assigned = max(0, self.assigned - 1)
+            self._place(now)
+
+    # Prefill.
+
+    def prefill(self, job: Job, now: float) -> None:
+        """Queue it. `on_chunk(job, now, final)` is called as its chunks end."""
+        job.cached = job.done = self.cache.match(job.block_ids, job.prompt_tokens) if job.block_ids else 0
+        self.backlog_s += self.profile.prefill_s(job.prompt_tokens, job.cached)
+        self.backlog_tokens += job.prompt_tokens - job.cached
+        self._serial += 1
+        heapq.heappush(self._queue, (job.key, self._serial, job))
+        if self._current is None:
+            self._start_step(now)
+
+    def give_up(self, job: Job, now: float) -> None:
+        """Forget the job wherever it is here. A step that holds it isn't cut short."""
+        if job.void:
+            return
+        job.void = True
+        if any(entry[2] is job for entry in self._queue):
+            # What the running step does for it comes off when that ends.
+            reached = next((last for one, last in self._current or () if one is job), job.done)
+            self.backlog_s -= self.profile.prefill_s(job.prompt_tokens, job.cached) - (
+                self.profile.prefill_s(reached, job.cached) if reached > job.cached else 0.0
+            )
+            self.backlog_tokens -= job.prompt_tokens - reached
+        for position, entry in enumerate(self._running):
+            if entry[2] is job:
+                self._catch_up(now)
+                del self._running[position]
+                heapq.heapify(self._running)
+                self._fill_batch(now)
+                self._plan_decode(now)
+                break
+        self.release(job, now)
+
+    def _taken_s(self, job: Job) -> float:
+        return self.profile.prefill_s(job.done, job.cached) if job.done > job.cached else 0.0
+
+    def _start_step(self, now: float) -> None:
+        queue = self._queue
+        while queue and queue[0][2].void:
+            heapq.heappop(queue)
+        if not queue or not self.up:
+            return
+        if self.role == "collocated" and len(self._running) >= self.max_batch:
+            return
+        left, took_s, pieces = self.chunk_tokens, 0.0, []
+        while queue and left > 0:
+            job = queue[0][2]
+            if job.void:
+                heapq.heappop(queue)
+                continue
+            last = min(job.prompt_tokens, job.done + left)
+            took_s += self.profile.prefill_s(last, job.cached) - self._taken_s(job)
+            left -= last - job.done
+            pieces.append((job, last))
+            if last < job.prompt_tokens:
+                break
+            heapq.heappop(queue)
+        if self.role == "collocated":
+            self._catch_up(now)
+        self._current = pieces
+        self.busy_s += took_s
+        self._agenda.at(now + took_s, lambda at_s: self._end_step(pieces, took_s, at_s))
+        if self.role == "collocated":
+            self._plan_decode(now)
+
+    def _end_step(self, pieces: list[tuple[Job, int]], took_s: float, now: float) -> None:
+        if self._current is not pieces:
+            return  # the engine died in the meantime
+        if self.role == "collocated":
+            self._steps_at_s = now  # no token was made while it prefilled
+        self._current = None
+        self.backlog_s = max(0.0, self.backlog_s - took_s)
+        for job, last in pieces:
+            self.backlog_tokens -= last - job.done
+            job.done = last
+        for job, last in pieces:
+            if job.void:
+                continue
+            final = last == job.prompt_tokens
+            if final and job.block_ids:
+                self.cache.insert(job.block_ids, job.prompt_tokens)
+            if job.on_chunk is not None:
+                job.on_chunk(job, now, final)
+        if self._current is None:
+            self._start_step(now)
+        if self.role == "collocated":
+            self._plan_decode(now)
+
+    # Decode.
+
+    def decode(self, job: Job, now: float) -> None:
+        """Its KV is here: it joins the batch when there is a place (`on_join`), and ends (`on_done`)."""
+        self._landed.append(job)
+        self._fill_batch(now)
+        self._plan_decode(now)
+
+    def _fill_batch(self, now: float) -> None:
+        while self._landed and len(self._running) < self.max_batch:
+            job = self._landed.popleft()
+            if job.void:
+                continue
+            self._catch_up(now)
+            self._serial += 1
+            # The first token came with its KV.
+            heapq.heappush(self._running, (self._steps + max(0, job.output_tokens - 1), self._serial, job))
+            if job.on_join is not None:
+                job.on_join(job, now)
+
+    def _rate(self) -> float:
+        """Decode steps a second now."""
+        if not self._running or not self.up or (self.role == "collocated" and self._current is not None):
+            return 0.0
+        assert self.profile.decode is not None  # the constructor refuses
+        return 1.0 / self.profile.decode.step_s(len(self._running))
+
+    def _catch_up(self, now: float) -> None:
+        self._steps += self._rate() * (now - self._steps_at_s)
+        self._steps_at_s = now
+
+    def _plan_decode(self, now: float) -> None:
+        self._catch_up(now)
+        self._decode_plan += 1
+        rate = self._rate()
+        if rate > 0:
+            plan = self._decode_plan
+            due_s = now + max(0.0, self._running[0][0] - self._steps) / rate
+            self._agenda.at(due_s, lambda at_s: self._end_decodes(plan, at_s))
+
+    def _end_decodes(self, plan: int, now: float) -> None:
+        if plan != self._decode_plan:
+            return
+        self._catch_up(now)
+        ended = []
+        while self._running and self._running[0][0] <= self._steps + 1e-6:
+            ended.append(heapq.heappop(self._running)[2])
+        self._fill_batch(now)
+        self._plan_decode(now)
+        for job in ended:
+            self.release(job, now)
+            if job.on_done is not None:
+                job.on_done(job, now)
+        if self.role == "collocated" and self._current is None:
+            self._start_step(now)
+
+    # Life.
+
+    def kill(self, now: float) -> None:
+        """Everything here is lost; the world gives the requests up and sends them elsewhere."""
+        self.up = False
+        self._current = None
+        self._queue.clear()
+        self._running.clear()
+        self._landed.clear()
+        self._unplaced.clear()
+        self._decode_plan += 1
+        self.backlog_s, self.backlog_tokens, self.reserved_tokens, self.assigned = 0.0, 0, 0, 0
+        self.cache.clear()
+
+    def restart(self, now: float) -> None:
+        self.up = True
+        self._steps_at_s = now
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._landed) + len(self._unplaced)
+
+    @property
+    def idle(self) -> bool:
+        return not (self._queue or self._current or self._running or self._landed or self._unplaced)

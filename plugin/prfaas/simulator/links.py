@@ -1,0 +1,83 @@
+"""What the deciding code hears of a simulated pipe: the same estimator and ledger that a real pump feeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from prfaas.admission.estimator import LinkEstimator, LinkWentDown
+from prfaas.admission.ledger import Ledger
+from prfaas.config.policy import LinkAdmission
+from prfaas.model.ids import LinkId
+from prfaas.model.observations import LinkEstimate, LinkObservation
+from prfaas.simulator.agenda import Agenda
+from prfaas.simulator.flows import K_MSS_BYTES, payload_share
+from prfaas.simulator.network import Network, Pipe
+
+K_OBSERVE_S = 0.1  # a pump reports as often
+K_NEWS = 0.01  # share by which a capacity must have moved before the ledger goes through its promises
+K_UNLIMITED_BPS = 1e12  # what a link without a rate is said to carry
+
+
+class WatchedLink:
+    """One pipe's estimate, its ledger, and the reports that keep them fresh while there is news."""
+
+    def __init__(
+        self, pipe: Pipe, network: Network, agenda: Agenda, went_down: Callable[[Pipe, float], None]
+    ) -> None:
+        self.pipe, self.id = pipe, LinkId(pipe.source, pipe.target)
+        self._network, self._agenda, self._went_down = network, agenda, went_down
+        nominal = min(link.rate_bps for link in pipe.links) * payload_share()
+        config = LinkAdmission(nominal_bps=nominal if 0 < nominal < math.inf else K_UNLIMITED_BPS)
+        self._config = config
+        self.estimator = LinkEstimator(self.id, config, agenda.now)
+        self.ledger = Ledger(self.id, config.nominal_bps * (1 - config.headroom), queue_limit=0)
+        self.estimate: LinkEstimate = self.estimator.estimate(agenda.now)
+        self._ticking = False
+        self._told_bps = config.nominal_bps * (1 - config.headroom)
+        self._sent_before = 0.0
+        self._probe_bytes = 0
+
+    def wake(self, now: float) -> None:
+        """The pipe has something to send: report until it has not."""
+        if not self._ticking:
+            self._ticking = True
+            self._sent_before = self.pipe.sent_bytes
+            self._agenda.at(now + K_OBSERVE_S, self._tick)
+
+    def _tick(self, now: float) -> None:
+        pipe, estimator = self.pipe, self.estimator
+        self._network.settle(pipe, now)
+        delivered = round(pipe.sent_bytes - self._sent_before) + self._probe_bytes
+        self._sent_before, self._probe_bytes = pipe.sent_bytes, 0
+        backlog = round(pipe.backlog_bytes)
+        loss = 1 - math.prod(1 - link.state.mean_loss for link in pipe.links)
+        segments = delivered // K_MSS_BYTES
+        events = estimator.on_observation(
+            LinkObservation(
+                self.id,
+                now,
+                K_OBSERVE_S,
+                delivered,
+                backlog_bytes=backlog,
+                rtt_s=self._network.rtt_s(pipe.source, pipe.target),
+                retransmits=round(segments * loss),
+                segments=segments,
+                sender="simulated",
+            )
+        )
+        self.estimate = estimator.estimate(now)
+        capacity_bps = self.estimate.usable_bps * (1 - self._config.headroom)
+        if abs(capacity_bps - self._told_bps) > K_NEWS * self._told_bps:
+            self._told_bps = capacity_bps
+            self.ledger.set_capacity(capacity_bps, now=now)
+        if any(isinstance(event, LinkWentDown) for event in events):
+            self._went_down(pipe, now)
+        if not self.estimate.up and now >= estimator.probe_at(now):
+            estimator.on_probe_sent(now)
+            if pipe.up:
+                self._probe_bytes = estimator.probe_bytes(now)
+        if backlog > 0 or pipe.transfers or not self.estimate.up:
+            self._agenda.at(now + K_OBSERVE_S, self._tick)
+        else:
+            self._ticking = False

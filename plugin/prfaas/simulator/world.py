@@ -1,0 +1,436 @@
+"""The simulated system: requests come to the door, the policy decides, engines and pipes take their time.
+
+What decides is what decides online: the policy, the link estimators, the ledgers and the order of sending are
+the very objects of routing/, admission/ and transfer/. What is simulated is what they decide about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prfaas.model.decisions import Action, Decision, Verdict
+from prfaas.model.ids import LinkId, SiteId
+from prfaas.model.observations import LinkEstimate, RequestView, SiteObservation, Snapshot
+from prfaas.routing.base import Policy
+from prfaas.simulator.agenda import Agenda
+from prfaas.simulator.engine import Engine, Job
+from prfaas.simulator.links import WatchedLink
+from prfaas.simulator.network import Network, Pipe, Transfer
+from prfaas.simulator.record import Record
+from prfaas.workload.requests import TimedRequest
+
+K_ATTEMPTS = 6  # a request that failed so often is answered with an error
+K_NO_DEADLINE_S = 600.0  # s, order of sending for requests without one
+K_TRANSFER_S = 60.0  # s after prefill by which a transfer must be through: what its ledger is asked for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the world behaves beyond what the experiment file says."""
+
+    door_site: SiteId | None = None
+    """Where the router is; None: at each request's decode site."""
+    observe_every_s: float = 0.25
+    """How old what the door knows of the sites' load may be (a router polls); 0: always exact."""
+    admission: bool = True
+    """Whether the links' ledgers are asked before a transfer starts."""
+    service_order: Literal["fcfs", "deadline"] = "fcfs"
+    """Order in which prefill takes its queue."""
+    timeout_s: float = math.inf
+    """A request without a first token by then is answered with an error."""
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """One request under way."""
+
+    request: TimedRequest
+    excluded: frozenset[SiteId] = frozenset()
+    attempt: int = 0
+    decision: Decision | None = None
+    prefill: Engine | None = None
+    decode: Engine | None = None
+    prefill_job: Job | None = None
+    decode_job: Job | None = None
+    transfer: Transfer | None = None
+    link: tuple[SiteId, SiteId] | None = None
+    first_token_s: float | None = None
+    cached_tokens: int = 0
+    kv_bytes: int = 0
+    over: bool = False
+    prefilled_s: float | None = None
+    view: RequestView | None = field(default=None)
+
+
+class World:
+    """Runs one workload through one policy. Build it with simulator.build.world_of."""
+
+    def __init__(
+        self,
+        agenda: Agenda,
+        engines: Iterable[Engine],
+        network: Network,
+        policy: Policy,
+        record: Record,
+        settings: Settings,
+    ) -> None:
+        self.agenda, self.network, self.policy = agenda, network, policy
+        self.record, self.settings = record, settings
+        self.engines = {engine.name: engine for engine in engines}
+        self.live: dict[int, Live] = {}
+        self._held: deque[Live] = deque()
+        self._by_site: dict[SiteId, list[Engine]] = {}
+        for engine in self.engines.values():
+            self._by_site.setdefault(engine.site, []).append(engine)
+        self.links = {
+            LinkId(*ends): WatchedLink(pipe, network, agenda, self._link_went_down)
+            for ends, pipe in network.pipes.items()
+        }
+        network.on_activity = lambda pipe, now: self.links[LinkId(pipe.source, pipe.target)].wake(now)
+        self._sites: dict[SiteId, SiteObservation] = {}
+        self._sites_at_s = -math.inf
+        self._estimates: dict[LinkId, LinkEstimate] = {}
+        self._requests: Iterator[TimedRequest] = iter(())
+        self.exhausted = True
+        """No further arrivals."""
+
+    # Arrivals.
+
+    def play(self, requests: Iterable[TimedRequest]) -> None:
+        """Take the workload in; arrivals are drawn one by one, so that a million need no list."""
+        self._requests = iter(requests)
+        self.exhausted = False
+        self._next_arrival()
+
+    def _next_arrival(self) -> None:
+        request = next(self._requests, None)
+        if request is None:
+            self.exhausted = True
+        else:
+            self.agenda.at(request.arrival_s, lambda now: self._arrive(request, now))
+
+    def _arrive(self, request: TimedRequest, now: float) -> None:
+        self._next_arrival()
+        live = Live(request)
+        self.live[request.index] = live
+        if self.settings.timeout_s < math.inf:
+            self.agenda.at(now + self.settings.timeout_s, lambda at_s: self._expire(live, at_s))
+        self._door(live, now)
+
+    def _expire(self, live: Live, now: float) -> None:
+        if not live.over and live.first_token_s is None:
+            self._withdraw(live, now)
+            self._end(live, now, "deadline passed")
+
+    # The door.
+
+    def snapshot(self, now: float) -> Snapshot:
+        """What the door knows at `now`."""
+        if now - self._sites_at_s >= self.settings.observe_every_s or not self._sites:
+            self._sites_at_s = now
+            self._sites = {site: self._observe(site, now) for site in self._by_site}
+        for link_id, link in self.links.items():
+            self._estimates[link_id] = link.estimate
+        return Snapshot(now, self._sites, self._estimates)
+
+    def _observe(self, site: SiteId, now: float) -> SiteObservation:
+        prefills = decodes = running = waiting = slots = 0
+        backlog_s = 0.0
+        for engine in self._by_site[site]:
+            if not engine.up or engine.draining:
+                continue
+            if engine.role != "decode":
+                prefills += 1
+                backlog_s += engine.backlog_s
+            if engine.role != "prefill":
+                decodes += 1
+                running += engine.running
+                waiting += engine.waiting
+                slots += engine.max_batch
+        return SiteObservation(
+            site,
+            now,
+            prefill_instances=prefills,
+            decode_instances=decodes,
+            prefill_backlog_s=backlog_s,
+            decode_running=running,
+            decode_waiting=waiting,
+            decode_slots=slots,
+        )
+
+    def _view(self, live: Live) -> RequestView:
+        request = live.request
+        cached: dict[SiteId, int] = {}
+        if request.block_ids:
+            for site, engines in self._by_site.items():
+                best = max(
+                    (
+                        engine.cache.match(request.block_ids, request.prompt_tokens)
+                        for engine in engines
+                        if engine.role != "decode" and engine.up
+                    ),
+                    default=0,
+                )
+                if best:
+                    cached[site] = best
+        return RequestView(
+            str(request.index),
+            request.prompt_tokens,
+            request.arrival_s,
+            cached_tokens=cached,
+            output_tokens=request.output_tokens,
+            tenant=request.tenant,
+            slo_class=request.slo_class,
+            excluded=live.excluded,
+            attempt=live.attempt,
+        )
+
+    def _door(self, live: Live, now: float) -> None:
+        if live.over:
+            return
+        live.view = view = self._view(live)
+        decision = self.policy.decide(view, self.snapshot(now), now)
+        live.decision = decision
+        if decision.action is Action.DISPATCH:
+            self._dispatch(live, decision, now)
+        elif decision.action is Action.HOLD:
+            if live not in self._held:
+                self._held.append(live)
+            if decision.until_s is not None:
+                self.agenda.at(max(decision.until_s, now + 1e-3), lambda at_s: self._ask_again(live, at_s))
+        elif decision.action is Action.SHED:
+            self._end(live, now, "shed")
+        else:
+            self._end(live, now, "no path")
+
+    def _ask_again(self, live: Live, now: float) -> None:
+        if live in self._held:
+            self._held.remove(live)
+            self._door(live, now)
+
+    def _something_freed(self, now: float) -> None:
+        """Those held are asked for again in turn, until one is held still."""
+        for _ in range(len(self._held)):
+            live = self._held.popleft()
+            self._door(live, now)
+            if self._held and self._held[-1] is live:
+                self._held.rotate(1)
+                return
+
+    # A dispatched request.
+
+    def _dispatch(self, live: Live, decision: Decision, now: float) -> None:
+        chosen, request = decision.chosen, live.request
+        assert chosen is not None  # DISPATCH has a choice
+        prefill = self._pick_prefill(chosen.prefill_site, request)
+        decode = (
+            prefill
+            if prefill is not None and prefill.role == "collocated" and not decision.offloaded
+            else self._pick_decode(chosen.decode_site)
+        )
+        if prefill is None or decode is None:
+            self._retry(live, chosen.prefill_site, "no instance is up", now, dispatched=False)
+            return
+        link_id = chosen.link
+        if link_id is not None and self.settings.admission:
+            ready_s = now + prefill.backlog_s + prefill.profile.prefill_s(request.prompt_tokens)
+            answer = self.links[link_id].ledger.offer(
+                live,
+                prefill.profile.kv_bytes(request.prompt_tokens),
+                ready_s + K_TRANSFER_S,
+                now=now,
+                first_s=ready_s,
+                ready_s=ready_s,
+                may_queue=False,
+            )
+            if answer.verdict is Verdict.REFUSED:
+                self.record.count_refusal()
+                self.policy.on_refused(
+                    request=str(request.index),
+                    reason=str(answer.reason),
+                    retry_after_s=answer.retry_after_s,
+                    now=now,
+                )
+                self._retry(live, chosen.prefill_site, str(answer.reason), now, dispatched=False)
+                return
+        assert live.view is not None  # the door made it
+        self.policy.on_dispatch(request=live.view, decision=decision, now=now)
+        live.prefill, live.decode = prefill, decode
+        live.link = (link_id.source, link_id.target) if link_id is not None else None
+        key = (decision.deadline_s or math.inf) if self.settings.service_order == "deadline" else 0.0
+        live.prefill_job = Job(
+            live,
+            request.prompt_tokens,
+            request.output_tokens,
+            request.block_ids,
+            key,
+            on_chunk=self._on_chunk,
+        )
+        live.decode_job = Job(
+            live, request.prompt_tokens, request.output_tokens, on_join=self._on_join, on_done=self._on_done
+        )
+        decode.reserve(live.decode_job, request.prompt_tokens + request.output_tokens, self._on_pages, now)
+
+    def _pick_prefill(self, site: SiteId, request: TimedRequest) -> Engine | None:
+        best, least_s = None, math.inf
+        for engine in self._by_site.get(site, ()):
+            if engine.role == "decode" or not engine.up or engine.draining:
+                continue
+            cost_s = engine.backlog_s
+            if request.block_ids:
+                cached = engine.cache.match(request.block_ids, request.prompt_tokens)
+                cost_s += engine.profile.prefill_s(request.prompt_tokens, cached)
+            if engine.role == "collocated" and engine.running + engine.waiting >= engine.max_batch:
+                cost_s += 1e3  # no place in its batch: only if all are so
+            if cost_s < least_s:
+                best, least_s = engine, cost_s
+        return best
+
+    def _pick_decode(self, site: SiteId) -> Engine | None:
+        best, least = None, math.inf
+        for engine in self._by_site.get(site, ()):
+            if engine.role != "prefill" and engine.up and not engine.draining:
+                load = (engine.assigned + engine.waiting) / engine.max_batch
+                if load < least:
+                    best, least = engine, load
+        return best
+
+    def _on_pages(self, job: Job, now: float) -> None:
+        """The decode side has room: prefill may start, once it has heard."""
+        live = job.payload
+        assert isinstance(live, Live)
+        decode, prefill, prefill_job = live.decode, live.prefill, live.prefill_job
+        assert decode is not None
+        assert prefill is not None
+        assert prefill_job is not None
+        delay_s = 0.0 if live.link is None else self.network.pipes[live.link[1], live.link[0]].delay_s
+
+        def begin(at_s: float) -> None:
+            if live.over or prefill_job.void:
+                return
+            if live.link is not None:
+                deadline_s = (live.decision.deadline_s if live.decision else None) or at_s + K_NO_DEADLINE_S
+                kv_bytes = prefill.profile.kv_bytes(live.request.prompt_tokens)
+                live.kv_bytes = kv_bytes
+                live.transfer = Transfer(
+                    kv_bytes, deadline_s, lambda now: self._on_landed(live, prefill_job, now)
+                )
+                self.network.start(*live.link, live.transfer, at_s)
+            prefill.prefill(prefill_job, at_s)
+            live.cached_tokens = prefill_job.cached
+
+        if delay_s:
+            self.agenda.at(now + delay_s, begin)
+        else:
+            begin(now)
+
+    def _on_chunk(self, job: Job, now: float, final: bool) -> None:
+        live = job.payload
+        assert isinstance(live, Live)
+        if live.link is not None and live.transfer is not None:
+            profile = live.prefill.profile if live.prefill else None
+            assert profile is not None
+            ready = (
+                live.transfer.total_bytes
+                if final
+                else max(0.0, profile.kv_bytes(job.done) - profile.state_bytes)
+            )
+            self.network.supply(*live.link, live.transfer, ready, now)
+        if final:
+            live.prefilled_s = now
+            self.policy.on_prefill_done(request=str(live.request.index), now=now)
+            if live.link is None:
+                self._on_landed(live, job, now)
+            if self._held:
+                self._something_freed(now)
+
+    def _on_landed(self, live: Live, prefill_job: Job, now: float) -> None:
+        if live.over or prefill_job.void:
+            return
+        self._release_promise(live, now)
+        assert live.decode is not None
+        assert live.decode_job is not None
+        live.decode.decode(live.decode_job, now)
+
+    def _release_promise(self, live: Live, now: float) -> None:
+        if live.link is not None:
+            ledger = self.links[LinkId(*live.link)].ledger
+            if ledger.holds(live) is not None:
+                ledger.release(live, now=now)
+
+    def _on_join(self, job: Job, now: float) -> None:
+        live = job.payload
+        assert isinstance(live, Live)
+        live.first_token_s = now
+        self.policy.on_first_token(request=str(live.request.index), now=now, cached_tokens=live.cached_tokens)
+
+    def _on_done(self, job: Job, now: float) -> None:
+        live = job.payload
+        assert isinstance(live, Live)
+        self._end(live, now, None)
+
+    # Ends and failures.
+
+    def _end(self, live: Live, now: float, error: str | None) -> None:
+        live.over = True
+        del self.live[live.request.index]
+        if live in self._held:
+            self._held.remove(live)
+        self.policy.on_finished(request=str(live.request.index), now=now)
+        self.record.request(live, now, error)
+
+    def _withdraw(self, live: Live, now: float) -> None:
+        """Take everything of the present attempt away."""
+        self._release_promise(live, now)
+        if live.transfer is not None and live.link is not None:
+            self.network.drop(*live.link, live.transfer, now)
+        if live.prefill is not None and live.prefill_job is not None:
+            live.prefill.give_up(live.prefill_job, now)
+        if live.decode is not None and live.decode_job is not None:
+            live.decode.give_up(live.decode_job, now)
+        live.prefill = live.decode = live.prefill_job = live.decode_job = live.transfer = live.link = None
+
+    def _retry(self, live: Live, site: SiteId, reason: str, now: float, dispatched: bool = True) -> None:
+        """Another path, without the site that failed; an error when none is left."""
+        if dispatched:
+            self.policy.on_failed(request=str(live.request.index), site=site, reason=reason, now=now)
+        live.attempt += 1
+        live.excluded = live.excluded | {site}
+        if live.attempt >= K_ATTEMPTS:
+            self._end(live, now, reason)
+        else:
+            self._door(live, now)
+
+    def fail(self, live: Live, reason: str, now: float) -> None:
+        """The attempt is lost: before the first token another is made, after it the answer breaks off."""
+        site = live.decision.prefill_site if live.decision else None
+        started = live.first_token_s is not None
+        self._withdraw(live, now)
+        if started or site is None:
+            self._end(live, now, reason)
+        else:
+            self._retry(live, site, reason, now)
+
+    def _link_went_down(self, pipe: Pipe, now: float) -> None:
+        self.record.event(now, f"link {pipe.source}->{pipe.target} believed down")
+        ends = (pipe.source, pipe.target)
+        for live in [one for one in self.live.values() if one.link == ends and one.first_token_s is None]:
+            self.fail(live, "link down", now)
+
+    def kill(self, name: str, now: float) -> None:
+        """An instance dies; what it held is lost."""
+        engine = self.engines[name]
+        engine.kill(now)
+        self.record.event(now, f"{name} killed")
+        self._sites_at_s = -math.inf
+        for live in [one for one in self.live.values() if engine in (one.prefill, one.decode)]:
+            if live.decode is engine or live.first_token_s is None:
+                self.fail(live, f"{name} died", now)
+
+    def restart(self, name: str, now: float) -> None:
+        self.engines[name].restart(now)
+        self.record.event(now, f"{name} restarted")
