@@ -24,7 +24,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 
 from prfaas.config.backend import K_ENVIRONMENT, BackendConfig, load_backend_config
 from prfaas.model.errors import PrfaasError
@@ -378,7 +377,7 @@ def _aborted(room: int, reason: str | None) -> str:
 class PrfaasKVSender(compat.MooncakeKVSender):  # type: ignore[misc]
     """Prefill side of a request."""
 
-    supports_host_tensor_indices = bool(torch.cuda.is_available())
+    supports_host_tensor_indices = compat.has_cuda()
     """Without CUDA there is no pinned memory to ask for."""
 
     def clear(self) -> None:

@@ -220,6 +220,11 @@ def installed_version() -> str:
     return str(getattr(importlib.import_module("sglang"), "__version__", "of unknown version"))
 
 
+def has_cuda() -> bool:
+    """Whether torch finds a GPU."""
+    return bool(importlib.import_module("torch").cuda.is_available())
+
+
 def utils_loaded() -> bool:
     """Whether SGLang itself has loaded the module that chooses a backend's classes in this process."""
     return "sglang.srt.disaggregation.utils" in sys.modules

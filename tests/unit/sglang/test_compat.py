@@ -1,0 +1,127 @@
+"""The check of touch points, against a small SGLang of our own making, right and doctored."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prfaas.sglang import compat, plugin
+from prfaas.sglang.compat import SglangMoved, TouchPoint
+
+K_MODULE = """
+from dataclasses import dataclass
+
+class Manager:
+    limit = 3
+    def send(self, session, blocks): return self.engine.transfer(session, blocks)
+    def probe(self): return self.engine.send_probe()
+
+@dataclass
+class Chunk:
+    room: int
+    pages: list
+
+def choose(backend, kind): ...
+"""
+
+K_POINTS = (
+    TouchPoint(
+        "little_sglang",
+        "Manager",
+        members=("limit",),
+        methods={"send": ("session", "blocks")},
+        engine_calls=frozenset({"transfer", "send_probe"}),
+    ),
+    TouchPoint("little_sglang", "Chunk", fields=("room", "pages")),
+    TouchPoint("little_sglang", "choose", parameters=("backend", "kind")),
+)
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "little_sglang.py"
+    sys.modules.pop("little_sglang", None)
+
+
+def load(path: Path, text: str) -> None:
+    path.write_text(text)
+    sys.modules.pop("little_sglang", None)
+    importlib.invalidate_caches()
+
+
+def test_the_sglang_it_is_made_for_passes(sources: Path) -> None:
+    load(sources, K_MODULE)
+    compat.check(K_POINTS, "1.0")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("limit = 3", "pass", "Manager: expected a member limit, found none"),
+        ("def send(self, session, blocks)", "def push(self, session, blocks)", "expected a method send"),
+        ("send(self, session, blocks):", "send(self, blocks):", "send: expected parameters session"),
+        ("engine.send_probe()", "engine.ping()", "expected it to ask its engine for send_probe, transfer"),
+        ("pages: list", "tokens: list", "expected fields pages, found room, tokens"),
+        ("def choose(backend, kind)", "def choose(backend)", "expected parameters kind, found (backend)"),
+        ("def choose", "def pick", "choose: expected there, not found"),
+    ],
+)  # fmt: skip
+def test_one_that_moved_is_named_with_what_was_expected_and_found(
+    sources: Path, old: str, new: str, says: str
+) -> None:
+    assert old in K_MODULE
+    load(sources, K_MODULE.replace(old, new, 1))
+    with pytest.raises(SglangMoved) as caught:
+        compat.check(K_POINTS, "9.9")
+    assert says in str(caught.value)
+    assert f"made for SGLang {compat.K_VERSION}, this is 9.9" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_is_gone_is_named(sources: Path) -> None:
+    with pytest.raises(SglangMoved, match="expected a module little_sglang, found"):
+        compat.check(K_POINTS, "9.9")
+
+
+def test_names_outside_of_the_tables_are_no_names_of_ours() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Scheduler'"):
+        compat.Scheduler  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("argv", "asked"),
+    [
+        (["x", "--disaggregation-transfer-backend", "prfaas"], True),
+        (["x", "--disaggregation-transfer-backend=prfaas", "--tp", "2"], True),
+        (["x", "--disaggregation-transfer-backend", "mooncake"], False),
+        (["x", "--model-path", "prfaas"], False),
+        (["x"], False),
+    ],
+)
+def test_the_command_line_says_whether_the_backend_is_asked_for(argv: list[str], asked: bool) -> None:
+    assert plugin.backend_asked_for(argv) is asked
+
+
+def moved(*args: object, **kwargs: object) -> None:
+    raise SglangMoved("expected this, found that")
+
+
+def test_a_moved_sglang_ends_a_launch_that_asks_for_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "check_backend", moved)
+    monkeypatch.setattr(sys, "argv", ["x", "--disaggregation-transfer-backend", "prfaas"])
+    with pytest.raises(SystemExit, match="prfaas: expected this, found that"):
+        plugin.load_plugin()
+
+
+def test_a_moved_sglang_leaves_other_launches_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(plugin, "register", moved)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    plugin.load_plugin()
+    assert "prfaas isn't available: expected this, found that" in caplog.text

@@ -1,0 +1,168 @@
+"""What a server knows of the requests that are crossing, over a pump that does what the test says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
+from prfaas.pump_client import Transfer
+from prfaas.sglang.planning import Segments
+from prfaas.sglang.rooms import LeasedRoom, LeasedRooms, Remembered, SendingRoom, SendingRooms
+
+
+class FakePump:
+    """Notes what is submitted and cancelled; the test ends transfers."""
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[Transfer, dict[str, Any]]] = []
+        self.cancelled: list[Transfer] = []
+
+    def submit(
+        self, grant: LeaseGrant, sources: Any, destinations: Any, lengths: Any, **how: Any
+    ) -> Transfer:
+        transfer = Transfer(len(self.submitted) + 1)
+        self.submitted.append((transfer, {"grant": grant, "bytes": int(np.sum(lengths)), **how}))
+        return transfer
+
+    def cancel(self, transfer: Transfer) -> None:
+        self.cancelled.append(transfer)
+        transfer.end(Outcome(False, FailureReason.CANCELLED, "by this server"))
+
+
+def grant(room: int, lease_id: int = 1) -> LeaseGrant:
+    return LeaseGrant("h:1", lease_id, b"t" * 16, room, 1, 1 << 20)
+
+
+def segments(n_bytes: int) -> Segments:
+    one = np.array([n_bytes], dtype=np.uint64)
+    return Segments(one * 0 + 4096, one * 0 + 8192, one) if n_bytes else Segments(one[:0], one[:0], one[:0])
+
+
+class Prefill:
+    def __init__(self) -> None:
+        self.pump = FakePump()
+        self.concluded: list[tuple[int, str | None]] = []
+        self.rooms = SendingRooms(self.pump, "rank 0", self._conclude)  # type: ignore[arg-type]
+
+    def _conclude(self, room: SendingRoom, failure: str | None) -> None:
+        self.concluded.append((room.room, failure))
+
+    def send(self, room: int, parts: Sequence[tuple[str, TransferKind, int]], last: bool) -> None:
+        self.rooms.send(room, [(s, kind, segments(n)) for s, kind, n in parts], last, 30.0)
+
+    def end(self, i: int, ok: bool = True, reason: FailureReason | None = None) -> None:
+        self.pump.submitted[i][0].end(Outcome(ok, reason, "why"))
+
+
+@pytest.fixture
+def prefill() -> Prefill:
+    return Prefill()
+
+
+def test_room_concludes_when_its_last_part_is_acknowledged_in_whatever_order(prefill: Prefill) -> None:
+    prefill.rooms.granted("s", grant(7))
+    prefill.send(7, [("s", TransferKind.KV, 100)], last=False)
+    prefill.end(0)
+    assert prefill.concluded == []
+    prefill.send(
+        7, [("s", TransferKind.KV, 50), ("s", TransferKind.STATE, 9), ("s", TransferKind.AUX, 3)], True
+    )
+    prefill.end(3)
+    prefill.end(1)
+    assert prefill.concluded == []
+    prefill.end(2)
+    assert prefill.concluded == [(7, None)]
+    assert len(prefill.rooms) == 0
+
+
+def test_kinds_of_one_request_are_handed_over_side_by_side(prefill: Prefill) -> None:
+    prefill.rooms.granted("s", grant(7))
+    prefill.send(
+        7, [("s", TransferKind.KV, 50), ("s", TransferKind.STATE, 9), ("s", TransferKind.AUX, 3)], True
+    )
+    assert [how["kind"] for _, how in prefill.pump.submitted] == ["kv", "state", "aux"]
+    assert [how["last"] for _, how in prefill.pump.submitted] == [False, False, True]
+
+
+def test_each_peers_own_last_part_says_so(prefill: Prefill) -> None:
+    prefill.rooms.granted("a", grant(7, 1))
+    prefill.rooms.granted("b", grant(7, 2))
+    prefill.send(7, [("a", TransferKind.KV, 5), ("a", TransferKind.AUX, 1), ("b", TransferKind.AUX, 1)], True)
+    assert [(h["grant"].lease_id, h["last"]) for _, h in prefill.pump.submitted] == [
+        (1, False),
+        (1, True),
+        (2, True),
+    ]
+
+
+def test_empty_parts_are_not_sent_and_dont_count_as_last(prefill: Prefill) -> None:
+    prefill.rooms.granted("s", grant(7))
+    prefill.send(7, [("s", TransferKind.AUX, 3), ("s", TransferKind.KV, 0)], True)
+    assert len(prefill.pump.submitted) == 1
+    assert prefill.pump.submitted[0][1]["last"]
+
+
+def test_one_broken_part_fails_its_room_with_the_reason_and_stops_the_rest(prefill: Prefill) -> None:
+    prefill.rooms.granted("s", grant(7))
+    prefill.rooms.granted("s", grant(8))
+    prefill.send(8, [("s", TransferKind.KV, 5)], True)
+    prefill.send(7, [("s", TransferKind.KV, 50), ("s", TransferKind.AUX, 3)], True)
+    prefill.end(1, ok=False, reason=FailureReason.LEASE_ENDED)
+    assert prefill.concluded == [(7, "KV transfer aborted: KV: lease ended (why)")]
+    assert [t.transfer_id for t in prefill.pump.cancelled] == [3]
+    # The same peer's other room goes on.
+    prefill.end(0)
+    assert prefill.concluded[-1] == (8, None)
+
+
+def test_cancelled_room_concludes_nothing_and_takes_no_more(prefill: Prefill) -> None:
+    prefill.rooms.granted("s", grant(7))
+    prefill.send(7, [("s", TransferKind.KV, 50)], False)
+    prefill.rooms.cancel(7, "aborted")
+    prefill.send(7, [("s", TransferKind.AUX, 3)], True)
+    assert len(prefill.pump.submitted) == 1
+    assert prefill.concluded == []
+
+
+def test_part_that_ended_before_the_next_was_handed_over_still_counts(prefill: Prefill) -> None:
+    prefill.rooms.granted("s", grant(7))
+    prefill.send(7, [("s", TransferKind.KV, 50)], False)
+    prefill.end(0, ok=False, reason=FailureReason.DEADLINE)
+    assert prefill.concluded == [(7, "KV transfer aborted: KV: deadline (why)")]
+    prefill.send(7, [("s", TransferKind.AUX, 3)], True)
+    assert len(prefill.pump.submitted) == 1
+
+
+class FakeLease:
+    def __init__(self) -> None:
+        self.revoked = 0
+
+    def revoke(self) -> None:
+        self.revoked += 1
+
+
+def test_lease_is_revoked_once_and_only_for_its_generation() -> None:
+    rooms, lease = LeasedRooms(), FakeLease()
+    generation = rooms.next_generation()
+    rooms.hold(LeasedRoom(7, generation, lease))  # type: ignore[arg-type]
+    assert not rooms.end(7, generation + 1)
+    assert rooms.end(7, generation)
+    assert not rooms.end(7)
+    assert lease.revoked == 1
+
+
+def test_generations_of_a_room_differ() -> None:
+    rooms = LeasedRooms()
+    assert len({rooms.next_generation() for _ in range(100)}) == 100
+
+
+def test_remembered_reasons_are_bounded_and_taken_once() -> None:
+    remembered = Remembered(most=2)
+    for room in range(3):
+        remembered.put(room, f"reason {room}")
+    assert [remembered.take(room) for room in range(3)] == [None, "reason 1", "reason 2"]
+    assert remembered.take(2) is None
