@@ -19,7 +19,7 @@ from prfaas.model.errors import RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import tcpinfo
 from prfaas.pump.memory import Gone, OwnerMemory, Withdrawn
-from prfaas.pump.stream import Counters, Handler, Stream, W
+from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Counters, Handler, Stream, W
 from prfaas.transfer.frames import (
     K_HEADER_BYTES,
     FrameType,
@@ -50,7 +50,7 @@ K_BACKOFF_FIRST_S = 0.05
 K_BACKOFF_MOST_S = 1.0
 K_REFUSED_S = 10.0
 K_UNTRUSTED_TRIES = 3
-K_NOTSENT_LOWAT_BYTES = 128 * 1024
+K_UNSENT_S = 0.03
 _serial = itertools.count(1)
 
 
@@ -174,8 +174,7 @@ class Peer(Handler):
             self._dial_failed(str(error), refused=False, now=now)
             return
         sock.setblocking(False)
-        tcpinfo.prepare(sock, K_NOTSENT_LOWAT_BYTES)
-        congestion_control = tcpinfo.set_congestion_control(sock, self.pump.config.congestion_control)
+        tcpinfo.prepare(sock, K_UNSENT_FIRST_BYTES)
         code = sock.connect_ex(target)
         if code not in (0, 11, 115):
             sock.close()
@@ -183,7 +182,6 @@ class Peer(Handler):
             return
         serial = next(_serial)
         stream = Stream(self.pump.loop, sock, self, serial, dialled=True, tls=tls, now=now)
-        stream.congestion_control = congestion_control
         self._streams[serial] = stream
 
     def _dial_failed(self, reason: str, *, refused: bool, now: float) -> None:
@@ -221,6 +219,9 @@ class Peer(Handler):
         self.sending.on_peer_restarted()
 
     def on_ready(self, stream: Stream, now: float) -> None:
+        stream.sample(now)
+        stream.set_congestion_control(self.pump.config.congestion_control)
+        stream.set_unsent(K_UNSENT_S)
         self._failures = self._untrusted = 0
         self._first_failure_s = None
         self._next_dial_s = now
@@ -366,6 +367,7 @@ class Peer(Handler):
                 stream.lose(f"no answer ({stream.state.value})", now)
             return
         stream.sample(now)
+        stream.set_unsent(K_UNSENT_S)
         rtt_s = stream.info.rtt_s if stream.info else 0.0
         if now - stream.progress_s > max(self.pump.config.stall_s, 8 * rtt_s):
             stream.lose(f"nothing was acknowledged for {now - stream.progress_s:.1f} s", now)

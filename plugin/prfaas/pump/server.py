@@ -19,8 +19,8 @@ from prfaas.pump import tcpinfo
 from prfaas.pump.inbound import Inbound
 from prfaas.pump.loop import Loop
 from prfaas.pump.owner import Owner
-from prfaas.pump.peer import K_NOTSENT_LOWAT_BYTES, Peer
-from prfaas.pump.stream import Stream
+from prfaas.pump.peer import Peer
+from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Stream
 from prfaas.pump_client import messages as m
 from prfaas.transfer.frames import Hello
 from prfaas.transfer.receiving import Broken, ReceiveEvent, Receiving
@@ -165,8 +165,7 @@ class Pump:
             tcpinfo.abort(sock)
             return
         sock.setblocking(False)
-        tcpinfo.prepare(sock, K_NOTSENT_LOWAT_BYTES)
-        tcpinfo.set_congestion_control(sock, self.config.congestion_control)
+        tcpinfo.prepare(sock, K_UNSENT_FIRST_BYTES)
         stream = Stream(self.loop, sock, self.inbound, 0, dialled=False, tls=tls, now=now)
         self.inbound.accept(stream)
         stream.on_ready(0, now)

@@ -41,6 +41,9 @@ K_TURN_BYTES = 2 << 20
 """Most bytes read or written in one turn."""
 K_QUEUE_MAX_BYTES = 8 << 20
 """A peer that doesn't read our answers to its own frames loses the stream."""
+K_UNSENT_FIRST_BYTES = 128 * 1024
+K_UNSENT_LEAST_BYTES = 64 * 1024
+K_UNSENT_MOST_BYTES = 4 << 20
 K_SMALL_BUFFER_BYTES = K_CONTROL_MAX_BYTES
 K_LARGE_BUFFER_BYTES = K_BLOCK_MAX_BYTES + K_TABLE_MAX_BYTES
 R, W = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -133,6 +136,7 @@ class Stream:
         self.congestion_control = ""
         self.info: tcpinfo.TcpInfo | None = None
         self.session: object = None
+        self._unsent_bytes = K_UNSENT_FIRST_BYTES
         self._tls = tls
         self._sock: socket.socket | ssl.SSLSocket = sock
         self._fd = sock.fileno()
@@ -380,6 +384,24 @@ class Stream:
         c.retransmitted_bytes, c.tcp_bytes_sent = info.retransmitted_bytes, info.sent_bytes
         c.tcp_bytes_received = info.received_bytes
         c.segments_out, c.segments_in = info.segments_out, info.segments_in
+
+    def set_congestion_control(self, wanted: str) -> None:
+        """By what the path is, as far as the handshake has shown it."""
+        rtt_s = self.info.min_rtt_s if self.info else 0.0
+        self.congestion_control = tcpinfo.set_congestion_control(self._sock, wanted, rtt_s)
+
+    def set_unsent(self, wait_s: float) -> None:
+        """Let the kernel hold `wait_s` of the stream's rate unsent: enough to outlast our absence, and no more, for
+        what it holds can't be overtaken by a more urgent block."""
+        if self.info is None:
+            return
+        wanted = K_UNSENT_MOST_BYTES
+        if self.info.min_rtt_s >= tcpinfo.K_LONG_PATH_S:
+            wanted = int(self.info.delivery_rate_bps / 8 * wait_s)
+        wanted = max(K_UNSENT_LEAST_BYTES, min(K_UNSENT_MOST_BYTES, wanted))
+        if not self._unsent_bytes / 1.5 < wanted < self._unsent_bytes * 1.5:
+            self._unsent_bytes = wanted
+            tcpinfo.set_notsent_lowat(self._sock, wanted)
 
     def lose(self, reason: str, now: float) -> None:
         """The stream ends here; its handler hears of it once."""

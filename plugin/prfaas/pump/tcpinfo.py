@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 
 K_TCP_NOTSENT_LOWAT = 25
+K_LONG_PATH_S = 0.002
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
@@ -70,10 +71,16 @@ def read(sock: socket.socket) -> TcpInfo | None:
         return None
 
 
-def set_congestion_control(sock: socket.socket, wanted: str) -> str:
-    """Try `wanted` ("auto": bbr); the one in force, whichever it is."""
+def set_congestion_control(sock: socket.socket, wanted: str, rtt_s: float) -> str:
+    """Try `wanted`; the one in force, whichever it is.
+
+    "auto" is bbr on a long path, where loss costs a loss-driven control most of its rate, and cubic on a short
+    one, where pacing costs more than loss.
+    """
+    name = wanted
+    if wanted == "auto":
+        name = "bbr" if rtt_s >= K_LONG_PATH_S else "cubic"
     try:
-        name = "bbr" if wanted == "auto" else wanted
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
     except OSError:
         pass
@@ -90,8 +97,13 @@ def prepare(sock: socket.socket, notsent_lowat_bytes: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    set_notsent_lowat(sock, notsent_lowat_bytes)
+
+
+def set_notsent_lowat(sock: socket.socket, lowat_bytes: int) -> None:
+    """Most bytes that wait unsent in the kernel before the socket stops being writable."""
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, K_TCP_NOTSENT_LOWAT, notsent_lowat_bytes)
+        sock.setsockopt(socket.IPPROTO_TCP, K_TCP_NOTSENT_LOWAT, lowat_bytes)
     except OSError:
         pass
 

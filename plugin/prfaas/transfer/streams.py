@@ -15,6 +15,8 @@ K_GAIN = 1.08
 K_SETTLE_RTT = 10.0
 K_SETTLE_S = 0.5
 K_RETRY_S = 15.0
+K_LONG_PATH_S = 0.002
+"""On a shorter path a lost packet is mended at once, and more streams are only more work."""
 
 
 class StreamCount:
@@ -51,17 +53,17 @@ class StreamCount:
         self.loss = max(0.0, (retransmitted_bytes - self._lost) / sent)
         self.goodput_bps = 8.0 * (acked_bytes - self._acked) / elapsed_s
         self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
-        self._decide(now)
+        self._decide(now, rtt_s)
         return self.wanted
 
     def _restart(self, now: float, acked: int, sent: int, lost: int) -> None:
         self._since_s, self._acked, self._sent, self._lost = now, acked, sent, lost
 
-    def _decide(self, now: float) -> None:
+    def _decide(self, now: float, rtt_s: float) -> None:
         if self._before_bps is not None and self.goodput_bps < self._before_bps * K_GAIN:
             self._before_bps, self._resume_s = None, now + K_RETRY_S
             return
-        if self.loss < K_LOSS or self.wanted >= self._maximum or now < self._resume_s:
+        if self.loss < K_LOSS or rtt_s < K_LONG_PATH_S or self.wanted >= self._maximum or now < self._resume_s:
             self._before_bps = None
             return
         self._before_bps = self.goodput_bps
