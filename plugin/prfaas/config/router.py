@@ -187,6 +187,7 @@ class Retry(Strict):
     """What happens before the first token when a path fails."""
 
     attempts: Annotated[int, Field(ge=1, le=32)] = 6
+    """Tries of one request, waits for a path included."""
     total_s: Positive = 120.0
     """All attempts together; then the client is told."""
     first_token_min_s: Positive = 10.0

@@ -33,8 +33,6 @@ K_CAUSE_S = 0.1
 """How long a failed decode's attempt waits for prefill's own reason, which is usually the cause."""
 K_ABORT_S = 5.0
 K_LINGER_S = 5.0
-K_STALE_S = 1.0
-"""A request on a connection that the server had closed fails within this."""
 _RETRY_AFTER = re.compile(r"retry[-_ ]?after[-_ ]?s?\W{1,3}([0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
 
 
@@ -250,14 +248,7 @@ class Attempt:
         self.prefill_body = data
 
     async def _post(self, server: ServerHandle, body: bytes) -> aiohttp.ClientResponse:
-        url, began_s = server.url + self._path, self._clock()
-        try:
-            return await server.session.post(url, data=body, headers=server.headers)
-        except aiohttp.ServerDisconnectedError:
-            # A pooled connection that the server had just closed as idle: it never saw the request.
-            if self._clock() - began_s > K_STALE_S:
-                raise
-        return await server.session.post(url, data=body, headers=server.headers)
+        return await server.session.post(server.url + self._path, data=body, headers=server.headers)
 
     async def _decode(self) -> Opened:
         server = self.route.decode

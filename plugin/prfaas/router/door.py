@@ -207,13 +207,14 @@ class Door:
         retry = self._config.retry
         end_s = arrived_s + retry.total_s
         tried: set[tuple[str, str | None]] = set()
-        rounds = 0
+        rounds = waits = 0
         last: AttemptFailed | None = None
         while True:
             try:
                 route = await self._scheduler.route(ticket)
             except NoPath as none:
-                if last is None or ticket.attempt >= retry.attempts:
+                waits += 1
+                if last is None or ticket.attempt + waits >= retry.attempts:
                     raise self._gave_up(last) if last else none from None
                 # Every path has failed for this request: after a pause they may be tried again.
                 self._scheduler.forgive(ticket)

@@ -169,6 +169,7 @@ class Router:
             max_line_size=limits.max_header_bytes,
             shutdown_timeout=K_GRACE_S,
             tcp_keepalive=True,
+            lingering_time=1.0,
         )
         await self._runner.setup()
         loop = asyncio.get_running_loop()

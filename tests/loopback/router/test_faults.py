@@ -1,0 +1,316 @@
+"""What goes wrong before and after the first token, and that nobody but the right client hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+
+async def refuse(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    error = {"error": {"message": "link-down", "type": "prfaas_refused", "code": "prfaas_refused"}}
+    return web.json_response(error, status=503, headers={"Retry-After": "7"})
+
+
+async def hang(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    await asyncio.sleep(3600)
+    raise AssertionError
+
+
+async def fail(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    return web.json_response({"object": "error", "message": "KVTransferError", "code": 500}, status=500)
+
+
+async def cut(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.abort()
+    await asyncio.sleep(3600)
+    raise AssertionError
+
+
+async def nonsense(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    return web.Response(body=b"\x00\xff<html>no</html>", content_type="text/html")
+
+
+async def error_event(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    """As SGLang tells a failed transfer on a stream: status 200, and an error as its first event."""
+    if not body.get("stream"):
+        return await fail(fake, request, body)
+    out = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await out.prepare(request)
+    await out.write(b'data: {"error": {"message": "transfer failed", "code": 500}}\n\ndata: [DONE]\n\n')
+    return out
+
+
+async def settle(condition: Any, within_s: float = 5.0) -> None:
+    """Wait until it holds."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "it never came to hold"
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", [refuse, fail, cut, nonsense])
+@pytest.mark.parametrize("where", ["east-p", "west-d"])
+def test_a_fault_before_the_first_token_is_invisible(
+    stand: Any, long_text: str, fault: Any, where: str, stream: bool
+) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            hit = 0
+
+            async def once_or_east(fake: Any, request: web.Request, body: dict[str, Any]) -> Any:
+                nonlocal hit
+                hit += 1
+                # The far site stays at fault; the only decode server recovers.
+                return await fault(fake, request, body) if where == "east-p" or hit == 1 else None
+
+            s.servers[where].fault = once_or_east
+            status, headers, answer = await s.post("/v1/completions", prompt=long_text, stream=stream)
+            assert status == 200
+            assert "t4" in json.dumps(answer)
+            assert int(headers["x-prfaas-attempts"]) == 2
+            if where == "east-p":
+                assert headers["x-prfaas-site"] == "west"
+            assert len(s.servers["west-d"].seen) == 2
+            metrics = await s.metrics()
+            failed = {k: v for k, v in metrics.items() if "attempts_failed_total" in k}
+            assert sum(failed.values()) == 1, failed
+
+    asyncio.run(main())
+
+
+def test_an_error_event_before_the_first_token_is_a_failure_not_an_answer(stand: Any, long_text: str) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            calls = 0
+
+            async def first(fake: Any, request: web.Request, body: dict[str, Any]) -> Any:
+                nonlocal calls
+                calls += 1
+                return await error_event(fake, request, body) if calls == 1 else None
+
+            s.servers["west-d"].fault = first
+            status, _, answer = await s.post("/generate", text=long_text, stream=True)
+            assert status == 200
+            assert "error" not in answer
+            assert answer.count("data: ") == 6
+
+    asyncio.run(main())
+
+
+def test_a_dead_site_costs_one_refused_connection_and_is_left_alone(stand: Any, long_text: str) -> None:
+    async def main() -> None:
+        async with stand(retry={"cool_down_s": 30.0}, loads={"interval_s": 60.0}) as s:
+            await s.servers["east-p"].stop()
+            for wanted in ("2", "1"):
+                status, headers, _ = await s.post("/v1/completions", prompt=long_text)
+                assert (status, headers["x-prfaas-site"]) == (200, "west")
+                assert headers["x-prfaas-attempts"] == wanted
+
+    asyncio.run(main())
+
+
+def test_a_server_that_comes_back_is_used_again(stand: Any, long_text: str) -> None:
+    async def main() -> None:
+        async with stand(retry={"cool_down_s": 30.0}) as s:
+            east = s.servers["east-p"]
+            await east.stop()
+            await s.post("/v1/completions", prompt=long_text)
+            await east.start()
+            handle = s.router.servers.get("east-p")
+            await settle(lambda: handle.up(time.monotonic()))
+            _, headers, _ = await s.post("/v1/completions", prompt=long_text)
+            assert headers["x-prfaas-site"] == "east"
+
+    asyncio.run(main())
+
+
+def test_a_site_that_hangs_costs_the_attempts_time_and_is_aborted(stand: Any, long_text: str) -> None:
+    async def main() -> None:
+        async with stand(retry={"first_token_min_s": 0.2, "first_token_factor": 0.01}) as s:
+            s.servers["east-p"].fault = hang
+            status, headers, _ = await s.post("/v1/completions", prompt=long_text)
+            assert (status, headers["x-prfaas-site"]) == (200, "west")
+            east, decode = s.servers["east-p"], s.servers["west-d"]
+            await settle(lambda: east.aborted and east.broken_off)
+            assert east.aborted == [east.seen[0]["rid"]]
+            await settle(lambda: decode.aborted == [decode.seen[0]["rid"]])
+
+    asyncio.run(main())
+
+
+def test_when_decode_rejects_prefills_post_is_cancelled(stand: Any) -> None:
+    async def main() -> None:
+        async with stand() as s:
+
+            async def reject(fake: Any, request: web.Request, body: dict[str, Any]) -> web.Response:
+                await asyncio.sleep(0.05)
+                return web.json_response({"object": "error", "message": "too long"}, status=400)
+
+            s.servers["west-d"].fault = reject
+            s.servers["west-p"].fault = hang
+            status, _, answer = await s.post()
+            assert status == 400
+            assert answer["error"]["message"] == "too long"
+            assert answer["error"]["type"] == "invalid_request_error"
+            prefill = s.servers["west-p"]
+            await settle(lambda: prefill.broken_off and prefill.aborted)
+            assert s.router.servers.get("west-p").in_flight == 0
+            assert s.router.servers.get("west-d").in_flight == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("where", ["before", "within"])
+def test_a_decode_server_that_dies_after_the_first_token_ends_in_a_clear_error(
+    stand: Any, where: str
+) -> None:
+    async def main() -> None:
+        async with stand() as s:
+
+            async def die(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                out = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                await out.prepare(request)
+                await out.write(fake.event(False, 0))
+                await asyncio.sleep(0.05)
+                event = fake.event(False, 1)
+                await out.write(event if where == "before" else event[:20])
+                await asyncio.sleep(0.05)
+                assert request.transport is not None
+                request.transport.abort()
+                return out
+
+            s.servers["west-d"].fault = die
+            status, _, answer = await s.post(stream=True)
+            assert status == 200
+            events = [json.loads(one[6:]) for one in answer.split("\n\n")[:-2]]
+            assert len(events) == (3 if where == "before" else 2)
+            assert events[-1]["error"]["code"] == "stream_broken"
+            assert answer.endswith("data: [DONE]\n\n")
+            assert len(s.servers["west-d"].seen) == 1
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_ends_without_done_or_falls_silent_is_told(stand: Any) -> None:
+    async def main() -> None:
+        async with stand(retry={"stall_s": 0.2}) as s:
+
+            async def short(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                out = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                await out.prepare(request)
+                await out.write(fake.event(False, 0))
+                return out
+
+            s.servers["west-d"].fault = short
+            _, _, answer = await s.post(stream=True)
+            assert "(incomplete)" in answer
+            s.servers["west-d"].fault = None
+            s.servers["west-d"].hold.clear()
+            _, _, answer = await s.post(stream=True)
+            assert "(silent)" in answer
+            assert answer.count("data: ") == 3
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_aborts_both_sides(stand: Any, stream: bool) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            prefill, decode = s.servers["west-p"], s.servers["west-d"]
+            prefill.fault = hang
+            body = {"messages": [{"role": "user", "content": "x"}], "stream": stream}
+            async with aiohttp.ClientSession() as session:
+                with pytest.raises(asyncio.TimeoutError):
+                    await session.post(
+                        s.url + "/v1/chat/completions", json=body, timeout=aiohttp.ClientTimeout(total=0.2)
+                    )
+            await settle(lambda: prefill.aborted and decode.aborted)
+            await settle(lambda: prefill.broken_off and decode.broken_off)
+            assert s.router.clients.in_flight == 0
+            assert s.router.servers.get("west-d").in_flight == 0
+            assert s.router.servers.get("west-p").pending_tokens == 0
+            metrics = await s.metrics()
+            key = 'prfaas_router_requests_total{endpoint="/v1/chat/completions",status="499"}'
+            assert metrics[key] == 1
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_in_mid_stream_aborts_decode(stand: Any) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            decode = s.servers["west-d"]
+            decode.hold.clear()
+            async with aiohttp.ClientSession() as session:
+                body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+                response = await session.post(s.url + "/v1/chat/completions", json=body)
+                assert await response.content.readany()
+                response.close()
+            await settle(lambda: decode.aborted and decode.broken_off)
+            assert s.router.servers.get("west-d").in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_refusals_on_every_path_are_429_and_dead_paths_503(stand: Any) -> None:
+    async def main() -> None:
+        async with stand(retry={"attempts": 3}) as s:
+            for name in ("west-p", "east-p"):
+                s.servers[name].fault = refuse
+            status, headers, answer = await s.post()
+            assert status == 429
+            assert headers["Retry-After"] == "7"
+            assert answer["error"]["type"] == "rate_limit_error"
+            for server in s.servers.values():
+                await server.stop()
+            status, headers, answer = await s.post()
+            assert status == 503
+            assert int(headers["Retry-After"]) >= 1
+            assert answer["error"]["type"] == "server_error"
+            async with s.session.get(s.url + "/health") as response:
+                assert response.status == 503
+
+    asyncio.run(main())
+
+
+def test_many_requests_through_random_faults_are_each_answered_once(stand: Any, long_text: str) -> None:
+    async def main() -> None:
+        rng = random.Random(3)
+        async with stand(retry={"attempts": 16, "backoff_s": 0.001}) as s:
+            for name in ("east-p", "west-p", "west-d"):
+
+                async def sometimes(fake: Any, request: web.Request, body: dict[str, Any]) -> Any:
+                    if rng.random() < 0.25:
+                        return await rng.choice((refuse, fail, cut, nonsense))(fake, request, body)
+                    return None
+
+                s.servers[name].fault = sometimes
+
+            async def ask(number: int) -> Any:
+                text = long_text if number % 2 else "the fox"
+                return await s.post("/v1/completions", prompt=text, stream=number % 3 == 0)
+
+            answers = await asyncio.gather(*(ask(number) for number in range(40)))
+            for number, (status, _, answer) in enumerate(answers):
+                assert status == 200, answer
+                if number % 3 == 0:
+                    assert answer.count("data: ") == 6
+                    assert "error" not in answer
+                else:
+                    assert answer["choices"][0]["text"] == "t0 t1 t2 t3 t4 "
+            await settle(lambda: not s.router.door.background, 10)
+            for handle in s.router.servers:
+                assert handle.in_flight == 0
+                assert handle.pending_tokens == 0
+
+    asyncio.run(main())

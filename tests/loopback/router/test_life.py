@@ -1,0 +1,289 @@
+"""Start, reload, stop, replicas, TLS and pages of a running router."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import ssl
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+
+from prfaas.config.loading import check
+from prfaas.config.router import RouterConfig, load_router_config
+from prfaas.model.errors import ConfigError, MachineError, UsageError
+from prfaas.router.service import Router
+
+
+def test_a_reload_takes_servers_in_and_out_without_dropping_requests(stand: Any, long_text: str) -> None:
+    async def main() -> None:
+        async with stand({"west-p": "prefill", "west-d": "decode", "west-d2": "decode"}) as s:
+            first = s.servers["west-d"]
+            for decode in (first, s.servers["west-d2"]):
+                decode.hold.clear()
+            async with s.session.post(
+                s.url + "/v1/completions", json={"prompt": "x", "stream": True}
+            ) as running:
+                assert await running.content.readany()
+                old = s.router.servers.get("west-d")
+                s.settings["sites"][0]["servers"] = [
+                    server for server in s.settings["sites"][0]["servers"] if server["name"] != "west-d"
+                ]
+                s.settings["policy"] = {"name": "prices"}
+                async with s.session.post(s.url + "/reload") as response:
+                    assert response.status == 200
+                assert s.router.servers.get("west-d") is None
+                assert old.draining
+                for decode in (first, s.servers["west-d2"]):
+                    decode.hold.set()
+                assert (await running.text()).endswith("data: [DONE]\n\n")
+            count = len(first.seen)
+            for _ in range(4):
+                assert (await s.post())[0] == 200
+            assert len(first.seen) == count
+            async with asyncio.timeout(5):
+                while not old.session.closed:
+                    await asyncio.sleep(0.05)
+            async with s.session.get(s.url + "/decisions", params={"limit": "2"}) as response:
+                rows = (await response.json())["decisions"]
+                assert [row["policy"] for row in rows] == ["prices", "prices"]
+
+    asyncio.run(main())
+
+
+def test_a_bad_reload_changes_nothing_and_says_why(stand: Any) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            sound = dict(s.settings)
+            for field, value, word in (
+                ("models", [], "models"),
+                ("policy", {"name": "nobody"}, "nobody"),
+                ("listen", {"port": 1}, "restart"),
+                ("models", [{"name": "m", "tokenizer": "/nowhere"}], "tokenizer"),
+                ("colour", "red", "colour"),
+            ):
+                s.settings.clear()
+                s.settings.update({**sound, field: value})
+                async with s.session.post(s.url + "/reload") as response:
+                    assert response.status == 422
+                    assert word in (await response.json())["error"]["message"]
+                assert (await s.post())[0] == 200
+            assert (await s.metrics())['prfaas_router_reloads_total{outcome="refused"}'] == 5
+
+    asyncio.run(main())
+
+
+def test_two_routers_share_the_servers_and_nothing_else(stand: Any) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            other = Router(check(s.settings, RouterConfig, "test.yaml"))
+            host, port = await other.start()
+            try:
+                urls = [s.url, f"http://{host}:{port}"]
+
+                async def ask(number: int) -> int:
+                    async with s.session.post(
+                        urls[number % 2] + "/v1/completions", json={"prompt": "x", "stream": True}
+                    ) as response:
+                        return (await response.text()).count("data: ")
+
+                answers = await asyncio.gather(*(ask(number) for number in range(40)))
+                assert answers == [6] * 40
+                seen = s.servers["west-d"].seen
+                assert len(seen) == 40
+                assert len({body["bootstrap_room"] for body in seen}) == 40
+                assert len({body["rid"] for body in seen}) == 40
+                assert len(s.router.scheduler.records) == len(other.scheduler.records) == 20
+            finally:
+                await other.stop()
+
+    asyncio.run(main())
+
+
+def test_stopping_lets_running_requests_end_and_takes_no_new_ones(stand: Any) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            s.servers["west-d"].hold.clear()
+            async with s.session.post(
+                s.url + "/v1/completions", json={"prompt": "x", "stream": True}
+            ) as running:
+                assert await running.content.readany()
+                stopping = asyncio.ensure_future(s.router.stop())
+                await asyncio.sleep(0.1)
+                assert not stopping.done()
+                async with aiohttp.ClientSession() as fresh:
+                    with pytest.raises(aiohttp.ClientConnectionError):
+                        await fresh.get(s.url + "/health")
+                s.servers["west-d"].hold.set()
+                assert (await running.text()).endswith("data: [DONE]\n\n")
+            await stopping
+
+    asyncio.run(main())
+
+
+def test_decisions_are_kept_filtered_and_logged(stand: Any, long_text: str, tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+
+    async def main() -> None:
+        async with stand(logs={"events": str(events), "decisions": 3}) as s:
+            for text in (long_text, "x", long_text, "y"):
+                await s.post("/v1/completions", prompt=text)
+            for query, wanted in (
+                ({}, 3),
+                ({"site": "east"}, 1),
+                ({"site": "west", "model": "m"}, 2),
+                ({"min_tokens": "100"}, 1),
+                ({"limit": "1"}, 1),
+                ({"action": "shed"}, 0),
+                ({"since": "99999999999"}, 0),
+            ):
+                async with s.session.get(s.url + "/decisions", params=query) as response:
+                    rows = (await response.json())["decisions"]
+                    assert len(rows) == wanted, query
+                    assert all(row["reason"] and row["alternatives"] is not None for row in rows)
+            for query in ({"colour": "red"}, {"limit": "many"}):
+                async with s.session.get(s.url + "/decisions", params=query) as response:
+                    assert response.status == 400
+
+    asyncio.run(main())
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [line["event"] for line in lines].count("decision") == 4
+    outcomes = [line for line in lines if line["event"] == "outcome"]
+    assert [line["status"] for line in outcomes] == [200] * 4
+    assert [line["site"] for line in outcomes] == ["east", "west", "east", "west"]
+    assert all(line["ttft_s"] > 0 and line["prompt_tokens"] > 0 for line in outcomes)
+
+
+def test_metrics_tell_what_happened(stand: Any) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            await s.post()
+            found = await s.metrics()
+            assert found['prfaas_router_requests_total{endpoint="/v1/chat/completions",status="200"}'] == 1
+            assert found['prfaas_router_server_up{role="decode",server="west-d",site="west"}'] == 1
+            assert found['prfaas_router_link_up{link="east>west"}'] == 1
+            assert found["prfaas_router_in_flight"] == 0
+
+    asyncio.run(main())
+
+
+def test_https_is_served_and_the_certificate_is_read_again_at_reload(stand: Any, tmp_path: Path) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    def write(serial: int) -> None:
+        import datetime
+
+        secret = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "router")])
+        now = datetime.datetime.now(datetime.UTC)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(secret.public_key())
+            .serial_number(serial)
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .sign(secret, hashes.SHA256())
+        )
+        (tmp_path / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        (tmp_path / "key.pem").write_bytes(
+            secret.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+
+    def serial(port: int) -> int:
+        pem = ssl.get_server_certificate(("127.0.0.1", port))
+        return x509.load_pem_x509_certificate(pem.encode()).serial_number
+
+    async def main() -> None:
+        write(11)
+        tls = {"certificate": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+        async with stand(listen={"tls": tls}) as s:
+            port = int(s.url.rpartition(":")[2])
+            url = f"https://127.0.0.1:{port}/v1/completions"
+            async with s.session.post(url, json={"prompt": "x"}, ssl=False) as response:
+                assert response.status == 200
+            assert await asyncio.to_thread(serial, port) == 11
+            write(12)
+            await s.router.reload()
+            assert await asyncio.to_thread(serial, port) == 12
+
+    asyncio.run(main())
+
+
+def test_a_port_that_is_taken_is_a_machine_error(stand: Any) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            port = int(s.url.rpartition(":")[2])
+            other = Router(check({**s.settings, "listen": {"port": port}}, RouterConfig, "test.yaml"))
+            with pytest.raises(MachineError, match="can't listen"):
+                await other.start()
+
+    asyncio.run(main())
+
+
+def test_the_command_serves_reloads_on_sighup_and_ends_on_sigterm(stand: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            path = tmp_path / "router.yaml"
+            path.write_text(yaml.safe_dump(s.settings))
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "prfaas.cli.main", "router", "--config", str(path)),
+                stderr=asyncio.subprocess.PIPE,
+            )
+            assert process.stderr is not None
+
+            async def line_with(word: str) -> str:
+                assert process.stderr is not None
+                async with asyncio.timeout(20):
+                    while True:
+                        line = (await process.stderr.readline()).decode()
+                        assert line, "it ended"
+                        if word in line:
+                            return line.strip()
+
+            try:
+                address = (await line_with("listening on")).rpartition(" ")[2]
+                async with s.session.post(
+                    f"http://{address}/v1/completions", json={"prompt": "x"}
+                ) as response:
+                    assert response.status == 200
+                process.send_signal(signal.SIGHUP)
+                await line_with("reloaded")
+                path.write_text("models: 3")
+                process.send_signal(signal.SIGHUP)
+                assert "models" in await line_with("reload refused")
+                process.send_signal(signal.SIGTERM)
+                async with asyncio.timeout(20):
+                    assert await process.wait() == 0
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+
+    asyncio.run(main())
+
+
+def test_a_bad_file_names_itself_its_field_and_what_is_allowed(tmp_path: Path, model_folder: Path) -> None:
+    path = tmp_path / "router.yaml"
+    with pytest.raises(UsageError, match="no such file"):
+        load_router_config(path)
+    path.write_text("models: [{name: m, tokenizer: t}]\nsites: [{name: west, servers: [{name: p, role: x}]}]")
+    with pytest.raises(ConfigError, match=r"router.yaml: sites.0.servers.0.role: found 'x'"):
+        load_router_config(path)
+    path.write_text("models: [{name: m, tokenizer: t}]\nsites: [{name: west}]")
+    with pytest.raises(ConfigError, match="tokenizer.json"):
+        Router(load_router_config(path))
+    assert load_router_config(path).models[0].tokenizer == str(tmp_path / "t")
