@@ -26,7 +26,7 @@ K_ROOT = Path(__file__).resolve().parents[3]
 K_MOST_ROWS = 200_000  # requests beyond this leave a summary only
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("simulate", help="an experiment on virtual time")
     parser.add_argument("experiment", help="a name under topologies/experiments, or a path")
     parser.add_argument("--policy", help="this policy instead of the file's")
@@ -137,7 +137,8 @@ def _say(row: dict[str, Any]) -> None:
 
     sys.stdout.write(
         f"{row.get('part', '')} {row['model']} {row['policy']} #{row['repetition']}: "
-        f"{row['requests']} requests, {row.get('failed', 0)} failed, {figure('throughput_rps')} req/s answered, "
+        f"{row['requests']} requests, {row.get('failed', 0)} failed, "
+        f"{figure('throughput_rps')} req/s answered, "
         f"{figure('offloaded_share', '.1%')} offloaded, egress {figure('egress_gbps')} Gbit/s, "
         f"TTFT mean {figure('ttft_mean_s')} p50 {figure('ttft_p50_s')} p90 {figure('ttft_p90_s')} "
         f"p99 {figure('ttft_p99_s')} s, within SLO {figure('within_slo', '.1%')}; "

@@ -1,0 +1,91 @@
+import pytest
+
+from prfaas.model.profiles import Curve, DecodeProfile, Profile
+from prfaas.simulator.agenda import Agenda
+from prfaas.simulator.engine import Engine, Job
+
+PROFILE = Profile(
+    "unit",
+    prefill=Curve.of([1000], [1.0]),  # 1 ms a token
+    kv=Curve.of([1000], [1e6]),
+    decode=DecodeProfile.constant(0.1, 2),
+    chunk_tokens=1000,
+)
+
+
+def engine(role, agenda, **kw) -> Engine:
+    return Engine("e", "west", role, PROFILE, agenda, **kw)
+
+
+def test_prefills_are_taken_in_turn_and_a_step_ends_for_all_in_it() -> None:
+    agenda, seen = Agenda(), []
+    one = engine("prefill", agenda)
+    for name, tokens in (("a", 1500), ("b", 300)):
+        one.prefill(
+            Job(name, tokens, 1, on_chunk=lambda job, now, final: seen.append((job.payload, now, final))), 0.0
+        )
+    assert one.backlog_s == pytest.approx(1.8)
+    agenda.run()
+    # The second step holds a's last 500 tokens and b's 300: both are done at its end.
+    assert seen == [("a", 1.0, False), ("a", pytest.approx(1.8), True), ("b", pytest.approx(1.8), True)]
+    assert one.backlog_s == pytest.approx(0.0)
+    assert one.backlog_tokens == 0
+
+
+def test_a_full_batch_makes_the_next_wait_and_all_in_it_advance_together() -> None:
+    agenda, joined, done = Agenda(), {}, {}
+    one = engine("decode", agenda)
+    for name, tokens in (("a", 11), ("b", 21), ("c", 11)):
+        job = Job(
+            name, 10, tokens,
+            on_join=lambda job, now: joined.__setitem__(job.payload, now),
+            on_done=lambda job, now: done.__setitem__(job.payload, now),
+        )  # fmt: skip
+        one.decode(job, 0.0)
+    agenda.run()
+    assert joined == {"a": 0.0, "b": 0.0, "c": pytest.approx(1.0)}
+    assert done == {"a": pytest.approx(1.0), "b": pytest.approx(2.0), "c": pytest.approx(2.0)}
+
+
+def test_a_collocated_engine_makes_no_token_while_it_prefills() -> None:
+    agenda, done = Agenda(), []
+    one = engine("collocated", agenda)
+    one.decode(Job("a", 10, 11, on_done=lambda job, now: done.append(now)), 0.0)
+    agenda.at(0.5, lambda now: one.prefill(Job("b", 400, 1), now))
+    agenda.run()
+    assert done == [pytest.approx(1.4)]  # 1.0 s of decode, 0.4 s of someone else's prefill
+
+
+def test_those_without_room_for_their_pages_wait_in_order() -> None:
+    agenda, granted = Agenda(), []
+    one = engine("decode", agenda, pool_tokens=100)
+    jobs = [Job(name, 60, 1) for name in "abc"]
+    for job, tokens in zip(jobs, (60, 60, 30), strict=True):
+        one.reserve(job, tokens, lambda job, now: granted.append(job.payload), 0.0)
+    assert granted == ["a"]  # c would fit, but must not pass b
+    one.release(jobs[0], 1.0)
+    assert granted == ["a", "b", "c"]
+
+
+def test_giving_up_a_queued_prefill_takes_its_backlog_and_calls_nothing() -> None:
+    agenda, seen = Agenda(), []
+    one = engine("prefill", agenda)
+    jobs = [Job(name, 1000, 1, on_chunk=lambda job, now, final: seen.append(job.payload)) for name in "ab"]
+    for job in jobs:
+        one.prefill(job, 0.0)
+    one.give_up(jobs[1], 0.1)
+    assert one.backlog_s == pytest.approx(1.0)
+    agenda.run()
+    assert seen == ["a"]
+    assert one.backlog_s == pytest.approx(0.0)
+
+
+def test_a_killed_engine_holds_nothing_and_ends_nothing() -> None:
+    agenda, seen = Agenda(), []
+    one = engine("prefill", agenda)
+    one.prefill(Job("a", 1000, 1, on_chunk=lambda job, now, final: seen.append(job.payload)), 0.0)
+    agenda.at(0.5, one.kill)
+    agenda.run()
+    assert not seen
+    assert one.idle
+    assert not one.up

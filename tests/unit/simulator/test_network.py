@@ -1,0 +1,149 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prfaas.config.topology import LinkChange, Topology
+from prfaas.simulator.agenda import Agenda
+from prfaas.simulator.flows import K_FRAME_BYTES, K_MSS_BYTES, stream_ceiling_bps
+from prfaas.simulator.network import Network, Transfer
+
+SHARE = K_MSS_BYTES / K_FRAME_BYTES
+
+
+def topology(rate_mbps=80.0, delay_ms=0.0, **more) -> Topology:
+    return Topology.model_validate(
+        {
+            "name": "unit",
+            "text": "two sites",
+            "sites": {"a": {}, "b": {}},
+            "links": [{"between": ["a", "b"], "rate_mbps": rate_mbps, "delay_ms": delay_ms, **more}],
+        }
+    )
+
+
+def world(**kw) -> tuple[Agenda, Network]:
+    agenda = Agenda()
+    return agenda, Network(topology(**kw), agenda)
+
+
+def send(agenda, network, total, landed, at_s=0.0, deadline_s=1e9, ends=("a", "b")) -> Transfer:
+    transfer = Transfer(total, deadline_s, landed)
+
+    def go(now: float) -> None:
+        network.start(*ends, transfer, now)
+        network.supply(*ends, transfer, total, now)
+
+    agenda.at(at_s, go)
+    return transfer
+
+
+def test_one_transfer_takes_its_size_over_the_rate_and_the_way() -> None:
+    agenda, network = world(delay_ms=10)
+    network.pipes["a", "b"].ever_busy = True  # warm
+    seen = []
+    send(agenda, network, 10_000_000 * SHARE, seen.append)
+    agenda.run()
+    assert seen == [pytest.approx(1.010, rel=1e-4)]
+
+
+def test_cold_streams_gather_speed_over_some_round_trips() -> None:
+    agenda, network = world(delay_ms=50)
+    seen = []
+    send(agenda, network, 10_000_000 * SHARE, seen.append)
+    agenda.run()
+    assert 1.05 + 0.05 < seen[0] < 1.05 + 0.5
+
+
+def test_bytes_leave_as_they_become_available() -> None:
+    agenda, network = world()
+    seen = []
+    transfer = Transfer(int(8_000_000 * SHARE), 1e9, seen.append)
+    network.start("a", "b", transfer, 0.0)
+    for i in range(4):
+        at_s = 1.0 * (i + 1)
+        agenda.at(
+            at_s, lambda now, n=i + 1: network.supply("a", "b", transfer, transfer.total_bytes * n / 4, now)
+        )
+    agenda.run()
+    assert seen == [pytest.approx(4.2, rel=1e-3)]  # the last quarter, 2 MB, after prefill's end
+
+
+def test_a_small_transfer_does_not_wait_for_a_large_one_which_still_moves() -> None:
+    agenda, network = world()
+    seen = {}
+    send(agenda, network, 100_000_000, lambda now: seen.__setitem__("large", now), deadline_s=1.0)
+    send(agenda, network, 100_000, lambda now: seen.__setitem__("small", now), at_s=1.0, deadline_s=100.0)
+    agenda.run()
+    assert seen["small"] < 1.2
+    assert seen["large"] == pytest.approx(100.1e6 / (10e6 * SHARE), rel=1e-2)
+
+
+def test_a_dead_link_stops_everything_and_a_live_one_goes_on_where_it_was() -> None:
+    agenda, network = world()
+    seen = []
+    send(agenda, network, 10_000_000 * SHARE, seen.append)
+
+    def change(down: bool):
+        def do(now: float) -> None:
+            network.before_change(now)
+            link = network.links["a->b"]
+            link.state = link.state.changed(LinkChange(down=down))
+            network.changed(now)
+
+        return do
+
+    agenda.at(0.5, change(True))
+    agenda.at(2.5, change(False))
+    agenda.run()
+    assert seen == [pytest.approx(3.0, rel=1e-4)]
+
+
+def test_two_pipes_share_a_bottleneck_and_what_one_cannot_use_the_other_takes() -> None:
+    shared = Topology.model_validate(
+        {
+            "name": "unit",
+            "text": "two senders behind one line",
+            "sites": {"a": {}, "b": {}, "c": {}},
+            "hubs": ["h"],
+            "links": [
+                {"between": ["a", "h"], "rate_mbps": 20},
+                {"between": ["b", "h"], "rate_mbps": 1000},
+                {"between": ["h", "c"], "rate_mbps": 100},
+            ],
+        }
+    )
+    agenda = Agenda()
+    network = Network(shared, agenda)
+    send(agenda, network, 1e9, lambda now: None, ends=("a", "c"))
+    send(agenda, network, 1e9, lambda now: None, ends=("b", "c"))
+    agenda.run(2.0)
+    rates = {ends: sum(pipe.rates.values()) * 8 / SHARE / 1e6 for ends, pipe in network.pipes.items()}
+    assert rates["a", "c"] == pytest.approx(20)
+    assert rates["b", "c"] == pytest.approx(80)
+
+
+def test_a_stream_under_loss_carries_what_its_congestion_control_allows() -> None:
+    # 40 ms and 0.1%: about 11 Mbit/s whatever the link; BBR repeats what was lost and goes on.
+    assert stream_ceiling_bps(0.04, 0.001, "cubic", 200e6) == pytest.approx(11.2e6, rel=0.02)
+    assert stream_ceiling_bps(0.04, 0.001, "bbr", 200e6) == pytest.approx(199.8e6, rel=1e-3)
+    assert stream_ceiling_bps(0.04, 0.0, "cubic", 200e6) == 200e6
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 5), st.integers(1, 3_000_000), st.floats(0.1, 10)), min_size=1, max_size=12
+    )
+)
+def test_every_transfer_lands_once_and_no_byte_is_lost_or_made(jobs) -> None:
+    agenda, network = world()
+    landed = []
+    for i, (at_s, total, deadline_s) in enumerate(jobs):
+        send(agenda, network, total, lambda now, i=i: landed.append(i), at_s=at_s, deadline_s=deadline_s)
+    agenda.run()
+    assert sorted(landed) == list(range(len(jobs)))
+    assert network.pipes["a", "b"].sent_bytes == pytest.approx(
+        sum(total for _, total, _ in jobs), abs=len(jobs)
+    )
+    assert len(network.pipes["a", "b"].order) == 0
+    # Work is conserved: the link is never idle while something is available.
+    assert agenda.now <= 5.0 + sum(total for _, total, _ in jobs) / (10e6 * SHARE) + 1e-3
