@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ class _Sent:
     kv: list[int]
     pages: int = 0
     n_chunks: int = 0
+    begun_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Verification:
             chunk.state_indices,
             chunk.prefill_aux_index,
             sent.n_chunks,
+            begun_s=sent.begun_s,
         )
 
     def fault(self, kind: TransferKind, segments: Segments, room: int) -> Segments:
@@ -125,6 +128,7 @@ class Verification:
         aux_index: int | None,
         n_chunks: int,
         generation: int = 0,
+        begun_s: float | None = None,
     ) -> None:
         assert self._rows is not None
         args = self._args
@@ -145,6 +149,9 @@ class Verification:
                 "room": room,
                 "generation": generation,
                 "n_chunks": n_chunks,
+                # CLOCK_MONOTONIC, which all processes of a machine share.
+                "begun_s": begun_s,
+                "at_s": time.monotonic(),
                 "pages": pages,
                 "kv": kv,
                 "state": states,
