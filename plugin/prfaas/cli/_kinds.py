@@ -42,7 +42,7 @@ KINDS = (
     Kind("profile", "prfaas.config.profile", "ProfileConfig", "profiles"),
     Kind("router", "prfaas.config.router", "RouterConfig"),
     Kind("pump", "prfaas.config.pump", "PumpConfig"),
-    Kind("plugin", "prfaas.config.plugin", "PluginConfig"),
+    Kind("plugin", "prfaas.config.backend", "BackendConfig"),
 )
 
 

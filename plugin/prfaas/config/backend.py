@@ -11,6 +11,7 @@ from prfaas.config.loading import Strict, load
 from prfaas.config.pump import PumpConfig
 
 K_ENVIRONMENT = "PRFAAS_CONFIG"
+KvFaultKind = Literal["zero", "drop_page"]
 
 
 class VerifyConfig(Strict):
@@ -33,8 +34,10 @@ class BackendFaults(Strict):
     them.
     """
 
-    kv: Literal["zero", "drop_page"] | None = None
+    kv: KvFaultKind | None = None
     """zero: KV is zeroed in transit; drop_page: one page of one layer of each request isn't sent."""
+    rooms: dict[int, KvFaultKind] = Field(default_factory=dict)
+    """The same for single requests, by their bootstrap room."""
 
 
 class BackendConfig(Strict):

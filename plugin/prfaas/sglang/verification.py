@@ -41,7 +41,7 @@ class Verification:
         self._args = kv_args
         self._verify = config.verify
         self._rows = Rows(config.verify.directory, role) if config.verify else None
-        self._fault = KvFault(config.faults.kv) if config.faults and config.faults.kv else None
+        self._fault = KvFault(config.faults.kv, config.faults.rooms) if config.faults else None
         self._lock = threading.Lock()
         self._sent: dict[int, _Sent] = {}
         self._leased: dict[int, _Leased] = {}

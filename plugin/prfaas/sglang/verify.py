@@ -80,25 +80,27 @@ class Rows:
 
 
 class KvFault:
-    """What a prefill server does to KV on purpose, for a control; `kind` as in the configuration."""
+    """What a prefill server does to KV on purpose, for a control: kinds as in the configuration, for all
+    rooms or by room."""
 
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
+    def __init__(self, kind: str | None, rooms: Mapping[int, str] | None = None) -> None:
+        self._kind, self._rooms = kind, dict(rooms or {})
         self._zeros: Bytes = np.zeros(0, dtype=np.uint8)
         self._dropped: set[int] = set()
         self._lock = threading.Lock()
 
     def prepare(self, longest_bytes: int, register: Any) -> None:
         """Memory of zeros to send from, as long as the longest buffer."""
-        if self._kind == "zero":
+        if "zero" in (self._kind, *self._rooms.values()):
             self._zeros = np.zeros(longest_bytes, dtype=np.uint8)
             register([(int(self._zeros.ctypes.data), longest_bytes)])
 
     def apply(self, kind: TransferKind, segments: Segments, room: int, page_bytes: int) -> Segments:
         """The segments that are sent instead."""
-        if kind is not TransferKind.KV or len(segments) == 0:
+        fault = self._rooms.get(room, self._kind)
+        if fault is None or kind is not TransferKind.KV or len(segments) == 0:
             return segments
-        if self._kind == "zero":
+        if fault == "zero":
             source = np.full_like(segments.source, int(self._zeros.ctypes.data))
             return Segments(source, segments.destination, segments.length)
         with self._lock:
