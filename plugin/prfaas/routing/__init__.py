@@ -8,20 +8,41 @@ from prfaas.routing.base import (
     register_policy,
 )
 from prfaas.routing.baselines import CollocatedPolicy, HomogeneousPolicy, NaivePolicy
+from prfaas.routing.hashing import block_hashes
+from prfaas.routing.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    EventFeed,
+    KvEvent,
+    Received,
+    decode_batch,
+)
 from prfaas.routing.paper import PaperPolicy
+from prfaas.routing.prefix_index import IndexStatistics, PrefixIndex
 from prfaas.routing.prices import PricesPolicy
 
 __all__ = [
+    "AllBlocksCleared",
+    "BlockRemoved",
+    "BlockStored",
     "CollocatedPolicy",
     "CostProfile",
+    "EventFeed",
     "Fleet",
     "HomogeneousPolicy",
+    "IndexStatistics",
+    "KvEvent",
     "NaivePolicy",
     "PaperPolicy",
     "Policy",
     "PolicyFactory",
+    "PrefixIndex",
     "PricesPolicy",
+    "Received",
+    "block_hashes",
     "create_policy",
+    "decode_batch",
     "policy_names",
     "register_policy",
 ]
