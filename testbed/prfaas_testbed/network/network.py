@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,20 @@ from types import FrameType
 from prfaas.config.topology import Impairments, LinkChange, Topology
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.network.base import Emulation, create
+from prfaas_testbed.network.calibrate import Calibration, calibrate
+from prfaas_testbed.network.health import Watch
 from prfaas_testbed.network.hosts import K_PIN_PREFIX, Host, check_free, join, new_network
 from prfaas_testbed.network.plan import Plan, SiteAddress, next_hops, path_links, plan_network
+from prfaas_testbed.network.ports import (
+    Connection,
+    PortBytes,
+    connections,
+    count_ports,
+    end_reset_lines,
+    kill_connection,
+    read_ports,
+    reset_lines,
+)
 from prfaas_testbed.network.router import RouterAgent, RouterError, Sample
 from prfaas_testbed.network.state import (
     K_TMP_PREFIX,
@@ -31,12 +44,14 @@ from prfaas_testbed.network.state import (
     state_file,
 )
 from prfaas_testbed.network.tc import differences, qdisc_commands
+from prfaas_testbed.network.traffic import CrossTraffic, Kind
 
 K_WAN = "wan"
 K_SITE_BUFFER_BYTES = (
     32 * 2**20
 )  # the most TCP may hold a connection: well above any bandwidth-delay product here
 K_SAMPLE_EVERY_S = 0.1
+K_TRAFFIC_PORT = 5920
 K_CONGESTION = "net.ipv4.tcp_allowed_congestion_control"
 K_NEEDED = {
     "mnexec": "mininet",
@@ -92,6 +107,8 @@ class Network:
         self.hops = next_hops(topology, self.links)
         self.sites: dict[str, Site] = {}
         self.emulation = ""
+        self.congestion_controls: list[str] = []
+        """What a program inside a site may choose."""
         self.up_s = 0.0
         """How long bringing it up took."""
         self._progress, self._record = progress, record
@@ -100,6 +117,7 @@ class Network:
         self._agent: RouterAgent | None = None
         self._wan: Host | None = None
         self._change_lock = threading.Lock()
+        self._traffic: list[CrossTraffic] = []
 
     # Up and down
 
@@ -117,7 +135,7 @@ class Network:
             f"{self.emulation} emulation of {self.topology.name}: {', '.join(self.topology.sites)}"
         )
         keep = [checkout(), self.workdir, folder]
-        allow_congestion_controls(self._record)
+        self.congestion_controls = allow_congestion_controls(self._record)
         self._wan = Host(self._mininet, K_WAN, keep, self._record)
         self._wan.check(["sh", "-c", quiet_sysctls("")])
         for name, address in self.plan.sites.items():
@@ -142,6 +160,9 @@ class Network:
         self._progress(f"up in {self.up_s:.1f} s")
 
     def close(self) -> None:
+        for traffic in self._traffic:
+            if traffic.stopped_s is None:
+                traffic.stop()
         if self._emulator is not None:
             self._emulator.stop()
         self._mininet.stop()
@@ -183,6 +204,51 @@ class Network:
         """All counters between two times of time.monotonic(), ten a second."""
         return [sample for sample in tuple(self.agent.samples) if since_s <= sample.at_s <= until_s]
 
+    def calibrate(self) -> list[Calibration]:
+        """Measure every link and say whether it is as wanted; see calibrate.py. Two sites take under 30 s."""
+        return calibrate(self)
+
+    def watch(self) -> Watch:
+        """Begin to watch the emulator itself; `.verdict()` says whether it spoilt what happened since, and why."""
+        assert self._emulator is not None
+        return Watch(self._emulator, self.agent)
+
+    def count_ports(self, groups: Mapping[str, Iterable[int]], sites: Iterable[str] | None = None) -> None:
+        """Begin to count WAN bytes by groups of TCP ports, at all sites or the named ones; see port_bytes."""
+        for name in sites or self.sites:
+            count_ports(self.sites[name], self.sites[name].device, groups)
+
+    def port_bytes(self, site: str) -> dict[str, PortBytes]:
+        """Group to bytes and packets sent and received at the site since count_ports; the rest is `other`."""
+        return read_ports(self.sites[site])
+
+    @contextmanager
+    def capture(
+        self, site: str, file: Path, snap_bytes: int = 96, most_packets: int = 2_000_000
+    ) -> Iterator[None]:
+        """Headers of all that passes the WAN's edge at the site, into `file` (pcap), while the context lasts."""
+        assert self._wan is not None
+        process = self._wan.popen(
+            [
+                "tcpdump", "-i", f"wan-{site}", "-n", "-p", "-U", "-Z", "root", "-B", "16384",
+                "-s", str(snap_bytes), "-c", str(most_packets), "-w", file.resolve(),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        try:
+            if "listening" not in process.stderr.readline():
+                raise MachineError(f"tcpdump at {site}: {process.stderr.read().strip() or 'did not start'}")
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+
     # Changing
 
     def apply(self, link: str, change: LinkChange) -> Applied:
@@ -205,6 +271,39 @@ class Network:
             if wrong:
                 raise RouterError(f"link {link} did not take the change: {'; '.join(wrong)}")
         return Applied(link, asked_s, ended_s, ended_s - began_s + self.agent.clock_error_s, state)
+
+    def connections(self, site: str, port: int) -> list[Connection]:
+        """Established TCP connections of the site with `port` at either end."""
+        return connections(self.sites[site], port)
+
+    def cut(self, site: str, port: int, hold_s: float = 1.0) -> Connection | None:
+        """Reset one established TCP connection with `port` at either end; None if there is none.
+
+        By the kernel where it can end a socket from outside, otherwise by answering the connection's segments
+        with resets for up to `hold_s`.
+        """
+        here = self.sites[site]
+        for victim in connections(here, port):
+            if kill_connection(here, victim):
+                return victim
+            here.check(["nft", "-f", "-"], reset_lines(victim))
+            deadline = time.monotonic() + hold_s
+            try:
+                while victim in connections(here, port) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+            finally:
+                here.check(["nft", "-f", "-"], end_reset_lines())
+            return victim
+        return None
+
+    def cross_traffic(
+        self, source: str, target: str, kind: Kind, rate_mbps: float | None = None, streams: int = 1
+    ) -> CrossTraffic:
+        """iperf3 from site to site, until its `stop()`. Several at once are fine; rates are the emulated ones."""
+        port = K_TRAFFIC_PORT + len(self._traffic)
+        traffic = CrossTraffic(self.sites[source], self.sites[target], kind, rate_mbps, streams, port)
+        self._traffic.append(traffic)
+        return traffic
 
 
 def scaled_change(change: LinkChange, factor: float) -> LinkChange:
@@ -243,12 +342,14 @@ def site_sysctls() -> str:
     )
 
 
-def allow_congestion_controls(record: Record) -> None:
+def allow_congestion_controls(record: Record) -> list[str]:
+    """Let sites use CUBIC and BBR, where the kernel has them. Returns what is allowed then."""
     allowed = read_sysctl(K_CONGESTION).split()
     offered = read_sysctl("net.ipv4.tcp_available_congestion_control").split()
     more = [name for name in ("cubic", "bbr") if name in offered and name not in allowed]
     if more:
         record.raise_sysctl(K_CONGESTION, " ".join([*allowed, *more]))
+    return [*allowed, *more]
 
 
 def check_machine() -> None:
@@ -275,18 +376,20 @@ def open_network(
     workdir: str | os.PathLike[str],
     progress: Progress | None = None,
     emulation: str | None = None,
+    wait_s: float = 0.0,
 ) -> Iterator[Network]:
     """Bring `topology` up, and take it down whatever happens inside.
 
     `workdir` (made if missing) is seen by the sites under its own path, as the checkout is. `emulation` forces
-    `native` or `appliance`. Raises MachineError when this machine lacks something or another run holds it.
+    `native` or `appliance`; another run is waited for up to `wait_s`. Raises MachineError when this machine
+    lacks something or another run holds it.
     """
     tell = progress or (lambda text: None)
     check_machine()
     workdir = Path(workdir).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     with terminated_as_interrupt():
-        lock = Lock(topology.name)
+        lock = Lock(topology.name, wait_s)
         try:
             recover(lock, tell)
             record = Record(state_file())

@@ -52,17 +52,24 @@ def start_ticks(pid: int) -> int | None:
 class Lock:
     """The machine's lock. Held while a network is up; released by the kernel if its holder dies."""
 
-    def __init__(self, topology: str) -> None:
+    def __init__(self, topology: str, wait_s: float = 0.0) -> None:
+        """Raises MachineError naming the holder if it doesn't let go within `wait_s`."""
         self._fd = os.open(K_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
             holder = self._read()
             os.close(self._fd)
             raise MachineError(
-                f"another testbed run holds this machine's network ({K_LOCK}): topology {holder.get('topology', '?')}, "
-                f"process {holder.get('pid', '?')}; wait for it, or end it"
-            ) from None
+                f"another testbed run holds this machine's network ({K_LOCK}): topology "
+                f"{holder.get('topology', '?')}, process {holder.get('pid', '?')}; wait for it, or end it"
+            )
         self.previous_state = self._read().get("state")
         mine = {"pid": os.getpid(), "topology": topology, "state": str(state_file())}
         os.ftruncate(self._fd, 0)

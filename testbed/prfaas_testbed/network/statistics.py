@@ -1,0 +1,106 @@
+"""How far a measured loss may lie from the wanted one by chance alone. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prfaas.config.topology import BurstyLoss, Impairments
+
+K_CONFIDENCE = 0.999
+K_Z = 3.2905  # of a two-sided interval of that confidence, normal
+K_UNPLANNED = 1e-5  # a link without loss may still lose one packet in 100,000 on the way through this machine
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Gilbert-Elliott in probabilities; `good` and `bad` are the losses in the two states."""
+
+    enter: float
+    leave: float
+    good: float
+    bad: float
+
+    @classmethod
+    def of(cls, loss: BurstyLoss) -> Chain:
+        return cls(
+            loss.enter_percent / 100,
+            loss.leave_percent / 100,
+            loss.good_loss_percent / 100,
+            loss.loss_percent / 100,
+        )
+
+    @property
+    def in_bad(self) -> float:
+        return self.enter / (self.enter + self.leave)
+
+    @property
+    def mean(self) -> float:
+        return self.in_bad * self.bad + (1 - self.in_bad) * self.good
+
+    @property
+    def memory(self) -> float:
+        """Correlation of the state from one packet to the next."""
+        return 1 - self.enter - self.leave
+
+    def covariance(self, lag: int) -> float:
+        """Of the losses of two packets `lag` apart."""
+        return self.in_bad * (1 - self.in_bad) * (self.bad - self.good) ** 2 * self.memory**lag
+
+    @property
+    def mean_burst(self) -> float:
+        """Mean number of packets lost in a row: P(lost) / P(received, then lost)."""
+        both = self.mean**2 + self.covariance(1)
+        begun = self.mean - both
+        return self.mean / begun if begun > 0 else math.inf
+
+    def mean_deviation(self, packets: int) -> float:
+        """Standard deviation of the share lost of so many packets in a row."""
+        single = self.mean * (1 - self.mean)
+        tail = self.covariance(1) / (1 - self.memory)  # the geometric sum of the covariances
+        return math.sqrt(max(0.0, single + 2 * tail) / packets)
+
+
+def binomial_interval(packets: int, probability: float) -> tuple[float, float]:
+    """Shares lost that a fair coin of this probability gives in 99.9% of all tries of so many packets."""
+    from scipy.stats import binom
+
+    tail = (1 - K_CONFIDENCE) / 2
+    probability = max(probability, K_UNPLANNED)
+    return (
+        float(binom.ppf(tail, packets, probability)) / packets,
+        float(binom.ppf(1 - tail, packets, probability)) / packets,
+    )
+
+
+def chain_interval(packets: int, chain: Chain) -> tuple[float, float]:
+    """Shares lost by the chain's own variance; a burst is the least that can be lost."""
+    half = K_Z * chain.mean_deviation(packets)
+    return max(0.0, chain.mean - half), chain.mean + half + chain.mean_burst / packets
+
+
+def burst_interval(bursts: int, chain: Chain) -> tuple[float, float]:
+    """Mean lengths of so many bursts, as if geometric with the chain's mean."""
+    mean = chain.mean_burst
+    half = K_Z * math.sqrt(max(mean * (mean - 1), 0.25) / bursts)
+    return max(1.0, mean - half), mean + half
+
+
+def damage(state: Impairments, frame_bytes: int) -> float:
+    """Share of UDP datagrams lost to corruption: a flipped bit in the frame's source address alone does no harm."""
+    return state.corrupt_percent / 100 * (1 - 6 / frame_bytes)
+
+
+def survival(states: Sequence[Impairments], frame_bytes: int) -> float:
+    """Share of datagrams that pass all of a path's links."""
+    share = 1.0
+    for state in states:
+        share *= (1 - state.mean_loss) * (1 - damage(state, frame_bytes))
+    return share
+
+
+def packets_needed(loss: float, most: int) -> int:
+    """At least 20/p, so that some twenty losses are seen; 10,000 where none are wanted; no more than `most`."""
+    wanted = 10_000 if loss <= 0 else math.ceil(20 / loss)
+    return max(min(wanted, most), min(2000, most))
