@@ -72,8 +72,9 @@ class Model(Strict):
     name: str = Field(min_length=1, max_length=256)
     """As clients name it and as the servers serve it."""
     aliases: tuple[str, ...] = ()
-    tokenizer: str
-    """Folder with tokenizer.json (and tokenizer_config.json, chat_template.jinja), as for the servers."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json (and tokenizer_config.json, chat_template.jinja), as for the servers.
+    None: only prompts given as token ids are known exactly, others are estimated from their size."""
     chat_template: str | None = None
     """A file that replaces the folder's template, as SGLang's --chat-template."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -310,7 +311,7 @@ def load_router_config(path: Path | str) -> RouterConfig:
             "models": tuple(
                 model.model_copy(
                     update={
-                        "tokenizer": at(model.tokenizer),
+                        "tokenizer": optional(model.tokenizer),
                         "chat_template": optional(model.chat_template),
                     }
                 )

@@ -418,7 +418,7 @@ class Router:
                 "policy": self.config.policy.name,
                 "model_path": model.name,
                 "served_model_name": model.name,
-                "tokenizer_path": model.tokenizer,
+                "tokenizer_path": model.tokenizer or model.name,
                 "is_generation": True,
                 "internal_states": [],
             }

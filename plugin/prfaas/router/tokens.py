@@ -42,6 +42,12 @@ class PromptReader:
     """One model's tokenizer and template. Raises ConfigError when its folder can't be read."""
 
     def __init__(self, model: Model, hasher: Hasher | None = None) -> None:
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        self._kwargs = model.chat_template_kwargs
+        self._hasher = hasher
+        if model.tokenizer is None:
+            return
         folder = Path(model.tokenizer)
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -54,12 +60,12 @@ class PromptReader:
             raise ConfigError(str(path), "the file", str(error)[:200], "expected a tokenizer") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._template: ChatTemplate | None = load_template(folder, model.chat_template)
-        self._kwargs = model.chat_template_kwargs
-        self._hasher = hasher
+        self._template = load_template(folder, model.chat_template)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids; `special` adds what the tokenizer puts around a bare prompt (BOS)."""
+        """Token ids; `special` adds what the tokenizer puts around a bare prompt (BOS). Raises ValueError."""
+        if self._tokenizer is None:
+            raise ValueError("this model has no tokenizer here")
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 

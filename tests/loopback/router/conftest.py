@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -205,6 +206,14 @@ class Stand:
             if response.content_type == "application/json":
                 return response.status, response.headers, json.loads(text)
             return response.status, response.headers, text
+
+    @staticmethod
+    async def settle(condition: Callable[[], object], within_s: float = 10.0) -> None:
+        """Wait until it holds."""
+        end = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < end, "it never came to hold"
+            await asyncio.sleep(0.01)
 
     async def metrics(self) -> dict[str, float]:
         async with self.session.get(self.url + "/metrics") as response:

@@ -161,9 +161,7 @@ def test_a_client_that_takes_nothing_is_cut_off(stand: Any) -> None:
             writer.write(
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
             )
-            async with asyncio.timeout(30):
-                while not decode.broken_off:
-                    await asyncio.sleep(0.05)
+            await s.settle(lambda: decode.broken_off, 30)
             writer.transport.abort()
             assert s.router.servers.get("west-d").in_flight == 0
             decode.fault = None
@@ -256,15 +254,11 @@ def test_servers_that_lie_about_their_load_or_send_garbage_are_counted_and_harml
             ):
                 east.load_body = body
                 before = handle.misses
-                async with asyncio.timeout(5):
-                    while handle.misses == before:
-                        await asyncio.sleep(0.01)
+                await s.settle(lambda before=before: handle.misses != before)
             # It claims an empty queue while our own requests are on it: ours count.
             east.load_body = b'{"loads": [{"num_waiting_uncached_tokens": 0}]}'
             handle.pending_tokens += 5000
-            async with asyncio.timeout(5):
-                while handle.misses:
-                    await asyncio.sleep(0.01)
+            await s.settle(lambda: not handle.misses)
             seen = handle.observe(s.router._clock(), 5.0)
             assert seen.waiting_uncached_tokens == 5000
             handle.pending_tokens -= 5000

@@ -48,14 +48,6 @@ async def error_event(fake: Any, request: web.Request, body: dict[str, Any]) -> 
     return out
 
 
-async def settle(condition: Any, within_s: float = 5.0) -> None:
-    """Wait until it holds."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "it never came to hold"
-        await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", [refuse, fail, cut, nonsense])
 @pytest.mark.parametrize("where", ["east-p", "west-d"])
@@ -126,7 +118,7 @@ def test_a_server_that_comes_back_is_used_again(stand: Any, long_text: str) -> N
             await s.post("/v1/completions", prompt=long_text)
             await east.start()
             handle = s.router.servers.get("east-p")
-            await settle(lambda: handle.up(time.monotonic()))
+            await s.settle(lambda: handle.up(time.monotonic()))
             _, headers, _ = await s.post("/v1/completions", prompt=long_text)
             assert headers["x-prfaas-site"] == "east"
 
@@ -140,9 +132,9 @@ def test_a_site_that_hangs_costs_the_attempts_time_and_is_aborted(stand: Any, lo
             status, headers, _ = await s.post("/v1/completions", prompt=long_text)
             assert (status, headers["x-prfaas-site"]) == (200, "west")
             east, decode = s.servers["east-p"], s.servers["west-d"]
-            await settle(lambda: east.aborted and east.broken_off)
+            await s.settle(lambda: east.aborted and east.broken_off)
             assert east.aborted == [east.seen[0]["rid"]]
-            await settle(lambda: decode.aborted == [decode.seen[0]["rid"]])
+            await s.settle(lambda: decode.aborted == [decode.seen[0]["rid"]])
 
     asyncio.run(main())
 
@@ -162,7 +154,7 @@ def test_when_decode_rejects_prefills_post_is_cancelled(stand: Any) -> None:
             assert answer["error"]["message"] == "too long"
             assert answer["error"]["type"] == "invalid_request_error"
             prefill = s.servers["west-p"]
-            await settle(lambda: prefill.broken_off and prefill.aborted)
+            await s.settle(lambda: prefill.broken_off and prefill.aborted)
             assert s.router.servers.get("west-p").in_flight == 0
             assert s.router.servers.get("west-d").in_flight == 0
 
@@ -234,8 +226,8 @@ def test_a_client_that_leaves_aborts_both_sides(stand: Any, stream: bool) -> Non
                     await session.post(
                         s.url + "/v1/chat/completions", json=body, timeout=aiohttp.ClientTimeout(total=0.2)
                     )
-            await settle(lambda: prefill.aborted and decode.aborted)
-            await settle(lambda: prefill.broken_off and decode.broken_off)
+            await s.settle(lambda: prefill.aborted and decode.aborted)
+            await s.settle(lambda: prefill.broken_off and decode.broken_off)
             assert s.router.clients.in_flight == 0
             assert s.router.servers.get("west-d").in_flight == 0
             assert s.router.servers.get("west-p").pending_tokens == 0
@@ -256,7 +248,7 @@ def test_a_client_that_leaves_in_mid_stream_aborts_decode(stand: Any) -> None:
                 response = await session.post(s.url + "/v1/chat/completions", json=body)
                 assert await response.content.readany()
                 response.close()
-            await settle(lambda: decode.aborted and decode.broken_off)
+            await s.settle(lambda: decode.aborted and decode.broken_off)
             assert s.router.servers.get("west-d").in_flight == 0
 
     asyncio.run(main())
@@ -286,7 +278,7 @@ def test_refusals_on_every_path_are_429_and_dead_paths_503(stand: Any) -> None:
 def test_many_requests_through_random_faults_are_each_answered_once(stand: Any, long_text: str) -> None:
     async def main() -> None:
         rng = random.Random(3)
-        async with stand(retry={"attempts": 16, "backoff_s": 0.001}) as s:
+        async with stand(retry={"attempts": 32, "backoff_s": 0.001}) as s:
             for name in ("east-p", "west-p", "west-d"):
 
                 async def sometimes(fake: Any, request: web.Request, body: dict[str, Any]) -> Any:
@@ -308,7 +300,7 @@ def test_many_requests_through_random_faults_are_each_answered_once(stand: Any, 
                     assert "error" not in answer
                 else:
                     assert answer["choices"][0]["text"] == "t0 t1 t2 t3 t4 "
-            await settle(lambda: not s.router.door.background, 10)
+            await s.settle(lambda: not s.router.door.background, 10)
             for handle in s.router.servers:
                 assert handle.in_flight == 0
                 assert handle.pending_tokens == 0

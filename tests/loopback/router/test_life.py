@@ -20,6 +20,17 @@ from prfaas.model.errors import ConfigError, MachineError, UsageError
 from prfaas.router.service import Router
 
 
+K_COMMAND = """
+import argparse, sys
+from prfaas.cli import router
+from prfaas.cli.main import run_command
+parser = argparse.ArgumentParser()
+router.register(parser.add_subparsers())
+sys.exit(run_command("prfaas", parser, sys.argv[1:]))
+"""
+"""The command alone: finding all the others costs seconds on a busy machine."""
+
+
 def test_a_reload_takes_servers_in_and_out_without_dropping_requests(stand: Any, long_text: str) -> None:
     async def main() -> None:
         async with stand({"west-p": "prefill", "west-d": "decode", "west-d2": "decode"}) as s:
@@ -46,9 +57,7 @@ def test_a_reload_takes_servers_in_and_out_without_dropping_requests(stand: Any,
             for _ in range(4):
                 assert (await s.post())[0] == 200
             assert len(first.seen) == count
-            async with asyncio.timeout(5):
-                while not old.session.closed:
-                    await asyncio.sleep(0.05)
+            await s.settle(lambda: old.session.closed)
             async with s.session.get(s.url + "/decisions", params={"limit": "2"}) as response:
                 rows = (await response.json())["decisions"]
                 assert [row["policy"] for row in rows] == ["prices", "prices"]
@@ -240,14 +249,14 @@ def test_the_command_serves_reloads_on_sighup_and_ends_on_sigterm(stand: Any, tm
             path = tmp_path / "router.yaml"
             path.write_text(yaml.safe_dump(s.settings))
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "prfaas.cli.main", "router", "--config", str(path)),
+                *(sys.executable, "-c", K_COMMAND, "router", "--config", str(path)),
                 stderr=asyncio.subprocess.PIPE,
             )
             assert process.stderr is not None
 
             async def line_with(word: str) -> str:
                 assert process.stderr is not None
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(50):
                     while True:
                         line = (await process.stderr.readline()).decode()
                         assert line, "it ended"
@@ -266,7 +275,7 @@ def test_the_command_serves_reloads_on_sighup_and_ends_on_sigterm(stand: Any, tm
                 process.send_signal(signal.SIGHUP)
                 assert "models" in await line_with("reload refused")
                 process.send_signal(signal.SIGTERM)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(50):
                     assert await process.wait() == 0
             finally:
                 if process.returncode is None:
@@ -284,6 +293,6 @@ def test_a_bad_file_names_itself_its_field_and_what_is_allowed(tmp_path: Path, m
     with pytest.raises(ConfigError, match=r"router.yaml: sites.0.servers.0.role: found 'x'"):
         load_router_config(path)
     path.write_text("models: [{name: m, tokenizer: t}]\nsites: [{name: west}]")
-    with pytest.raises(ConfigError, match="tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Router(load_router_config(path))
     assert load_router_config(path).models[0].tokenizer == str(tmp_path / "t")
