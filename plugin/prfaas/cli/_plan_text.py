@@ -21,6 +21,7 @@ K_ROWS = (
     ("TTFT P90, no queue", "ttft_p90_s", "s"),
     ("limited by", "limited_by", ""),
 )
+K_LOADS = (0.5, 0.75, 0.9)  # the JSON has more
 
 
 def number(value: object, digits: int = 4) -> str:
@@ -150,8 +151,9 @@ def _baselines(result: dict[str, Any]) -> str:
     one = result["collocated"]
     if one:
         lines.append(
-            f"  collocated, {one['instances']} instances: {number(one['throughput_rps'])} req/s with decode at most "
-            f"{one['decode_slowdown']:g} x slower; {number(one['no_interference_rps'])} if prefill slowed nothing"
+            f"  collocated, {one['instances']} instances: {number(one['throughput_rps'])} req/s with decode "
+            f"at most {one['decode_slowdown']:g} x slower; {number(one['no_interference_rps'])} if prefill "
+            "slowed nothing"
         )
     for name, ratio in result["ratios"].items():
         if ratio is not None:
@@ -162,6 +164,8 @@ def _baselines(result: dict[str, Any]) -> str:
 def _queues(rows: list[dict[str, Any]]) -> str:
     lines = [["load", "req/s", "mean s", "P50 s", "P90 s", "P99 s"]]
     for row in rows:
+        if row["load"] not in K_LOADS:
+            continue
         head = [f"{row['load']:.0%}", number(row["rate_rps"])]
         if "unstable" in row:
             lines.append([*head, "-", "-", "-", "-", row["unstable"]])

@@ -25,8 +25,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "plan",
         help="how many instances, which threshold, how much bandwidth",
-        description="Plans a case file (topologies/cases/): throughput, threshold and split, baselines at equal "
-        "hardware, queues, link and instances needed, cost, sensitivity.",
+        description="Plans a case file (topologies/cases/): throughput, threshold and split, baselines at "
+        "equal hardware, queues, link and instances needed, cost, sensitivity.",
     )
     parser.add_argument("case", type=Path, metavar="CASE.yaml")
     parser.add_argument("--threshold", type=float, metavar="TOKENS", help="hold the threshold")
@@ -120,12 +120,12 @@ def _lengths(config: Any, args: argparse.Namespace, file: str) -> Lengths:
     """Uncached lengths as the case means them; a trace is read and, where asked, played through a cache."""
     if not isinstance(config, TraceLengths):
         return lengths_of(config)
-    common = {"file": config.file, "max_input_tokens": config.max_tokens}
+    trace: Mooncake | Azure
     if config.format == "azure":
-        trace: Mooncake | Azure = Azure(kind="azure", **common)
+        trace = Azure(kind="azure", file=config.file, max_input_tokens=config.max_tokens)
     else:
         # As recorded: reuse depends on the order alone.
-        trace = Mooncake(kind="mooncake", bucket_s=0, **common)
+        trace = Mooncake(kind="mooncake", file=config.file, max_input_tokens=config.max_tokens, bucket_s=0)
     requests = timed_requests(trace, Random(0), read_trace(config.file, args.topologies))
     if config.reuse == "none":
         return Empirical(request.prompt_tokens for request in requests)

@@ -1,9 +1,10 @@
-"""Case files (topologies/cases/*.yaml), of three forms: one PrfaaS and one local cluster; several of each, with
-`links:`; and a table of models' KV throughput, with `models:`. See topologies/cases/README.md."""
+"""Case files (topologies/cases/*.yaml), of three forms: one PrfaaS and one local cluster; several of each,
+with `links:`; and a table of models' KV throughput, with `models:`. See topologies/cases/README.md."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,7 +37,7 @@ class TraceLengths(Strict):
     file: Annotated[str, Field(min_length=1)]
     """A file under topologies/traces, or a path."""
     reuse: Literal["none", "block", "exact"] = "none"
-    """`block`: any whole-block prefix; `exact`: only where an earlier prompt ended, as recurrent state needs."""
+    """`block`: any whole-block prefix; `exact`: only where an earlier prompt ended, as state needs it."""
     cache_tokens: Annotated[int, Field(ge=0)] | None = None
     """Room of the cache; None: nothing is evicted."""
     max_tokens: Tokens | None = None
@@ -59,8 +60,8 @@ CaseLengths = Annotated[
     Discriminator(
         kind_of,
         custom_error_type="lengths",
-        custom_error_message="expected a number, or a mapping with distribution: truncated_lognormal, uniform, "
-        "constant, empirical or trace",
+        custom_error_message="expected a number, or a mapping with distribution: truncated_lognormal, "
+        "uniform, constant, empirical or trace",
     ),
 ]
 
@@ -226,7 +227,7 @@ class SitesCaseConfig(Strict):
 
     @model_validator(mode="after")
     def _names_fit(self) -> SitesCaseConfig:
-        names = [one.name for one in (*self.prfaas, *self.local)]
+        names = [one.name for one in self.prfaas] + [one.name for one in self.local]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two clusters are named {twice[0]}")
@@ -273,7 +274,7 @@ class TableCaseConfig(Strict):
     @field_validator("tokens")
     @classmethod
     def _rises(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        for before, after in zip(value, value[1:], strict=False):
+        for before, after in pairwise(value):
             if after <= before:
                 raise ValueError(f"{after:g} follows {before:g}; each must be greater than the one before")
         return value

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from prfaas.figures.style import new_figure, save, series
+from prfaas.figures.style import new_figure, numbered, save, series
 
 
 def draw_plan(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -55,7 +55,7 @@ def _optimum(result: dict[str, Any], folder: Path) -> list[Path]:
         title=f"Over the threshold, at {result['prefill']} prefill and {result['decode']} decode instances",
     )
     left.xaxis.set_major_formatter(FuncFormatter(_thousands))
-    left.legend(loc="upper left")
+    left.legend(loc="lower left")
     n = [point["prefill"] for point in by_split]
     right.plot(
         n, _column(by_split, "prefill_limit_rps"), **series("prfaas_limit").kwargs(label="All prefill")
@@ -74,7 +74,7 @@ def _optimum(result: dict[str, Any], folder: Path) -> list[Path]:
         title=f"Over the split, at t = {result['threshold_tokens'] / 1000:.1f}K",
     )
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    right.legend(loc="upper left")
+    right.legend(loc="upper right")
     columns = list(by_threshold[0])
     rows = [["threshold", *(p[c] for c in columns), *[None] * 7] for p in by_threshold]
     split = list(by_split[0])
@@ -136,10 +136,10 @@ def _baselines(result: dict[str, Any], folder: Path) -> list[Path]:
     for i, (name, ours, other) in enumerate(shown):
         look = series("optimum" if name == "prfaas" else name)
         axes.bar(i, ours, width=0.6, color=look.colour)
-        axes.text(i, ours, f"{ours:.2f}", ha="center", va="bottom", fontsize=8)
+        axes.text(i, ours * 0.93, f"{ours:.2f}", ha="center", va="top", color="#ffffff", fontweight="bold")
         if other is not None:
-            mark = {"color": series("published").colour, "linewidth": 1.4}
-            axes.hlines(other, i - 0.36, i + 0.36, label="Published" if name == "prfaas" else None, **mark)
+            label = "Published" if name == "prfaas" else "_nolegend_"
+            axes.plot([i - 0.36, i + 0.36], [other, other], color="#000000", linewidth=1.4, label=label)
     labels = {"prfaas": "PrfaaS", **{n: series(n).label for n in ("collocated", "homogeneous", "naive")}}
     axes.set_xticks(range(len(shown)), [labels[name] for name, _, _ in shown])
     axes.grid(axis="x", visible=False)
@@ -166,22 +166,13 @@ def _queues(result: dict[str, Any], folder: Path) -> list[Path]:
         axes.plot(
             x, _column(rows, key), **series("ttft").kwargs(label=label) | {"linestyle": line, "markersize": 3}
         )
-    axes.axhline(result["ttft_mean_s"], color="#000000", linewidth=0.8)
-    axes.annotate(
-        "mean without queue",
-        (x[0], result["ttft_mean_s"]),
-        fontsize=7,
-        va="top",
-        xytext=(0, -2),
-        textcoords="offset points",
-    )
+    axes.axhline(result["ttft_mean_s"], color="#000000", linewidth=0.8, label="Mean without queues")
     axes.set(
         xlabel="Load, % of the plan's throughput",
         ylabel="TTFT, s",
         title="TTFT with queues (M/G/k)",
-        yscale="log",
+        ylim=(0, 1.05 * max(_column(rows, "ttft_p99_s"))),
     )
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(loc="upper left")
     keys = ["load", "rate_rps", "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s"]
     return save(figure, folder, "queues", keys, [[row[key] for key in keys] for row in rows])
@@ -209,7 +200,10 @@ def _sensitivity(result: dict[str, Any], folder: Path) -> list[Path]:
     axes.set_yticks(range(len(names)), names)
     axes.grid(axis="y", visible=False)
     axes.axvline(0, color="#000000", linewidth=0.8)
-    axes.set(xlabel="Throughput, %", title="10% (or one instance) less and more of each input, planned anew")
+    axes.set(
+        xlabel="Change of the best throughput, %",
+        title="A tenth, or one instance, less and more of each input",
+    )
     axes.legend(loc="lower right")
     return save(figure, folder, "sensitivity", list(rows[0]), [list(row.values()) for row in rows])
 
@@ -218,11 +212,9 @@ def _kv_table(result: dict[str, Any], folder: Path) -> list[Path]:
     """KV throughput over the length, dense models against hybrid ones."""
     figure, (axes,) = new_figure(1, 1, width=6.4, height=3.8)
     tokens = result["tokens"]
-    for name, row in result["kv_throughput_gbps"].items():
+    for place, (name, row) in enumerate(result["kv_throughput_gbps"].items()):
         dense = result["kinds"][name] == "dense"
-        look = series(name).kwargs() | {"linestyle": "--" if dense else "-"}
-        axes.plot(tokens, row, **look)
-        axes.annotate(f" {name}", (tokens[-1], row[-1]), fontsize=7, va="center", color=look["color"])
+        axes.plot(tokens, row, **numbered(place, name).kwargs() | {"linestyle": "--" if dense else "-"})
     axes.set(
         xscale="log",
         yscale="log",
@@ -230,10 +222,10 @@ def _kv_table(result: dict[str, Any], folder: Path) -> list[Path]:
         ylabel="KV made by an instance, Gbit/s",
         title="KV throughput while prefilling (dashed: dense models)",
     )
-    axes.set_xlim(right=tokens[-1] * 4)
     axes.set_xticks(tokens, [f"{t / 1024:g}K" for t in tokens])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     rows = [[name, *row] for name, row in result["kv_throughput_gbps"].items()]
     return save(figure, folder, "kv_throughput", ["model", *(f"{t:g}" for t in tokens)], rows)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import yaml
@@ -35,6 +35,8 @@ K_RC: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: searchable, and small
     "svg.hashsalt": "prfaas",  # the same figure gives the same file
 }
+# For the whole process: matplotlib reads these while drawing, not only when an axis is made.
+cast(Any, matplotlib.rcParams).update(K_RC)
 
 
 @dataclass(frozen=True)
@@ -63,22 +65,25 @@ def _style() -> dict[str, Any]:
 
 
 def series(name: str) -> Series:
-    """The look of a series by name. One that style.yaml doesn't list gets a colour of its own, always the same."""
+    """The look of a series by name. One that style.yaml doesn't list gets a colour, always the same."""
     listed = _style()["series"].get(name)
     if listed is not None:
         return Series(**listed)
+    return numbered(sum(name.encode()), name)
+
+
+def numbered(place: int, label: str) -> Series:
+    """The look of the place-th of several series that have no names of their own."""
     colours = _style()["others"]
-    place = sum(name.encode()) % len(colours)
-    return Series(name, colours[place], K_MARKERS[place % len(K_MARKERS)], "-")
+    return Series(label, colours[place % len(colours)], K_MARKERS[place % len(K_MARKERS)], "-")
 
 
 def new_figure(
     rows: int = 1, columns: int = 1, *, width: float = 4.6, height: float = 3.2, **kwargs: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure in our look and its axes, row by row; `width` and `height` of one panel, inches."""
-    with matplotlib.rc_context(K_RC):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     return figure, list(axes.flat)
 
 
@@ -88,9 +93,8 @@ def save(
     """Write NAME.png, NAME.svg and NAME.csv, the last with the numbers that are drawn; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
-    with matplotlib.rc_context(K_RC):
-        figure.savefig(paths[0], dpi=K_DPI, metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None})
+    figure.savefig(paths[0], dpi=K_DPI, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None})
     with paths[2].open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)

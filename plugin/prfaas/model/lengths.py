@@ -179,6 +179,8 @@ class Empirical(Lengths):
         self._values = [float(v) for v, _ in pairs]
         self._share = [0.0, *accumulate(w / self._total for _, w in pairs)]
         self._mass = [0.0, *accumulate(v * w / self._total for v, w in pairs)]
+        # Exactly: sums of shares miss it by rounding, and "everything is longer" must be P = 1.
+        self._share[-1] = 1.0
         self.low, self.high = self._values[0], self._values[-1]
 
     def share_above(self, tokens: float) -> float:

@@ -35,7 +35,7 @@ class Collocated:
     throughput_rps: float
     """While decode steps take at most `decode_slowdown` times what they take on a decode instance."""
     no_interference_rps: float
-    """If prefill didn't slow decode down at all: an upper bound, that of a split into fractions of instances."""
+    """If prefill didn't slow decode down at all: an upper bound, as of a split into parts of instances."""
     decode_slowdown: float
 
 

@@ -1,4 +1,4 @@
-"""Questions an operator asks before buying: what link does this rate need, how many instances does this SLO."""
+"""What an operator asks before buying: which link does this rate need, how many instances does this SLO."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def instances_for(system: System, rate_rps: float, slo: Slo, prices: Prices, gri
         raise Impossible(
             f"no number of instances gives a TTFT of {slo.ttft_s:g} s to {slo.quantile:.0%} of requests: "
             + (
-                f"without any queue the best threshold gives {quickest:.3g} s"
+                f"without any queue the best threshold that the link carries gives {quickest:.3g} s"
                 if quickest < math.inf
                 else f"the link carries too little at a utilisation of {slo.link_utilisation:g}"
             )
@@ -148,7 +148,7 @@ class _Path:
 def _size(
     system: System, rate_rps: float, slo: Slo, prices: Prices, threshold: float, decode: int
 ) -> Sizing | float:
-    """The cheapest sizing at one threshold; where none is enough, the quantile without queues (inf: no link)."""
+    """The cheapest sizing at one threshold; where none is enough, the quantile without queues (inf: link)."""
     p, long, short = cells_of_paths(system, threshold, 200)
     sent = rate_rps * p * 8 * sum(map(system.kv, long)) / len(long) if long else 0.0
     free = system.egress_bps - sent

@@ -17,8 +17,8 @@ class Prices:
 
     @classmethod
     def implied(cls, prfaas_instances: int, local_instances: int, homogeneous_instances: int) -> Prices:
-        """Prices in local instances, such that the homogeneous cluster costs what both clusters do: the meaning
-        of "equal hardware" in a case. Raises ValueError where that leaves nothing for the PrfaaS instances."""
+        """Prices in local instances, such that the homogeneous cluster costs what both clusters do: what
+        "equal hardware" means in a case. Raises ValueError where that leaves nothing for PrfaaS instances."""
         left = homogeneous_instances - local_instances
         if prfaas_instances <= 0 or left <= 0:
             raise ValueError(

@@ -111,7 +111,7 @@ def over_split(system: System, threshold_tokens: float) -> list[SplitPoint]:
 def over_bandwidth(
     system: System, plan: Plan, low_gbps: float = 0.5, high_gbps: float = 200.0, count: int = 28
 ) -> list[BandwidthPoint]:
-    """Λ_max over the link's rate, even in the logarithm. `plan` gives the threshold and split that are held."""
+    """Λ_max over the link's rate, even in the logarithm. `plan` has the threshold and split to hold."""
     alone = (
         homogeneous(system, system.homogeneous_instances).throughput_rps
         if system.homogeneous_instances

@@ -1,8 +1,8 @@
-"""The report's throughput model, equation by equation: "Prefill-as-a-Service: KVCache of next-generation models
-could go cross-datacenter" (2026). Each function is one equation; its symbol stands beside our name.
+"""The report's throughput model, equation by equation: "Prefill-as-a-Service: KVCache of next-generation
+models could go cross-datacenter" (2026). Each function is one equation; its symbol stands beside our name.
 
-A PrfaaS cluster prefills prompts whose uncached length L exceeds a threshold t and sends their KV over Ethernet;
-a local cluster of N_p prefill and N_d decode instances prefills the others and decodes all.
+A PrfaaS cluster prefills prompts whose uncached length L exceeds a threshold t and sends their KV over
+Ethernet; a local cluster of N_p prefill and N_d decode instances prefills the others and decodes all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 
 
 def kv_throughput_bps(kv_bytes: float, prefill_s: float) -> float:
-    """Φ(l) = S_kv(l) / T_prefill(l): bits of KV that one instance makes in a second of prefilling prompts of l."""
+    """Φ(l) = S_kv(l) / T_prefill(l): bits of KV an instance makes in a second of prefilling prompts of l."""
     return 8 * kv_bytes / prefill_s
 
 

@@ -1,4 +1,4 @@
-"""KV throughput of models, and what clusters of them send: the report's table 3 and the figures drawn from it."""
+"""KV throughput of models, and what clusters of them send: the report's table 3 and what follows from it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The best threshold and split: a grid over (t, N_p), refined around the best threshold of each split.
 
-At the optimum Θ_prfaas / p = Θ_pd-p / (1 − p) and, as far as whole instances allow, Θ_prfaas + Θ_pd-p = Θ_pd-d.
+At the optimum Θ_prfaas / p = Θ_pd-p / (1 − p) and, so far as whole instances allow,
+Θ_prfaas + Θ_pd-p = Θ_pd-d.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published figures beside ours, each with its ratio and the reason for a gap, or why agreement says nothing."""
+"""Published figures beside ours, each with its ratio, the reason for a gap, or why agreement says nothing."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ def _reason(system: System, name: str, figure: str, printed: Published) -> str:
     if figure == "ttft_mean_s" or figure == "ttft_p90_s":
         return "mean prefill times, without queue or transfer; the profile between its points isn't published"
     if figure == "throughput_rps" and name == "prfaas_pd":
-        return "prefill times between the published lengths are taken as straight lines, the report's aren't known"
-    if figure in ("prfaas_rps", "throughput_rps"):
         return (
-            f"T_prefill at the mean length, {system.lengths.mean:.0f} tokens, lies on a straight line between "
-            "published points"
+            "prefill times between published lengths are taken as straight lines; the report's aren't known"
         )
+    if figure in ("prfaas_rps", "throughput_rps"):
+        where = "l_long" if name == "prfaas_pd" else f"the mean length, {system.lengths.mean:.0f} tokens,"
+        return f"T_prefill at {where} lies on a straight line between published points"
     if figure in ("threshold_tokens", "offloaded"):
         return "follows from the throughput's gap: both prefill paths are balanced at another length"
     return "differs by whole instances: another split is as good within the model's precision"
@@ -128,7 +128,7 @@ def _egress_reason(system: System, printed: Published) -> str:
         if long is not None:
             own = equations.egress_bps(printed.throughput_rps, printed.offloaded, system.kv(long)) / 1e9
             text += (
-                f"; the printed rate, share and threshold give {own:.1f} with it, so the printed figure holds "
-                "something else than KV of the profile, or is rounded up"
+                f"; the printed rate, share and threshold give {own:.1f} with it, so the printed figure "
+                "holds more than that KV, or is rounded up"
             )
     return text

@@ -1,7 +1,7 @@
 """Queues in front of prefill and on the link, approximated; times to first token that follow.
 
-Assumed: Poisson arrivals, each path's instances fed from one queue in order of arrival, any instance takes any
-request, prompts prefilled one at a time. Splitting Poisson arrivals by length leaves two Poisson streams.
+Assumed: Poisson arrivals, each path's instances fed from one queue in order of arrival, any instance takes
+any request, prompts prefilled one at a time. Splitting Poisson arrivals by length leaves two Poisson streams.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def mgk_wait(servers: int, rate_rps: float, service_s: Sequence[float], arrivals
     """G/G/k by Allen and Cunneen: W = C(k, a) / (k / E[S] − λ) · (c_a² + c_s²) / 2.
 
     `service_s`: service times of equal weight; `arrivals_scv` c_a²: squared coefficient of variation of the
-    gaps, 1 for Poisson. Exact for M/M/k and, in its mean, for M/G/1. Raises ValueError at a load of k or more.
+    gaps, 1 for Poisson. Exact for M/M/k and, in its mean, for M/G/1. Raises ValueError at a load of k.
     """
     mean = sum(service_s) / len(service_s)
     load = rate_rps * mean
@@ -59,7 +59,7 @@ def mgk_wait(servers: int, rate_rps: float, service_s: Sequence[float], arrivals
 
 @dataclass(frozen=True)
 class PathTimes:
-    """One path's part of the requests: service times and what follows prefill, of equal weight, and the queue."""
+    """One path's share of the requests: times of prefill and of what follows, of equal weight; its queue."""
 
     share: float
     service_s: tuple[float, ...]
@@ -118,8 +118,8 @@ def cells_of_paths(
 def transfer_tail_s(system: System, tokens: float, free_bps: float) -> float:
     """From the end of prefill to the last byte's arrival, on a link that gives this transfer `free_bps`.
 
-    KV leaves chunk by chunk while prefill goes on; after it remain the last chunk and the state, or more where
-    the link is slower than prefill; and half a round trip.
+    KV leaves chunk by chunk while prefill goes on; after it remain the last chunk and the state, or more
+    where the link is slower than prefill; and half a round trip.
     """
     size = system.kv(tokens)
     last = size - system.kv(max(tokens - system.chunk_tokens, 0.0)) + system.state_bytes

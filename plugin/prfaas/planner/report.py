@@ -1,4 +1,4 @@
-"""Everything `prfaas plan` says of a case, as one plain mapping: printed, written as JSON, drawn as figures."""
+"""Everything `prfaas plan` says of a case, as one plain mapping: printed, written as JSON, drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prfaas.planner.sensitivity import sensitivity
 from prfaas.planner.sites import plan_sites
 from prfaas.planner.system import Plan, System, evaluate
 
-K_LOADS = (0.5, 0.75, 0.9)  # shares of capacity at which queues are shown
+K_LOADS = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # shares of Λ_max at which queues are shown
 K_LINK_LOADS = (0.5, 0.75, 0.9, 1.0)
 K_CLUSTER_GPUS = (512, 10_000)
 

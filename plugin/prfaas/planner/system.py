@@ -94,7 +94,7 @@ class Cut:
 
 
 def cut_at(system: System, threshold_tokens: float) -> Cut:
-    """p, l_long and l_short of a threshold, and the rates that follow. The model is evaluated at those means."""
+    """p, l_long and l_short of a threshold, and the rates that follow from times and sizes at those means."""
     lengths = system.lengths
     share = lengths.share_above(threshold_tokens)
     long = lengths.mean_above(threshold_tokens)
