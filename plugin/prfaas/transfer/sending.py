@@ -120,9 +120,14 @@ class Sending:
     def in_flight_bytes(self) -> int:
         return sum(self._flying.values())
 
-    def in_flight_on(self, stream: int) -> int:
-        """How many blocks are in flight on the stream."""
-        return sum(s == stream for t in self._transfers.values() for s in t.in_flight.values())
+    def in_flight_of(self, lease_id: int) -> int:
+        """Bytes in flight on one lease, never more than its window."""
+        return self._flying.get(lease_id, 0)
+
+    @property
+    def acked_bytes(self) -> int:
+        """Acknowledged bytes of the transfers that are still under way."""
+        return sum(t.acked_bytes for t in self._transfers.values())
 
     def plan(self, transfer_id: int) -> Plan:
         return self._transfers[transfer_id].plan

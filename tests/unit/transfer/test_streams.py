@@ -1,0 +1,57 @@
+"""The number of streams: grows while loss costs goodput, and only as long as growing helps."""
+
+from __future__ import annotations
+
+import pytest
+
+from prfaas.transfer.streams import StreamCount, block_bytes_for
+
+
+def drive(count: StreamCount, seconds: float, per_stream_bps: float, link_bps: float, loss: float, rtt_s: float = 0.04):
+    """A link where each stream carries `per_stream_bps` until the link is full."""
+    now = acked = sent = lost = 0.0
+    history = []
+    while now < seconds:
+        count.observe(
+            now, open_streams=count.wanted, acked_bytes=int(acked), sent_bytes=int(sent),
+            retransmitted_bytes=int(lost), rtt_s=rtt_s, backlogged=True,
+        )  # fmt: skip
+        rate = min(link_bps, count.wanted * per_stream_bps) / 8 * 0.25
+        now, acked, sent, lost = now + 0.25, acked + rate, sent + rate * (1 + loss), lost + rate * loss
+        history.append(count.wanted)
+    return history
+
+
+def test_without_loss_the_number_stays():
+    assert drive(StreamCount(2, 64), 20, 200e6, 200e6, 0.0)[-1] == 2
+
+
+def test_random_loss_brings_streams_until_the_link_is_full_within_seconds():
+    history = drive(StreamCount(2, 64), 6, 4e6, 200e6, 0.01)
+    assert history[-1] * 4e6 >= 200e6 or history[-1] == 64
+
+
+def test_loss_of_the_links_own_queue_does_not_bring_streams_without_end():
+    history = drive(StreamCount(2, 64), 12, 200e6, 200e6, 0.001)
+    assert history[-1] <= 4
+
+
+def test_the_number_is_bounded():
+    assert max(drive(StreamCount(2, 16), 30, 1e6, 1e9, 0.02)) == 16
+
+
+def test_an_idle_link_changes_nothing():
+    count = StreamCount(3, 64)
+    for i in range(100):
+        count.observe(
+            i / 4, open_streams=3, acked_bytes=0, sent_bytes=0, retransmitted_bytes=0, rtt_s=0.04, backlogged=False
+        )
+    assert count.wanted == 3
+
+
+@pytest.mark.parametrize(
+    ("rate_bps", "rtt_s", "wanted"),
+    [(0, 0.0001, 1 << 20), (0, 0.04, 65536), (3e6, 0.04, 16384), (1e8, 0.04, 131072), (1e10, 0.0001, 1 << 20)],
+)
+def test_a_block_takes_about_20_ms_of_its_stream(rate_bps, rtt_s, wanted):
+    assert block_bytes_for(rate_bps, rtt_s, 1 << 20) == wanted
