@@ -43,7 +43,7 @@ class PolicyConfig(Strict):
     """`prices`: refuse what can't meet its deadline on any path, rather than serve it late."""
     shed_slack: float = Field(default=1.0, ge=0.1)
     """`prices`: shed when the best path's TTFT exceeds this many times the time left."""
-    price_gain: float = Field(default=1.0, gt=0)
+    price_gain: float = Field(default=3.0, gt=0)
     """`prices`: how strongly backlogs raise prices."""
     hold: bool = True
     """`prices`: keep a request at the door while what it wants is busy, if the shell supports it."""

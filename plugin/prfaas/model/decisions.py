@@ -87,7 +87,9 @@ class Decision:
     """None: any of the site's (the shell balances)."""
     decode_instance: InstanceId | None = None
     deadline_s: float | None = None
-    """When the first token is due. Also the order of service, where a queue can be ordered: smaller first."""
+    """When the first token is due."""
+    order_s: float | None = None
+    """Order of service where a queue can be ordered: smaller first; None: the deadline."""
     threshold_tokens: float | None = None
     """Uncached length above which this request would have gone out, where the policy has one (inf: never)."""
     until_s: float | None = None

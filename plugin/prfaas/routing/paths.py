@@ -39,7 +39,7 @@ class Costs:
     @classmethod
     def of(cls, profile: CostProfile) -> Costs:
         transfer: Callable[[int, int], float] | None = getattr(profile, "transfer_bytes", None)
-        # model.profiles.Profile knows how a cached prefix shortens prefill; another need not.
+        # A model.profiles.Profile knows how a cached prefix shortens prefill; another need not.
         prefill: Callable[..., float] = profile.prefill_s
         return cls(
             prefill_s=prefill if transfer is not None else lambda tokens, cached: prefill(tokens - cached),

@@ -223,8 +223,8 @@ class PrefixIndex:
     def _depths(table: _Table, hashes: Sequence[int], most: int) -> list[tuple[int, int]]:
         """(bit, blocks) for each holder of at least one block, by bisection.
 
-        A server evicts a block after all that extend it, so that what it holds of a chain is a beginning of it:
-        log2(blocks) steps for each different depth.
+        A server evicts a block after all that extend it, so that what it holds of a chain is a beginning of
+        it: log2(blocks) steps for each different depth.
         """
         depths: list[tuple[int, int]] = []
         get = table.masks.get

@@ -1,65 +1,114 @@
-"""Our policy: each path's own TTFT plus the delay that it causes to others, and the cheapest path wins."""
+"""Our policy: for each path the request's own delay plus the delay that it causes to others; the cheapest
+path wins.
+
+    cost = TTFT + weight · seconds late + price        (price: pricing.py)
+
+No threshold is given. The length from which requests go out is where both sides cost the same; it follows
+queues, bandwidth and roles by itself, and `get_log_data` shows it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 from prfaas.config.policy import PolicyConfig
-from prfaas.model.decisions import Decision, PathPrediction
-from prfaas.model.ids import LinkId, SiteId
+from prfaas.model.decisions import Action, Decision, PathPrediction
 from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.answers import BookingPolicy
 from prfaas.routing.base import Fleet, register_policy
-from prfaas.routing.pricing import Resource
-
-K_LATE = 5.0
+from prfaas.routing.pricing import PriceList
+from prfaas.routing.tenants import TenantShares
 
 
 @register_policy("prices")
 class PricesPolicy(BookingPolicy):
-    """Chooses the path whose TTFT and price together are least."""
+    """Chooses the path whose own delay and price together are least."""
 
     def __init__(self, config: PolicyConfig, fleet: Fleet) -> None:
         super().__init__(config, fleet)
-        self._sites: dict[SiteId, Resource] = {}
-        self._links: dict[LinkId, Resource] = {}
-        self._n: dict[SiteId, int] = {}
-        self._rate: dict[LinkId, float] = {}
+        self.prices = PriceList(self.book)
+        self.tenants = TenantShares(config.tenant_weights)
 
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
         paths = self.paths.all_paths(request, snapshot, now)
-        deadline = self.deadline_s(request)
-        best, best_cost = None, float("inf")
-        for path in paths:
-            if not path.feasible:
-                continue
-            price = self._price(path, snapshot, now)
-            object.__setattr__(path, "price", price)
-            late = max(0.0, now + path.ttft_s - deadline)
-            cost = path.ttft_s + price + K_LATE * late
-            if cost < best_cost:
-                best, best_cost = path, cost
-        if best is None:
+        if request.attempt == 0:
+            self.prices.observe(paths, snapshot, now)
+        prices = self.prices.costs(paths, snapshot, self.config.price_gain, now)
+        deadline_s = self.deadline_s(request)
+        weight = self._weight(request)
+        best, best_cost = -1, float("inf")
+        for index, path in enumerate(paths):
+            if path.feasible:
+                late_s = max(0.0, now + path.ttft_s - deadline_s)
+                cost = path.ttft_s + weight * late_s + prices[index]
+                if cost < best_cost:
+                    best, best_cost = index, cost
+        if best < 0:
             return self.no_path(request, now, paths)
-        return self.dispatch(request, snapshot, now, best, paths, f"cost {best_cost:.2f}", None, deadline)
-
-    def _price(self, path: PathPrediction, snapshot: Snapshot, now: float) -> float:
-        gain = self.config.price_gain
-        site = self._sites.setdefault(path.prefill_site, Resource())
-        n = self._n[path.prefill_site] = snapshot.sites[path.prefill_site].prefill_instances
-        total = path.prefill_s / n * site.at(path.queue_s, gain, now)
-        link = path.link
-        if link is not None:
-            res = self._links.setdefault(link, Resource())
-            est = snapshot.links[link]
-            self._rate[link] = est.usable_bps
-            bits = (est.backlog_bytes + self.book.coming_bytes(link)) * 8 / est.usable_bps
-            total += path.transfer_bytes * 8 / est.usable_bps * res.at(bits, gain, now)
-        return total
+        priced = [
+            replace(path, price=price) if path.feasible else path
+            for path, price in zip(paths, prices, strict=True)
+        ]
+        chosen = priced[best]
+        if self._hopeless(request, priced, deadline_s, now):
+            return self._shed(request, priced, deadline_s, now)
+        order_s = deadline_s + self.tenants.lag_s(request.tenant, now)
+        decision = self.dispatch(
+            request, snapshot, now, chosen, priced, _why(chosen, priced, best_cost), deadline_s=deadline_s
+        )
+        return decision if order_s == deadline_s else replace(decision, order_s=order_s)
 
     def on_dispatch(self, *, request: RequestView, decision: Decision, now: float) -> None:
         super().on_dispatch(request=request, decision=decision, now=now)
-        path = decision.chosen
-        if path is None:
-            return
-        self._sites[path.prefill_site].on_work(path.prefill_s / self._n[path.prefill_site], now)
-        if path.link is not None:
-            self._links[path.link].on_work(path.transfer_bytes * 8 / self._rate[path.link], now)
+        if decision.chosen is not None:
+            self.prices.on_dispatch(decision.chosen, now)
+            self.tenants.on_work(request.tenant, decision.chosen.prefill_s, now)
+
+    def get_log_data(self) -> Mapping[str, float]:
+        return {**self.prices.get_log_data(), "outstanding": float(len(self.book))}
+
+    def _weight(self, request: RequestView) -> float:
+        classes = self.config.classes
+        return (classes.get(request.slo_class) or classes[self.config.default_class]).weight
+
+    def _hopeless(
+        self, request: RequestView, paths: Sequence[PathPrediction], deadline_s: float, now: float
+    ) -> bool:
+        """Whether no path meets the deadline, and that is a reason to refuse."""
+        if not self.config.shed or request.attempt > 0:
+            return False
+        soonest_s = min(path.ttft_s for path in paths if path.feasible)
+        left_s = deadline_s - now
+        # A tenant above its share is refused sooner, one below it later.
+        slack = self.config.shed_slack * self.tenants.leniency(request.tenant, now)
+        return soonest_s > left_s * slack
+
+    def _shed(
+        self, request: RequestView, paths: Sequence[PathPrediction], deadline_s: float, now: float
+    ) -> Decision:
+        soonest_s = min(path.ttft_s for path in paths if path.feasible)
+        left_s = deadline_s - now
+        return Decision(
+            request=request.request,
+            policy=self.name,
+            at_s=now,
+            action=Action.SHED,
+            reason=f"due in {left_s:.2f} s, soonest path takes {soonest_s:.2f} s",
+            alternatives=tuple(paths),
+            deadline_s=deadline_s,
+            retry_after_s=max(0.1, soonest_s - left_s),
+        )
+
+
+def _why(chosen: PathPrediction, paths: Sequence[PathPrediction], cost: float) -> str:
+    """What won, and over what."""
+    others = ", ".join(
+        f"{path.label} {path.ttft_s:.2f}+{path.price:.2f}"
+        if path.feasible
+        else f"{path.label} {path.why_not}"
+        for path in paths
+        if path is not chosen
+    )
+    won = f"{chosen.label}: TTFT {chosen.ttft_s:.2f} s + price {chosen.price:.2f}"
+    return f"{won}, over {others}" if others else f"{won}, the only path"

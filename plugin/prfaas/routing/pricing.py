@@ -1,56 +1,194 @@
-"""Shadow prices of prefill instances and links, in requests delayed a second of use.
+"""What using a resource costs the others.
 
-At the optimum a request of uncached length l goes out exactly when
+A second of use of a resource delays everybody who comes before its queue is next empty: with a queue of Q
+seconds, at load ρ and λ requests a second, that is after Q / (1 − ρ), and so many are delayed:
 
-    T_local(l) · μ_local  >  T_prfaas(l) · μ_prfaas + S_kv(l) · μ_link
+    raw price  π = λ · Q / (1 − ρ)        seconds of delay to others for a second of use
 
-with one multiplier (Lagrange) a resource. A second of use of a resource delays everybody who comes before
-its queue is next empty: that is its true price, in seconds of delay to others a second of use, and what
-`Resource` estimates. With a queue of Q seconds, at load ρ and λ requests a second, the queue is empty after
-Q / (1 − ρ), and so many are delayed:
+Queues of the moment alone would mislead: the moment a queue is empty its resource would be given away for
+work that is better done elsewhere, and at high load that wastes capacity. So for each request the sum of
+the raw prices of what it could use is shared out by the multipliers ν of the fluid optimum (duals.py), and
+only K_OWN_SHARE of it stays with the queues themselves, which keeps them in balance:
 
-    μ = λ · Q / (1 − ρ)
+    μ_i = (1 − K_OWN_SHARE) · ν_i / Σν · Σπ + K_OWN_SHARE · π_i
 
-Under overload prices grow with the queues until the mix that fills every resource alike is found; the
-threshold that a report would have to compute is where both sides are equal, and moves by itself with load
-and bandwidth.
+It goes out exactly when T_local(l) · μ_local > T_prfaas(l) · μ_prfaas + S_kv(l) · μ_link (in seconds of the
+whole resource), give or take its own delay.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+
+from prfaas.model.decisions import PathPrediction
+from prfaas.model.ids import LinkId
+from prfaas.model.observations import Snapshot
+from prfaas.routing.book import DispatchBook
+from prfaas.routing.duals import DualPrices, Option
 
 K_RATE_S = 20.0  # s, time constant of load and request rate
 K_LOAD_LIMIT = 0.9  # ρ is taken as at most this: what is measured isn't known better
+K_OWN_SHARE = 0.1
+K_SOLVE_S = 1.0  # s between looks at the fluid optimum
 
 
-@dataclass(slots=True)
 class Resource:
     """A site's prefill instances together, or a link. Work is in seconds of the whole resource."""
 
-    price: float = 0.0
-    """μ: last computed, for logs."""
-    backlog_s: float = 0.0
-    """Q: last seen, for logs."""
-    _work_per_s: float = 0.0
-    _requests_per_s: float = 0.0
-    _as_of_s: float = field(default=-math.inf)
+    def __init__(self, number: int, now: float) -> None:
+        self.number = number
+        self.capacity = 0.0
+        self.backlog_s = 0.0
+        self.price = 0.0
+        """π of the last look, for logs."""
+        self._work_per_s = 0.0
+        self._requests_per_s = 0.0
+        self._as_of_s = now
 
     def on_work(self, work_s: float, now: float) -> None:
         """A request that will use it for work_s was sent its way."""
         kept = self._kept(now)
         self._work_per_s = self._work_per_s * kept + work_s / K_RATE_S
         self._requests_per_s = self._requests_per_s * kept + 1 / K_RATE_S
-        self._as_of_s = now
+        self._as_of_s = max(now, self._as_of_s)
 
-    def at(self, backlog_s: float, gain: float, now: float) -> float:
-        """μ at a queue of backlog_s."""
+    def raw_price(self, backlog_s: float, now: float) -> float:
+        """π at a queue of backlog_s."""
         kept = self._kept(now)
         load = min(K_LOAD_LIMIT, self._work_per_s * kept)
         self.backlog_s = backlog_s
-        self.price = gain * self._requests_per_s * kept * backlog_s / (1 - load)
+        self.price = self._requests_per_s * kept * backlog_s / (1 - load)
         return self.price
 
     def _kept(self, now: float) -> float:
-        return math.exp(-(now - self._as_of_s) / K_RATE_S) if now > self._as_of_s else 1.0
+        return math.exp((self._as_of_s - now) / K_RATE_S) if now > self._as_of_s else 1.0
+
+
+class PriceList:
+    """Prices of all resources, known by site name or LinkId."""
+
+    def __init__(self, book: DispatchBook) -> None:
+        self._book = book
+        self._duals = DualPrices()
+        self._resources: dict[Hashable, Resource] = {}
+        self._solved_s = -math.inf
+
+    def observe(self, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float) -> None:
+        """A request came that could take `paths`: part of the traffic that the optimum is for."""
+        options = []
+        for path in paths:
+            if not path.feasible or path.cache_move is not None:
+                continue
+            site, link = self._site(path, snapshot, now), self._link(path.link, snapshot, now)
+            options.append(
+                Option(
+                    site.number,
+                    path.prefill_s,
+                    -1 if link is None else link.number,
+                    path.transfer_bytes * 8.0,
+                )
+            )
+        if options:
+            self._duals.observe(options)
+        if now - self._solved_s >= K_SOLVE_S:
+            self._solved_s = now
+            self._refresh(snapshot)
+            self._duals.solve([resource.capacity for resource in self._resources.values()])
+
+    def costs(
+        self, paths: Sequence[PathPrediction], snapshot: Snapshot, gain: float, now: float
+    ) -> list[float]:
+        """Seconds of delay to others for each path (inf where it isn't feasible)."""
+        uses: list[list[tuple[Resource, float]]] = []
+        raw: dict[int, float] = {}
+        for path in paths:
+            used: list[tuple[Resource, float]] = []
+            if path.feasible:
+                site = self._site(path, snapshot, now)
+                if site.number not in raw:
+                    raw[site.number] = site.raw_price(path.queue_s, now)
+                used.append((site, path.prefill_s / site.capacity))
+                link_id, size = path.link, path.transfer_bytes
+                if path.cache_move is not None:
+                    link_id, size = path.cache_move.link, path.cache_move.transfer_bytes
+                link = self._link(link_id, snapshot, now)
+                if link is not None and link_id is not None:
+                    if link.number not in raw:
+                        raw[link.number] = link.raw_price(self._queue_s(link_id, snapshot), now)
+                    used.append((link, size * 8 / link.capacity))
+            uses.append(used)
+        prices = self._shared_out(raw)
+        return [
+            gain * sum(prices[resource.number] * work_s for resource, work_s in used) if used else math.inf
+            for used in uses
+        ]
+
+    def on_dispatch(self, path: PathPrediction, now: float) -> None:
+        """A request was sent on `path`."""
+        site = self._resources.get(path.prefill_site)
+        if site is not None and site.capacity > 0:
+            site.on_work(path.prefill_s / site.capacity, now)
+        crossings = [(path.link, path.transfer_bytes)]
+        if path.cache_move is not None:
+            crossings.append((path.cache_move.link, path.cache_move.transfer_bytes))
+        for link_id, size in crossings:
+            link = self._resources.get(link_id)
+            if link is not None and link.capacity > 0:
+                link.on_work(size * 8 / link.capacity, now)
+
+    def multiplier(self, resource: Hashable) -> float:
+        """ν of a site or link; 0 before anything is known."""
+        known = self._resources.get(resource)
+        multipliers = self._duals.multipliers
+        return multipliers[known.number] if known is not None and known.number < len(multipliers) else 0.0
+
+    def get_log_data(self) -> Mapping[str, float]:
+        data: dict[str, float] = {}
+        for name, resource in self._resources.items():
+            data[f"price {name}"] = resource.price
+            data[f"backlog_s {name}"] = resource.backlog_s
+            data[f"multiplier {name}"] = self.multiplier(name)
+        return data
+
+    def _shared_out(self, raw: Mapping[int, float]) -> dict[int, float]:
+        multipliers = self._duals.multipliers
+        known = len(multipliers)
+        weight = sum(multipliers[number] for number in raw if number < known)
+        if weight <= 0 or any(number >= known for number in raw):
+            return dict(raw)
+        factor = (1 - K_OWN_SHARE) * sum(raw.values()) / weight
+        return {number: factor * multipliers[number] + K_OWN_SHARE * own for number, own in raw.items()}
+
+    def _queue_s(self, link: LinkId, snapshot: Snapshot) -> float:
+        """Until the link is free of what it has and of what prefill will hand it."""
+        estimate = snapshot.links[link]
+        return (estimate.backlog_bytes + self._book.coming_bytes(link)) * 8 / estimate.usable_bps
+
+    def _site(self, path: PathPrediction, snapshot: Snapshot, now: float) -> Resource:
+        resource = self._resource(path.prefill_site, now)
+        resource.capacity = float(snapshot.sites[path.prefill_site].prefill_instances)
+        return resource
+
+    def _link(self, link: LinkId | None, snapshot: Snapshot, now: float) -> Resource | None:
+        if link is None:
+            return None
+        resource = self._resource(link, now)
+        resource.capacity = snapshot.links[link].usable_bps
+        return resource
+
+    def _resource(self, name: Hashable, now: float) -> Resource:
+        found = self._resources.get(name)
+        if found is None:
+            found = self._resources[name] = Resource(len(self._resources), now)
+        return found
+
+    def _refresh(self, snapshot: Snapshot) -> None:
+        """Capacities of now, 0 for what is gone."""
+        for name, resource in self._resources.items():
+            if isinstance(name, LinkId):
+                link = snapshot.links.get(name)
+                resource.capacity = link.usable_bps if link is not None else 0.0
+            elif isinstance(name, str):
+                site = snapshot.sites.get(name)
+                resource.capacity = float(site.prefill_instances) if site is not None else 0.0

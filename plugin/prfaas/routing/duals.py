@@ -1,0 +1,133 @@
+"""Shadow prices of the fluid optimum, from recent requests and the capacities of now.
+
+The report's optimum (fill prefill at both ends and the link alike) is the solution of a linear programme
+over the requests of late: choose a path for each so that the highest utilisation is least. Its dual has one
+multiplier ν a resource, and at the optimum a request takes the path with the smallest Σ ν · work: a
+threshold on the uncached length, for lengths where long prompts carry less KV for their compute.
+Multipliers are found by exponentiated gradient ascent, a few steps at a time from where they were; they sum
+to one within each group of resources that share requests.
+
+Work is in seconds of a whole resource: instance-seconds over instances, bits over the link's rate. A link
+that falls to a tenth therefore costs ten times as much at the next request, before any multiplier has
+moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+K_WINDOW = 256  # requests that stand for the traffic of late
+K_ENOUGH = 16  # requests before which nothing is said
+K_STEPS = (6, 30)  # gradient steps when little, and when much, has changed
+K_RATE = 0.4  # gradient step
+K_SMOOTH = 0.8  # of the last average of ν kept at each step
+K_LEAST = 1e-4  # ν never falls below: a resource must be able to come back
+K_NEVER = 1e12  # seconds: cost of a path that a request doesn't have
+
+
+class Option(NamedTuple):
+    """One path of one request: work at a prefill site, and on a link (-1: none)."""
+
+    site: int
+    prefill_s: float
+    link: int
+    bits: float
+
+
+class DualPrices:
+    """Multipliers by resource number; numbers are given out by the caller, from 0, without holes."""
+
+    def __init__(self) -> None:
+        self.multipliers: list[float] = []
+        self._parent: list[int] = []
+        self._seen: set[tuple[int, ...]] = set()
+        self._count = 0
+        self._options = 1
+        self._site = np.zeros((K_WINDOW, 1), dtype=np.int64)
+        self._prefill_s = np.full((K_WINDOW, 1), K_NEVER)
+        self._link = np.zeros((K_WINDOW, 1), dtype=np.int64)
+        self._bits = np.zeros((K_WINDOW, 1))
+        self._nu = np.zeros(0)
+        self._mean = np.zeros(0)
+        self._capacity = np.zeros(0)
+
+    def observe(self, options: Sequence[Option]) -> None:
+        """A request came, and could take these paths."""
+        if len(options) > self._options:
+            self._widen(len(options))
+        row = self._count % K_WINDOW
+        self._count += 1
+        self._prefill_s[row] = K_NEVER
+        self._bits[row] = 0.0
+        touched: list[int] = []
+        for column, (site, prefill_s, link, bits) in enumerate(options):
+            self._site[row, column] = site
+            self._prefill_s[row, column] = prefill_s
+            self._link[row, column] = max(link, 0)
+            self._bits[row, column] = bits
+            touched.append(site)
+            if link >= 0:
+                touched.append(link)
+        self._join(touched)
+
+    def solve(self, capacity: Sequence[float]) -> None:
+        """Follows the traffic and `capacity` (instances, or bits a second, by resource; 0: out of use)."""
+        now = np.maximum(np.asarray(capacity, dtype=float), 1e-9)
+        size = len(now)
+        rows = min(self._count, K_WINDOW)
+        if rows < K_ENOUGH or size == 0:
+            return
+        old = self._nu
+        if len(old) < size:
+            self._nu = np.concatenate([old, np.full(size - len(old), 1.0 / size)])
+            self._mean = np.concatenate([self._mean, np.full(size - len(old), 1.0 / size)])
+            self._capacity = np.concatenate([self._capacity, np.zeros(size - len(old))])
+        moved = bool(np.any(np.abs(now - self._capacity) > 0.2 * now))
+        self._capacity = now
+        group = np.asarray([self._root(index) for index in range(size)])
+        site, link = self._site[:rows], self._link[:rows]
+        site_s = self._prefill_s[:rows] / now[site]
+        link_s = self._bits[:rows] / now[link]
+        pick = np.arange(rows)
+        for _ in range(K_STEPS[moved]):
+            best = np.argmin(site_s * self._nu[site] + link_s * self._nu[link], axis=1)
+            used = np.bincount(site[pick, best], np.minimum(site_s[pick, best], K_NEVER), size)
+            used += np.bincount(link[pick, best], link_s[pick, best], size)
+            highest = np.zeros(size)
+            np.maximum.at(highest, group, used)
+            nu = np.maximum(self._nu * np.exp(K_RATE * used / np.maximum(highest[group], 1e-12)), 1e-300)
+            nu = np.maximum(nu / np.bincount(group, nu, size)[group], K_LEAST)
+            self._nu = nu
+            self._mean = K_SMOOTH * self._mean + (1 - K_SMOOTH) * nu
+        self.multipliers = self._mean.tolist()
+
+    def _widen(self, options: int) -> None:
+        more = options - self._options
+        self._options = options
+        self._site = np.pad(self._site, ((0, 0), (0, more)))
+        self._link = np.pad(self._link, ((0, 0), (0, more)))
+        self._bits = np.pad(self._bits, ((0, 0), (0, more)))
+        self._prefill_s = np.pad(self._prefill_s, ((0, 0), (0, more)), constant_values=K_NEVER)
+
+    def _join(self, touched: list[int]) -> None:
+        """Resources that one request could use belong together."""
+        key = tuple(touched)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        while len(self._parent) <= max(touched):
+            self._parent.append(len(self._parent))
+        first = self._root(touched[0])
+        for other in touched[1:]:
+            self._parent[self._root(other)] = first
+
+    def _root(self, index: int) -> int:
+        while len(self._parent) <= index:
+            self._parent.append(len(self._parent))
+        while self._parent[index] != index:
+            self._parent[index] = self._parent[self._parent[index]]
+            index = self._parent[index]
+        return index

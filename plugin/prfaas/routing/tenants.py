@@ -1,0 +1,76 @@
+"""Fairness between tenants: who took more than its share of late waits behind, and is refused sooner.
+
+A tenant's share is its weight over the weights of the tenants seen of late; what it took is its prefill
+seconds, forgotten with time constant K_FORGET_S. Being above the share moves a request back by at most
+K_LAG_S, so that nobody starves: a request that waits long enough comes before everything newer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prfaas.model.ids import TenantId
+
+K_FORGET_S = 60.0  # s
+K_LAG_S = 10.0  # s, most that a tenant's requests are moved back
+K_EVEN = 1.25  # times its share that a tenant may take before it counts as above
+K_LENIENCY = (0.5, 1.5)  # factors on the slack before shedding: far above the share, far below it
+K_GONE = 1e-3  # prefill seconds below which a tenant isn't there any more
+
+
+@dataclass(slots=True)
+class _Taken:
+    seconds: float
+    as_of_s: float
+
+
+class TenantShares:
+    """Prefill seconds by tenant, of late."""
+
+    def __init__(self, weights: Mapping[TenantId, float]) -> None:
+        self._weights = dict(weights)
+        self._taken: dict[TenantId, _Taken] = {}
+
+    def on_work(self, tenant: TenantId, prefill_s: float, now: float) -> None:
+        """A request of `tenant` was sent that takes so many prefill seconds."""
+        taken = self._taken.get(tenant)
+        if taken is None:
+            self._taken[tenant] = _Taken(prefill_s, now)
+            self._forget(now)
+        else:
+            taken.seconds = self._now(taken, now) + prefill_s
+            taken.as_of_s = now
+
+    def excess(self, tenant: TenantId, now: float) -> float:
+        """What it took over what it may: 1 is exactly its share, 0 nothing; 1 when it is alone."""
+        if len(self._taken) <= 1 and tenant in self._taken:
+            return 1.0
+        mine = self._taken.get(tenant)
+        if mine is None:
+            return 0.0
+        total_s = sum(self._now(taken, now) for taken in self._taken.values())
+        weights = sum(self._weights.get(name, 1.0) for name in self._taken)
+        if total_s <= 0:
+            return 1.0
+        return (self._now(mine, now) / total_s) / (self._weights.get(tenant, 1.0) / weights)
+
+    def lag_s(self, tenant: TenantId, now: float) -> float:
+        """How far its requests are moved back in the order of service."""
+        over = self.excess(tenant, now) - K_EVEN
+        return 0.0 if over <= 0 else K_LAG_S * min(1.0, over)
+
+    def leniency(self, tenant: TenantId, now: float) -> float:
+        """Factor on the slack before its requests are shed; 1 for a tenant that is alone or even."""
+        if len(self._taken) <= 1:
+            return 1.0
+        least, most = K_LENIENCY
+        return min(most, max(least, 2.0 - self.excess(tenant, now)))
+
+    def _now(self, taken: _Taken, now: float) -> float:
+        return taken.seconds * math.exp(min(0.0, taken.as_of_s - now) / K_FORGET_S)
+
+    def _forget(self, now: float) -> None:
+        for name in [name for name, taken in self._taken.items() if self._now(taken, now) < K_GONE]:
+            del self._taken[name]
