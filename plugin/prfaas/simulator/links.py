@@ -33,6 +33,8 @@ class WatchedLink:
         self.estimator = LinkEstimator(self.id, config, agenda.now)
         self.ledger = Ledger(self.id, config.nominal_bps * (1 - config.headroom), queue_limit=0)
         self.estimate: LinkEstimate = self.estimator.estimate(agenda.now)
+        self.told: dict[LinkId, LinkEstimate] = {}
+        """Where the door looks estimates up."""
         self._ticking = False
         self._told_bps = config.nominal_bps * (1 - config.headroom)
         self._sent_before = 0.0
@@ -66,7 +68,7 @@ class WatchedLink:
                 sender="simulated",
             )
         )
-        self.estimate = estimator.estimate(now)
+        self.estimate = self.told[self.id] = estimator.estimate(now)
         capacity_bps = self.estimate.usable_bps * (1 - self._config.headroom)
         if abs(capacity_bps - self._told_bps) > K_NEWS * self._told_bps:
             self._told_bps = capacity_bps

@@ -9,7 +9,7 @@ between events. A transfer's bytes become available in pieces, as prefill's chun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,8 @@ class Pipe:
         self.rates: dict[Transfer, float] = {}
         """Bytes a second of each transfer since `updated_s`."""
         self.updated_s = 0.0
+        self.capacity = 0.0
+        """Bytes a second of payload that all its transfers get together."""
         self.plan = 0
         self.busy_since_s: float | None = None
         self.idle_since_s = -math.inf
@@ -98,21 +100,25 @@ class Network:
         control: Literal["cubic", "bbr"] = "bbr",
         streams: int = 8,
         emulated: bool = False,
+        pairs: Iterable[tuple[str, str]] | None = None,
     ) -> None:
         states = topology.emulated() if emulated else topology.directed()
         self.links: dict[str, Link] = {name: Link(name, state) for name, state in states.items()}
         self.control: Literal["cubic", "bbr"] = control
         self._agenda = agenda
         self.pipes: dict[tuple[str, str], Pipe] = {}
-        for a, b in topology.site_pairs():
+        for a, b in topology.site_pairs() if pairs is None else pairs:
             path = [self.links[link_id] for link_id in topology.path(a, b)]
             self.pipes[a, b] = Pipe(a, b, path, streams)
         self._active: dict[Pipe, None] = {}
+        self._users: dict[str, dict[Pipe, None]] = {name: {} for name in self.links}
+        """Active pipes over each link."""
         self.on_activity: Callable[[Pipe, float], None] | None = None
         """Called when an idle pipe gets something to send."""
 
     def rtt_s(self, a: str, b: str) -> float:
-        return self.pipes[a, b].delay_s + self.pipes[b, a].delay_s
+        there, back = self.pipes[a, b], self.pipes.get((b, a))
+        return there.delay_s + (back or there).delay_s
 
     # Transfers.
 
@@ -143,13 +149,13 @@ class Network:
         else:
             pipe.order.add_bytes(transfer, math.ceil(more))
         if pipe not in self._active:
-            self._active[pipe] = None
+            self._activate(pipe)
             if not pipe.ever_busy or now - pipe.idle_since_s > K_COLD_AFTER_S:
                 pipe.busy_since_s = now
             pipe.ever_busy = True
             if self.on_activity is not None:
                 self.on_activity(pipe, now)
-            self._replan_all(now)
+            self._replan_around(pipe, now)
         else:
             self._replan(pipe, now)
 
@@ -167,7 +173,9 @@ class Network:
 
     def changed(self, now: float) -> None:
         """Links are no longer as they were: settle at the old rates first, by `before_change`."""
-        self._replan_all(now)
+        for pipe in list(self._active):
+            if pipe in self._active:
+                self._replan_around(pipe, now)
 
     def before_change(self, now: float) -> None:
         for pipe in list(self._active):
@@ -195,30 +203,46 @@ class Network:
             if transfer in pipe.order and whole > 0:
                 pipe.order.sent(now, transfer, whole, [transfer])
 
-    def _capacities(self, now: float) -> dict[Pipe, float]:
-        """Bytes a second of payload for each active pipe: max-min over the links, ceilings applied."""
-        wants = {pipe: self._ceiling_bps(pipe, now) for pipe in self._active}
-        got: dict[Pipe, float] = {}
+    def _together(self, pipe: Pipe) -> list[Pipe]:
+        """The active pipes whose rates depend on this one's: those that share a link, and theirs in turn."""
+        found, to_see = {pipe: None}, [pipe]
+        while to_see:
+            for link in to_see.pop().links:
+                for other in self._users[link.id]:
+                    if other not in found:
+                        found[other] = None
+                        to_see.append(other)
+        return list(found)
+
+    def _capacities(self, pipes: list[Pipe], now: float) -> dict[Pipe, float]:
+        """Bytes a second of payload for pipes that share links among themselves alone: max-min, with ceilings.
+
+        Progressive filling: the pipe that can have least gets that, and what is left goes to the others.
+        """
+        wants = {pipe: self._ceiling_bps(pipe, now) for pipe in pipes}
+        if len(pipes) == 1 and not any(link.cross_streams for link in pipes[0].links):
+            return {pipes[0]: wants[pipes[0]] / 8}
         left: dict[str, float] = {}
-        for pipe in wants:
+        weight: dict[str, float] = {}
+        for pipe in pipes:
             for link in pipe.links:
                 left[link.id] = link.rate_bps * payload_share()
-        open_pipes = dict(wants)
-        while open_pipes:
-            # Greedy streams of others count like pipes of their size.
-            fair: dict[str, float] = {}
-            for link_id in {link.id for pipe in open_pipes for link in pipe.links}:
-                weight = sum(1.0 for pipe in open_pipes if any(link.id == link_id for link in pipe.links))
-                weight += self.links[link_id].cross_streams / max(1, next(iter(open_pipes)).streams)
-                fair[link_id] = left[link_id] / weight
-            limits = {
-                pipe: min(want, *(fair[link.id] for link in pipe.links)) for pipe, want in open_pipes.items()
-            }
-            pipe = min(limits, key=lambda one: limits[one])
-            got[pipe] = limits[pipe] / 8
-            for link in pipe.links:
-                left[link.id] = max(0.0, left[link.id] - limits[pipe])
-            del open_pipes[pipe]
+                # Greedy streams of others count like pipes of their size.
+                weight.setdefault(link.id, link.cross_streams / max(1, pipe.streams))
+                weight[link.id] += 1.0
+        got: dict[Pipe, float] = {}
+        while wants:
+            least, least_bps = None, math.inf
+            for pipe, want in wants.items():
+                limit = min(want, *[left[link.id] / weight[link.id] for link in pipe.links])
+                if limit < least_bps or least is None:
+                    least, least_bps = pipe, limit
+            assert least is not None  # wants isn't empty
+            got[least] = least_bps / 8
+            del wants[least]
+            for link in least.links:
+                left[link.id] = max(0.0, left[link.id] - least_bps)
+                weight[link.id] -= 1.0
         return got
 
     def _ceiling_bps(self, pipe: Pipe, now: float) -> float:
@@ -235,15 +259,33 @@ class Network:
                 ceiling = ramp
         return ceiling
 
-    def _replan_all(self, now: float) -> None:
-        for pipe in list(self._active):
-            self._settle(pipe, now)
-        if len(self._active) == 1:
-            self._replan(next(iter(self._active)), now)
+    def _activate(self, pipe: Pipe) -> None:
+        self._active[pipe] = None
+        for link in pipe.links:
+            self._users[link.id][pipe] = None
+
+    def _rest(self, pipe: Pipe, now: float) -> None:
+        """It has nothing to send for now."""
+        del self._active[pipe]
+        for link in pipe.links:
+            del self._users[link.id][pipe]
+        pipe.idle_since_s = now
+
+    def _replan_around(self, pipe: Pipe, now: float) -> None:
+        """Rates anew for all whose rates depend on this pipe's."""
+        others = self._together(pipe) if pipe in self._active else []
+        for link in pipe.links:
+            for other in self._users[link.id]:
+                if other not in others:
+                    others += [one for one in self._together(other) if one not in others]
+        if not others:
             return
-        capacities = self._capacities(now)
-        for pipe in list(self._active):
-            self._replan(pipe, now, capacities.get(pipe))
+        for one in others:
+            self._settle(one, now)
+        capacities = self._capacities(others, now)
+        for one in others:
+            if one is pipe or capacities[one] != one.capacity:
+                self._replan(one, now, capacities[one])
 
     def _replan(self, pipe: Pipe, now: float, capacity: float | None = None) -> None:
         """Land what has arrived, share the rate anew, and say when to look again. `pipe` is settled."""
@@ -254,13 +296,15 @@ class Network:
         if not eligible:
             pipe.rates = {}
             if pipe in self._active:
-                del self._active[pipe]
-                pipe.idle_since_s = now
-                if self._active:
-                    self._replan_all(now)
+                self._rest(pipe, now)
+                self._replan_around(pipe, now)
             return
+        if pipe.busy_since_s is not None and capacity is None:
+            # Gathering speed: what it can take changes with time.
+            capacity = self._capacities(self._together(pipe), now)[pipe]
         if capacity is None:
-            capacity = self._capacities(now).get(pipe, 0.0)
+            capacity = pipe.capacity
+        pipe.capacity = capacity
         for one in eligible:
             if one not in pipe.order:  # whole bytes ran out a crumb before the fluid did
                 pipe.order.add(one, 1, one.deadline_s)

@@ -40,6 +40,8 @@ class Settings:
     """Whether the links' ledgers are asked before a transfer starts."""
     service_order: Literal["fcfs", "deadline"] = "fcfs"
     """Order in which prefill takes its queue."""
+    homes: tuple[SiteId, ...] = ()
+    """Sites whose users the requests are, in turn: each is decoded at home. Empty: wherever the policy says."""
     timeout_s: float = math.inf
     """A request without a first token by then is answered with an error."""
 
@@ -93,7 +95,11 @@ class World:
         network.on_activity = lambda pipe, now: self.links[LinkId(pipe.source, pipe.target)].wake(now)
         self._sites: dict[SiteId, SiteObservation] = {}
         self._sites_at_s = -math.inf
+        self._around: dict[SiteId, dict[SiteId, SiteObservation]] = {}
         self._estimates: dict[LinkId, LinkEstimate] = {}
+        for link_id, link in self.links.items():
+            self._estimates[link_id] = link.estimate
+            link.told = self._estimates
         self._requests: Iterator[TimedRequest] = iter(())
         self.exhausted = True
         """No further arrivals."""
@@ -128,14 +134,20 @@ class World:
 
     # The door.
 
-    def snapshot(self, now: float) -> Snapshot:
-        """What the door knows at `now`."""
+    def snapshot(self, now: float, home: SiteId | None = None) -> Snapshot:
+        """What the door knows at `now`: all, or what lies around a home: itself and those with a way to it."""
         if now - self._sites_at_s >= self.settings.observe_every_s or not self._sites:
             self._sites_at_s = now
             self._sites = {site: self._observe(site, now) for site in self._by_site}
-        for link_id, link in self.links.items():
-            self._estimates[link_id] = link.estimate
-        return Snapshot(now, self._sites, self._estimates)
+            self._around = {
+                home: {
+                    site: seen
+                    for site, seen in self._sites.items()
+                    if site == home or (site, home) in self.network.pipes
+                }
+                for home in self.settings.homes
+            }
+        return Snapshot(now, self._sites if home is None else self._around[home], self._estimates)
 
     def _observe(self, site: SiteId, now: float) -> SiteObservation:
         prefills = decodes = running = waiting = slots = 0
@@ -162,6 +174,10 @@ class World:
             decode_slots=slots,
         )
 
+    def _home(self, request: TimedRequest) -> SiteId | None:
+        homes = self.settings.homes
+        return homes[request.index % len(homes)] if homes else None
+
     def _view(self, live: Live) -> RequestView:
         request = live.request
         cached: dict[SiteId, int] = {}
@@ -181,6 +197,7 @@ class World:
             str(request.index),
             request.prompt_tokens,
             request.arrival_s,
+            home=self._home(request),
             cached_tokens=cached,
             output_tokens=request.output_tokens,
             tenant=request.tenant,
@@ -193,7 +210,7 @@ class World:
         if live.over:
             return
         live.view = view = self._view(live)
-        decision = self.policy.decide(view, self.snapshot(now), now)
+        decision = self.policy.decide(view, self.snapshot(now, view.home), now)
         live.decision = decision
         if decision.action is Action.DISPATCH:
             self._dispatch(live, decision, now)
@@ -307,7 +324,7 @@ class World:
         assert decode is not None
         assert prefill is not None
         assert prefill_job is not None
-        delay_s = 0.0 if live.link is None else self.network.pipes[live.link[1], live.link[0]].delay_s
+        delay_s = 0.0 if live.link is None else self.network.pipes[live.link].delay_s
 
         def begin(at_s: float) -> None:
             if live.over or prefill_job.void:
