@@ -107,8 +107,10 @@ class Server(Strict):
     models: tuple[str, ...] = ()
     """Models it serves; empty: all of them."""
     kv_events: KvEvents | None = None
+    states_limit: Annotated[int, Field(ge=1)] | None = None
+    """Hybrid models: states its prefix cache keeps (--max-mamba-cache-size); None: not limited."""
     max_running: Annotated[int, Field(ge=1)] | None = None
-    """Batch limit of a decode server; None: unknown."""
+    """Batch limit of a decode server; None: what it reports."""
     key_file: str | None = None
     """The server's --api-key, if it has one."""
 

@@ -73,10 +73,11 @@ class Door:
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
         on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+        on_prefilled: Callable[[str, Prompt, int | None], None] = lambda server, prompt, cached: None,
     ) -> None:
         self._scheduler, self._clients, self._off_loop = scheduler, clients, off_loop
         self._metrics, self._rng, self._clock = metrics, rng, clock
-        self._on_outcome = on_outcome
+        self._on_outcome, self._on_prefilled = on_outcome, on_prefilled
         self.background: set[asyncio.Task[None]] = set()
         """Aborts and prefill answers that are still under way."""
         self.apply(config, readers)
@@ -157,7 +158,7 @@ class Door:
                 return await self._answer(request, asked, attempt, opened, outcome, wishes)
             finally:
                 await attempt.close()
-                self._compare(attempt, outcome)
+                self._compare(attempt, ticket, outcome)
         finally:
             self._scheduler.on_finished(ticket)
 
@@ -297,9 +298,11 @@ class Door:
         self._scheduler.on_first_token(ticket, answer.cached_tokens if answer else None)
         self._metrics.ttft.labels(outcome.site or "").observe(outcome.ttft_s or 0.0)
 
-    def _compare(self, attempt: Attempt, outcome: Outcome) -> None:
+    def _compare(self, attempt: Attempt, ticket: Ticket, outcome: Outcome) -> None:
         """Was the prefix prediction right?"""
         answer = attempt.prefill_answer
+        if answer is not None and attempt.route.prefill is not None:
+            self._on_prefilled(attempt.route.prefill.name, ticket.prompt, answer.cached_tokens)
         outcome.cached_tokens = answer.cached_tokens if answer else None
         if outcome.cached_tokens is not None and outcome.predicted_cached_tokens is not None:
             equal = outcome.cached_tokens == outcome.predicted_cached_tokens

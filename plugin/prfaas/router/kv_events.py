@@ -1,20 +1,21 @@
-"""One server's KV event stream: subscribed, in order, gaps closed by replay, garbage counted and dropped.
+"""One server's KV event stream: the socket around routing's EventFeed, which puts messages into order.
 
-SGLang publishes [topic, sequence (8 bytes, big endian), msgpack [timestamp, [event …], dp rank]] and answers
-a replay request for a sequence with everything it still has from there on. A gap that replay can't close
-makes the index forget the server: what it doesn't know about it must not promise.
+SGLang publishes [topic, sequence (8 bytes, big endian), payload] and answers a replay request for a sequence
+with everything it still has from there on. What can't be had, or isn't understood, makes the index forget
+the server: what isn't known of it must not be promised.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol
 
-import msgspec
 import zmq
 import zmq.asyncio
 
 from prfaas.config.router import KvEvents
+from prfaas.routing import EventFeed, KvEvent, Received
 from prfaas.telemetry.router_metrics import RouterMetrics
 
 K_REPLAY_S = 2.0
@@ -28,8 +29,8 @@ K_END = b"\xff" * 8
 class EventSink(Protocol):
     """What takes the events of one server."""
 
-    def on_batch(self, server: str, sequence: int, payload: bytes) -> None:
-        """A batch in order. Raises ValueError for what isn't one; then nothing has changed."""
+    def on_events(self, server: str, events: Sequence[KvEvent]) -> None:
+        """In order, without a gap since the last call or on_lost."""
         ...
 
     def on_lost(self, server: str) -> None:
@@ -50,8 +51,7 @@ class KvEventReader:
     ) -> None:
         self._server, self._config, self._sink = server, config, sink
         self._metrics, self._context = metrics, context
-        self.next_sequence: int | None = None
-        """Of the batch to come; None: nothing has come yet."""
+        self._feed = EventFeed()
         self._last_live: int | None = None
         self._disconnected = False
 
@@ -66,8 +66,7 @@ class KvEventReader:
             await self._replay(0)  # what was published before we came
             taken = 0
             while True:
-                frames = await socket.recv_multipart()
-                await self._take(frames)
+                await self._take(await socket.recv_multipart())
                 taken += 1
                 if taken % K_YIELD_EVERY == 0:
                     # Messages that are there already come without a pause: others want the loop too.
@@ -97,31 +96,22 @@ class KvEventReader:
         sequence = int.from_bytes(frames[1], "big")
         before, self._last_live = self._last_live, sequence
         if self._disconnected or (before is not None and sequence <= before):
-            # The server may have begun anew, counting from 0: what was known of it is not known any more.
+            # It may have begun anew, counting from 0, and said things while nobody listened.
             self._disconnected = False
-            if self.next_sequence is not None:
-                self._lost("restart")
-            self.next_sequence = None
+            self._feed = EventFeed()
+            self._lost("restart")
             await self._replay(0)
-        wanted = self.next_sequence
-        if wanted is not None and sequence > wanted:
-            await self._replay(wanted)
-            wanted = self.next_sequence
-        if wanted is not None and sequence < wanted:
-            return  # replay has brought it
-        if sequence != (wanted or 0):
-            self._lost("forgetting")
-        self._apply(sequence, frames[2])
+        self._hand_on(received := self._feed.on_message(sequence, frames[2]))
+        if received.replay_from is not None:
+            await self._replay(received.replay_from)
 
-    def _apply(self, sequence: int, payload: bytes) -> None:
-        self.next_sequence = sequence + 1
-        try:
-            self._sink.on_batch(self._server, sequence, payload)
-        except (ValueError, msgspec.DecodeError):
-            # Its content is lost, so what the server holds is no longer known.
+    def _hand_on(self, received: Received) -> None:
+        for _ in range(received.garbage):
             self._refuse("batch")
-            self._sink.on_lost(self._server)
-        else:
+        if received.reset:
+            self._lost("forgetting")
+        if received.events:
+            self._sink.on_events(self._server, received.events)
             self._metrics.kv_events.labels(self._server).inc()
 
     def _refuse(self, cause: str) -> None:
@@ -132,33 +122,33 @@ class KvEventReader:
         self._sink.on_lost(self._server)
 
     async def _replay(self, start: int) -> None:
-        """Ask for everything from `start` on, and apply what fits. Gives up after K_REPLAY_S."""
-        if self._config.replay_endpoint is None:
-            return
-        socket = self._socket(zmq.DEALER)
-        try:
-            socket.connect(self._config.replay_endpoint)
-            async with asyncio.timeout(K_REPLAY_S):
-                await socket.send_multipart([b"", start.to_bytes(8, "big")])
-                while True:
-                    frames = await socket.recv_multipart()
-                    # [b"", topic, sequence, payload], or without a topic where the version has none.
-                    if len(frames) < 3 or len(frames[-2]) != 8:
-                        self._refuse("replay")
-                        return
-                    if frames[-2] == K_END:
-                        break
-                    sequence = int.from_bytes(frames[-2], "big")
-                    if self.next_sequence is None and sequence > 0:
-                        self._lost("forgetting")
-                    elif self.next_sequence is not None and sequence != self.next_sequence:
-                        if sequence < self.next_sequence:
-                            continue
-                        self._lost("forgetting")
-                    self._apply(sequence, frames[-1])
-            if start:
-                self._metrics.kv_gaps.labels(self._server, "replay").inc()
-        except TimeoutError:
-            self._refuse("replay timeout")
-        finally:
-            socket.close(linger=0)
+        """Ask for everything from `start` on; what stays missing is given up."""
+        if self._config.replay_endpoint is not None:
+            socket = self._socket(zmq.DEALER)
+            try:
+                socket.connect(self._config.replay_endpoint)
+                async with asyncio.timeout(K_REPLAY_S):
+                    await socket.send_multipart([b"", start.to_bytes(8, "big")])
+                    await self._replayed(socket)
+                if start:
+                    self._metrics.kv_gaps.labels(self._server, "replay").inc()
+            except TimeoutError:
+                self._refuse("replay timeout")
+            finally:
+                socket.close(linger=0)
+        self._hand_on(self._feed.on_replay_failed())
+
+    async def _replayed(self, socket: zmq.asyncio.Socket) -> None:
+        taken = 0
+        while True:
+            # [b"", topic, sequence, payload], or without a topic where the version has none.
+            frames = await socket.recv_multipart()
+            if len(frames) < 3 or len(frames[-2]) != 8:
+                self._refuse("replay")
+                return
+            if frames[-2] == K_END:
+                return
+            self._hand_on(self._feed.on_replayed(int.from_bytes(frames[-2], "big"), frames[-1]))
+            taken += 1
+            if taken % K_YIELD_EVERY == 0:
+                await asyncio.sleep(0)

@@ -1,40 +1,88 @@
-"""The prefix index as the router keeps it: fed by the servers' KV events, asked for each prompt."""
+"""The prefix index as the router keeps it: fed by KV events and by prefill's answers, asked for each prompt.
+
+KV events say nothing of the states of hybrid models. They are booked by the rule (routing.prefix_index): a
+prefill server keeps one at the end of each prompt it has prefilled, and what it reports to have reused shows
+where one was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from prfaas.config.router import Model, RouterConfig
 from prfaas.model.ids import ModelId
 from prfaas.router.fleet import ServerHandle
 from prfaas.router.tokens import Hasher, Prompt
-from prfaas.telemetry.router_metrics import RouterMetrics
+from prfaas.routing import KvEvent, PrefixIndex, block_hashes
 
 
 class PrefixBook:
-    """Who has which prefix. Without KV events nothing is known, and nothing promised."""
+    """Who has which prefix. Of servers without KV events nothing is known, and nothing promised."""
 
-    def __init__(self, config: RouterConfig, metrics: RouterMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, config: RouterConfig) -> None:
+        self.index = PrefixIndex()
+        self._models: dict[str, Model] = {}
+        self._holders: dict[str, Model] = {}
         self.apply(config)
 
     def apply(self, config: RouterConfig) -> None:
-        self._config = config
+        """Take over a configuration. Raises UsageError when a model's page size has changed."""
+        for model in config.models:
+            self.index.add_model(model.name, model.page_tokens)
+        self._models = {model.name: model for model in config.models}
+        self._heard = {
+            model.name
+            for model in config.models
+            for _, server in config.servers()
+            if server.kv_events is not None and (not server.models or model.name in server.models)
+        }
 
     def hasher(self, model: Model) -> Hasher | None:
-        return None
+        """What hashes a prompt's blocks; None where no server tells what it has."""
+        if model.name not in self._heard:
+            return None
+        return partial(block_hashes, block_tokens=model.page_tokens)
 
     def add_server(self, handle: ServerHandle) -> None:
-        return None
+        """A server whose events are about to be read. One that could serve several models isn't indexed."""
+        names = handle.config.models or tuple(self._models)
+        if len(names) != 1:
+            return
+        model = self._models[names[0]]
+        self._holders[handle.name] = model
+        self.index.add_holder(
+            handle.name,
+            model.name,
+            hybrid=model.layers == "hybrid",
+            states_limit=handle.config.states_limit,
+        )
 
     def remove_server(self, name: str) -> None:
-        return None
+        if self._holders.pop(name, None) is not None:
+            self.index.remove_holder(name)
 
     def cached_tokens(self, model: ModelId, prompt: Prompt) -> Mapping[str, int]:
-        return {}
+        """Usable prefix by server, 0 for those that are heard and have none."""
+        if not prompt.block_hashes:
+            return {}
+        found = dict.fromkeys((name for name, one in self._holders.items() if one.name == model), 0)
+        found.update(self.index.lookup(model, prompt.block_hashes, prompt.tokens))
+        return found
 
-    def on_batch(self, server: str, sequence: int, payload: bytes) -> None:
-        return None
+    def on_prefilled(self, server: str, prompt: Prompt, cached_tokens: int | None) -> None:
+        """A prefill server has answered; cached_tokens is what it says it reused."""
+        model = self._holders.get(server)
+        if model is None or model.layers != "hybrid" or not prompt.block_hashes:
+            return
+        if cached_tokens and cached_tokens % model.page_tokens == 0:
+            blocks = cached_tokens // model.page_tokens
+            if blocks <= len(prompt.block_hashes):
+                self.index.on_state(server, prompt.block_hashes[blocks - 1])
+        self.index.on_state(server, prompt.block_hashes[-1])
+
+    def on_events(self, server: str, events: Sequence[KvEvent]) -> None:
+        self.index.apply(server, events)
 
     def on_lost(self, server: str) -> None:
-        return None
+        self.index.clear(server)

@@ -197,6 +197,10 @@ class Scheduler:
             home=self._config.home,
             cached_tokens=by_site,
             decode_cached_tokens=decode_by_site,
+            # Of a server that isn't heard nothing may be hoped, once another is known to have something.
+            instance_cached_tokens={one.name: ticket.cached.get(one.name, 0) for one in self._servers}
+            if ticket.cached
+            else {},
             output_tokens=ticket.output_tokens,
             tenant=ticket.tenant,
             slo_class=ticket.slo_class,

@@ -77,7 +77,7 @@ class Router:
         )
         self.links = LinkBook(cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s)
         self.links.apply(config.links, cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s)
-        self.prefixes = PrefixBook(config, self.metrics)
+        self.prefixes = PrefixBook(config)
         self._log = self._open_log(config)
         self.scheduler = Scheduler(
             config,
@@ -104,6 +104,7 @@ class Router:
             rng=self._rng,
             clock=clock,
             on_outcome=self._on_outcome,
+            on_prefilled=self.prefixes.on_prefilled,
         )
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._zmq: zmq.asyncio.Context | None = None
@@ -288,6 +289,7 @@ class Router:
                     raise ConfigError(
                         "the configuration", "listen", config.listen.port, "changing it needs a restart"
                     )
+                self.prefixes.apply(config)
                 readers = await asyncio.to_thread(self._make_readers, config, self._readers)
                 if self._tls is not None and config.listen.tls is not None:
                     load_certificates(self._tls, config.listen.tls)
@@ -300,7 +302,6 @@ class Router:
             self.links.apply(
                 config.links, cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s
             )
-            self.prefixes.apply(config)
             self.clients.apply(config)
             self.door.apply(config, {name: reader for name, (_, reader) in readers.items()})
             for handle in self._adopt(config):

@@ -20,6 +20,8 @@ from prfaas.router.template import ChatTemplate, TemplateError, load_template
 K_CHARS_PER_TOKEN = 4
 """Where a prompt can't be tokenised here (embeddings, a template that refuses): about this many."""
 
+K_NAMESPACES = ("cache_salt", "extra_key", "lora_path")
+
 T = TypeVar("T")
 Hasher = Callable[[Sequence[int]], tuple[int, ...]]
 
@@ -80,21 +82,24 @@ class PromptReader:
         fields = asked.fields
         if asked.endpoint is Endpoint.CHAT:
             given = fields.get("input_ids")
-            return self._one(given if given else self._chat(fields))
+            return self._one(given if given else self._chat(fields), fields)
         value = fields.get("prompt") if asked.endpoint is Endpoint.COMPLETIONS else fields.get("text")
         if value is None:
             value = fields.get("input_ids")
         if value is None:
             return Prompt(tokens=max(1, len(fields["input_embeds"])), exact=False)
         if isinstance(value, str):
-            return self._one(self.encode(value, special=True))
+            return self._one(self.encode(value, special=True), fields)
         if isinstance(value[0], int):
-            return self._one(value)
+            return self._one(value, fields)
         sizes = [len(self.encode(one, special=True) if isinstance(one, str) else one) for one in value]
         return Prompt(tokens=sum(sizes), prompts=len(sizes))
 
-    def _one(self, ids: Sequence[int]) -> Prompt:
-        return Prompt(tokens=len(ids), ids=ids, block_hashes=self._hasher(ids) if self._hasher else ())
+    def _one(self, ids: Sequence[int], fields: dict[str, Any]) -> Prompt:
+        # What a server keeps under a salt or for an adapter matches no plain prompt.
+        apart = any(fields.get(name) is not None for name in K_NAMESPACES)
+        hashes = self._hasher(ids) if self._hasher and not apart else ()
+        return Prompt(tokens=len(ids), ids=ids, block_hashes=hashes)
 
     def _chat(self, fields: dict[str, Any]) -> list[int]:
         if self._template is None:

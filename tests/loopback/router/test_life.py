@@ -19,7 +19,6 @@ from prfaas.config.router import RouterConfig, load_router_config
 from prfaas.model.errors import ConfigError, MachineError, UsageError
 from prfaas.router.service import Router
 
-
 K_COMMAND = """
 import argparse, sys
 from prfaas.cli import router
