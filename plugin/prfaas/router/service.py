@@ -122,11 +122,12 @@ class Router:
         """Readers by model; unchanged models keep theirs. Raises ConfigError."""
         readers = {}
         for model in config.models:
-            kept = former.get(model.name)
+            kept, hasher = former.get(model.name), self.prefixes.hasher(model)
             if kept is not None and kept[0] == model:
+                kept[1].hasher = hasher
                 readers[model.name] = kept
             else:
-                readers[model.name] = (model, PromptReader(model, self.prefixes.hasher(model)))
+                readers[model.name] = (model, PromptReader(model, hasher))
         return readers
 
     def _open_log(self, config: RouterConfig) -> EventLog | None:

@@ -47,7 +47,8 @@ class PromptReader:
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._kwargs = model.chat_template_kwargs
-        self._hasher = hasher
+        self.hasher = hasher
+        """What hashes a prompt's blocks; None: nobody tells what it has."""
         if model.tokenizer is None:
             return
         folder = Path(model.tokenizer)
@@ -98,7 +99,7 @@ class PromptReader:
     def _one(self, ids: Sequence[int], fields: dict[str, Any]) -> Prompt:
         # What a server keeps under a salt or for an adapter matches no plain prompt.
         apart = any(fields.get(name) is not None for name in K_NAMESPACES)
-        hashes = self._hasher(ids) if self._hasher and not apart else ()
+        hashes = self.hasher(ids) if self.hasher and not apart else ()
         return Prompt(tokens=len(ids), ids=ids, block_hashes=hashes)
 
     def _chat(self, fields: dict[str, Any]) -> list[int]:
