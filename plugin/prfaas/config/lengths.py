@@ -25,8 +25,7 @@ class LognormalConfig(Strict):
     def _some_mass(self) -> LognormalConfig:
         if self.max <= self.min:
             raise ValueError(f"max must be above min, {self.min}")
-        kept = self.lengths()
-        if not kept._whole > 1e-9:
+        if not self.lengths().kept > 1e-9:
             raise ValueError(f"no length between min {self.min} and max {self.max} is at all likely")
         return self
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from statistics import NormalDist
 
@@ -35,7 +36,7 @@ class Lengths(ABC):
     def quantile(self, u: float) -> float:
         """The least length that a share `u` of requests, 0 ≤ u ≤ 1, does not exceed."""
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return self.mass_above(-1.0)
 
@@ -105,6 +106,14 @@ class Uniform(Lengths):
         return self.low + u * (self.high - self.low)
 
 
+def _cdf(z: float) -> float:
+    """Φ, of the standard normal distribution."""
+    return 0.5 * math.erfc(-z * _K_ROOT_HALF)
+
+
+_K_ROOT_HALF = math.sqrt(0.5)
+
+
 @dataclass(frozen=True)
 class TruncatedLognormal(Lengths):
     """ln L ~ N(mu, sigma²), restricted to [low, high] and renormalised: no mass sits on the bounds."""
@@ -117,22 +126,32 @@ class TruncatedLognormal(Lengths):
     def _z(self, tokens: float) -> float:
         return (math.log(min(max(tokens, self.low), self.high)) - self.mu) / self.sigma
 
+    @cached_property
+    def _bounds(self) -> tuple[float, float]:
+        """Φ at both bounds."""
+        return _cdf(self._z(self.low)), _cdf(self._z(self.high))
+
     @property
-    def _whole(self) -> float:
-        return _NORMAL.cdf(self._z(self.high)) - _NORMAL.cdf(self._z(self.low))
+    def kept(self) -> float:
+        """Probability that an unrestricted length lies within the bounds."""
+        below, above = self._bounds
+        return above - below
+
+    @cached_property
+    def _mass(self) -> tuple[float, float]:
+        """Φ(z_high − sigma), and exp(mu + sigma²/2) over the probability that is kept."""
+        return _cdf(self._z(self.high) - self.sigma), math.exp(self.mu + self.sigma**2 / 2) / self.kept
 
     def share_above(self, tokens: float) -> float:
-        return (_NORMAL.cdf(self._z(self.high)) - _NORMAL.cdf(self._z(tokens))) / self._whole
+        return (self._bounds[1] - _cdf(self._z(tokens))) / self.kept
 
     def mass_above(self, tokens: float) -> float:
         # E[L; a < L ≤ b] = exp(mu + sigma²/2) [Φ(z_b − sigma) − Φ(z_a − sigma)], over the mass that is kept.
-        upper = _NORMAL.cdf(self._z(self.high) - self.sigma)
-        lower = _NORMAL.cdf(self._z(tokens) - self.sigma)
-        return math.exp(self.mu + self.sigma**2 / 2) * (upper - lower) / self._whole
+        upper, factor = self._mass
+        return factor * (upper - _cdf(self._z(tokens) - self.sigma))
 
     def quantile(self, u: float) -> float:
-        below = _NORMAL.cdf(self._z(self.low))
-        at = min(max(below + u * self._whole, 1e-300), 1 - 1e-16)
+        at = min(max(self._bounds[0] + u * self.kept, 1e-300), 1 - 1e-16)
         return min(max(math.exp(self.mu + self.sigma * _NORMAL.inv_cdf(at)), self.low), self.high)
 
 

@@ -6,10 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from prfaas.planner import equations
 from prfaas.planner.cost import Prices
 from prfaas.planner.optimum import thresholds
-from prfaas.planner.queueing import PathTimes, Ttft, cells_of_paths, mgk_wait, transfer_tail_s
+from prfaas.planner.queueing import (
+    Floats,
+    PathTimes,
+    Ttft,
+    cells_of_paths,
+    each,
+    mgk_wait,
+    transfer_tail_s,
+)
 from prfaas.planner.system import System, decode_limit_rps
 
 
@@ -127,18 +137,18 @@ def instances_for(system: System, rate_rps: float, slo: Slo, prices: Prices, gri
     return best
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Path:
     """One path without its queue."""
 
     share: float
     rate_rps: float
-    service_s: tuple[float, ...]
-    after_s: tuple[float, ...]
+    service_s: Floats
+    after_s: Floats
 
     @property
     def least_servers(self) -> int:
-        return math.floor(self.rate_rps * sum(self.service_s) / len(self.service_s)) + 1
+        return math.floor(self.rate_rps * float(self.service_s.mean())) + 1
 
     def with_servers(self, servers: int) -> PathTimes:
         wait = mgk_wait(servers, self.rate_rps, self.service_s)
@@ -156,11 +166,11 @@ def _size(
         return math.inf
     paths = []
     if long:
-        after = tuple(transfer_tail_s(system, tokens, free) for tokens in long)
-        paths.append(_Path(p, rate_rps * p, tuple(map(system.prfaas_prefill, long)), after))
+        after = each(lambda tokens: transfer_tail_s(system, tokens, free), long)
+        paths.append(_Path(p, rate_rps * p, each(system.prfaas_prefill, long), after))
     if short:
-        service = tuple(map(system.local_prefill, short))
-        paths.append(_Path(1 - p, rate_rps * (1 - p), service, (0.0,) * len(short)))
+        service = each(system.local_prefill, short)
+        paths.append(_Path(1 - p, rate_rps * (1 - p), service, np.zeros(len(short))))
     plenty = [_enough(path) for path in paths]
     unqueued = Ttft(tuple(path.with_servers(n) for path, n in zip(paths, plenty, strict=True)))
     if unqueued.within(slo.ttft_s) < slo.quantile:

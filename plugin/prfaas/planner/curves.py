@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from prfaas.planner.baselines import homogeneous, naive
-from prfaas.planner.optimum import best_threshold, optimum, thresholds
+from prfaas.planner.optimum import best_threshold, grid_of, optimum, thresholds
 from prfaas.planner.system import Plan, System, cut_at, evaluate, plan_of
 
 
@@ -84,11 +84,11 @@ def _local_limit(plan: Plan) -> float | None:
 
 def over_split(system: System, threshold_tokens: float) -> list[SplitPoint]:
     """Λ_max(N_p), at N_p + N_d fixed."""
-    cuts = [cut_at(system, t) for t in thresholds(system)]
+    grid = grid_of(system)
     points = []
     for prefill in range(1, system.local_instances):
         held = evaluate(system, threshold_tokens, prefill)
-        best = best_threshold(system, prefill, cuts)
+        best = best_threshold(system, prefill, grid)
         p = held.offloaded_share
         local = _local_limit(held)
         points.append(
@@ -121,14 +121,15 @@ def over_bandwidth(
     for i in range(count):
         gbps = low_gbps * (high_gbps / low_gbps) ** (i / (count - 1))
         changed = system.changed(egress_bps=gbps * 1e9)
-        best = optimum(changed)
+        grid = grid_of(changed)
+        best = optimum(changed, grid)
         points.append(
             BandwidthPoint(
                 egress_gbps=gbps,
                 optimum_rps=best.throughput_rps,
                 optimum_threshold_tokens=best.threshold_tokens,
                 optimum_prefill=best.prefill,
-                best_threshold_rps=best_threshold(changed, plan.prefill).throughput_rps,
+                best_threshold_rps=best_threshold(changed, plan.prefill, grid).throughput_rps,
                 held_rps=evaluate(changed, plan.threshold_tokens, plan.prefill).throughput_rps,
                 naive_rps=naive(changed).throughput_rps,
                 homogeneous_rps=alone,

@@ -7,13 +7,14 @@ At the optimum Θ_prfaas / p = Θ_pd-p / (1 − p) and, so far as whole instance
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from prfaas.planner.system import Cut, Plan, System, cut_at, plan_of
+from prfaas.planner.system import Cut, Plan, System, cut_at, decode_limit_rps, plan_of
 
-K_GRID = 160
-K_REFINED = 24
-K_ROUNDS = 4
+K_GRID = 96
+K_REFINED = 8  # cells that the neighbourhood of the best is cut into, each round
+K_ROUNDS = 7  # 4⁷ times finer than the grid
+K_LEADING = 3  # splits that are refined
 
 
 def thresholds(system: System, count: int = K_GRID) -> list[float]:
@@ -26,39 +27,43 @@ def thresholds(system: System, count: int = K_GRID) -> list[float]:
     return [0.0, *inner, high]
 
 
-def worth(plan: Plan) -> tuple[float, float]:
-    """What is maximised: Λ_max; where that is equal (decode limits), the room that prefill leaves."""
-    p = plan.offloaded_share
-    room = min(
-        plan.prfaas_rps / p if plan.prfaas_rps is not None and p > 0 else math.inf,
-        plan.local_prefill_rps / (1 - p) if plan.local_prefill_rps is not None and p < 1 else math.inf,
-    )
-    return plan.throughput_rps, room
+def grid_of(system: System) -> list[Cut]:
+    """The grid's cuts, for several searches over one system."""
+    return [cut_at(system, threshold) for threshold in thresholds(system)]
 
 
-def best_threshold(system: System, prefill: int, cuts: list[Cut] | None = None) -> Plan:
-    """The best threshold at N_p prefill instances. `cuts`: of the grid, where the caller has them."""
-    grid = cuts if cuts is not None else [cut_at(system, t) for t in thresholds(system)]
-    plans = [plan_of(system, cut, prefill) for cut in grid]
-    place = max(range(len(plans)), key=lambda i: worth(plans[i]))
-    best = plans[place]
-    low = plans[max(place - 1, 0)].threshold_tokens
-    high = plans[min(place + 1, len(plans) - 1)].threshold_tokens
+def best_cut(system: System, prefill: int, grid: Sequence[Cut]) -> tuple[tuple[float, float], Cut]:
+    """The best threshold at N_p prefill instances, with its worth."""
+    decode_rps = decode_limit_rps(system, system.local_instances - prefill)
+
+    def worth(cut: Cut) -> tuple[float, float]:
+        return cut.worth(prefill, decode_rps)
+
+    place = max(range(len(grid)), key=lambda i: worth(grid[i]))
+    best = grid[place]
+    low = grid[max(place - 1, 0)].threshold_tokens
+    high = grid[min(place + 1, len(grid) - 1)].threshold_tokens
     for _ in range(K_ROUNDS):
         step = (high - low) / K_REFINED
-        finer = [plan_of(system, cut_at(system, low + step * i), prefill) for i in range(K_REFINED + 1)]
-        best = max((best, *finer), key=worth)
+        best = max(best, *(cut_at(system, low + step * i) for i in range(K_REFINED + 1)), key=worth)
         low, high = max(best.threshold_tokens - step, 0.0), best.threshold_tokens + step
-    return best
+    return worth(best), best
 
 
-def optimum(system: System, splits: Iterable[int] | None = None) -> Plan:
-    """The best (t, N_p), N_p + N_d fixed; over some splits only, where they are given."""
-    cuts = [cut_at(system, t) for t in thresholds(system)]
-    choice = range(system.local_instances) if splits is None else splits
-    # The grid decides which splits are worth refining: a cell's gain is at most its neighbours' difference.
-    coarse = {n: max(worth(plan_of(system, cut, n)) for cut in cuts) for n in choice}
-    if not coarse:
-        raise ValueError("no split to choose from")
-    leading = sorted(coarse, key=lambda n: coarse[n], reverse=True)[:3]
-    return max((best_threshold(system, n, cuts) for n in leading), key=worth)
+def best_threshold(system: System, prefill: int, grid: Sequence[Cut] | None = None) -> Plan:
+    """The best plan at N_p prefill instances. `grid`: where the caller has it."""
+    _, cut = best_cut(system, prefill, grid_of(system) if grid is None else grid)
+    return plan_of(system, cut, prefill)
+
+
+def optimum(system: System, grid: Sequence[Cut] | None = None) -> Plan:
+    """The best (t, N_p), N_p + N_d fixed."""
+    grid = grid_of(system) if grid is None else grid
+    coarse: dict[int, tuple[float, float]] = {}
+    for prefill in range(system.local_instances):
+        decode_rps = decode_limit_rps(system, system.local_instances - prefill)
+        coarse[prefill] = max(cut.worth(prefill, decode_rps) for cut in grid)
+    leading = sorted(coarse, key=lambda n: coarse[n], reverse=True)[:K_LEADING]
+    found = {prefill: best_cut(system, prefill, grid) for prefill in leading}
+    best = max(found, key=lambda n: found[n][0])
+    return plan_of(system, found[best][1], best)

@@ -6,11 +6,16 @@ any request, prompts prefilled one at a time. Splitting Poisson arrivals by leng
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from prfaas.planner.system import System
+
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 def erlang_c(servers: int, load: float) -> float:
@@ -32,54 +37,51 @@ class Wait:
     """Over all arrivals."""
     utilisation: float
 
-    def above(self, seconds: float) -> float:
-        """P(W > seconds)."""
-        if seconds < 0:
-            return 1.0
-        if self.mean_s <= 0:
-            return 0.0
-        return self.probability * math.exp(-seconds * self.probability / self.mean_s)
+    def above(self, seconds: Floats) -> Floats:
+        """P(W > seconds), for each."""
+        if self.mean_s > 0:
+            late = self.probability * np.exp(-np.maximum(seconds, 0.0) * self.probability / self.mean_s)
+        else:
+            late = np.zeros_like(seconds)
+        return np.where(seconds < 0, 1.0, late)
 
 
-def mgk_wait(servers: int, rate_rps: float, service_s: Sequence[float], arrivals_scv: float = 1.0) -> Wait:
+def mgk_wait(servers: int, rate_rps: float, service_s: Floats, arrivals_scv: float = 1.0) -> Wait:
     """G/G/k by Allen and Cunneen: W = C(k, a) / (k / E[S] − λ) · (c_a² + c_s²) / 2.
 
     `service_s`: service times of equal weight; `arrivals_scv` c_a²: squared coefficient of variation of the
     gaps, 1 for Poisson. Exact for M/M/k and, in its mean, for M/G/1. Raises ValueError at a load of k.
     """
-    mean = sum(service_s) / len(service_s)
+    mean = float(service_s.mean())
     load = rate_rps * mean
     if rate_rps == 0:
         return Wait(0.0, 0.0, 0.0)
     waits = erlang_c(servers, load)
-    scv = sum((s - mean) ** 2 for s in service_s) / len(service_s) / mean**2
+    scv = float(service_s.var()) / mean**2
     queued = waits / (servers / mean - rate_rps) * (arrivals_scv + scv) / 2
     return Wait(waits, queued, load / servers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PathTimes:
     """One path's share of the requests: times of prefill and of what follows, of equal weight; its queue."""
 
     share: float
-    service_s: tuple[float, ...]
-    after_s: tuple[float, ...]
+    service_s: Floats
+    after_s: Floats
     """Seconds from the end of prefill to the first token's leave to go: the end of the transfer."""
     wait: Wait
 
     def within(self, seconds: float) -> float:
         """P(TTFT ≤ seconds)."""
-        late = sum(
-            self.wait.above(seconds - s - a) for s, a in zip(self.service_s, self.after_s, strict=True)
-        )
-        return 1 - late / len(self.service_s)
+        return 1 - float(self.wait.above(seconds - self.service_s - self.after_s).mean())
 
     @property
     def mean_s(self) -> float:
-        return self.wait.mean_s + (sum(self.service_s) + sum(self.after_s)) / len(self.service_s)
+        return self.wait.mean_s + float((self.service_s + self.after_s).mean())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ttft:
     """Time to first token over all paths."""
 
@@ -133,9 +135,9 @@ def zero_queue(system: System, threshold_tokens: float, count: int = 1000) -> Tt
     p, long, short = cells_of_paths(system, threshold_tokens, count)
     paths = []
     if long:
-        paths.append(PathTimes(p, tuple(map(system.prfaas_prefill, long)), (0.0,) * len(long), none))
+        paths.append(PathTimes(p, each(system.prfaas_prefill, long), np.zeros(len(long)), none))
     if short:
-        paths.append(PathTimes(1 - p, tuple(map(system.local_prefill, short)), (0.0,) * len(short), none))
+        paths.append(PathTimes(1 - p, each(system.local_prefill, short), np.zeros(len(short)), none))
     return Ttft(tuple(paths))
 
 
@@ -154,22 +156,27 @@ def ttft_at(system: System, threshold_tokens: float, prefill: int, rate_rps: flo
                 f"the link can't carry {rate_rps:g} requests a second: {sent_bps / 1e9:.3g} Gbit/s"
             )
         free_bps = system.egress_bps - sent_bps
-        service = tuple(map(system.prfaas_prefill, long))
-        after = tuple(transfer_tail_s(system, tokens, free_bps) for tokens in long)
+        service = each(system.prfaas_prefill, long)
+        after = each(lambda tokens: transfer_tail_s(system, tokens, free_bps), long)
         wait = _wait("PrfaaS prefill", system.prfaas_instances, rate_rps * p, service)
         paths.append(PathTimes(p, service, after, wait))
     if short:
-        service = tuple(map(system.local_prefill, short))
+        service = each(system.local_prefill, short)
         wait = _wait("local prefill", prefill, rate_rps * (1 - p), service)
-        paths.append(PathTimes(1 - p, service, (0.0,) * len(short), wait))
+        paths.append(PathTimes(1 - p, service, np.zeros(len(short)), wait))
     return Ttft(tuple(paths))
 
 
-def _wait(name: str, servers: int, rate_rps: float, service_s: Sequence[float]) -> Wait:
+def each(function: Callable[[float], float], lengths: Sequence[float]) -> Floats:
+    """A function's value at each length."""
+    return np.array([function(tokens) for tokens in lengths])
+
+
+def _wait(name: str, servers: int, rate_rps: float, service_s: Floats) -> Wait:
     try:
         return mgk_wait(servers, rate_rps, service_s)
     except ValueError:
-        mean = sum(service_s) / len(service_s)
+        mean = float(service_s.mean())
         raise ValueError(
             f"{name}: {servers} instances serve {servers / mean:.3g} of {rate_rps:.3g} requests a second"
         ) from None

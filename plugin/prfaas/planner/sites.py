@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array
 
 from prfaas.model.lengths import Lengths
 from prfaas.model.profiles import Curve, DecodeProfile
 from prfaas.planner.equations import decode_rps
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 K_CELLS = 48
 K_SCALE_BPS = 1e9  # link rows in Gbit/s, so that the solver's tolerances suit every row
@@ -129,6 +131,8 @@ class _Rows:
         self.bound.append(bound)
 
     def matrix(self, columns: int) -> csr_array:
+        from scipy.sparse import csr_array
+
         return csr_array((self._value, (self._row, self._column)), shape=(len(self.bound), columns))
 
 
@@ -156,6 +160,9 @@ def plan_sites(
 ) -> SitesPlan:
     """The highest rate Λ of the whole, roles and routes chosen for it. Raises ValueError for names that don't
     fit and for a system that serves nothing."""
+    # Here, not above: half a second and 60 MB that the planner's other users needn't pay.
+    from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+
     _names_fit(prfaas, locals_, links)
     place = {one.name: i for i, one in enumerate(prfaas)}
     home = {one.name: i for i, one in enumerate(locals_)}

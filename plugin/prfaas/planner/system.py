@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from prfaas.model.lengths import Lengths
@@ -80,31 +81,46 @@ def decode_limit_rps(system: System, instances: int) -> float:
     return equations.decode_rps(instances, batch, system.decode.step_s(), system.output_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cut:
     """What a threshold makes of the lengths; independent of the split."""
 
     threshold_tokens: float
     share: float
+    """p."""
     long: float | None
     short: float | None
     prfaas_prefill_rps: float | None
     link_rps: float | None
     short_prefill_s: float | None
+    prfaas_limit_rps: float
+    """Θ_prfaas / p; infinite where nothing goes out."""
+    local_s: float
+    """(1 − p) · T_prefill(l_short): local prefill an average request needs; 0 where everything goes out."""
+
+    def worth(self, prefill: int, decode_rps: float) -> tuple[float, float]:
+        """What is maximised: Λ_max; where that is equal (decode limits), the room that prefill leaves."""
+        room = min(self.prfaas_limit_rps, prefill / self.local_s if self.local_s > 0 else math.inf)
+        return min(room, decode_rps), room
 
 
 def cut_at(system: System, threshold_tokens: float) -> Cut:
     """p, l_long and l_short of a threshold, and the rates that follow from times and sizes at those means."""
     lengths = system.lengths
     share = lengths.share_above(threshold_tokens)
-    long = lengths.mean_above(threshold_tokens)
-    short = lengths.mean_below(threshold_tokens)
-    of_prfaas = of_link = None
-    if long is not None:
+    mass = lengths.mass_above(threshold_tokens)
+    long = short = of_prfaas = of_link = short_s = None
+    limit, local_s = math.inf, 0.0
+    if share > 0:
+        long = mass / share
         of_prfaas = equations.prefill_rps(system.prfaas_instances, system.prfaas_prefill(long))
         of_link = equations.link_rps(system.egress_bps, system.kv(long))
-    short_s = None if short is None else system.local_prefill(short)
-    return Cut(threshold_tokens, share, long, short, of_prfaas, of_link, short_s)
+        limit = min(of_prfaas, of_link) / share
+    if share < 1:
+        short = (lengths.mean - mass) / (1 - share)
+        short_s = system.local_prefill(short)
+        local_s = (1 - share) * short_s
+    return Cut(threshold_tokens, share, long, short, of_prfaas, of_link, short_s, limit, local_s)
 
 
 def plan_of(system: System, cut: Cut, prefill: int) -> Plan:
