@@ -67,6 +67,7 @@ class BookingPolicy(Policy):
         reason: str,
         threshold_tokens: float | None = None,
         deadline_s: float | None = None,
+        order_s: float | None = None,
     ) -> Decision:
         """The decision to send it on `chosen`."""
         costs = self.paths.costs(chosen.prefill_site, request.model)
@@ -81,6 +82,7 @@ class BookingPolicy(Policy):
             prefill_instance=prefill_instance(request, snapshot, chosen, costs),
             decode_instance=decode_instance(snapshot, chosen),
             deadline_s=self.deadline_s(request) if deadline_s is None else deadline_s,
+            order_s=order_s,
             threshold_tokens=threshold_tokens,
         )
 

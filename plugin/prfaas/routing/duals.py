@@ -21,7 +21,8 @@ import numpy as np
 
 K_WINDOW = 256  # requests that stand for the traffic of late
 K_ENOUGH = 16  # requests before which nothing is said
-K_STEPS = (6, 30)  # gradient steps when little, and when much, has changed
+K_STEPS = (8, 40)  # gradient steps when little, and when much, has changed
+K_MOVED = 0.2  # share of a capacity that is much
 K_RATE = 0.4  # gradient step
 K_SMOOTH = 0.8  # of the last average of ν kept at each step
 K_LEAST = 1e-4  # ν never falls below: a resource must be able to come back
@@ -84,15 +85,14 @@ class DualPrices:
         if len(old) < size:
             self._nu = np.concatenate([old, np.full(size - len(old), 1.0 / size)])
             self._mean = np.concatenate([self._mean, np.full(size - len(old), 1.0 / size)])
-            self._capacity = np.concatenate([self._capacity, np.zeros(size - len(old))])
-        moved = bool(np.any(np.abs(now - self._capacity) > 0.2 * now))
+        steps = K_STEPS[self.moved(capacity)]
         self._capacity = now
         group = np.asarray([self._root(index) for index in range(size)])
         site, link = self._site[:rows], self._link[:rows]
         site_s = self._prefill_s[:rows] / now[site]
         link_s = self._bits[:rows] / now[link]
         pick = np.arange(rows)
-        for _ in range(K_STEPS[moved]):
+        for _ in range(steps):
             best = np.argmin(site_s * self._nu[site] + link_s * self._nu[link], axis=1)
             used = np.bincount(site[pick, best], np.minimum(site_s[pick, best], K_NEVER), size)
             used += np.bincount(link[pick, best], link_s[pick, best], size)
@@ -103,6 +103,14 @@ class DualPrices:
             self._nu = nu
             self._mean = K_SMOOTH * self._mean + (1 - K_SMOOTH) * nu
         self.multipliers = self._mean.tolist()
+
+    def moved(self, capacity: Sequence[float]) -> bool:
+        """Whether a capacity differs by much from what was last solved for."""
+        known = self._capacity.tolist()
+        return len(known) != len(capacity) or any(
+            abs(now - before) > K_MOVED * max(before, 1e-9)
+            for now, before in zip(capacity, known, strict=True)
+        )
 
     def _widen(self, options: int) -> None:
         more = options - self._options

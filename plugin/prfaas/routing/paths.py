@@ -62,6 +62,7 @@ class PathFinder:
         self.fleet = fleet
         self.book = book
         self._costs: dict[tuple[SiteId, ModelId], Costs] = {}
+        self._link_ids: dict[tuple[SiteId, SiteId], LinkId] = {}
 
     def costs(self, site: SiteId, model: ModelId) -> Costs:
         """Raises UsageError when there is no profile."""
@@ -69,6 +70,13 @@ class PathFinder:
         found = self._costs.get(key)
         if found is None:
             found = self._costs[key] = Costs.of(self.fleet.profile(site, model))
+        return found
+
+    def link_id(self, source: SiteId, target: SiteId) -> LinkId:
+        """The same object each time: making one costs more than finding it."""
+        found = self._link_ids.get((source, target))
+        if found is None:
+            found = self._link_ids[source, target] = LinkId(source, target)
         return found
 
     def queue_s(self, site: SiteObservation, model: ModelId, now: float) -> float:
@@ -105,11 +113,13 @@ class PathFinder:
         costs = self.costs(source, request.model)
         why_not = self._site_trouble(site, source, request)
         queue_s = self.queue_s(site, request.model, now) if site is not None else _INF
-        cached = max(0, min(request.cached_tokens.get(source, 0), tokens - 1))
+        cached = request.cached_tokens.get(source, 0) if request.cached_tokens else 0
+        if cached:
+            cached = max(0, min(cached, tokens - 1))
         move, move_s = None, 0.0
         if move_from is not None:
             there = max(0, min(request.cached_tokens.get(move_from, 0), tokens - 1))
-            carrier = snapshot.links.get(LinkId(move_from, source))
+            carrier = snapshot.links.get(self.link_id(move_from, source))
             why_not = why_not or _link_trouble(carrier, move_from, source)
             move = CacheMove(move_from, source, there, int(costs.transfer_bytes(there, cached)))
             move_s = max(0.0, _arrival_s(carrier, move.transfer_bytes) - queue_s) if not why_not else _INF
@@ -117,10 +127,10 @@ class PathFinder:
         prefill_s = costs.prefill_s(tokens, cached)
         size, tail_s = 0.0, 0.0
         if source != home:
-            link = snapshot.links.get(LinkId(source, home))
+            link = snapshot.links.get(self.link_id(source, home))
             why_not = why_not or _link_trouble(link, source, home)
-            held = max(0, min(request.decode_cached_tokens.get(home, 0), tokens))
-            size = costs.transfer_bytes(tokens, held)
+            held = request.decode_cached_tokens.get(home, 0) if request.decode_cached_tokens else 0
+            size = costs.transfer_bytes(tokens, max(0, min(held, tokens)) if held else 0)
             tail_s = _INF
             if not why_not and link is not None:
                 tail_s = _tail_s(link, size, queue_s + move_s, prefill_s, tokens - cached)
@@ -190,12 +200,15 @@ def _arrival_s(link: LinkEstimate | None, size_bytes: float) -> float:
 
 def _tail_s(link: LinkEstimate, size_bytes: float, start_s: float, prefill_s: float, uncached: int) -> float:
     """From the end of prefill, which starts in start_s, to the last byte's acknowledgement."""
-    share = min(1.0, K_CHUNK_TOKENS / uncached)  # of prefill: before the first piece, and the last piece
-    wire_s = size_bytes * 8 / link.usable_bps
-    wait_s = link.backlog_bytes * 8 / link.usable_bps
-    done_s = start_s + prefill_s
-    end_s = max(done_s + wire_s * share, max(start_s + prefill_s * share, wait_s) + wire_s)
-    return end_s - done_s + link.rtt_s
+    # of prefill: before the first piece leaves, and after the last but one
+    share = K_CHUNK_TOKENS / uncached if uncached > K_CHUNK_TOKENS else 1.0
+    rate_bps = link.usable_bps
+    wire_s = size_bytes * 8 / rate_bps
+    wait_s = link.backlog_bytes * 8 / rate_bps
+    first_s = start_s + prefill_s * share
+    whole_s = (wait_s if wait_s > first_s else first_s) + wire_s - start_s - prefill_s
+    last_s = wire_s * share
+    return (whole_s if whole_s > last_s else last_s) + link.rtt_s
 
 
 def _link_trouble(link: LinkEstimate | None, source: SiteId, home: SiteId) -> str:

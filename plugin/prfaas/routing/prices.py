@@ -10,7 +10,6 @@ queues, bandwidth and roles by itself, and `get_log_data` shows it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
@@ -27,7 +26,7 @@ class PricesPolicy(BookingPolicy):
 
     def __init__(self, config: PolicyConfig, fleet: Fleet) -> None:
         super().__init__(config, fleet)
-        self.prices = PriceList(self.book)
+        self.prices = PriceList(self.paths)
         self.tenants = TenantShares(config.tenant_weights)
 
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
@@ -46,18 +45,23 @@ class PricesPolicy(BookingPolicy):
                     best, best_cost = index, cost
         if best < 0:
             return self.no_path(request, now, paths)
-        priced = [
-            replace(path, price=price) if path.feasible else path
-            for path, price in zip(paths, prices, strict=True)
-        ]
-        chosen = priced[best]
-        if self._hopeless(request, priced, deadline_s, now):
-            return self._shed(request, priced, deadline_s, now)
-        order_s = deadline_s + self.tenants.lag_s(request.tenant, now)
-        decision = self.dispatch(
-            request, snapshot, now, chosen, priced, _why(chosen, priced, best_cost), deadline_s=deadline_s
+        for path, price in zip(paths, prices, strict=True):
+            if path.feasible:
+                # Still ours alone: a copy of each would cost more than the decision itself.
+                object.__setattr__(path, "price", price)
+        if self.config.shed and request.attempt == 0 and self._hopeless(request, paths, deadline_s, now):
+            return self._shed(request, paths, deadline_s, now)
+        chosen = paths[best]
+        return self.dispatch(
+            request,
+            snapshot,
+            now,
+            chosen,
+            paths,
+            _why(chosen, paths),
+            deadline_s=deadline_s,
+            order_s=deadline_s + self.tenants.lag_s(request.tenant, now),
         )
-        return decision if order_s == deadline_s else replace(decision, order_s=order_s)
 
     def on_dispatch(self, *, request: RequestView, decision: Decision, now: float) -> None:
         super().on_dispatch(request=request, decision=decision, now=now)
@@ -76,8 +80,6 @@ class PricesPolicy(BookingPolicy):
         self, request: RequestView, paths: Sequence[PathPrediction], deadline_s: float, now: float
     ) -> bool:
         """Whether no path meets the deadline, and that is a reason to refuse."""
-        if not self.config.shed or request.attempt > 0:
-            return False
         soonest_s = min(path.ttft_s for path in paths if path.feasible)
         left_s = deadline_s - now
         # A tenant above its share is refused sooner, one below it later.
@@ -101,7 +103,7 @@ class PricesPolicy(BookingPolicy):
         )
 
 
-def _why(chosen: PathPrediction, paths: Sequence[PathPrediction], cost: float) -> str:
+def _why(chosen: PathPrediction, paths: Sequence[PathPrediction]) -> str:
     """What won, and over what."""
     others = ", ".join(
         f"{path.label} {path.ttft_s:.2f}+{path.price:.2f}"

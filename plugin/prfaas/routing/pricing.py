@@ -24,13 +24,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from prfaas.model.decisions import PathPrediction
 from prfaas.model.ids import LinkId
 from prfaas.model.observations import Snapshot
-from prfaas.routing.book import DispatchBook
 from prfaas.routing.duals import DualPrices, Option
+from prfaas.routing.paths import PathFinder
 
 K_RATE_S = 20.0  # s, time constant of load and request rate
 K_LOAD_LIMIT = 0.9  # ρ is taken as at most this: what is measured isn't known better
 K_OWN_SHARE = 0.1
-K_SOLVE_S = 1.0  # s between looks at the fluid optimum
+K_SOLVE_S = 1.0  # s between looks at the fluid optimum, at least,
+K_SOLVE_REQUESTS = 32  # and so many requests, unless a capacity moved
 
 
 class Resource:
@@ -68,11 +69,13 @@ class Resource:
 class PriceList:
     """Prices of all resources, known by site name or LinkId."""
 
-    def __init__(self, book: DispatchBook) -> None:
-        self._book = book
+    def __init__(self, paths: PathFinder) -> None:
+        self._paths = paths
+        self._book = paths.book
         self._duals = DualPrices()
         self._resources: dict[Hashable, Resource] = {}
         self._solved_s = -math.inf
+        self._unsolved = 0
 
     def observe(self, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float) -> None:
         """A request came that could take `paths`: part of the traffic that the optimum is for."""
@@ -80,7 +83,7 @@ class PriceList:
         for path in paths:
             if not path.feasible or path.cache_move is not None:
                 continue
-            site, link = self._site(path, snapshot, now), self._link(path.link, snapshot, now)
+            site, link = self._site(path, snapshot, now), self._link(self._crossed(path), snapshot, now)
             options.append(
                 Option(
                     site.number,
@@ -91,10 +94,14 @@ class PriceList:
             )
         if options:
             self._duals.observe(options)
+            self._unsolved += 1
         if now - self._solved_s >= K_SOLVE_S:
             self._solved_s = now
             self._refresh(snapshot)
-            self._duals.solve([resource.capacity for resource in self._resources.values()])
+            capacities = [resource.capacity for resource in self._resources.values()]
+            if self._unsolved >= K_SOLVE_REQUESTS or self._duals.moved(capacities):
+                self._unsolved = 0
+                self._duals.solve(capacities)
 
     def costs(
         self, paths: Sequence[PathPrediction], snapshot: Snapshot, gain: float, now: float
@@ -109,14 +116,12 @@ class PriceList:
                 if site.number not in raw:
                     raw[site.number] = site.raw_price(path.queue_s, now)
                 used.append((site, path.prefill_s / site.capacity))
-                link_id, size = path.link, path.transfer_bytes
-                if path.cache_move is not None:
-                    link_id, size = path.cache_move.link, path.cache_move.transfer_bytes
-                link = self._link(link_id, snapshot, now)
-                if link is not None and link_id is not None:
-                    if link.number not in raw:
-                        raw[link.number] = link.raw_price(self._queue_s(link_id, snapshot), now)
-                    used.append((link, size * 8 / link.capacity))
+                for link_id, size in self._crossings(path):
+                    link = self._link(link_id, snapshot, now)
+                    if link is not None:
+                        if link.number not in raw:
+                            raw[link.number] = link.raw_price(self._queue_s(link_id, snapshot), now)
+                        used.append((link, size * 8 / link.capacity))
             uses.append(used)
         prices = self._shared_out(raw)
         return [
@@ -129,10 +134,7 @@ class PriceList:
         site = self._resources.get(path.prefill_site)
         if site is not None and site.capacity > 0:
             site.on_work(path.prefill_s / site.capacity, now)
-        crossings = [(path.link, path.transfer_bytes)]
-        if path.cache_move is not None:
-            crossings.append((path.cache_move.link, path.cache_move.transfer_bytes))
-        for link_id, size in crossings:
+        for link_id, size in self._crossings(path):
             link = self._resources.get(link_id)
             if link is not None and link.capacity > 0:
                 link.on_work(size * 8 / link.capacity, now)
@@ -150,6 +152,19 @@ class PriceList:
             data[f"backlog_s {name}"] = resource.backlog_s
             data[f"multiplier {name}"] = self.multiplier(name)
         return data
+
+    def _crossed(self, path: PathPrediction) -> LinkId | None:
+        if path.prefill_site == path.decode_site:
+            return None
+        return self._paths.link_id(path.prefill_site, path.decode_site)
+
+    def _crossings(self, path: PathPrediction) -> list[tuple[LinkId, int]]:
+        """Links it uses, and bytes over each."""
+        crossed, move = self._crossed(path), path.cache_move
+        crossings = [] if crossed is None else [(crossed, path.transfer_bytes)]
+        if move is not None:
+            crossings.append((self._paths.link_id(move.source, move.target), move.transfer_bytes))
+        return crossings
 
     def _shared_out(self, raw: Mapping[int, float]) -> dict[int, float]:
         multipliers = self._duals.multipliers

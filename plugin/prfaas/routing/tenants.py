@@ -22,8 +22,19 @@ K_GONE = 1e-3  # prefill seconds below which a tenant isn't there any more
 
 @dataclass(slots=True)
 class _Taken:
+    """Seconds that fade."""
+
     seconds: float
     as_of_s: float
+
+    def at(self, now: float) -> float:
+        return (
+            self.seconds * math.exp((self.as_of_s - now) / K_FORGET_S) if now > self.as_of_s else self.seconds
+        )
+
+    def add(self, more_s: float, now: float) -> None:
+        self.seconds = self.at(now) + more_s
+        self.as_of_s = max(now, self.as_of_s)
 
 
 class TenantShares:
@@ -32,29 +43,30 @@ class TenantShares:
     def __init__(self, weights: Mapping[TenantId, float]) -> None:
         self._weights = dict(weights)
         self._taken: dict[TenantId, _Taken] = {}
+        self._all = _Taken(0.0, 0.0)
+        self._all_weights = 0.0
+        self._sweep_at = 64
 
     def on_work(self, tenant: TenantId, prefill_s: float, now: float) -> None:
         """A request of `tenant` was sent that takes so many prefill seconds."""
         taken = self._taken.get(tenant)
         if taken is None:
-            self._taken[tenant] = _Taken(prefill_s, now)
+            taken = self._taken[tenant] = _Taken(0.0, now)
+            self._all_weights += self._weight(tenant)
+        taken.add(prefill_s, now)
+        self._all.add(prefill_s, now)
+        if len(self._taken) >= self._sweep_at:
             self._forget(now)
-        else:
-            taken.seconds = self._now(taken, now) + prefill_s
-            taken.as_of_s = now
 
     def excess(self, tenant: TenantId, now: float) -> float:
-        """What it took over what it may: 1 is exactly its share, 0 nothing; 1 when it is alone."""
-        if len(self._taken) <= 1 and tenant in self._taken:
-            return 1.0
+        """What it took over what it may: 1 is exactly its share, 0 nothing; 1 while no other is there."""
         mine = self._taken.get(tenant)
+        total_s = self._all.at(now)
+        if total_s <= 0 or (mine is not None and len(self._taken) == 1):
+            return 1.0
         if mine is None:
             return 0.0
-        total_s = sum(self._now(taken, now) for taken in self._taken.values())
-        weights = sum(self._weights.get(name, 1.0) for name in self._taken)
-        if total_s <= 0:
-            return 1.0
-        return (self._now(mine, now) / total_s) / (self._weights.get(tenant, 1.0) / weights)
+        return (mine.at(now) / total_s) / (self._weight(tenant) / self._all_weights)
 
     def lag_s(self, tenant: TenantId, now: float) -> float:
         """How far its requests are moved back in the order of service."""
@@ -63,14 +75,14 @@ class TenantShares:
 
     def leniency(self, tenant: TenantId, now: float) -> float:
         """Factor on the slack before its requests are shed; 1 for a tenant that is alone or even."""
-        if len(self._taken) <= 1:
-            return 1.0
         least, most = K_LENIENCY
         return min(most, max(least, 2.0 - self.excess(tenant, now)))
 
-    def _now(self, taken: _Taken, now: float) -> float:
-        return taken.seconds * math.exp(min(0.0, taken.as_of_s - now) / K_FORGET_S)
+    def _weight(self, tenant: TenantId) -> float:
+        return self._weights.get(tenant, 1.0)
 
     def _forget(self, now: float) -> None:
-        for name in [name for name, taken in self._taken.items() if self._now(taken, now) < K_GONE]:
+        for name in [name for name, taken in self._taken.items() if taken.at(now) < K_GONE]:
             del self._taken[name]
+        self._all_weights = sum(self._weight(name) for name in self._taken)
+        self._sweep_at = max(64, 2 * len(self._taken))
