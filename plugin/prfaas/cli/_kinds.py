@@ -75,7 +75,7 @@ def _named(name: str) -> tuple[Kind, type[BaseModel]]:
 
 
 def _guess(fields: set[str], path: Path) -> tuple[Kind, type[BaseModel]]:
-    """The kind whose fields fit best: most of the file's known, fewest required ones missing; then by folder."""
+    """The kind whose fields fit best: most of the file's known, fewest required missing; then by folder."""
 
     def fit(entry: tuple[Kind, type[BaseModel]]) -> tuple[int, int, bool]:
         kind, model = entry

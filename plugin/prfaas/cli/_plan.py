@@ -26,10 +26,7 @@ def run(args: argparse.Namespace) -> int:
         text = _plan_text.plan_text(result)
     elif isinstance(case, SitesCaseConfig):
         _refuse(args, "several clusters")
-        lengths = [
-            _lengths(one.workload.input_tokens, args, f"{file}: local.{i}")
-            for i, one in enumerate(case.local)
-        ]
+        lengths = [_lengths(one.workload.input_tokens, args) for one in case.local]
         try:
             result = sites_report(case, lengths)
         except ValueError as error:
@@ -74,7 +71,7 @@ def _one_link(args: argparse.Namespace, case: CaseConfig, file: str) -> dict[str
         if not 0 < args.slo_quantile < 1:
             raise UsageError(f"--slo-quantile: found {args.slo_quantile:g}; must lie between 0 and 1")
         slo = Slo(args.slo_ttft_s, args.slo_quantile)
-    lengths = _lengths(case.workload.input_tokens, args, file)
+    lengths = _lengths(case.workload.input_tokens, args)
     try:
         return report(case, lengths, args.threshold, args.prefill, slo, args.slo_rate_rps)
     except Impossible as error:
@@ -89,7 +86,7 @@ def _refuse(args: argparse.Namespace, form: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} doesn't go with a case of {form}")
 
 
-def _lengths(config: Any, args: argparse.Namespace, file: str) -> Lengths:
+def _lengths(config: Any, args: argparse.Namespace) -> Lengths:
     """Uncached lengths as the case means them; a trace is read and, where asked, played through a cache."""
     if not isinstance(config, TraceLengths):
         return lengths_of(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prfaas.model.profiles import Curve, ProfileError
@@ -32,11 +32,6 @@ class KvRow:
 def egress_bps(row: KvRow, gpus: float, gpus_per_instance: float, tokens: float) -> float:
     """B ≈ (N / P) · Φ(L_avg) of a cluster."""
     return cluster_egress_bps(gpus, gpus_per_instance, row.at(tokens))
-
-
-def ratio_at(rows: Mapping[str, KvRow], model: str, other: str, tokens: float) -> float:
-    """How many times as much KV a second `model` makes as `other`."""
-    return rows[model].at(tokens) / rows[other].at(tokens)
 
 
 def table_of_profile(prefill: Curve, kv: Curve, tokens: Sequence[float]) -> list[float]:
