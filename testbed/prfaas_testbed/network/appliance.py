@@ -1,9 +1,9 @@
 """The real sch_netem where the machine's kernel has none: a User-Mode Linux guest is the WAN's router.
 
-The guest runs Debian's linux.uml in the `wan` host's namespace, on the machine's own file system (read-only), and
-takes each site's frames by a raw packet socket on the wan host's end of the site's cable. It routes: a bridge would
-see its own frames again. Its threads run at a real-time priority, since a router that waits for a processor is a
-router with another delay.
+The guest runs Debian's linux.uml in the `wan` host's namespace, on the machine's own file system
+(read-only), and takes each site's frames by a raw packet socket on the wan host's end of the site's cable.
+It routes: a bridge would see its own frames again. Its threads run at a real-time priority, since a router
+that waits for a processor is a router with another delay.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Appliance(Emulation):
         numbers = {site: number for number, site in enumerate(devices)}
         order_in, order_out = os.pipe()
         answer_in, answer_out = os.pipe()
-        self._agent = RouterAgent(order_out, answer_in)
+        self._agent = RouterAgent(order_out, answer_in, self._waiting_bytes)
         log = (folder / "guest.log").open("wb")
         try:
             self._guest = wan.popen(
@@ -159,6 +159,19 @@ class Appliance(Emulation):
                 continue
             ticks += sum(int(field) for field in fields[11 : 15 if pid == self._guest.pid else 13])
         return ticks / os.sysconf("SC_CLK_TCK")
+
+    def _waiting_bytes(self) -> int:
+        """Memory of frames that sites sent and the guest hasn't read: of its sockets for every protocol
+        (0003).
+        """
+        assert self._wan is not None
+        try:
+            rows = Path(f"/proc/{self._wan.pid}/net/packet").read_text().splitlines()[1:]
+        except OSError:
+            return 0
+        return sum(
+            int(fields[6]) for fields in map(str.split, rows) if len(fields) > 6 and fields[3] == "0003"
+        )
 
     def accidents(self) -> dict[str, int]:
         """Frames that a site sent and the guest's sockets had no room for."""

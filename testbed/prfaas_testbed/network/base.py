@@ -32,8 +32,10 @@ class Emulation(abc.ABC):
     def start(
         self, plan: Plan, wan: Host, devices: dict[str, str], record: Record, folder: Path
     ) -> RouterAgent:
-        """Bring up the router on `devices` (site to the wan host's interface); the plan's routers then exist, with
-        each site's device inside its own router under the name K_SITE_DEVICE. Raises MachineError."""
+        """Bring up the router on `devices` (site to the wan host's interface); the plan's routers then
+        exist, with each site's device inside its own router under the name K_SITE_DEVICE. Raises
+        MachineError.
+        """
         ...
 
     def started(self, record: Record) -> None:

@@ -1,9 +1,11 @@
-"""Is the network what the topology asks for? Each path is measured, each way, and held against what is wanted.
+"""Is the network what the topology asks for? Each path is measured, each way, and held against what is
+wanted.
 
-A row is one way between two sites: on a direct link, that link; through hubs, the links of its path together. RTT is
-ping's median less the router's own (pings to the gateways on the same devices), rate is iperf3's, loss comes from
-numbered datagrams one way. A row that misses is measured once more and both are kept. The tools run at a real-time
-priority below the emulator's: what is measured is the link, not how busy the processors are.
+A row is one way between two sites: on a direct link, that link; through hubs, the links of its path
+together. RTT is ping's median less the router's own (pings to the gateways on the same devices), rate is
+iperf3's, loss comes from numbered datagrams one way. A row that misses is measured once more and both are
+kept. The tools run at a real-time priority below the emulator's: what is measured is the link, not how busy
+the processors are.
 """
 
 from __future__ import annotations
@@ -118,7 +120,9 @@ def covering_pairs(net: Network) -> list[tuple[str, str]]:
 
 
 def measure(net: Network, a: str, b: str, sources: tuple[str, ...]) -> list[Calibration]:
-    """The ways out of `sources` between two sites: RTT and loss both ways at once, rate one after the other."""
+    """The ways out of `sources` between two sites: RTT and loss both ways at once, rate one after the
+    other.
+    """
     rows = []
     rtts = measure_rtts(net, a, b)
     probes = measure_loss(net, a, b)
@@ -316,8 +320,9 @@ def judge_rate(
 
 
 def rate_stack(rate_mbps: float, loss: float, offered: list[str]) -> str:
-    """UDP a little above the rate is the exact measure, but a packet at a time it is the dearest for the processors;
-    a fast line is filled by BBR, whose loss tolerance ends at some percent."""
+    """UDP a little above the rate is the exact measure, but a packet at a time it is the dearest for the
+    processors; a fast line is filled by BBR, whose loss tolerance ends at some percent.
+    """
     return "bbr" if rate_mbps > K_UDP_MBPS and loss <= K_TCP_LOSS and "bbr" in offered else "udp"
 
 

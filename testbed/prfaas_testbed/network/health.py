@@ -1,4 +1,6 @@
-"""Did the emulator itself spoil what was measured? Its timers' lag, its processor time, drops that nobody planned."""
+"""Did the emulator itself spoil what was measured? Its timers' lag, its processor time, drops that nobody
+planned.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,9 @@ K_LAG_P99_MS = 2.0
 K_DROPS_PER_PACKET = 1e-5
 K_SILENCE_S = 2.0  # without a sample for so long the emulator stood still, and its lag went unseen
 K_FEWEST_LAGS = 20
+K_WAITING_BYTES = (
+    100_000  # some 2 ms of work for the appliance: 40 full frames, as sockets count their memory
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Health:
     """Processors the emulation used, 1.0 being one whole core."""
     machine_load: float
     """Mean number of runnable processes of the last minute."""
+    waiting_bytes: int
+    """Median memory of packets that waited for the emulator itself."""
     packets: int
     """That left links."""
     unplanned_drops: dict[str, int]
@@ -91,14 +98,21 @@ def judge(
     packets: int,
     drops: Mapping[str, int],
 ) -> Health:
-    """Lag above 2 ms at p99, unplanned drops above one in 100,000 packets, or silence: spoilt. Pure but for the
-    machine's load, which is only told."""
+    """Lag above 2 ms at p99, unplanned drops above one in 100,000 packets, or silence: spoilt. Pure but for
+    the machine's load, which is only told.
+    """
     lags = sorted(lag for sample in samples for lag in sample.lags_ms)
     drops = {name: count for name, count in drops.items() if count > 0}
     reasons = []
     p99_ms = quantile(lags, 0.99)
     if len(lags) >= K_FEWEST_LAGS and p99_ms is not None and p99_ms > K_LAG_P99_MS:
         reasons.append(f"the emulator's timers lagged {p99_ms:.1f} ms at p99, above {K_LAG_P99_MS:g} ms")
+    waiting = sorted(sample.waiting_bytes for sample in samples)
+    waiting_bytes = waiting[len(waiting) // 2] if waiting else 0
+    if waiting_bytes > K_WAITING_BYTES:
+        reasons.append(
+            f"packets queued before the emulator ({waiting_bytes} bytes at the median): too much load"
+        )
     lost = sum(drops.values())
     if lost > max(0, packets) * K_DROPS_PER_PACKET:
         where = ", ".join(f"{name} {count}" for name, count in drops.items())
@@ -115,6 +129,7 @@ def judge(
         lag_count=len(lags),
         cpu_share=round(cpu_s / seconds, 3) if seconds > 0 else 0.0,
         machine_load=os.getloadavg()[0],
+        waiting_bytes=waiting_bytes,
         packets=packets,
         unplanned_drops=drops,
         reasons=reasons,

@@ -1,7 +1,8 @@
-"""Mininet hosts with a file system view of their own: /tmp, /run and /dev/shm are private, the checkout is shared.
+"""Mininet hosts with a file system view of their own: /tmp, /run and /dev/shm are private, the checkout is
+shared.
 
-The only module that imports mininet. Of Mininet the hosts and their cables are used; not its start-up, which raises
-limits of the whole machine without a record, nor its clean-up, which kills by name.
+The only module that imports mininet. Of Mininet the hosts and their cables are used; not its start-up,
+which raises limits of the whole machine without a record, nor its clean-up, which kills by name.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ File = int | IO[Any] | None
 
 
 class Host:
-    """One Mininet host: a network namespace and a mount namespace, kept by a shell, pinned under /run/netns."""
+    """One Mininet host: a network namespace and a mount namespace, kept by a shell, pinned under
+    /run/netns.
+    """
 
     def __init__(self, net: Mininet, name: str, keep: Sequence[Path], record: Record) -> None:
         self.name, self.pin = name, K_PIN_PREFIX + name
@@ -67,9 +70,11 @@ class Host:
         pass_fds: Sequence[int] = (),
         text: bool = False,
     ) -> subprocess.Popen[Any]:
-        """Start a program inside this host, in a session and process group of its own; its pid is the program's.
+        """Start a program inside this host, in a session and process group of its own; its pid is the
+        program's.
 
-        `cwd` (default: the checkout) must be a path that the host sees. Raises FileNotFoundError like Popen.
+        `cwd` (default: the checkout) must be a path that the host sees. Raises FileNotFoundError like
+        Popen.
         """
         environment = dict(os.environ if env is None else env)
         words = [os.fspath(word) for word in argv]

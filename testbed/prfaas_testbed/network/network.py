@@ -97,8 +97,9 @@ class Applied:
 
 
 class Network:
-    """Made by open_network. `emulation` is `native` or `appliance`, `sites` the hosts by name, `links` the state of
-    each directed link as emulated (scaled)."""
+    """Made by open_network. `emulation` is `native` or `appliance`, `sites` the hosts by name, `links` the
+    state of each directed link as emulated (scaled).
+    """
 
     def __init__(self, topology: Topology, workdir: Path, progress: Progress, record: Record) -> None:
         self.topology, self.workdir = topology, workdir
@@ -149,6 +150,9 @@ class Network:
         self._agent = self._emulator.start(self.plan, self._wan, devices, self._record, folder)
         for node in self.plan.nodes:
             self._agent.run(node, ["sh", "-c", _FORWARD], self.plan.node_lines[node])
+            if node in self.sites:
+                # Merged packets would be lost, delayed and counted as one.
+                self._agent.run(node, ["ethtool", "-K", "site", "gro", "off"])
             if self.plan.tc_lines[node]:
                 self._agent.run(node, ["tc", "-batch", "-"], self.plan.tc_lines[node])
         self._emulator.started(self._record)
@@ -209,7 +213,9 @@ class Network:
         return calibrate(self)
 
     def watch(self) -> Watch:
-        """Begin to watch the emulator itself; `.verdict()` says whether it spoilt what happened since, and why."""
+        """Begin to watch the emulator itself; `.verdict()` says whether it spoilt what happened since, and
+        why.
+        """
         assert self._emulator is not None
         return Watch(self._emulator, self.agent)
 
@@ -226,7 +232,9 @@ class Network:
     def capture(
         self, site: str, file: Path, snap_bytes: int = 96, most_packets: int = 2_000_000
     ) -> Iterator[None]:
-        """Headers of all that passes the WAN's edge at the site, into `file` (pcap), while the context lasts."""
+        """Headers of all that passes the WAN's edge at the site, into `file` (pcap), while the context
+        lasts.
+        """
         assert self._wan is not None
         process = self._wan.popen(
             [
@@ -252,8 +260,10 @@ class Network:
     # Changing
 
     def apply(self, link: str, change: LinkChange) -> Applied:
-        """Change a directed link (`a->b`) now; packets under way keep what they met. Rates are the topology's,
-        before scale. Raises UsageError for an unknown link or an impossible change, RouterError if it failed."""
+        """Change a directed link (`a->b`) now; packets under way keep what they met. Rates are the
+        topology's, before scale. Raises UsageError for an unknown link or an impossible change, RouterError
+        if it failed.
+        """
         asked_s = time.monotonic()
         if link not in self.links:
             raise UsageError(f"no link {link!r}; there are: {', '.join(self.links)}")
@@ -299,7 +309,9 @@ class Network:
     def cross_traffic(
         self, source: str, target: str, kind: Kind, rate_mbps: float | None = None, streams: int = 1
     ) -> CrossTraffic:
-        """iperf3 from site to site, until its `stop()`. Several at once are fine; rates are the emulated ones."""
+        """iperf3 from site to site, until its `stop()`. Several at once are fine; rates are the emulated
+        ones.
+        """
         port = K_TRAFFIC_PORT + len(self._traffic)
         traffic = CrossTraffic(self.sites[source], self.sites[target], kind, rate_mbps, streams, port)
         self._traffic.append(traffic)
@@ -380,9 +392,9 @@ def open_network(
 ) -> Iterator[Network]:
     """Bring `topology` up, and take it down whatever happens inside.
 
-    `workdir` (made if missing) is seen by the sites under its own path, as the checkout is. `emulation` forces
-    `native` or `appliance`; another run is waited for up to `wait_s`. Raises MachineError when this machine
-    lacks something or another run holds it.
+    `workdir` (made if missing) is seen by the sites under its own path, as the checkout is. `emulation`
+    forces `native` or `appliance`; another run is waited for up to `wait_s`. Raises MachineError when this
+    machine lacks something or another run holds it.
     """
     tell = progress or (lambda text: None)
     check_machine()

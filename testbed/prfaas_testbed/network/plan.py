@@ -1,8 +1,8 @@
 """A topology as addresses, routes and commands for the router. Pure: nothing is run here.
 
-Every site and hub gets a router of its own, a network namespace inside the emulation; a pair of links is a veth
-cable between two of them, and each end's queueing disciplines are one directed link. No address is resolved over a
-link: neighbours are written down, so that neither loss nor delay ever hits an ARP packet.
+Every site and hub gets a router of its own, a network namespace inside the emulation; a pair of links is a
+veth cable between two of them, and each end's queueing disciplines are one directed link. No address is
+resolved over a link: neighbours are written down, so that neither loss nor delay ever hits an ARP packet.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def plan_network(topology: Topology, states: dict[str, Impairments]) -> Plan:
 
 
 def next_hops(topology: Topology, states: dict[str, Impairments]) -> dict[tuple[str, str], str]:
-    """(node, target site) to the node that comes next: least delay, then fewest links; only hubs pass traffic on."""
+    """(node, target site) to the node that comes next: least delay, then fewest links; only hubs pass
+    traffic on.
+    """
     into: dict[str, list[tuple[float, str]]] = {}
     for name, state in states.items():
         here, _, there = name.partition("->")

@@ -1,7 +1,8 @@
-"""Whose bytes were they? nftables counters inside a site, by sets of TCP ports; and resets for one connection.
+"""Whose bytes were they? nftables counters inside a site, by sets of TCP ports; and resets for one
+connection.
 
-Counted are IP packets that cross the site's WAN device, retransmissions included; a frame on the WAN has 14 bytes
-more. A packet belongs to the first group with either of its ports, otherwise to `other`.
+Counted are IP packets that cross the site's WAN device, retransmissions included; a frame on the WAN has 14
+bytes more. A packet belongs to the first group with either of its ports, otherwise to `other`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Connection:
 
 
 def count_ports(site: Host, device: str, groups: Mapping[str, Iterable[int]]) -> None:
-    """Begin to count at the site, from nought. Raises UsageError for a port in two groups, MachineError from nft."""
+    """Begin to count at the site, from nought. Raises UsageError for a port in two groups, MachineError
+    from nft.
+    """
     site.check(["nft", "-f", "-"], counter_lines(device, groups))
 
 

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,17 @@ class Sample:
     """How late probes left a netem of their own since the sample before: the emulator's timer lag."""
     accidents: dict[str, int]
     """Counters of drops that nobody planned, since the start."""
+    waiting_bytes: int = 0
+    """Memory of packets that wait for the emulator itself to take them, if it can tell."""
 
 
 class RouterAgent:
-    """Calls are safe from several threads; each waits for its answer. Samples arrive by themselves once observed."""
+    """Calls are safe from several threads; each waits for its answer. Samples arrive by themselves once
+    observed.
+    """
 
-    def __init__(self, write_fd: int, read_fd: int) -> None:
+    def __init__(self, write_fd: int, read_fd: int, waiting_bytes: Callable[[], int] = lambda: 0) -> None:
+        self._waiting_bytes = waiting_bytes
         self._write_fd, self._read_fd = write_fd, read_fd
         self._answers: dict[int, dict[str, Any] | None] = {}
         self._changed = threading.Condition()
@@ -75,7 +80,9 @@ class RouterAgent:
             self.order({"do": "clock"})
 
     def order(self, order: dict[str, Any], timeout_s: float = K_ANSWER_S) -> dict[str, Any]:
-        """Send an order, wait for its answer. Raises RouterError when it can't be had or its status isn't 0."""
+        """Send an order, wait for its answer. Raises RouterError when it can't be had or its status isn't
+        0.
+        """
         with self._changed:
             number, self._next_id = self._next_id, self._next_id + 1
             self._answers[number] = None
@@ -103,7 +110,9 @@ class RouterAgent:
         return answer
 
     def run(self, node: str | None, argv: Sequence[str], lines: Sequence[str] = ()) -> str:
-        """A command in a node's namespace, `lines` on its input; its output. Raises RouterError if it fails."""
+        """A command in a node's namespace, `lines` on its input; its output. Raises RouterError if it
+        fails.
+        """
         text = "".join(line + "\n" for line in lines)
         return str(self.order({"do": "run", "node": node, "argv": list(argv), "input": text})["out"])
 
@@ -179,4 +188,5 @@ class RouterAgent:
             links=links,
             lags_ms=tuple(lag / 1000 for lag in row["lags_us"]),
             accidents=row["accidents"],
+            waiting_bytes=self._waiting_bytes(),
         )

@@ -1,8 +1,9 @@
-"""What a run made on this machine, written down before it is made, so that a killed run can be cleaned up after.
+"""What a run made on this machine, written down before it is made, so that a killed run can be cleaned up
+after.
 
-One run at a time holds the machine's lock; its record lies in the checkout under .cache/testbed/. A process is
-known by its id and its start time, so that an id that went to somebody else is never signalled; a site's processes
-are known by its network namespace, which a name under /run/netns keeps from being reused.
+One run at a time holds the machine's lock; its record lies in the checkout under .cache/testbed/. A process
+is known by its id and its start time, so that an id that went to somebody else is never signalled; a site's
+processes are known by its network namespace, which a name under /run/netns keeps from being reused.
 """
 
 from __future__ import annotations
@@ -216,7 +217,9 @@ def unpin(name: str) -> None:
 
 
 def clean_up(path: Path, grace_s: float = 1.0) -> list[str]:
-    """Undo what the record at `path` lists and remove it. Returns a line for each thing that was still there."""
+    """Undo what the record at `path` lists and remove it. Returns a line for each thing that was still
+    there.
+    """
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:

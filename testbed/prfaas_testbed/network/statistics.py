@@ -88,7 +88,9 @@ def burst_interval(bursts: int, chain: Chain) -> tuple[float, float]:
 
 
 def damage(state: Impairments, frame_bytes: int) -> float:
-    """Share of UDP datagrams lost to corruption: a flipped bit in the frame's source address alone does no harm."""
+    """Share of UDP datagrams lost to corruption: a flipped bit in the frame's source address alone does no
+    harm.
+    """
     return state.corrupt_percent / 100 * (1 - 6 / frame_bytes)
 
 
@@ -101,6 +103,8 @@ def survival(states: Sequence[Impairments], frame_bytes: int) -> float:
 
 
 def packets_needed(loss: float, most: int) -> int:
-    """At least 20/p, so that some twenty losses are seen; 10,000 where none are wanted; no more than `most`."""
+    """At least 20/p, so that some twenty losses are seen; 10,000 where none are wanted; no more than
+    `most`.
+    """
     wanted = 10_000 if loss <= 0 else math.ceil(20 / loss)
     return max(min(wanted, most), min(2000, most))

@@ -1,8 +1,9 @@
 """Link states as tc commands, and what `tc -j qdisc` must then show. Pure: nothing is run here.
 
-One directed link is one device with netem at the root (1:) for delay, loss and damage, and a token bucket below it
-(2:) for rate and queue. netem first, so that the queue is counted in bytes by the bucket alone and its overflow
-(a congested link) is told apart from netem's drops (a lossy one). netem's own `limit` never binds.
+One directed link is one device with netem at the root (1:) for delay, loss and damage, and a token bucket
+below it (2:) for rate and queue. netem first, so that the queue is counted in bytes by the bucket alone and
+its overflow (a congested link) is told apart from netem's drops (a lossy one). netem's own `limit` never
+binds.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def bucket_arguments(state: Impairments) -> Command:
 
 
 def red_arguments(state: Impairments) -> Command:
-    """Marks from a quarter of the queue, surely at three quarters (Floyd and Jacobson's ratio of thresholds)."""
+    """Marks from a quarter of the queue, surely at three quarters (Floyd and Jacobson's ratio of
+    thresholds).
+    """
     frame_bytes = state.mtu_bytes + K_FRAME_OVERHEAD_BYTES
     limit = state.buffer_bytes
     low = max(limit // 4, frame_bytes)
