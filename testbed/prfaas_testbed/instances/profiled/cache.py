@@ -1,8 +1,8 @@
 """The bounded prefix cache of a profiled instance; pure.
 
 Full-attention KV is kept by whole blocks: any whole-block prefix can be reused. Recurrent state is kept by
-exact length: a prefix can be reused only at a length where a state was saved. A hybrid model needs both at once,
-and (as SGLang's `no_buffer` cache) the new prompt must be longer than what it reuses.
+exact length: a prefix can be reused only at a length where a state was saved. A hybrid model needs both at
+once, and (as SGLang's `no_buffer` cache) the new prompt must be longer than what it reuses.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class _Block:
 
     def weight_tokens(self) -> int:
         return len(self.tokens) + sum(len(tail) for tail in self.states)
+
+
+Pins = list[_Block]
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,21 @@ class PrefixCache:
                     best = end
         return best
 
-    def pin(self, tokens: Sequence[int], length: int) -> list[int]:
-        """Keep the first `length` tokens' blocks from eviction; what `unpin` takes."""
-        chain = self._chain(tokens)[: -(-length // self.block_tokens)]
-        for block in chain:
+    def pin(self, tokens: Sequence[int], length: int) -> Pins:
+        """Keep what the first `length` tokens reuse from eviction; what `unpin` takes."""
+        if length == 0:
+            return []
+        # A short prompt's state hangs on the root.
+        blocks = [self._root, *self._chain(tokens)[: -(-length // self.block_tokens)]]
+        for block in blocks:
             block.pins += 1
             self._leaves.pop(block.hash, None)
-        return [block.hash for block in chain]
+        return blocks
 
-    def unpin(self, pinned: Sequence[int]) -> None:
-        for value in reversed(pinned):
-            block = self._blocks.get(value)
-            if block is not None:
-                block.pins -= 1
-                self._maybe_leaf(block)
+    def unpin(self, pinned: Pins) -> None:
+        for block in reversed(pinned):
+            block.pins -= 1
+            self._maybe_leaf(block)
 
     def insert(self, tokens: Sequence[int]) -> int:
         """Hold all whole blocks of `tokens` (and a state at its end); tokens by which the cache grew."""
@@ -155,7 +159,7 @@ class PrefixCache:
             else:
                 parent.children -= 1
                 self._maybe_leaf(parent, oldest=True)
-        if freed < wanted_tokens and self._root.states:
+        if freed < wanted_tokens and self._root.states and not self._root.pins:
             freed += self._root.weight_tokens()
             self._root.states.clear()
         self.used_tokens -= freed
@@ -186,6 +190,7 @@ class PrefixCache:
         return chain
 
     def _maybe_leaf(self, block: _Block, oldest: bool = False) -> None:
-        if block.pins == 0 and block.children == 0 and block.hash in self._blocks:
+        # By identity: a pin may outlive a flush.
+        if block.pins == 0 and block.children == 0 and self._blocks.get(block.hash) is block:
             self._leaves[block.hash] = block
             self._leaves.move_to_end(block.hash, last=not oldest)

@@ -18,7 +18,7 @@ from typing import Literal
 
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.profiles import Profile
-from prfaas_testbed.instances.profiled.cache import PrefixCache
+from prfaas_testbed.instances.profiled.cache import Pins, PrefixCache
 
 Role = Literal["prefill", "decode", "collocated"]
 K_UNLIMITED_TOKENS = 1 << 62
@@ -66,7 +66,7 @@ class _Job:
     done: int = 0
     emitted: int = 0
     reserved: int = 0
-    pinned: list[int] = field(default_factory=list)
+    pinned: Pins = field(default_factory=list)
     granted: bool = False
 
 
@@ -193,7 +193,9 @@ class Scheduler:
         while self._waiting:
             job = self._waiting[0]
             cached = self.cache.match(job.tokens)
-            need = len(job.tokens) - cached + self._new_tokens(job.max_new)
+            # A tail that is reused becomes part of a block of its own later.
+            shared = cached // self.cache.block_tokens * self.cache.block_tokens
+            need = len(job.tokens) - shared + self._new_tokens(job.max_new)
             pinned = self.cache.pin(job.tokens, cached)
             lacking = self.reserved_tokens + self.cache.used_tokens + need - self.pool_tokens
             if lacking > 0:

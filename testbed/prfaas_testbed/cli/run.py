@@ -1,0 +1,119 @@
+"""`prfaas-testbed run EXPERIMENT`: an experiment from its file to results/EXPERIMENT/STAMP/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
+from prfaas.config.run import Run, stamp, write_run
+from prfaas.model.errors import UsageError
+from prfaas_testbed.experiment.checks import exit_status, judge
+from prfaas_testbed.experiment.machine import K_RESULTS, K_TOPOLOGIES
+from prfaas_testbed.experiment.record import record_of
+from prfaas_testbed.experiment.runner import Results, Runner, check_before
+from prfaas_testbed.experiment.table import check_lines, summary_lines
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("run", help="run an experiment", allow_abbrev=False)
+    parser.add_argument("experiment", help="a name under topologies/experiments, or a path")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="results go to DIR/EXPERIMENT/STAMP (default: results)"
+    )
+    parser.add_argument("--repetitions", type=int, metavar="N", help="instead of the file's own number")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="wait so long for another run to end (default: don't)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the matrix of checks as JSON on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    choice = load_experiment(args.experiment, K_TOPOLOGIES)
+    if args.repetitions is not None and args.repetitions < 1:
+        raise UsageError(f"--repetitions {args.repetitions}: at least 1")
+    folder = (args.out or K_RESULTS) / choice.name / stamp()
+    if isinstance(choice, ExperimentSet):
+        record = run_set(choice, folder, args)
+    else:
+        record = run_one(choice, folder, args)
+    if args.json:
+        sys.stdout.write(
+            json.dumps([row.model_dump(exclude_none=True) for row in record.checks], indent=1) + "\n"
+        )
+    else:
+        lines = [*summary_lines(record), "", *check_lines(record.checks)]
+        sys.stdout.write("\n".join(lines) + "\n")
+    tell(f"results: {folder}")
+    return exit_status(record.checks)
+
+
+def run_one(experiment: Experiment, folder: Path, args: argparse.Namespace) -> Run:
+    """Run, judge, write and draw one experiment. What a run that is stopped has gathered is written too."""
+    if args.repetitions is not None:
+        experiment = experiment.model_copy(update={"repetitions": args.repetitions})
+    topology = check_before(experiment, args.experiment)
+    began_s, results = time.monotonic(), Results()
+    record = record_of(experiment, topology)
+    tell(f"{experiment.name}: {experiment.description}")
+    try:
+        Runner(experiment, topology, folder, results, tell, args.wait).run()
+    except BaseException as error:
+        if results.calibration:
+            results.into(record)
+            record.model_extra["stopped"] = str(error) or type(error).__name__  # type: ignore[index]
+            write_run(record, folder)
+        raise
+    results.into(record)
+    record.model_extra["wall_s"] = round(time.monotonic() - began_s, 1)  # type: ignore[index]
+    record.checks = judge(record)
+    write_run(record, folder)
+    draw(folder)
+    return record
+
+
+def draw(folder: Path) -> None:
+    """Figures and page; a run is complete without them, so what is wrong with them is only said."""
+    from prfaas_testbed.report import draw_run
+
+    try:
+        draw_run(folder)
+    except Exception as error:
+        tell(f"the figures could not be drawn: {type(error).__name__}: {error}")
+
+
+def run_set(choice: ExperimentSet, folder: Path, args: argparse.Namespace) -> Run:
+    """All parts, one after the other, in one record."""
+    from prfaas_testbed.experiment.record import join_parts
+
+    parts = list(parts_of(choice, K_TOPOLOGIES))
+    for name, experiment in parts:
+        check_before(experiment, f"part {name}")
+    records: list[tuple[str, Run]] = []
+    for i, (name, experiment) in enumerate(parts):
+        tell(f"part {i + 1} of {len(parts)}: {name}")
+        if args.repetitions is not None:
+            experiment = experiment.model_copy(update={"repetitions": args.repetitions})
+        topology, results = check_before(experiment, f"part {name}"), Results()
+        record = record_of(experiment, topology)
+        Runner(experiment, topology, folder / name, results, tell, args.wait).run()
+        results.into(record)
+        records.append((name, record))
+    whole = join_parts(choice, records)
+    whole.checks = judge(whole)
+    write_run(whole, folder)
+    draw(folder)
+    return whole
+
+
+def tell(line: str) -> None:
+    sys.stderr.write(f"[{time.strftime('%H:%M:%S')}] {line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,364 @@
+"""The servers of one model: a pump a site, prefill and decode instances, the plain server beside them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from prfaas.config.experiment import Experiment, Instance, ModelChoice
+from prfaas.model.errors import PrfaasError, UsageError
+from prfaas.pump import keys
+from prfaas_testbed.experiment.machine import K_CHECKOUT
+from prfaas_testbed.experiment.sites import write_json
+from prfaas_testbed.instances.models import K_MODELS, TinyModel
+from prfaas_testbed.instances.sglang_server import ServerSpec, SglangServer, end_tree
+from prfaas_testbed.network import Network, Site
+
+K_PUMP_PORT = 7600
+K_FIRST_PORT = 30000
+K_PLAIN_PORT = 29000
+K_BOOTSTRAP_OFFSET = 1000
+K_EVENTS_OFFSET = 2000
+K_READY_S = 20.0
+K_CERTIFICATE_DAYS = 2.0
+K_MODELS_DIR = K_CHECKOUT / ".cache" / "models"
+
+Progress = Callable[[str], None]
+
+
+class Process(Protocol):
+    """A server that can be started, awaited, killed and stopped."""
+
+    def start(self) -> None: ...
+    def wait_ready(self, progress: Progress) -> None: ...
+    def check_alive(self) -> None: ...
+    def kill(self) -> None: ...
+    def stop(self) -> None: ...
+    @property
+    def pid(self) -> int | None: ...
+
+
+@dataclass
+class Server:
+    """One running instance as the load and the timeline know it."""
+
+    name: str
+    site: str
+    role: str
+    host: str
+    port: int
+    process: Process
+    bootstrap_port: int | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+class Program:
+    """A Python module of ours inside a site: ready when it says so on its output."""
+
+    def __init__(
+        self, name: str, site: Site, module: str, config: Path, log: Path, ready: str | None
+    ) -> None:
+        self.name, self._site, self._module, self._config = name, site, module, config
+        self.log, self._ready = log, ready
+        self._process: subprocess.Popen[Any] | None = None
+        self._out: IO[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._close()
+        self._out = self.log.open("ab")
+        self._process = self._site.popen(
+            [sys.executable, "-m", self._module, "--config", self._config],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=self._out,
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait_ready(self, progress: Progress) -> None:
+        end_s = time.monotonic() + K_READY_S
+        while self._ready is not None and self._ready not in self._text():
+            self.check_alive()
+            if time.monotonic() > end_s:
+                raise PrfaasError(f"{self.name} isn't ready after {K_READY_S:g} s; log: {self.log}")
+            time.sleep(0.05)
+
+    def check_alive(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            status = self._process.returncode if self._process else None
+            lines = self._text().strip().splitlines()
+            raise PrfaasError(
+                f"{self.name} ended with {status}: {lines[-1] if lines else 'no output'}; log: {self.log}"
+            )
+
+    def kill(self) -> None:
+        if self._process is not None:
+            end_tree(self._process, grace_s=0.0)
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            end_tree(self._process)
+        self._close()
+
+    def _close(self) -> None:
+        if self._out is not None:
+            self._out.close()
+            self._out = None
+
+    def _text(self) -> str:
+        with suppress(FileNotFoundError):
+            return self.log.read_text(encoding="utf-8", errors="replace")
+        return ""
+
+
+class Real:
+    """A real SGLang server with the same face."""
+
+    def __init__(self, server: SglangServer) -> None:
+        self._server = server
+
+    @property
+    def pid(self) -> int | None:
+        return self._server.pid
+
+    def start(self) -> None:
+        self._server.start()
+
+    def wait_ready(self, progress: Progress) -> None:
+        self._server.wait_ready(progress=progress)
+
+    def check_alive(self) -> None:
+        self._server.check_alive()
+
+    def kill(self) -> None:
+        self._server.kill()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+@dataclass
+class Fleet:
+    """Everything that serves one model. `start`, then `stop` in every case."""
+
+    net: Network
+    experiment: Experiment
+    model: ModelChoice
+    folder: Path
+    """For logs, configurations, keys and digests; under the checkout, so that sites see it."""
+    progress: Progress
+    scale: float = 1.0
+    servers: list[Server] = field(default_factory=list)
+    plain: Server | None = None
+    pumps: dict[str, Program] = field(default_factory=dict)
+    fault: str | None = None
+    """A control's, planted in the prefill servers."""
+
+    @property
+    def digests(self) -> Path:
+        return self.folder / "digests"
+
+    def pump_config(self, site: str) -> Path:
+        return self.folder / f"pump-{site}.yaml"
+
+    def tiny_model(self) -> TinyModel:
+        """Raises UsageError for a model that set-up doesn't make."""
+        if self.model.name not in K_MODELS:
+            raise UsageError(f"no model {self.model.name!r} for real servers; known: {', '.join(K_MODELS)}")
+        return K_MODELS[self.model.name]
+
+    def start(self) -> None:
+        """Start all at once, then wait for each: most of a start is imports. Raises PrfaasError when one
+        dies."""
+        self._prepare()
+        for pump in self.pumps.values():
+            pump.start()
+        for pump in self.pumps.values():
+            pump.wait_ready(self.progress)
+        everything = [*self.servers, *([self.plain] if self.plain else [])]
+        for server in everything:
+            server.process.start()
+        for server in everything:
+            server.process.wait_ready(self.progress)
+
+    def stop(self) -> None:
+        everything = [*self.servers, *([self.plain] if self.plain else [])]
+        # Real servers take seconds to end: all are told before any is awaited.
+        for server in everything:
+            if server.process.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(server.process.pid, signal.SIGTERM)
+        for server in everything:
+            server.process.stop()
+        for pump in self.pumps.values():
+            pump.stop()
+
+    def check_alive(self) -> None:
+        for server in [*self.servers, *([self.plain] if self.plain else [])]:
+            server.process.check_alive()
+        for pump in self.pumps.values():
+            pump.check_alive()
+
+    def by_role(self, *roles: str) -> list[Server]:
+        return [server for server in self.servers if server.role in roles]
+
+    def named(self, name: str) -> Server:
+        return next(server for server in self.servers if server.name == name)
+
+    def restart_prefill(self, fault: str | None) -> None:
+        """The prefill servers anew, with a control's fault or without."""
+        self.fault = fault
+        prefills = self.by_role("prefill")
+        for server in prefills:
+            server.process.stop()
+            self.servers.remove(server)
+        fresh = [self._server(i, name, port) for i, name, port in self._planned() if i.role == "prefill"]
+        for server in fresh:
+            server.process.start()
+        for server in fresh:
+            server.process.wait_ready(self.progress)
+        self.servers += fresh
+
+    # What is written for them.
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        moving = sorted({i.site for i in self.experiment.instances if i.role != "collocated"})
+        if self.experiment.transfer.tls and moving:
+            self._make_keys(moving)
+        for site in moving:
+            config = write_json(self.pump_config(site), self._pump(site))
+            log = self.folder / f"pump-{site}.log"
+            name = f"pump of {site}"
+            self.pumps[site] = Program(
+                name, self.net.sites[site], "prfaas.pump", config, log, f"pump of site {site}"
+            )
+        self.servers = [self._server(*planned) for planned in self._planned()]
+        if self.experiment.baseline is not None:
+            self.plain = self._plain(self.experiment.baseline.site)
+
+    def _planned(self) -> list[tuple[Instance, str, int]]:
+        found, port = [], K_FIRST_PORT
+        for instance in self.experiment.instances:
+            for name in instance.names():
+                found.append((instance, name, port))
+                port += 10
+        return found
+
+    def _make_keys(self, sites: list[str]) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        folders = {site: self.folder / "keys" / site for site in sites}
+        for site, folder in folders.items():
+            if not (folder / keys.K_SITE_FILE).exists():
+                keys.create_site(
+                    folder, site, days=K_CERTIFICATE_DAYS, authority_days=K_CERTIFICATE_DAYS, now=now
+                )
+        for folder in folders.values():
+            for other in folders.values():
+                if other != folder:
+                    keys.trust(folder, other / keys.K_AUTHORITY_CERTIFICATE)
+
+    def _pump(self, site: str) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "site": site,
+            "listen": f"{self.net.sites[site].address}:{K_PUMP_PORT}",
+            "control_socket": f"/run/prfaas-{site}.sock",
+        }
+        if self.experiment.transfer.streams is not None:
+            config["min_streams"] = config["max_streams"] = self.experiment.transfer.streams
+        if self.experiment.transfer.tls:
+            folder = self.folder / "keys" / site
+            own = str(folder / keys.K_SITE_FILE)
+            config["tls"] = {"ca": str(folder / keys.K_TRUSTED), "certificate": own, "key": own}
+        else:
+            config["allow_plaintext"] = True
+        return config
+
+    def _server(self, instance: Instance, name: str, port: int) -> Server:
+        site = self.net.sites[instance.site]
+        if instance.kind == "sglang":
+            return self._real(instance, name, site, port)
+        return self._profiled(instance, name, site, port)
+
+    def _profiled(self, instance: Instance, name: str, site: Site, port: int) -> Server:
+        self.digests.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "name": name, "role": instance.role, "host": site.address, "port": port, "model": self.model.name,
+            "profile": instance.profile or self.model.profile, "scale": self.scale,
+            "limits": instance.limits.model_dump(exclude_none=True),
+            "pump": None if instance.role == "collocated" else str(self.pump_config(instance.site)),
+            "events_port": port + K_EVENTS_OFFSET, "events_replay_port": port + K_EVENTS_OFFSET + 1,
+            "transfers_log": str(self.digests / f"{name}.jsonl"),
+            "transfer_timeout_s": self.experiment.request_timeout_s,
+            "fault": self.fault if instance.role == "prefill" else None,
+        }  # fmt: skip
+        config = write_json(self.folder / f"{name}.yaml", settings)
+        process = Program(
+            name, site, "prfaas_testbed.instances.profiled", config, self.folder / f"{name}.log",
+            f"profiled instance ready: {name}",
+        )  # fmt: skip
+        return Server(name, instance.site, instance.role, site.address, port, process, bootstrap_port=port)
+
+    def _real(self, instance: Instance, name: str, site: Site, port: int) -> Server:
+        backend: dict[str, Any] = {
+            "pump_file": str(self.pump_config(instance.site)),
+            "deadline_s": self.experiment.request_timeout_s,
+        }
+        if self.experiment.verify:
+            backend["verify"] = {"directory": str(self.digests)}
+        if self.fault is not None and instance.role == "prefill":
+            backend["faults"] = {"kv": {"zero_kv": "zero", "drop_page": "drop_page"}[self.fault]}
+        config = write_json(self.folder / f"{name}.yaml", backend)
+        bootstrap = port + K_BOOTSTRAP_OFFSET
+        spec = ServerSpec(
+            role=instance.role if instance.role != "collocated" else "plain",
+            model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
+            bootstrap_port=bootstrap, config_path=config,
+        )  # fmt: skip
+        server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))
+        return Server(name, instance.site, instance.role, site.address, port, Real(server), bootstrap)
+
+    def _plain(self, site_name: str) -> Server:
+        site = self.net.sites[site_name]
+        if "sglang" in self.experiment.kinds():
+            spec = ServerSpec(
+                role="plain", model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name,
+                host=site.address, port=K_PLAIN_PORT,
+            )  # fmt: skip
+            process: Process = Real(SglangServer(spec, self.folder / "plain.log", popen=_popen_of(site)))
+        else:
+            settings = {
+                "name": "plain", "role": "collocated", "host": site.address, "port": K_PLAIN_PORT,
+                "model": self.model.name, "profile": self.model.profile, "scale": self.scale,
+            }  # fmt: skip
+            config = write_json(self.folder / "plain.yaml", settings)
+            process = Program(
+                "plain", site, "prfaas_testbed.instances.profiled", config, self.folder / "plain.log",
+                "profiled instance ready: plain",
+            )  # fmt: skip
+        return Server("plain", site_name, "plain", site.address, K_PLAIN_PORT, process)
+
+
+def _popen_of(site: Site) -> Callable[..., subprocess.Popen[Any]]:
+    """The site's popen with subprocess's arguments; it starts a session of its own always."""
+
+    def popen(argv: list[str], **options: Any) -> subprocess.Popen[Any]:
+        options.pop("start_new_session", None)
+        return site.popen(argv, **options)
+
+    return popen

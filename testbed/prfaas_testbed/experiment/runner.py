@@ -1,0 +1,387 @@
+"""An experiment from its file to its record: network up, calibrated, servers up, load, faults, judging.
+
+with the network up: calibrate, try isolation, then for each model
+    servers up -> plain answers -> repetitions (void ones again) -> controls -> servers down
+checks -> run.json -> figures
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from prfaas.config.experiment import Control, Experiment, ModelChoice
+from prfaas.config.profile import find_profile
+from prfaas.config.run import (
+    CalibrationRow,
+    EventRow,
+    Repetition,
+    RequestRow,
+    Row,
+    Run,
+)
+from prfaas.config.topology import Topology, load_topology
+from prfaas.model.errors import ConfigError, MachineError, PrfaasError, UsageError
+from prfaas_testbed.client import Answer, Shot
+from prfaas_testbed.experiment.checks import require_known
+from prfaas_testbed.experiment.fleet import K_MODELS_DIR, Fleet
+from prfaas_testbed.experiment.load import (
+    Client,
+    Planned,
+    direct_shots,
+    one_server_shots,
+    plan,
+    rows_of,
+    wanted_bytes,
+)
+from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.metrics import equal_tokens
+from prfaas_testbed.experiment.sites import try_isolation
+from prfaas_testbed.experiment.timeline import Timeline
+from prfaas_testbed.experiment.transfers import Moved, read_moved
+from prfaas_testbed.experiment.watch import Watch
+from prfaas_testbed.instances.models import K_MODELS
+from prfaas_testbed.instances.sglang_server import sglang_python
+from prfaas_testbed.network import Network, open_network
+from prfaas_testbed.network.calibrate import verdict
+
+K_VOID_AGAIN = 2  # how often a void repetition is run again before the machine is too busy
+K_WARM_TOKENS = 64
+K_CONTROL_TOKENS = 600
+K_CONTROL_OUTPUT_TOKENS = 16
+
+Progress = Callable[[str], None]
+
+
+class TooBusy(MachineError):
+    """The machine can't emulate the network faithfully while it runs the load."""
+
+
+@dataclass
+class Results:
+    """What a run has gathered so far; also what a run that was stopped has."""
+
+    calibration: list[CalibrationRow] = field(default_factory=list)
+    repetitions: dict[int, Repetition] = field(default_factory=dict)
+    baseline: list[RequestRow] = field(default_factory=list)
+    controls: list[Row] = field(default_factory=list)
+    void: list[Row] = field(default_factory=list)
+    emulation: str = "native"
+
+    def repetition(self, index: int) -> Repetition:
+        return self.repetitions.setdefault(index, Repetition(index=index))
+
+    def into(self, run: Run) -> None:
+        run.calibration, run.baseline, run.controls, run.void = (
+            self.calibration,
+            self.baseline,
+            self.controls,
+            self.void,
+        )
+        run.repetitions = [self.repetitions[i] for i in sorted(self.repetitions)]
+        run.emulation = self.emulation  # type: ignore[assignment]
+
+
+def check_before(experiment: Experiment, origin: str) -> Topology:
+    """All that can be known to be wrong before anything is started. Raises ConfigError, UsageError,
+    MachineError."""
+    require_known(experiment.checks, origin)
+    topology = load_topology(experiment.network)
+    for instance in experiment.instances:
+        if instance.site not in topology.sites:
+            known = ", ".join(topology.sites)
+            raise ConfigError(
+                origin, f"instances.{instance.name}.site", instance.site, f"sites here: {known}"
+            )
+    if experiment.baseline is not None and experiment.baseline.site not in topology.sites:
+        raise ConfigError(
+            origin, "baseline.site", experiment.baseline.site, f"sites: {', '.join(topology.sites)}"
+        )
+    links = topology.directed()
+    for event in experiment.timeline:
+        for name in _sites_of(event):
+            if name not in topology.sites:
+                raise ConfigError(
+                    origin, f"timeline.{event.do}", name, f"sites here: {', '.join(topology.sites)}"
+                )
+        for link in _links_of(event):
+            if link not in links:
+                raise ConfigError(
+                    origin, f"timeline.{event.do}.link", link, f"links here: {', '.join(links)}"
+                )
+    for model in experiment.models:
+        for profile in {model.profile, *(i.profile for i in experiment.instances)} - {None}:
+            find_profile(str(profile), K_TOPOLOGIES)
+        if "sglang" in experiment.kinds():
+            if model.name not in K_MODELS:
+                raise ConfigError(
+                    origin, "models.name", model.name, f"models that set-up makes: {', '.join(K_MODELS)}"
+                )
+            sglang_python()
+            if not (K_MODELS_DIR / model.name / "config.json").exists():
+                raise MachineError(f"model {model.name} isn't under {K_MODELS_DIR}: run `make setup`")
+    if experiment.router is not None:
+        raise UsageError(f"{origin}: experiments with a router run in the simulator only so far")
+    plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
+    return topology
+
+
+def _sites_of(event: Any) -> list[str]:
+    return [value for name in ("source", "target", "site") if (value := getattr(event, name, None))]
+
+
+def _links_of(event: Any) -> list[str]:
+    from prfaas.config.experiment import directed
+
+    return directed(event.link) if hasattr(event, "link") else []
+
+
+class Runner:
+    """One experiment on this machine."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        folder: Path,
+        results: Results,
+        tell: Progress,
+        wait_s: float = 0.0,
+    ) -> None:
+        """`wait_s`: how long to wait for another run to give the machine's network back."""
+        self.experiment, self.topology, self.folder = experiment, topology, folder
+        self.results, self.tell, self.wait_s = results, tell, wait_s
+        self.real = "sglang" in experiment.kinds()
+        self.scale = topology.scale.factor if topology.scale else 1.0
+        self._deadline_s = float("inf")
+
+    def run(self) -> None:
+        """Fills `results`. Raises PrfaasError where the run can't go on; whatever it started is gone by
+        then."""
+        with open_network(self.topology, self.folder, progress=self.tell, wait_s=self.wait_s) as net:
+            self._deadline_s = time.monotonic() + self.experiment.wall_time_s - net.up_s
+            self.results.emulation = net.emulation
+            self.calibrate(net)
+            isolation = try_isolation(net)
+            self.tell(
+                "sites are isolated"
+                if isolation["isolated"]
+                else f"sites leak: {'; '.join(isolation['leaks'])}"
+            )
+            first = self.results.repetition(0)
+            first.events.append(EventRow.model_validate({"at_s": 0.0, "event": "isolation", **isolation}))
+            for model in self.experiment.models:
+                self.one_model(net, model)
+
+    def calibrate(self, net: Network) -> None:
+        self.tell("calibrating every link, each way")
+        rows = net.calibrate()
+        self.results.calibration += [CalibrationRow.model_validate(row.as_row()) for row in rows]
+        for row in rows:
+            loss = "-" if row.measured_loss is None else f"{row.measured_loss:.3%}"
+            self.tell(
+                f"  {row.direction}: RTT {row.measured_rtt_ms} ms (wanted {row.wanted_rtt_ms:g}), rate "
+                f"{row.measured_rate_mbps} Mbit/s (wanted {row.wanted_rate_mbps}), loss {loss} "
+                f"(wanted {row.wanted_loss:.3%}): {'inside' if row.inside else 'OUTSIDE'}"
+            )
+        missed = verdict(rows)
+        if missed:
+            raise PrfaasError(f"the network isn't as asked for, the load was not run: {' | '.join(missed)}")
+
+    def one_model(self, net: Network, model: ModelChoice) -> None:
+        folder = self.folder / "work" / model.name
+        fleet = Fleet(net, self.experiment, model, folder, self.tell, self.scale)
+        try:
+            began_s = time.monotonic()
+            self.tell(f"{model.name}: starting {self._what(fleet)}")
+            fleet.start()
+            self.tell(f"{model.name}: all servers ready after {time.monotonic() - began_s:.0f} s")
+            requests = plan(self.experiment, self.real, self.experiment.seed)
+            self.warm_up(net, fleet)
+            if fleet.plain is not None:
+                self.plain_answers(net, fleet, requests)
+            for index in range(self.experiment.repetitions):
+                self.repetition(net, fleet, requests, index)
+            for control in self.experiment.controls:
+                self.control(net, fleet, control)
+        finally:
+            fleet.stop()
+
+    def _what(self, fleet: Fleet) -> str:
+        kinds = "real SGLang servers" if self.real else "profiled instances"
+        names = ", ".join(name for i in self.experiment.instances for name in i.names())
+        return f"{kinds} {names}" + (" and a plain one" if self.experiment.baseline else "")
+
+    # Loads
+
+    def warm_up(self, net: Network, fleet: Fleet) -> None:
+        """First requests compile kernels and open connections: none of those that count is the first."""
+        rng = Random(self.experiment.seed ^ 0x77)
+        warm = [
+            Planned(f"warm{i}", 0.1 * i, [rng.randrange(4, 900) for _ in range(K_WARM_TOKENS * (1 + i))], 4)
+            for i in range(2)
+        ]
+        shots, _ = direct_shots(warm, fleet, self.real, rng, self.experiment.request_timeout_s)
+        if fleet.plain is not None:
+            plain = one_server_shots(warm, fleet.plain.url, self.real, self.experiment.request_timeout_s)
+            shots += [Shot(f"p-{s.id}", s.at_s, s.body, s.targets, s.timeout_s) for s in plain]
+        answers, _, _ = self._send(net, fleet, shots, "warm", quiet=True)
+        failed = [answer.error for answer in answers if answer.error]
+        if failed:
+            raise PrfaasError(f"the servers are up but don't answer: {failed[0]}")
+
+    def plain_answers(self, net: Network, fleet: Fleet, requests: list[Planned]) -> None:
+        assert fleet.plain is not None
+        self.tell(f"{fleet.model.name}: {len(requests)} requests to the plain server")
+        shots = one_server_shots(requests, fleet.plain.url, self.real, self.experiment.request_timeout_s)
+        answers, start_s, _ = self._send(net, fleet, shots, "plain")
+        rows = rows_of(answers, requests, fleet.model.name, start_s, {}, {}, lambda tokens: None)
+        self.results.baseline += rows
+
+    def repetition(self, net: Network, fleet: Fleet, requests: list[Planned], index: int) -> None:
+        """One valid pass: void ones are kept apart and run again. Raises TooBusy when it is void again and
+        again."""
+        for attempt in range(1 + K_VOID_AGAIN):
+            name = f"rep{index}-{attempt}"
+            total = self.experiment.repetitions
+            self.tell(
+                f"{fleet.model.name}: repetition {index + 1} of {total}, {len(requests)} requests"
+                + (f" (attempt {attempt + 1})" if attempt else "")
+            )
+            rooms = Random(f"{self.experiment.seed}/{fleet.model.name}/{name}")
+            shots, where = direct_shots(requests, fleet, self.real, rooms, self.experiment.request_timeout_s)
+            watch, timeline = Watch(net, fleet), Timeline(self.experiment.timeline, net, fleet)
+            watch.begin()
+            answers, start_s, client = self._send(net, fleet, shots, name, timeline=timeline)
+            events = timeline.finish()
+            links, seen, void = watch.end(start_s)
+            moved = read_moved(fleet.digests) if fleet.digests.exists() else {}
+            rows = rows_of(answers, requests, fleet.model.name, start_s, where, moved, self._wanted(fleet))
+            load = {
+                "at_s": 0.0, "event": "load", "requests": len(requests), "client_cpu_share": client.cpu_share
+            }  # fmt: skip
+            events += [EventRow.model_validate(load), *seen]
+            if void is None:
+                break
+            self.tell(f"{fleet.model.name}: repetition {index + 1} is void: {void}")
+            row = {"index": index, "attempt": attempt, "model": fleet.model.name, "reason": void}
+            self.results.void.append(
+                Row.model_validate(
+                    {**row, "requests": [r.model_dump(exclude={"output_ids", "logprobs"}) for r in rows]}
+                )
+            )
+        else:
+            raise TooBusy(
+                f"machine too busy: repetition {index + 1} of {fleet.model.name} was void each time: {void}"
+            )
+        target = self.results.repetition(index)
+        for event in events:
+            event.__pydantic_extra__ = {**(event.model_extra or {}), "model": fleet.model.name}
+        for link in links:
+            link.__pydantic_extra__ = {**(link.model_extra or {}), "model": fleet.model.name}
+        plain = {(row.model, row.id): row for row in self.results.baseline}
+        for request in rows:
+            request.tokens_equal = equal_tokens(request, plain.get((request.model, request.id)))
+        target.requests += rows
+        target.links += links
+        target.events += sorted(events, key=lambda event: event.at_s)
+
+    def control(self, net: Network, fleet: Fleet, control: Control) -> None:
+        """The same comparisons with a fault planted: they must notice."""
+        self.tell(f"{fleet.model.name}: control {control.name}: prefill starts again with a planted fault")
+        fleet.restart_prefill(control.fault)
+        rng = Random(f"{self.experiment.seed}/{control.name}")
+        low, high = (4, 1000) if self.real else (0, 32000)
+        requests = [
+            Planned(
+                f"{control.name}{i}",
+                0.3 * i,
+                [rng.randrange(low, high) for _ in range(K_CONTROL_TOKENS)],
+                K_CONTROL_OUTPUT_TOKENS,
+            )
+            for i in range(control.requests)
+        ]
+        shots, where = direct_shots(requests, fleet, self.real, rng, self.experiment.request_timeout_s)
+        plain: dict[str, Answer] = {}
+        if fleet.plain is not None:
+            limit_s = self.experiment.request_timeout_s
+            to_plain = one_server_shots(requests, fleet.plain.url, self.real, limit_s)
+            found, _, _ = self._send(net, fleet, to_plain, f"{control.name}-plain", quiet=True)
+            plain = {answer.id: answer for answer in found}
+        answers, _, _ = self._send(net, fleet, shots, control.name, quiet=True)
+        moved = read_moved(fleet.digests)
+        for answer in answers:
+            room = where[answer.id][0]
+            seen = moved.get(room, Moved())
+            right = plain[answer.id].output_ids if answer.id in plain else []
+            tokens_caught = answer.error is None and bool(right) and answer.output_ids != right
+            digest_caught = None not in (seen.source_digest, seen.landed_digest) and (
+                seen.source_digest != seen.landed_digest
+            )
+            row = {
+                "model": fleet.model.name, "control": control.name, "fault": control.fault, "id": answer.id,
+                "prompt_tokens": K_CONTROL_TOKENS, "output_ids": answer.output_ids, "plain_output_ids": right,
+                "source_digest": seen.source_digest, "landed_digest": seen.landed_digest,
+                "error": answer.error, "tokens_caught": tokens_caught, "digest_caught": digest_caught,
+            }  # fmt: skip
+            self.results.controls.append(Row.model_validate(row))
+            verdict = "caught" if tokens_caught and digest_caught else "NOT CAUGHT"
+            why = f"tokens {tokens_caught}, digest {digest_caught}, error {answer.error}"
+            self.tell(f"  {answer.id}: {verdict} ({why})")
+
+    def _send(
+        self,
+        net: Network,
+        fleet: Fleet,
+        shots: list[Shot],
+        name: str,
+        quiet: bool = False,
+        timeline: Timeline | None = None,
+    ) -> tuple[list[Answer], float, Client]:
+        self._check_time()
+        client = Client(net.sites[self._client_site()], fleet.folder, name)
+        killed = {event.instance for event in self.experiment.timeline if event.do == "kill"}
+
+        def poll(done: int) -> None:
+            self._check_time()
+            if not killed:
+                fleet.check_alive()
+            if not quiet:
+                self.tell(f"{fleet.model.name}: {done} of {len(shots)} answered")
+
+        try:
+            client.start(shots)
+            if timeline is not None:
+                timeline.start(client.start_s)
+            answers = client.finish(poll, every_s=3.0)
+        except BaseException:
+            if timeline is not None:
+                timeline.finish()
+            raise
+        finally:
+            client.stop()
+        return answers, client.start_s, client
+
+    def _client_site(self) -> str:
+        """Where the users are: beside the decode servers."""
+        near = [i.site for i in self.experiment.instances if i.role in ("decode", "collocated")]
+        return near[0]
+
+    def _wanted(self, fleet: Fleet) -> Callable[[int], int | None]:
+        if self.real:
+            model = fleet.tiny_model()
+            return lambda tokens: wanted_bytes(tokens, None, model)
+        if fleet.model.profile is None:
+            return lambda tokens: None
+        profile = find_profile(fleet.model.profile, K_TOPOLOGIES).scaled(self.scale)
+        return lambda tokens: wanted_bytes(tokens, profile, None)
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._deadline_s:
+            raise PrfaasError(
+                f"the run has taken its declared {self.experiment.wall_time_s:g} s and was stopped"
+            )

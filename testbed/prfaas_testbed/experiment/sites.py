@@ -1,0 +1,221 @@
+"""Small things done inside sites: isolation tried, frames counted by port, pumps asked, streams cut."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prfaas.model.errors import PrfaasError
+from prfaas_testbed.network import Network, Site
+
+K_STATS = [sys.executable, "-m", "prfaas_testbed.experiment.inside"]
+K_PROBE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("probe_sockets.py"))]
+K_TABLE = "prfaas_count"
+K_ETHERNET_BYTES = 14
+K_TCP_HEADERS_BYTES = K_ETHERNET_BYTES + 20 + 20 + 12  # with timestamps
+K_ASK_S = 20.0
+K_SENT = (
+    "payload_bytes_sent",
+    "framing_bytes_sent",
+    "control_bytes_sent",
+    "tcp_bytes_sent",
+    "segments_out",
+    "retransmitted_bytes",
+    "payload_bytes_received",
+    "streams_opened",
+    "streams_lost",
+)
+
+
+def pump_stats(sites: Sequence[Site], configs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Each site's pump's counters, asked of all at once. Raises PrfaasError with what a site said."""
+    return _answers([(site, [*K_STATS, str(path)]) for site, path in zip(sites, configs, strict=True)])
+
+
+def _answers(asked: Sequence[tuple[Site, list[str]]]) -> list[Any]:
+    """The JSON that programs in sites print."""
+    running = [
+        (site, words, site.popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        for site, words in asked
+    ]
+    found = []
+    try:
+        for site, words, process in running:
+            try:
+                out, err = process.communicate(timeout=K_ASK_S)
+            except subprocess.TimeoutExpired:
+                raise PrfaasError(f"site {site.name}: no answer from {words[-2]} in {K_ASK_S:g} s") from None
+            if process.returncode:
+                raise PrfaasError(f"site {site.name}: {(err.strip().splitlines() or ['failed'])[-1]}")
+            found.append(json.loads(out))
+    finally:
+        for _, _, process in running:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    return found
+
+
+def try_isolation(net: Network) -> dict[str, Any]:
+    """Whether a site can open another's sockets, or has a way out that isn't the WAN."""
+    paths = {
+        name: [f"{place}/prfaas-isolation-{name}.sock" for place in ("/tmp", "/run", "/dev/shm")]
+        for name in net.sites
+    }
+    holders = [
+        site.popen(
+            [*K_PROBE, "listen", *paths[name]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name, site in net.sites.items()
+    ]
+    leaks: list[str] = []
+    try:
+        for holder in holders:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+        every = [path for own in paths.values() for path in own]
+        reached = _answers([(site, [*K_PROBE, "reach", *every]) for site in net.sites.values()])
+        for name, found in zip(net.sites, reached, strict=True):
+            # Its own it must reach: else the trial would prove nothing.
+            if not set(paths[name]) <= set(found):
+                leaks.append(f"{name} can't reach its own sockets: the trial says nothing")
+            leaks += [f"{name} opened {path}" for path in found if path not in paths[name]]
+    finally:
+        for holder in holders:
+            assert holder.stdin is not None
+            assert holder.stdout is not None
+            holder.stdin.close()
+            holder.wait(timeout=10)
+            holder.stdout.close()
+    for name, site in net.sites.items():
+        devices = [row["ifname"] for row in json.loads(site.check(["ip", "-j", "link", "show", "up"]))]
+        routes = json.loads(site.check(["ip", "-j", "route", "show"]))
+        leaks += [f"{name} has another device {d}" for d in devices if d not in ("lo", site.device)]
+        leaks += [f"{name} has a route by {r['dev']}" for r in routes if r["dev"] != site.device]
+    return {"isolated": not leaks, "leaks": leaks, "sites": list(net.sites)}
+
+
+def count_frames(site: Site, pump_port: int) -> None:
+    """Begin to count what leaves the site: the pumps' connections, and everything else."""
+    rules = f"""
+table inet {K_TABLE}
+delete table inet {K_TABLE}
+table inet {K_TABLE} {{
+  chain out {{
+    type filter hook output priority 0;
+    oifname "lo" return
+    tcp dport {pump_port} counter return
+    tcp sport {pump_port} counter return
+    counter
+  }}
+}}
+"""
+    site.check(["nft", "-f", "-"], rules.splitlines())
+
+
+def counted_frames(site: Site) -> dict[str, int]:
+    """{"pump_bytes", "pump_packets", "other_bytes", "other_packets"}: IP bytes since `count_frames`."""
+    rules = json.loads(site.check(["nft", "-j", "list", "table", "inet", K_TABLE]))["nftables"]
+    counters = []
+    for row in rules:
+        for part in row.get("rule", {}).get("expr", []):
+            if "counter" in part:
+                counters.append(part["counter"])
+    *pump, other = counters
+    return {
+        "pump_bytes": sum(c["bytes"] for c in pump),
+        "pump_packets": sum(c["packets"] for c in pump),
+        "other_bytes": other["bytes"],
+        "other_packets": other["packets"],
+    }
+
+
+def pump_sent(stats: dict[str, Any]) -> dict[str, int]:
+    """What a pump's connections sent, by its own counters and TCP_INFO; both directions of dialling."""
+    total = dict.fromkeys(K_SENT, 0)
+    for row in [*stats["peers"], stats["inbound"]]:
+        for name in total:
+            total[name] += int(row.get(name, 0))
+    return total
+
+
+def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """One site's outgoing bytes over a stretch of time: what the WAN carried, and what explains it.
+
+    Both hold `pump` (pump_sent), `frames` (counted_frames), `wan_bytes`, `wan_packets` and `wan_losses` of
+    the outgoing link. Accounted: TCP's bytes of the pumps (payload, framing, control, TLS records and what
+    was sent again, by TCP_INFO), their segments' headers, and every other frame that left the site.
+    """
+    pump = {name: after["pump"][name] - before["pump"][name] for name in after["pump"]}
+    frames = {name: after["frames"][name] - before["frames"][name] for name in after["frames"]}
+    delivered = after["wan_bytes"] - before["wan_bytes"]
+    packets = after["wan_packets"] - before["wan_packets"]
+    losses = after["wan_losses"] - before["wan_losses"]
+    # A lost frame left the sender as well; it is taken to be of the mean size.
+    lost_bytes = round(losses * delivered / packets) if packets else 0
+    headers = pump["segments_out"] * K_TCP_HEADERS_BYTES
+    other = frames["other_bytes"] + frames["other_packets"] * K_ETHERNET_BYTES
+    explained = pump["payload_bytes_sent"] + pump["framing_bytes_sent"] + pump["control_bytes_sent"]
+    again = pump["retransmitted_bytes"]
+    return {
+        "wan_bytes": delivered + lost_bytes,
+        "wan_lost_bytes": lost_bytes,
+        "accounted_bytes": pump["tcp_bytes_sent"] + headers + other,
+        "payload_bytes": pump["payload_bytes_sent"],
+        "framing_bytes": pump["framing_bytes_sent"],
+        "control_bytes": pump["control_bytes_sent"] + other,
+        "retransmitted_bytes": again,
+        "tls_bytes": pump["tcp_bytes_sent"] - again - explained,
+        "header_bytes": headers,
+        "streams_opened": pump["streams_opened"],
+        "streams_lost": pump["streams_lost"],
+    }
+
+
+def cut_streams(
+    source: Site, target_address: str, pump_port: int, streams: int, patience_s: float = 10.0
+) -> dict[str, Any]:
+    """Reset connections to a peer's pump while they carry bytes; which, and how much they had under way."""
+    end_s = time.monotonic() + patience_s
+    cut: list[dict[str, Any]] = []
+    while len(cut) < streams and time.monotonic() < end_s:
+        shown = source.check(
+            ["ss", "-tnH", "state", "established", "dst", target_address, "dport", "=", f":{pump_port}"]
+        )
+        busy = []
+        for line in shown.splitlines():
+            fields = line.split()
+            if len(fields) >= 4 and int(fields[1]) > 0:
+                busy.append((int(fields[1]), fields[2].rpartition(":")[2]))
+        for queued, port in sorted(busy, reverse=True)[: streams - len(cut)]:
+            killed = source.run(
+                [
+                    "ss",
+                    "-KtnH",
+                    "dst",
+                    target_address,
+                    "dport",
+                    "=",
+                    f":{pump_port}",
+                    "sport",
+                    "=",
+                    f":{port}",
+                ]
+            ).stdout
+            if port in killed:
+                cut.append({"port": int(port), "queued_bytes": queued})
+        if len(cut) < streams:
+            time.sleep(0.005)
+    return {"streams": len(cut), "cut": cut}
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """For files that processes inside sites read (YAML readers take JSON)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return path

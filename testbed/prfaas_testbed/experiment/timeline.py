@@ -1,0 +1,207 @@
+"""The timeline of an experiment on the running network: each event at its time, and the record of when it
+was.
+
+Every step is planned beforehand (pure), so that an event with an end is two steps. A thread sleeps to each
+step's time; slow steps (a server's start) run beside it and don't delay the next.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prfaas.config.experiment import (
+    CrossTraffic,
+    CutStream,
+    Event,
+    Flap,
+    Kill,
+    LinkDown,
+    ReplaceCertificate,
+    SetLink,
+    directed,
+)
+from prfaas.config.run import EventRow
+from prfaas.config.topology import Impairments, LinkChange
+from prfaas.model.errors import PrfaasError
+from prfaas.pump import keys
+from prfaas_testbed.experiment.fleet import K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
+from prfaas_testbed.experiment.sites import cut_streams
+from prfaas_testbed.network import Network
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do at one time."""
+
+    at_s: float
+    event: Event
+    phase: str
+    """`begin` or `end`."""
+
+
+def steps_of(events: Sequence[Event]) -> list[Step]:
+    """In order of time; ends of one event come before beginnings at the same time."""
+    steps: list[Step] = []
+    for event in events:
+        if isinstance(event, Flap):
+            for i in range(event.times):
+                down_s = event.at_s + i * (event.on_s + event.off_s)
+                steps += [Step(down_s, event, "begin"), Step(down_s + event.off_s, event, "end")]
+            continue
+        steps.append(Step(event.at_s, event, "begin"))
+        if isinstance(event, Kill):
+            length_s = event.restart_after_s
+        elif isinstance(event, SetLink | LinkDown | CrossTraffic):
+            length_s = event.for_s
+        else:
+            length_s = None
+        if length_s is not None:
+            steps.append(Step(event.at_s + length_s, event, "end"))
+    return sorted(steps, key=lambda step: (step.at_s, step.phase == "begin"))
+
+
+class Timeline:
+    """`start` with the load's zero; `finish` ends what is still on and gives the rows."""
+
+    def __init__(self, events: Sequence[Event], net: Network, fleet: Fleet) -> None:
+        self._steps, self._net, self._fleet = steps_of(events), net, fleet
+        self._rows: list[EventRow] = []
+        self._before: dict[tuple[int, str], Impairments] = {}
+        self._traffic: dict[int, Any] = {}
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._beside: list[threading.Thread] = []
+        self._zero_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="timeline")
+
+    def start(self, zero_s: float) -> None:
+        self._zero_s = zero_s
+        self._thread.start()
+
+    def finish(self) -> list[EventRow]:
+        """Don't begin anything new, end what was begun, and say all that happened."""
+        self._stopped.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for thread in self._beside:
+            thread.join()
+        with self._lock:
+            return sorted(self._rows, key=lambda row: row.at_s)
+
+    def _run(self) -> None:
+        for step in self._steps:
+            left_s = self._zero_s + step.at_s - time.monotonic()
+            stopped = self._stopped.wait(max(0.0, left_s))
+            if stopped and step.phase == "begin":
+                self._record(step, time.monotonic(), skipped="the load ended before it")
+                continue
+            if isinstance(step.event, CutStream | Kill | ReplaceCertificate | CrossTraffic):
+                thread = threading.Thread(target=self._do, args=(step,))
+                self._beside.append(thread)
+                thread.start()
+            else:
+                self._do(step)
+
+    def _do(self, step: Step) -> None:
+        event = step.event
+        try:
+            if isinstance(event, SetLink | LinkDown | Flap):
+                self._link(step, event)
+            elif isinstance(event, CutStream):
+                found = cut_streams(
+                    self._net.sites[event.source],
+                    self._net.sites[event.target].address,
+                    K_PUMP_PORT,
+                    event.streams,
+                )
+                # It waits for a stream that carries bytes, so its time is when it was cut.
+                self._record(step, time.monotonic(), **found, planned_wait=True)
+            elif isinstance(event, Kill):
+                self._kill(step, event)
+            elif isinstance(event, CrossTraffic):
+                self._cross(step, event)
+            else:
+                folder = self._fleet.folder / "keys" / event.site
+                self._replace(step, event, folder)
+        except (PrfaasError, OSError) as error:
+            self._record(step, time.monotonic(), failed=str(error))
+
+    def _link(self, step: Step, event: SetLink | LinkDown | Flap) -> None:
+        for link in directed(event.link):
+            key = (id(event), link)
+            if not isinstance(event, SetLink):
+                change = LinkChange(down=step.phase == "begin")
+            elif step.phase == "begin":
+                self._before[key] = self._net.links[link]
+                change = event.set
+            else:
+                old = self._before[key]
+                factor = self._net.topology.scale.factor if self._net.topology.scale else 1.0
+                values = {name: getattr(old, name) for name in event.set.model_fields_set}
+                if values.get("rate_mbps") is not None:
+                    values["rate_mbps"] *= factor
+                change = LinkChange.model_validate(values)
+            applied = self._net.apply(link, change)
+            self._record(step, applied.at_s, link=link, change=change.model_dump(exclude_unset=True))
+
+    def _kill(self, step: Step, event: Kill) -> None:
+        server = self._fleet.named(event.instance)
+        process = self._fleet.pumps[server.site] if event.what == "pump" else server.process
+        at_s = time.monotonic()
+        if event.signal == "freeze":
+            if process.pid is not None:
+                os.kill(process.pid, signal.SIGSTOP if step.phase == "begin" else signal.SIGCONT)
+            self._record(step, at_s, instance=event.instance, what=event.what)
+        elif step.phase == "begin":
+            process.kill()
+            self._record(step, at_s, instance=event.instance, what=event.what)
+        else:
+            process.start()
+            process.wait_ready(lambda line: None)
+            self._record(
+                step, at_s, instance=event.instance, what=event.what, ready_s=time.monotonic() - at_s
+            )
+
+    def _cross(self, step: Step, event: CrossTraffic) -> None:
+        if step.phase == "begin":
+            traffic = self._net.cross_traffic(
+                event.source, event.target, event.kind, event.rate_mbps, event.streams
+            )
+            self._traffic[id(event)] = traffic
+            self._record(step, time.monotonic(), kind=event.kind, source=event.source, target=event.target)
+        else:
+            self._traffic[id(event)].stop()
+            self._record(step, time.monotonic(), kind=event.kind, source=event.source, target=event.target)
+
+    def _replace(self, step: Step, event: ReplaceCertificate, folder: Any) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        if event.trusted:
+            keys.rotate_site(folder, days=K_CERTIFICATE_DAYS, now=now)
+        else:
+            stranger = folder.parent / f"{event.site}-stranger"
+            keys.create_site(
+                stranger, event.site, days=K_CERTIFICATE_DAYS, authority_days=K_CERTIFICATE_DAYS, now=now
+            )
+            os.replace(stranger / keys.K_SITE_FILE, folder / keys.K_SITE_FILE)
+        self._record(step, time.monotonic(), site=event.site, trusted=event.trusted)
+
+    def _record(self, step: Step, at_s: float, **fields: Any) -> None:
+        name = step.event.do if step.phase == "begin" else f"{step.event.do}_end"
+        row: dict[str, Any] = {
+            "at_s": round(at_s - self._zero_s, 4),
+            "event": name,
+            "planned_s": step.at_s,
+            **fields,
+        }
+        if "planned_wait" not in row and "skipped" not in row and not isinstance(step.event, Kill):
+            row["lag_ms"] = round((at_s - self._zero_s - step.at_s) * 1000, 2)
+        row.pop("planned_wait", None)
+        with self._lock:
+            self._rows.append(EventRow.model_validate(row))

@@ -1,0 +1,46 @@
+"""One picture of a run with the network's timeline under the system's, so that cause stands above effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from prfaas.config.run import Run
+from prfaas.figures import new_figure, numbered, save
+from prfaas_testbed.experiment.view import View
+from prfaas_testbed.report.figures import first_links_and_events, first_requests, mark
+
+K_BIN_S = 1.0
+
+
+def draw_overview(run: Run, folder: Path, part: str | None, model: str, name: str) -> list[Path]:
+    """Three panels over one time axis: the links, requests open and failing, time to first token."""
+    view = View(run, part)
+    links, events = first_links_and_events(view, model)
+    requests = [row for row in first_requests(view, model) if row.e2e_s is not None]
+    if not links or not requests:
+        return []
+    figure, (network, system, ttft) = new_figure(3, 1, width=9.0, height=1.9, sharex=True)
+    for place, link in enumerate(dict.fromkeys(row.link for row in links)):
+        points = [row for row in links if row.link == link]
+        times = np.array([row.at_s for row in points])
+        edges = np.arange(times.min(), times.max() + K_BIN_S, K_BIN_S)
+        bits, _ = np.histogram(times, edges, weights=np.array([row.bytes * 8.0 for row in points]))
+        if bits.sum() > 0.01 * sum(row.bytes * 8 for row in links) and place < 8:
+            network.stairs(bits / K_BIN_S / 1e6, edges, color=numbered(place, link).colour, label=link)
+    network.set(ylabel="link, Mbit/s", ylim=(0, None), title=f"{part + ': ' if part else ''}{model}")
+    network.legend(loc="upper right", ncols=4)
+    ends = sorted(edge for row in requests for edge in ((row.sent_s, 1), (row.sent_s + (row.e2e_s or 0), -1)))
+    system.step([at for at, _ in ends], np.cumsum([step for _, step in ends]), where="post", color="#444444")
+    system.set(ylabel="requests open", ylim=(0, None))
+    ttft.plot(
+        [row.sent_s for row in requests],
+        [row.ttft_s or 0.0 for row in requests],
+        **numbered(0, "").kwargs() | {"linestyle": ""},
+    )
+    ttft.set(ylabel="TTFT, s", ylim=(0, None), xlabel="since the load's start, s")
+    for ax in (network, system, ttft):
+        mark(ax, events, labels=ax is network)
+    rows = [[event.at_s, event.event] for event in events]
+    return save(figure, folder, name, ["at_s", "event"], rows)

@@ -1,0 +1,145 @@
+"""Judging from raw rows: what must fail does fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from prfaas.config.experiment import CheckSpec
+from prfaas.config.run import CalibrationRow, EventRow, Repetition, RequestRow, Row, Run
+from prfaas.model.errors import ConfigError
+from prfaas_testbed.experiment.checks import exit_status, judge, require_known
+from prfaas_testbed.experiment.metrics import K_METRICS, metric, union_s
+
+
+def request(id: str, ids: list[int], **fields: object) -> RequestRow:
+    values: dict[str, object] = {
+        "model": "m", "prompt_tokens": 10, "sent_s": 0.0, "ttft_s": 0.5, "e2e_s": 1.0, "output_ids": ids,
+        "logprobs": [-1.0] * len(ids), "kv_bytes": 1000, "source_digest": "d", "landed_digest": "d",
+    }  # fmt: skip
+    return RequestRow.model_validate({"id": id, **values, **fields})
+
+
+def run_of(requests: list[RequestRow], checks: list[dict[str, object]], **fields: object) -> Run:
+    repetition = Repetition(
+        index=0,
+        requests=requests,
+        events=[EventRow.model_validate({"at_s": 0, "event": "load", "requests": len(requests)})],
+    )
+    base: dict[str, object] = {
+        "experiment": "t", "commit": "c", "started": "s", "versions": {}, "machine": {},
+        "emulation": "native", "repetitions": [repetition],
+        "baseline": [request("a", [1, 2, 3]), request("b", [4, 5])],
+        "definition": {"checks": checks},
+    }  # fmt: skip
+    return Run.model_validate({**base, **fields})
+
+
+def outcome(run: Run) -> dict[str, tuple[str, object]]:
+    return {row.name: (row.outcome, row.value) for row in judge(run)}
+
+
+EXACT: list[dict[str, object]] = [
+    {"name": "tokens_equal_share", "at_least": 1},
+    {"name": "wrong_answers", "at_most": 0},
+    {"name": "logprob_gap", "at_most": 0.05},
+    {"name": "digests_equal_share", "at_least": 1},
+    {"name": "lost", "at_most": 0},
+    {"name": "answered_share", "at_least": 1},
+]
+
+
+def test_equal_answers_pass() -> None:
+    rows = judge(run_of([request("a", [1, 2, 3]), request("b", [4, 5])], EXACT))
+    assert {row.outcome for row in rows} == {"passed"}
+    assert exit_status(rows) == 0
+
+
+def test_one_wrong_token_fails() -> None:
+    found = outcome(run_of([request("a", [1, 2, 9]), request("b", [4, 5])], EXACT))
+    assert found["tokens_equal_share"] == ("failed", 0.5)
+    assert found["wrong_answers"] == ("failed", 1)
+    assert found["logprob_gap"][0] == "passed"
+
+
+def test_a_digest_that_differs_or_is_missing_fails() -> None:
+    for bad in ("e", None):
+        found = outcome(run_of([request("a", [1, 2, 3]), request("b", [4, 5], landed_digest=bad)], EXACT))
+        assert found["digests_equal_share"] == ("failed", 0.5)
+
+
+def test_an_unanswered_request_is_not_equal_and_a_silent_one_is_lost() -> None:
+    rows = [request("a", [1, 2, 3]), request("b", [], error="no", e2e_s=None)]
+    found = outcome(run_of(rows, EXACT))
+    assert found["tokens_equal_share"] == ("failed", 0.5)
+    assert found["lost"] == ("passed", 0)
+    silent = outcome(run_of([request("a", [1, 2, 3]), request("b", [], e2e_s=None)], EXACT))
+    assert silent["lost"] == ("failed", 1)
+
+
+def test_logprobs_are_compared_where_tokens_agree() -> None:
+    rows = [request("a", [1, 2, 3], logprobs=[-1.0, -1.2, -1.0]), request("b", [4, 9], logprobs=[-1.0, -7.0])]
+    assert outcome(run_of(rows, EXACT))["logprob_gap"] == ("failed", pytest.approx(0.2))
+
+
+def test_without_a_plain_server_equality_is_unsupported_never_passed() -> None:
+    rows = judge(run_of([request("a", [1])], EXACT[:3], baseline=[]))
+    assert {row.outcome for row in rows} == {"unsupported"}
+    assert all(row.reason for row in rows)
+
+
+def test_a_control_counts_only_if_both_comparisons_caught_it() -> None:
+    checks = [{"name": "controls_caught_share", "at_least": 1}]
+    good, half = (
+        {"tokens_caught": True, "digest_caught": True},
+        {"tokens_caught": True, "digest_caught": False},
+    )
+    assert outcome(run_of([], checks, controls=[Row(**good)]))["controls_caught_share"] == ("passed", 1.0)
+    found = outcome(run_of([], checks, controls=[Row(**good), Row(**half)]))
+    assert found["controls_caught_share"] == ("failed", 0.5)
+
+
+def test_parts_are_judged_by_their_own_rows() -> None:
+    rows = [request("a", [1, 2, 3], part="x"), request("a", [9], part="y")]
+    plain = [request("a", [1, 2, 3], part="x"), request("a", [1], part="y")]
+    definition = {"parts": {"x": {"checks": EXACT[:1]}, "y": {"checks": EXACT[:1]}}}
+    found = outcome(run_of(rows, [], baseline=plain, definition=definition))
+    assert found == {"x/tokens_equal_share": ("passed", 1.0), "y/tokens_equal_share": ("failed", 0.0)}
+
+
+def test_bytes_on_the_wan_beyond_two_percent_fail() -> None:
+    run = run_of([request("a", [1, 2, 3])], [{"name": "bytes_gap_share", "at_most": 0.02}])
+    event = {"at_s": 1, "event": "accounting", "wan_bytes": 1030, "accounted_bytes": 1000}
+    run.repetitions[0].events.append(EventRow.model_validate(event))
+    assert outcome(run)["bytes_gap_share"] == ("failed", 0.03)
+
+
+def test_calibration_that_missed_shows() -> None:
+    row = {
+        "link": "a->b",
+        "direction": "a->b",
+        "wanted_rtt_ms": 40,
+        "measured_rtt_ms": 50,
+        "wanted_rate_mbps": 1,
+        "measured_rate_mbps": 1,
+        "wanted_loss": 0,
+        "measured_loss": 0,
+        "inside": False,
+    }
+    checks = [{"name": "calibrated_share", "at_least": 1}]
+    found = outcome(run_of([], checks, calibration=[CalibrationRow.model_validate(row)]))
+    assert found["calibrated_share"] == ("failed", 0.0)
+
+
+def test_a_metric_that_nobody_knows_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"checks\.speed\.metric: found 'speed'; known: .*ttft_p50_s"):
+        require_known([CheckSpec(name="speed", at_least=1)], "f.yaml")
+
+
+def test_a_metric_is_registered_once_and_described() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        metric("lost")(lambda view: 0.0)
+    assert all(item.description.endswith(".") for item in K_METRICS.values())
+
+
+def test_overlapping_spans_count_once() -> None:
+    assert union_s([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == pytest.approx(4)
