@@ -163,6 +163,19 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
         self.verification.landed(room, generation)
         self.update_status(room, compat.KVPoll.Success)
 
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """SGLang's, but a prefill server that doesn't match costs its own requests, not the decode
+        scheduler's life.
+        """
+        try:
+            return bool(super().try_ensure_parallel_info(bootstrap_addr))
+        except RuntimeError as error:
+            logger.error("prfaas: prefill server %s refused: %s", bootstrap_addr, error)
+            for room in list(self.addr_to_rooms_tracker[bootstrap_addr]):
+                self.record_failure(room, f"Aborted: prefill server {bootstrap_addr} refused: {error}")
+                self.update_status(room, compat.KVPoll.Failed)
+            return False
+
     def apply_prefill_status(
         self, *, bootstrap_room: int, status: int, prefill_rank: int, failure_reason: str | None = None
     ) -> None:
@@ -397,6 +410,11 @@ class PrfaasKVReceiver(compat.MooncakeKVReceiver):  # type: ignore[misc]
     def abort(self) -> None:
         self.kv_mgr.leased.end(self.bootstrap_room)
         super().abort()
+        if self.bootstrap_addr not in self.kv_mgr.prefill_info_table:
+            self.kv_mgr.record_failure(
+                self.bootstrap_room,
+                f"Aborted: no answer from the prefill server's bootstrap at {self.bootstrap_addr}",
+            )
 
     def clear(self) -> None:
         self.kv_mgr.leased.end(self.bootstrap_room)

@@ -106,6 +106,7 @@ K_BACKEND_POINTS: tuple[TouchPoint, ...] = (
             "is_abort_release_safe": ("bootstrap_room", "required_acks"),
             "_make_worker_recv": ("socket", "timeout_ms"),
             "_prefill_unique_rank": (),
+            "try_ensure_parallel_info": ("bootstrap_addr",),
         },
         members=("kv_status_msg_carries_reason",),
     ),

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from prfaas.model.errors import PrfaasError
 from prfaas.sglang import compat
 
 logger = logging.getLogger(__name__)
@@ -26,13 +28,21 @@ def load_plugin() -> None:
     asked = backend_asked_for(sys.argv)
     try:
         if asked:
+            _check_configuration()
             compat.check_backend()
         register(with_classes=asked or compat.utils_loaded())
-    except compat.SglangMoved as moved:
+    except PrfaasError as error:
         if asked:
             # Not an Exception's subclass: SGLang logs a plugin's exceptions and goes on.
-            raise SystemExit(f"prfaas: {moved}") from None
-        logger.warning("prfaas isn't available: %s", moved)
+            raise SystemExit(f"prfaas: {error}") from None
+        logger.warning("prfaas isn't available: %s", error)
+
+
+def _check_configuration() -> None:
+    """The file that PRFAAS_CONFIG names, before minutes of loading. Raises UsageError or ConfigError."""
+    from prfaas.config.backend import K_ENVIRONMENT, load_backend_config
+
+    load_backend_config(os.environ.get(K_ENVIRONMENT))
 
 
 def backend_asked_for(argv: Sequence[str]) -> bool:

@@ -80,12 +80,28 @@ K_MODELS: dict[str, TinyModel] = {
             server_args=("--max-mamba-cache-size", "32"),
             decode_args=("--max-mamba-cache-size", "64"),
         ),
+        TinyModel(
+            name="mla",
+            kind="multi-head latent attention, as DeepSeek's (MiniCPM3)",
+            # A latent of 48 and a rotary key of 16, by layers; no heads, no V.
+            kv_bytes_per_token=(48 + 16) * 4 * K_BYTES_PER_VALUE,
+        ),
+        TinyModel(
+            name="window",
+            kind="sliding window of 128 and full attention, 3:1 (Mellum)",
+            kv_bytes_per_token=2 * 2 * 32 * 1 * K_BYTES_PER_VALUE,
+            # The next token sees itself and 127 before it.
+            window_tokens=127,
+            window_bytes_per_token=2 * 2 * 32 * 3 * K_BYTES_PER_VALUE,
+            server_env=(("TORCHDYNAMO_DISABLE", "1"),),
+            longest_prompt_tokens=4096,
+        ),
     )
 }
 
 
 def make_all(directory: Path) -> None:
-    """Make every model that isn't under `directory` yet; a model appears whole or not at all."""
+    """Make every model afresh; each appears whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in K_MODELS:
         make(name, directory)
@@ -113,7 +129,7 @@ def _save(config: Any, model_class: Any, seed: int, directory: Path) -> None:
     import torch
 
     torch.manual_seed(seed)
-    config.torch_dtype = torch.bfloat16
+    config.dtype = torch.bfloat16
     model_class(config).to(torch.bfloat16).save_pretrained(directory, safe_serialization=True)
 
 
@@ -149,6 +165,44 @@ def _make_hybrid(directory: Path) -> None:
     _amend(directory, full_attention_interval=4, rope_theta=10000.0, partial_rotary_factor=0.25)
 
 
+def _make_mla(directory: Path) -> None:
+    from transformers import MiniCPM3Config, MiniCPM3ForCausalLM
+
+    config = MiniCPM3Config(
+        **_COMMON,
+        num_key_value_heads=4,
+        q_lora_rank=64,
+        kv_lora_rank=48,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        scale_emb=1,
+        scale_depth=2.0,  # by the root of the layers: 1
+        dim_model_base=128,
+        initializer_range=0.3,
+    )
+    _save(config, MiniCPM3ForCausalLM, 3, directory)
+    _amend(directory, num_experts=0, rope_theta=10000.0)
+
+
+def _make_window(directory: Path) -> None:
+    from transformers import MellumConfig, MellumForCausalLM
+
+    config = MellumConfig(
+        **_COMMON,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=128,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        mlp_layer_types=["dense"] * 4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        initializer_range=0.2,
+    )
+    _save(config, MellumForCausalLM, 2, directory)
+
+
 def _amend(directory: Path, **fields: object) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}, indent=2) + "\n")
@@ -180,7 +234,12 @@ def _save_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-_MAKERS: dict[str, Callable[[Path], None]] = {"dense": _make_dense, "hybrid": _make_hybrid}
+_MAKERS: dict[str, Callable[[Path], None]] = {
+    "dense": _make_dense,
+    "hybrid": _make_hybrid,
+    "mla": _make_mla,
+    "window": _make_window,
+}
 
 
 def main(argv: list[str]) -> int:

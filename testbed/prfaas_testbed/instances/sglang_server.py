@@ -281,7 +281,7 @@ _STAMP = re.compile(r"^\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[^\]]*\]?\s*")
 _EXCEPTION = re.compile(
     r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Refused|Mismatch)\b(?::.*)?$"
 )
-_USAGE_ERROR = re.compile(r"^\S*: error: .+")
+_USAGE_ERROR = re.compile(r"^(\S*: error: .+|prfaas: .+: .+)")
 _NOISE = ("/freeze_gc", "Received sigquit", "resource_tracker", "leaked", "warnings.warn")
 
 

@@ -1,0 +1,173 @@
+"""Runs SGLang's own cases against each backend and reports them side by side.
+
+`--smoke`, a minute: that each case can be imported and takes its flags and that the backend's name is legal,
+without a server. Exit status: 0 prfaas passed all it supports; 1 it didn't; 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prfaas_testbed.instances.sglang_server import K_CHECKOUT, end_tree, sglang_python
+
+K_HERE = Path(__file__).resolve().parent
+K_BACKENDS = ("prfaas", "mooncake_tcp")
+K_CASES = (
+    "parity-dense",
+    "parity-hybrid",
+    "parity-dense-decode-radix-cache",
+    "peer-liveness-failures",
+    "peer-liveness-clean-abort",
+    "chunked-prefill-abort",
+)
+K_UNSUPPORTED = (
+    ("kv-checksum", "its Adler-32 is a CUDA kernel: --disaggregation-enable-kv-checksum needs a GPU"),
+    ("structured output, first-token EOS (test_disaggregation_basic)", "not in the 0.5.23 wheel"),
+    ("pause, resume, retract (test_disaggregation_basic)", "not in the 0.5.23 wheel"),
+    ("different TP, PP, DP attention", "several GPUs"),
+    ("EAGLE3 speculation", "no CPU path in SGLang 0.5.23"),
+)
+K_CASE_TIMEOUT_S = 900.0
+
+
+def free_base_port() -> int:
+    """A port P with P+100 … P+500 free as well: SGLang's fixture counts from it."""
+    for base in range(21000, 31000, 100):
+        try:
+            for offset in range(0, 600, 100):
+                socket.create_server(("127.0.0.1", base + offset)).close()
+        except OSError:
+            continue
+        return base
+    raise SystemExit("no free ports between 21000 and 31500")
+
+
+def run_case(backend: str, case: str, out: Path) -> dict[str, Any]:
+    """One case in a process of its own, its output in a file; the row it comes to."""
+    log = out / f"{backend}.{case}.log"
+    config = out / "prfaas.yaml"
+    config.write_text(yaml.safe_dump({"pump": {"site": "peers", "control_socket": str(out / "pump.sock")}}))
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
+        "SGLANG_TEST_PD_DISAGG_BACKEND": backend,
+        "PRFAAS_CONFIG": str(config),
+    }
+    python = sglang_python()
+    models = K_CHECKOUT / ".cache" / "models"
+    # SGLang's fixture starts servers by `python3`.
+    env["PATH"] = f"{python.parent}{os.pathsep}{env['PATH']}"
+    started_s = time.monotonic()
+    with log.open("wb") as written:
+        process = subprocess.Popen(
+            [str(python), str(K_HERE / "suite.py"), case, str(models), str(free_base_port())],
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            start_new_session=True,
+        )
+        try:
+            process.wait(K_CASE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            end_tree(process)
+    row: dict[str, Any] = {
+        "backend": backend,
+        "case": case,
+        "outcome": "failed",
+        "seconds": round(time.monotonic() - started_s, 1),
+        "why": f"ended with {process.returncode}: see {log}",
+    }
+    lines = log.read_text(errors="replace").strip().splitlines()
+    try:
+        row |= json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        pass
+    return row
+
+
+def smoke() -> int:
+    """What can rot without a server being started: imports, names, the flag."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import os, suite; os.environ.update(suite.environment())\n"
+        "from pathlib import Path\n"
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES as legal\n"
+        "assert 'prfaas' in legal, legal\n"
+        "import unittest\n"
+        "for name, make in suite.K_CASES.items():\n"
+        "    case = make(Path(sys.argv[2]), 21000)\n"
+        "    n = unittest.defaultTestLoader.loadTestsFromTestCase(case).countTestCases()\n"
+        "    assert n > 0, name\n"
+        "    print(name, n)\n"
+    )
+    models = str(K_CHECKOUT / ".cache" / "models")
+    env = {**os.environ, "PYTHONPATH": str(K_CHECKOUT / "testbed/prfaas_testbed/instances/cpu/path")}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    env["SGLANG_USE_CPU_ENGINE"] = "1"
+    done = subprocess.run(
+        [str(sglang_python()), "-W", "ignore", "-c", script, str(K_HERE), models],
+        env=env, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    names = [line.split()[0] for line in done.stdout.splitlines() if line.split()[0] in K_CASES]
+    ok = done.returncode == 0 and sorted(names) == sorted(K_CASES)
+    sys.stdout.write(done.stdout if ok else done.stdout + done.stderr)
+    sys.stdout.write(f"{len(names)} of {len(K_CASES)} of SGLang's cases can be run\n")
+    return 0 if ok else 1
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'backend':14}{'case':34}{'outcome':12}{'seconds':>8}  why"]
+    for row in rows:
+        seconds = f"{row['seconds']:8.1f}" if "seconds" in row else " " * 8
+        lines.append(
+            f"{row['backend']:14}{row['case']:34}{row['outcome']:12}{seconds}  {row.get('why', '')}".rstrip()
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="test-peers", allow_abbrev=False)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--backend", action="append", choices=K_BACKENDS)
+    parser.add_argument("--case", action="append", choices=K_CASES)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.smoke:
+        return smoke()
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    out = (args.out or K_CHECKOUT / "results" / "test-peers" / stamp).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for case in args.case or K_CASES:
+        for backend in args.backend or K_BACKENDS:
+            sys.stderr.write(f"{backend}: {case} …\n")
+            rows.append(run_case(backend, case, out))
+            sys.stderr.write(table(rows[-1:]).splitlines()[-1] + "\n")
+    unsupported = [
+        {"backend": backend, "case": case, "outcome": "unsupported", "why": why}
+        for case, why in K_UNSUPPORTED
+        for backend in args.backend or K_BACKENDS
+    ]
+    (out / "report.json").write_text(
+        json.dumps({"stamp": stamp, "rows": rows + unsupported}, indent=1) + "\n"
+    )
+    sys.stdout.write(table(rows + unsupported))
+    ours = [row for row in rows if row["backend"] == "prfaas"]
+    return 0 if all(row["outcome"] == "passed" for row in ours) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

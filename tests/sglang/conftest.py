@@ -1,0 +1,117 @@
+"""Real SGLang servers, started once for each model: plain, prefill and decode, the last two through the
+backend.
+
+A test that ends a server starts its own; the ones here serve all others.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prfaas_testbed.instances.models import K_MODELS, TinyModel
+from prfaas_testbed.instances.sglang_client import Pair
+from prfaas_testbed.instances.sglang_server import K_CHECKOUT, ServerSpec, SglangServer
+
+K_HOST = "127.0.0.1"
+K_ZERO_ROOM, K_DROP_ROOM = 7_000_000_000_001, 7_000_000_000_002
+"""Requests with these rooms are the controls: the prefill server damages their KV."""
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports that nobody listens on now. All are bound at once, so that they differ."""
+    sockets = [socket.create_server((K_HOST, 0)) for _ in range(n)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The servers of one model."""
+
+    model: TinyModel
+    plain: SglangServer | None
+    prefill: SglangServer
+    decode: SglangServer
+    pair: Pair
+    verify: Path
+
+
+def write_config(directory: Path, **more: Any) -> Path:
+    """The backend's file for servers of one node; `more` is merged at the top level."""
+    config: dict[str, Any] = {
+        "pump": {"site": "test", "control_socket": str(directory / "pump.sock"), "idle_exit_s": 20},
+        "verify": {"directory": str(directory / "verify")},
+        "faults": {"rooms": {K_ZERO_ROOM: "zero", K_DROP_ROOM: "drop_page"}},
+    }
+    for key, value in more.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    path = directory / "prfaas.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start_servers(
+    model_name: str, directory: Path, roles: tuple[str, ...] = ("plain", "prefill", "decode"), **options: Any
+) -> Servers:
+    """Start them together (most of a start is imports) and wait for all. `options`: config=, prefill_args=,
+    decode_args=. What fails ends what had started."""
+    model = K_MODELS[model_name]
+    config = write_config(directory, **options.get("config", {}))
+    ports = dict(zip(("plain", "prefill", "decode", "bootstrap"), free_ports(4), strict=True))
+    servers: dict[str, SglangServer] = {}
+    for role in roles:
+        spec = ServerSpec(
+            role=role,  # type: ignore[arg-type]
+            model=model,
+            model_dir=K_CHECKOUT / ".cache" / "models" / model_name,
+            host=K_HOST,
+            port=ports[role],
+            bootstrap_port=ports["bootstrap"],
+            config_path=config,
+            extra_args=options.get(f"{role}_args", ()),
+        )
+        servers[role] = SglangServer(spec, directory / f"{role}.log")
+    try:
+        for server in servers.values():
+            server.start()
+        for server in servers.values():
+            server.wait_ready()
+    except BaseException:
+        stop_all(servers.values())
+        raise
+    pair = Pair(servers["prefill"].url, servers["decode"].url, K_HOST, ports["bootstrap"])
+    return Servers(
+        model, servers.get("plain"), servers["prefill"], servers["decode"], pair, directory / "verify"
+    )
+
+
+def stop_all(servers: Any) -> None:
+    for server in servers:
+        server.stop()
+
+
+def stop(servers: Servers) -> None:
+    stop_all(server for server in (servers.plain, servers.prefill, servers.decode) if server is not None)
+
+
+@pytest.fixture(scope="session", params=["dense", "hybrid"])
+def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """One model's servers after the other's: pytest groups the tests by the parameter."""
+    started = start_servers(request.param, tmp_path_factory.mktemp(request.param))
+    yield started
+    stop(started)
+
+
+@pytest.fixture(scope="session")
+def start_own() -> Any:
+    """For tests that end servers: start_own(model, directory, roles, **options) and stop(servers)."""
+    return start_servers, stop

@@ -1,0 +1,160 @@
+"""A prefill and a decode server against a plain one: equal tokens, and the right bytes in the right
+places.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from prfaas.sglang.verify import compare, read_rows
+from prfaas_testbed.instances.sglang_client import Answer, generate, get, loads, new_room, post, prompt_of
+
+K_LOGPROB_BOUND = 0.05
+K_OUTPUT_TOKENS = 16
+K_AUX_BYTES = 1600
+K_ZERO_ROOM, K_DROP_ROOM = 7_000_000_000_001, 7_000_000_000_002
+
+
+def assert_equal(answer: Answer, reference: Answer) -> None:
+    assert answer.error is None
+    assert answer.tokens == reference.tokens
+    assert len(answer.logprobs) == len(reference.logprobs) == len(reference.tokens)
+    worst = max(abs(a - b) for a, b in zip(answer.logprobs, reference.logprobs, strict=True))
+    assert worst <= K_LOGPROB_BOUND
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+    end_s = time.monotonic() + timeout_s
+    while not (value := condition()) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    return value
+
+
+def verdict(servers: Any, room: int) -> str:
+    """What the digests say of a room, once both rows are there."""
+
+    def rows() -> tuple[list[Any], list[Any]] | None:
+        sides = [
+            [r for r in read_rows(servers.verify, side) if r["room"] == room] for side in ("sent", "landed")
+        ]
+        return (sides[0], sides[1]) if all(sides) else None
+
+    found = eventually(rows, 10.0)
+    return compare(*found)[room] if found else "rows are missing"
+
+
+def bytes_of(servers: Any, room: int) -> Any:
+    return next(row["bytes"] for row in read_rows(servers.verify, "sent") if row["room"] == room)
+
+
+def idle(servers: Any) -> bool:
+    """Whether neither server holds a page or has a request, by its own word."""
+    return all(
+        (load := loads(server.url))["num_running_reqs"] == 0 and load["num_waiting_reqs"] == 0
+        for server in (servers.prefill, servers.decode)
+    )
+
+
+@pytest.mark.parametrize("length", [20, 512, 2048, 6000])
+@pytest.mark.parametrize("servers", ["dense", "hybrid", "mla", "window"], indirect=True)
+def test_tokens_and_logprobs_equal_a_plain_servers_cold_and_with_prefills_cache_warm(
+    servers: Any, length: int
+) -> None:
+    model = servers.model
+    length = min(length, model.longest_prompt_tokens - 100)
+    prompt = prompt_of(length, 1)
+    reference = generate(servers.plain.url, prompt, K_OUTPUT_TOKENS)
+    room = new_room()
+    prefill, decode = servers.pair.generate(prompt, K_OUTPUT_TOKENS, room)
+    assert_equal(decode, reference)
+    assert prefill.cached_tokens == 0
+    assert verdict(servers, room) == "equal"
+    assert bytes_of(servers, room) == {
+        "kv": length * model.kv_bytes_per_token,
+        "state": model.state_bytes + min(length, model.window_tokens) * model.window_bytes_per_token,
+        "aux": K_AUX_BYTES,
+    }
+
+    # Longer by some: a hybrid model's state can be used again at exactly the earlier prompt's length.
+    longer = prompt + prompt_of(40, 2)
+    reference = generate(servers.plain.url, longer, K_OUTPUT_TOKENS)
+    room = new_room()
+    prefill, decode = servers.pair.generate(longer, K_OUTPUT_TOKENS, room)
+    assert_equal(decode, reference)
+    assert prefill.cached_tokens >= length - 1
+    assert verdict(servers, room) == "equal"
+
+
+def test_eight_requests_at_once_each_get_their_own_answer(servers: Any) -> None:
+    prompts = [prompt_of(100 + 137 * i, 100 + i) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda prompt: servers.pair.generate(prompt, K_OUTPUT_TOKENS)[1], prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_equal(answer, generate(servers.plain.url, prompt, K_OUTPUT_TOKENS))
+
+
+def test_one_token_is_right_and_needs_no_decode_step(servers: Any) -> None:
+    prompt = prompt_of(64, 3)
+    _, answer = servers.pair.generate(prompt, 1)
+    assert_equal(answer, generate(servers.plain.url, prompt, 1))
+
+
+def test_first_token_that_stops_ends_the_answer(servers: Any) -> None:
+    prompt = prompt_of(64, 4)
+    first = generate(servers.plain.url, prompt, 1).tokens[0]
+    params = {"temperature": 0, "max_new_tokens": 8, "stop_token_ids": [first]}
+    _, answer = servers.pair.generate(prompt, 8, sampling_params=params)
+    assert answer.error is None
+    assert answer.tokens == [first]
+    assert answer.finish["type"] == "stop"
+
+
+def second_on(answer: Answer, reference: Answer) -> bool:
+    """Whether the answer is wrong after a right first token, which travels apart from KV."""
+    return answer.tokens[0] == reference.tokens[0] and answer.tokens != reference.tokens
+
+
+@pytest.mark.parametrize(
+    ("room", "says"), [(K_ZERO_ROOM, "kv differ"), (K_DROP_ROOM, "kv differ")], ids=["zeroed", "page dropped"]
+)
+def test_damaged_kv_is_seen_by_the_digests_and_in_the_tokens(servers: Any, room: int, says: str) -> None:
+    prompt = prompt_of(512, 5)
+    reference = generate(servers.plain.url, prompt, K_OUTPUT_TOKENS)
+    _, answer = servers.pair.generate(prompt, K_OUTPUT_TOKENS, room)
+    assert verdict(servers, room) == says
+    assert second_on(answer, reference)
+
+
+def abort_in_flight(servers: Any, prompt: Sequence[int], rid: str) -> Answer:
+    """Start a request, abort it on both sides while its prefill goes on; decode's answer."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(servers.pair.generate, prompt, 64, rid=rid)
+        assert eventually(lambda: not idle(servers))
+        for server in (servers.prefill, servers.decode):
+            status, _ = post(f"{server.url}/abort_request", {"rid": rid})
+            assert status == 200
+        return waiting.result(timeout=60)[1]
+
+
+def test_aborted_request_ends_and_leaves_nothing_and_the_next_one_works(servers: Any) -> None:
+    before = loads(servers.decode.url)["num_used_tokens"]
+    answer = abort_in_flight(servers, prompt_of(8000, 6), "to-be-aborted")
+    assert answer.error is not None
+    assert "abort" in answer.error.lower()
+    assert eventually(lambda: idle(servers))
+    # Well below the 30 s for which SGLang's own release would hold the pages.
+    assert eventually(lambda: loads(servers.decode.url)["num_used_tokens"] <= before, 10.0)
+    prompt = prompt_of(300, 7)
+    _, answer = servers.pair.generate(prompt, K_OUTPUT_TOKENS)
+    assert_equal(answer, generate(servers.plain.url, prompt, K_OUTPUT_TOKENS))
+
+
+def test_both_servers_are_healthy_after_all_of_it(servers: Any) -> None:
+    for server in (servers.plain, servers.prefill, servers.decode):
+        server.check_alive()
+        assert get(f"{server.url}/health")[0] == 200

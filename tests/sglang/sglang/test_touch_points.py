@@ -1,0 +1,146 @@
+"""The SGLang that is pinned is the one the backend is made for, and one that moved ends a launch at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from prfaas.sglang import compat
+from prfaas_testbed.instances.models import K_MODELS
+from prfaas_testbed.instances.sglang_server import (
+    K_CHECKOUT,
+    K_CPU_PATH,
+    ServerDied,
+    ServerSpec,
+    SglangServer,
+    sglang_python,
+)
+
+
+def run_python(script: str, *argv: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    env |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, (path, str(K_CPU_PATH)))),
+        "SGLANG_USE_CPU_ENGINE": "1",
+    }
+    return subprocess.run(
+        [str(sglang_python()), "-W", "ignore", "-c", script, *argv],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_every_touch_point_is_in_the_pinned_version() -> None:
+    done = run_python(
+        "from prfaas.sglang import compat; compat.check_backend(); print(compat.installed_version())"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == compat.K_VERSION
+
+
+K_LOAD = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+load_plugins()
+from prfaas.sglang import plugin
+plugin.load_plugin()
+from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES as legal
+from sglang.srt.disaggregation import utils
+members = [m.value for m in utils.TransferBackend]
+assert legal.count("prfaas") == members.count("prfaas") == 1, (legal, members)
+ours = utils.get_kv_class(utils.TransferBackend("prfaas"), utils.KVClassType.MANAGER)
+stock = utils.get_kv_class(utils.TransferBackend.MOONCAKE, utils.KVClassType.MANAGER)
+print(ours.__module__, stock.__module__)
+"""
+
+
+def test_plugin_loads_once_however_often_and_leaves_other_backends_alone() -> None:
+    done = run_python(K_LOAD, "--disaggregation-transfer-backend", "prfaas")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-2:] == ["prfaas.sglang.backend", "sglang.srt.disaggregation.mooncake.conn"]
+
+
+def test_server_without_the_backend_imports_none_of_it() -> None:
+    done = run_python(
+        "import sys\n"
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "print(sorted(m for m in sys.modules if m.startswith(('prfaas.', 'crc32c'))))\n"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == str(
+        [
+            "prfaas.model",
+            "prfaas.model.errors",
+            "prfaas.sglang",
+            "prfaas.sglang.compat",
+            "prfaas.sglang.plugin",
+        ]
+    )
+
+
+K_DOCTOR = """
+import importlib.abc, importlib.machinery, sys
+NAME = "sglang.srt.disaggregation.mooncake.conn"
+class Doctor(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != NAME:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            del module.MooncakeKVManager.maybe_send_extra
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Doctor())
+"""
+
+
+@pytest.fixture
+def doctored(tmp_path: Path) -> Path:
+    """A folder that, first on the path, makes of SGLang one that has lost a method."""
+    (tmp_path / "sitecustomize.py").write_text(K_DOCTOR)
+    return tmp_path
+
+
+def test_launch_on_an_sglang_that_moved_fails_at_once_and_says_what_was_expected(doctored: Path) -> None:
+    spec = ServerSpec(
+        role="prefill",
+        model=K_MODELS["dense"],
+        model_dir=K_CHECKOUT / ".cache" / "models" / "dense",
+        host="127.0.0.1",
+        port=1,
+        bootstrap_port=2,
+        extra_env={"PYTHONPATH": os.pathsep.join((str(doctored), str(K_CPU_PATH)))},
+    )
+    with SglangServer(spec, doctored / "server.log") as server:
+        with pytest.raises(ServerDied) as caught:
+            server.wait_ready(timeout_s=300)
+        assert "MooncakeKVManager: expected a method maybe_send_extra, found NoneType" in str(caught.value)
+        assert f"made for SGLang {compat.K_VERSION}" in str(caught.value)
+
+
+def test_file_that_is_wrong_ends_the_launch_with_file_field_and_value(tmp_path: Path) -> None:
+    config = tmp_path / "prfaas.yaml"
+    config.write_text("pump: {site: east, max_streams: 0}\n")
+    spec = ServerSpec(
+        role="decode",
+        model=K_MODELS["dense"],
+        model_dir=K_CHECKOUT / ".cache" / "models" / "dense",
+        host="127.0.0.1",
+        port=1,
+        bootstrap_port=2,
+        config_path=config,
+    )
+    with SglangServer(spec, tmp_path / "server.log") as server:
+        with pytest.raises(ServerDied) as caught:
+            server.wait_ready(timeout_s=300)
+        assert f"prfaas: {config}: pump.max_streams: found 0" in str(caught.value)
