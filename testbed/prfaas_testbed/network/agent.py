@@ -3,15 +3,18 @@
 It is started as a script, with Python's standard library alone: in the appliance by the guest's init,
 natively in the router's network namespace. It speaks lines of JSON over two descriptors.
 
-In:  {"id", "do": "run", "node", "argv", "input"}          a command in a node's namespace (null: the router's own)
-     {"id", "do": "change", "node", "lines"}               lines for a tc that waits, already started, in that node
-     {"id", "do": "observe", "links", "edges", "every_s"}  start counting: {link id: [node, device]}, {site: [node, device]}
+In:  {"id", "do": "run", "node", "argv", "input"}  a command in a node's namespace (null: the router's own)
+     {"id", "do": "change", "node", "lines"}       lines for a tc that waits, already started, in that node
+     {"id", "do": "observe", "links", "edges", "every_s"}  start counting; links: {id: [node, device]}, edges
+                                                   (devices towards sites): {site: [node, device]}
      {"id", "do": "clock"}
-     {"id", "do": "stop"}                                  and the guest, if this is one, powers off
+     {"id", "do": "stop"}                          and the guest, if this is one, powers off
 Out: {"id", "rc", "out", "err", "began_s", "ended_s"}
-     {"sample": {...}}                                     every every_s: see Observer.sample
+     {"sample": {...}}                             every every_s: see Observer.sample
 Times are the router's CLOCK_MONOTONIC.
 """
+
+from __future__ import annotations
 
 import ctypes
 import json
@@ -22,6 +25,8 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 K_CLONE_NEWNET = 0x40000000
 K_POWER_OFF = 0x4321FEDC
@@ -34,10 +39,12 @@ K_PROBE_DELAY_S = 0.010
 K_PROBE_EVERY_S = 0.050
 K_SO_TIMESTAMPNS = 35
 
+Counters = tuple[int, int, int, int, int]  # bytes, packets, drops, backlog bytes, queued packets
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def setns(fd):
+def setns(fd: int) -> None:
     if libc.setns(fd, K_CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
 
@@ -45,11 +52,11 @@ def setns(fd):
 class Namespaces:
     """Open descriptors of the nodes' namespaces, and a way to be in one for a moment."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self.fds = {}
+        self.fds: dict[str, int] = {}
 
-    def within(self, node, action):
+    def within(self, node: str | None, action: Callable[[], Any]) -> Any:
         if node is None:
             return action()
         if node not in self.fds:
@@ -62,30 +69,32 @@ class Namespaces:
 
 
 class Commands:
-    def __init__(self, namespaces):
+    def __init__(self, namespaces: Namespaces) -> None:
         self.namespaces = namespaces
-        self.waiting = {}  # node -> a tc that has started and waits for its lines
+        self.waiting: dict[
+            str, subprocess.Popen[str]
+        ] = {}  # node -> a tc that has started and waits for its lines
 
-    def run(self, node, argv, text):
+    def run(self, node: str | None, argv: list[str], text: str | None) -> dict[str, Any]:
         process = self.namespaces.within(node, lambda: self._start(argv))
         return self._finish(process, text)
 
-    def prepare(self, node):
+    def prepare(self, node: str) -> None:
         if node not in self.waiting:
             self.waiting[node] = self.namespaces.within(node, lambda: self._start(["tc", "-batch", "-"]))
 
-    def change(self, node, lines):
+    def change(self, node: str, lines: list[str]) -> dict[str, Any]:
         self.prepare(node)
         process = self.waiting.pop(node)
         return self._finish(process, "".join(line + "\n" for line in lines))
 
     @staticmethod
-    def _start(argv):
+    def _start(argv: list[str]) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     @staticmethod
-    def _finish(process, text):
+    def _finish(process: subprocess.Popen[str], text: str | None) -> dict[str, Any]:
         began_s = time.monotonic()
         try:
             out, err = process.communicate(text or "", timeout=20)
@@ -107,15 +116,15 @@ class QdiscReader:
     much.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
         self.socket.bind((0, 0))
         self.request = struct.pack("=IHHII", 36, K_RTM_GETQDISC, 0x301, 1, 0) + bytes(20)
 
-    def read(self):
+    def read(self) -> dict[tuple[int, int], Counters]:
         """{(interface index, handle >> 16): (bytes, packets, drops, backlog_bytes, queued packets)}"""
         self.socket.send(self.request)
-        found = {}
+        found: dict[tuple[int, int], Counters] = {}
         while True:
             data = self.socket.recv(65536)
             at = 0
@@ -129,7 +138,7 @@ class QdiscReader:
                 at += (length + 3) & ~3
 
     @staticmethod
-    def _stats(data, at, end):
+    def _stats(data: bytes, at: int, end: int) -> Counters:
         total_bytes = packets = drops = backlog = queued = 0
         while at + 4 <= end:
             length, kind = struct.unpack_from("=HH", data, at)
@@ -153,7 +162,7 @@ class LagProbe:
     Arrival is stamped by the kernel, so neither end waits for this process to be scheduled.
     """
 
-    def __init__(self, run):
+    def __init__(self, run: Callable[[list[str]], dict[str, Any]]) -> None:
         for argv in (
             ["ip", "link", "add", "lag0", "type", "veth", "peer", "name", "lag1"],
             ["ip", "link", "set", "lag0", "up"],
@@ -173,14 +182,14 @@ class LagProbe:
         self.receiver.bind(("lag1", K_PROBE_ETHERTYPE))
         self.receiver.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPNS, 1)
         self.head = b"\xff" * 6 + b"\x02\x72\0\0\0\1" + struct.pack("!H", K_PROBE_ETHERTYPE)
-        self.lags_us = []
+        self.lags_us: list[int] = []
 
-    def send(self):
+    def send(self) -> None:
         self.sender.send(
             self.head + struct.pack("=Q", time.clock_gettime_ns(time.CLOCK_REALTIME)) + bytes(38)
         )
 
-    def receive(self):
+    def receive(self) -> None:
         while True:
             try:
                 frame, notes, _, _ = self.receiver.recvmsg(128, 64)
@@ -197,30 +206,37 @@ class LagProbe:
 class Observer:
     """Counters of links and of what must not happen, once every_s."""
 
-    def __init__(self, namespaces, links, edges, every_s, probe):
+    def __init__(
+        self,
+        namespaces: Namespaces,
+        links: dict[str, list[str]],
+        edges: dict[str, list[str]],
+        every_s: float,
+        probe: LagProbe,
+    ) -> None:
         self.namespaces, self.every_s, self.probe = namespaces, every_s, probe
-        self.links, self.edges = {}, {}
+        self.links: dict[str, tuple[str, int]] = {}
+        self.edges: dict[str, tuple[str, str, int]] = {}
         nodes = {node for node, _ in [*links.values(), *edges.values()]}
         self.readers = {node: namespaces.within(node, QdiscReader) for node in nodes}
         for name, (node, device) in links.items():
-            self.links[name] = (
-                node,
-                namespaces.within(node, lambda device=device: socket.if_nametoindex(device)),
-            )
+            self.links[name] = node, self._index(node, device)
         for name, (node, device) in edges.items():
-            index = namespaces.within(node, lambda device=device: socket.if_nametoindex(device))
-            self.edges[name] = node, device, index
+            self.edges[name] = node, device, self._index(node, device)
         self.count = 0
-        self.accidents = {}
+        self.accidents: dict[str, int] = {}
 
-    def sample(self):
+    def _index(self, node: str, device: str) -> int:
+        return int(self.namespaces.within(node, lambda: socket.if_nametoindex(device)))
+
+    def sample(self) -> dict[str, Any]:
         """Per link [bytes, packets, netem's drops, the queue's drops, queue bytes, packets held], and
         accidents.
         """
         stats = {node: reader.read() for node, reader in self.readers.items()}
         at_s = time.monotonic()
         rows = {}
-        nothing = (0, 0, 0, 0, 0)
+        nothing: Counters = (0, 0, 0, 0, 0)
         for name, (node, index) in self.links.items():
             line = stats[node].get((index, 1), nothing)
             queue = stats[node].get((index, 2), nothing)
@@ -231,9 +247,9 @@ class Observer:
         lags_us, self.probe.lags_us = self.probe.lags_us, []
         return {"at_s": at_s, "links": rows, "lags_us": lags_us, "accidents": self.accidents}
 
-    def _accidents(self, stats):
+    def _accidents(self, stats: dict[str, dict[tuple[int, int], Counters]]) -> dict[str, int]:
         """Counts of drops that no link planned: devices' errors, their own queues, the kernel's backlog."""
-        found = {}
+        found: dict[str, int] = {}
         for name, (node, device, index) in self.edges.items():
             text = self.namespaces.within(node, lambda: read("/proc/thread-self/net/dev"))
             for line in text.splitlines():
@@ -248,34 +264,35 @@ class Observer:
         return found
 
 
-def read(path):
+def read(path: str) -> str:
     with open(path, encoding="ascii") as file:
         return file.read()
 
 
 class Agent:
-    def __init__(self, source, sink):
+    def __init__(self, source: int, sink: int) -> None:
         self.source, self.sink = source, sink
         self.namespaces = Namespaces()
         self.commands = Commands(self.namespaces)
-        self.observer = self.probe = None
+        self.observer: Observer | None = None
+        self.probe: LagProbe | None = None
         self.pending = b""
         self.going = True
 
-    def say(self, message):
+    def say(self, message: dict[str, Any]) -> None:
         data = (json.dumps(message, separators=(",", ":")) + "\n").encode()
         while data:
             data = data[os.write(self.sink, data) :]
 
-    def loop(self):
+    def loop(self) -> None:
         self.say({"ready": os.getpid(), "now_s": time.monotonic()})
         next_sample_s = next_probe_s = 0.0
         while self.going:
             watched, wait_s = [self.source], None
-            if self.observer:
+            if self.observer and self.probe:
                 wait_s = max(0.0, min(next_sample_s, next_probe_s) - time.monotonic())
             ready, _, _ = select.select(watched, [], [], wait_s)
-            if self.observer:
+            if self.observer and self.probe:
                 now = time.monotonic()
                 if now >= next_probe_s:
                     # The frame before has long arrived, stamped; a wake-up of its own would only cost.
@@ -288,7 +305,7 @@ class Agent:
             if self.source in ready:
                 self._take()
 
-    def _take(self):
+    def _take(self) -> None:
         data = os.read(self.source, 65536)
         if not data:
             self.going = False
@@ -306,7 +323,7 @@ class Agent:
             if order["do"] == "change":
                 self.commands.prepare(order["node"])
 
-    def _do(self, order):
+    def _do(self, order: dict[str, Any]) -> dict[str, Any]:
         what = order["do"]
         if what == "run":
             return self.commands.run(order["node"], order["argv"], order.get("input"))

@@ -177,7 +177,7 @@ class Appliance(Emulation):
         """Frames that a site sent and the guest's sockets had no room for."""
         if self._wan is None:
             return {}
-        # The guest sends by a second socket a device, bound to one protocol and never read: its drops mean nothing.
+        # The guest sends by a second socket a device, never read: its drops mean nothing.
         shown = self._wan.run(["ss", "-0", "-a", "-n", "-m"]).stdout
         reading = [line for line in shown.splitlines() if re.search(r"\s\*:wan-", line)]
         counts = re.findall(r"skmem:\([^)]*,d(\d+)\)", "\n".join(reading))

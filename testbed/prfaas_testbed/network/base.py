@@ -62,8 +62,8 @@ class Emulation(abc.ABC):
         for link, state in states.items():
             if self.reach_mbps is not None and (state.rate_mbps or 0) > self.reach_mbps:
                 raise MachineError(
-                    f"link {link}: {state.rate_mbps:g} Mbit/s is more than the {self.name} emulation carries faithfully "
-                    f"({self.reach_mbps:g} Mbit/s); give the topology a scale.factor"
+                    f"link {link}: {state.rate_mbps:g} Mbit/s is more than the {self.name} emulation carries "
+                    f"faithfully ({self.reach_mbps:g} Mbit/s); give the topology a scale.factor"
                 )
 
 

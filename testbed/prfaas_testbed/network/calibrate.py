@@ -195,8 +195,9 @@ def judge_rtt(
 
 def measure_loss(net: Network, a: str, b: str) -> dict[str, dict[str, Any]]:
     """Numbered datagrams both ways at once; the receivers' summaries by sending site."""
-    script = Path(__file__).with_name("probe.py")
-    receivers, senders = {}, []
+    script = str(Path(__file__).with_name("probe.py"))
+    receivers: dict[str, subprocess.Popen[Any]] = {}
+    senders: list[tuple[str, list[str]]] = []
     for number, (source, target) in enumerate(((a, b), (b, a))):
         states = [net.links[link] for link in net.path(source, target)]
         per_s, packets = probe_size(states)
@@ -228,6 +229,7 @@ def measure_loss(net: Network, a: str, b: str) -> dict[str, dict[str, Any]]:
             )
         )
     for process in receivers.values():
+        assert process.stdout is not None
         process.stdout.readline()
     running = [net.sites[source].popen(words) for source, words in senders]
     for process in running:
@@ -359,4 +361,5 @@ def iperf(
     whole = [row for row in sums if row["seconds"] > 0.5]
     if not whole:
         raise PrfaasError(f"rate {source}->{target}: iperf3's report says nothing")
-    return float(sum(row["bytes"] for row in whole)) * 8 / 1e6 / sum(row["seconds"] for row in whole)
+    seconds = float(sum(row["seconds"] for row in whole))
+    return sum(int(row["bytes"]) for row in whole) * 8 / 1e6 / seconds

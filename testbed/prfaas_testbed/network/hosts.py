@@ -133,8 +133,8 @@ def check_free(pins: Sequence[str], devices: Sequence[str]) -> None:
     for pin in pins:
         if (K_NETNS / pin).exists():
             raise MachineError(
-                f"the network namespace {pin} is taken; if a testbed left it, `prfaas-testbed clean` in its checkout "
-                f"removes it, else `ip netns delete {pin}`"
+                f"the network namespace {pin} is taken; if a testbed left it, `prfaas-testbed clean` in its "
+                f"checkout removes it, else `ip netns delete {pin}`"
             )
     for device in devices:
         if Path("/sys/class/net", device).exists():

@@ -16,10 +16,11 @@ from prfaas_testbed.network.state import Record
 K_START_S = 20.0
 K_SOFTIRQ_FIELD = 7  # of /proc/stat's first line
 
-_PROBE = (
-    "ip link add n0 type veth peer name n1 && tc qdisc add dev n0 root netem delay 1ms && tc qdisc add dev n0 \
-parent 1:1 handle 2: tbf rate 1mbit burst 10kb limit 10kb"
-)
+_PROBE = """
+ip link add n0 type veth peer name n1
+tc qdisc add dev n0 root handle 1: netem delay 1ms
+tc qdisc add dev n0 parent 1:1 handle 2: tbf rate 1mbit burst 10kb limit 10kb
+"""
 
 
 class Native(Emulation):
@@ -32,9 +33,8 @@ class Native(Emulation):
 
     @classmethod
     def missing(cls) -> str | None:
-        probe = _PROBE.replace("root netem", "root handle 1: netem")
         done = subprocess.run(
-            ["unshare", "--net", "sh", "-c", probe], capture_output=True, text=True, check=False
+            ["unshare", "--net", "sh", "-ec", _PROBE], capture_output=True, text=True, check=False
         )
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no reason given"])[0]

@@ -246,8 +246,10 @@ class Network:
             text=True,
         )  # fmt: skip
         try:
-            if "listening" not in process.stderr.readline():
-                raise MachineError(f"tcpdump at {site}: {process.stderr.read().strip() or 'did not start'}")
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            if "listening" not in said:
+                raise MachineError(f"tcpdump at {site}: {said.strip() or 'did not start'}")
             yield
         finally:
             process.send_signal(signal.SIGINT)

@@ -39,7 +39,7 @@ class LinkPlace:
 class Plan:
     nodes: tuple[str, ...]
     site_mtu_bytes: int
-    """Of the sites' own devices: the largest of any link, so that path MTU discovery has something to find."""
+    """Of the sites' own devices: the largest of any link, so that path MTU discovery has work to do."""
     sites: dict[str, SiteAddress]
     links: dict[str, LinkPlace]
     router_lines: tuple[str, ...]

@@ -122,7 +122,7 @@ def connections_of(shown: str) -> list[Connection]:
 
 
 def kill_connection(site: Host, connection: Connection) -> bool:
-    """Reset one connection at this end, by the kernel. False where the kernel can't (no INET_DIAG_DESTROY)."""
+    """Reset one connection at this end, by the kernel. False where it can't (no INET_DIAG_DESTROY)."""
     c = connection
     done = site.run(
         [

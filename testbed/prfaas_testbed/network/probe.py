@@ -1,9 +1,9 @@
 """One-way packet probes between two sites: numbered UDP datagrams, and what became of them.
 
 Run as a script inside a site, with the standard library alone:
-    probe.py receive ADDRESS PORT LIMIT_S                             one JSON object on stdout at the end
+    probe.py receive ADDRESS PORT LIMIT_S      one JSON object on stdout at the end
     probe.py send ADDRESS PORT PACKETS PACKETS_PER_S PAYLOAD_BYTES
-Both sites are on one machine, so that one clock stamps a datagram as it leaves and, in the kernel, as it arrives.
+Both sites are on one machine, so one clock stamps a datagram as it leaves and, in the kernel, as it arrives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def send(address: str, port: int, packets: int, per_s: float, payload_bytes: int
         number = 0
         while number < packets:
             due = min(packets, int((time.monotonic() - began_s) * per_s) + 1)
-            # After a stall of ours the missed ones are not sent in one burst: that would try the link's queue.
+            # What a stall of ours missed is not sent in one burst: that would try the link's queue.
             due = min(due, number + max(2, int(4 * per_s * K_STEP_S)))
             while number < due:
                 out.send(K_HEAD.pack(K_MAGIC, number, time.time_ns()) + filler)

@@ -8,6 +8,8 @@ binds.
 
 from __future__ import annotations
 
+from typing import Any
+
 from prfaas.config.topology import K_FRAME_OVERHEAD_BYTES, Impairments
 
 K_HELD_PACKETS = 200_000  # netem's limit: more than any link here holds in flight and in its queue together
@@ -68,9 +70,9 @@ def red_arguments(state: Impairments) -> Command:
     low = max(limit // 4, frame_bytes)
     high = max(3 * limit // 4, 2 * low)
     return [
-        "red", "limit", f"{max(limit, high)}b", "min", f"{low}b", "max", f"{high}b", "avpkt", f"{frame_bytes}b",
-        "burst", str(max(1, (2 * low + high) // (3 * frame_bytes)) + 1), "probability", "0.1",
-        "bandwidth", f"{rate_bps(state)}bit", "ecn",
+        "red", "limit", f"{max(limit, high)}b", "min", f"{low}b", "max", f"{high}b", "avpkt",
+        f"{frame_bytes}b", "burst", str(max(1, (2 * low + high) // (3 * frame_bytes)) + 1), "probability",
+        "0.1", "bandwidth", f"{rate_bps(state)}bit", "ecn",
     ]  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def percent(value: float) -> str:
     return f"{value:.6f}".rstrip("0").rstrip(".") + "%"
 
 
-def differences(state: Impairments, shown: list[dict]) -> list[str]:
+def differences(state: Impairments, shown: list[dict[str, Any]]) -> list[str]:
     """What of `tc -j qdisc show dev …` is not `state`: one text a difference, none when all is as wanted."""
     by_handle = {row.get("handle"): row for row in shown}
     found: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import tempfile
 import time
@@ -111,11 +112,12 @@ class CrossTraffic:
         """End it and say what arrived: `seconds`, `mbps`, and `error` if it ended by itself before."""
         error = None
         if self._client.poll() is not None:
-            error = f"it ended by itself: {(self._client.stderr.read() or '').strip()}"
+            error = "it ended by itself"
         else:
-            self._client.send_signal(2)  # iperf3 then tells its server, which writes its report
+            self._client.send_signal(signal.SIGINT)  # iperf3 then tells its server, which writes its report
         try:
-            self._client.communicate(timeout=5)
+            _, said = self._client.communicate(timeout=5)
+            error = error and f"{error}: {said.strip()}"
         except subprocess.TimeoutExpired:
             self._client.kill()
             self._client.communicate()
