@@ -1,0 +1,90 @@
+"""Servers that die and come back. This file's pair is its own; its tests run in order, each leaving both
+up.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from prfaas_testbed.instances.sglang_client import Answer, loads, prompt_of
+
+K_OUTPUT_TOKENS = 8
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+    end_s = time.monotonic() + timeout_s
+    while not (value := condition()) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    return value
+
+
+@pytest.fixture(scope="module")
+def own(start_own: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    start, stop = start_own
+    servers = start(
+        "dense",
+        tmp_path_factory.mktemp("own"),
+        ("prefill", "decode"),
+        prefill_args=("--chunked-prefill-size", "1024"),
+    )
+    yield servers
+    stop(servers)
+
+
+def answer_of(servers: Any, prompt: list[int]) -> Answer:
+    _, answer = servers.pair.generate(prompt, K_OUTPUT_TOKENS)
+    return answer  # type: ignore[no-any-return]
+
+
+def test_prefill_killed_in_mid_request_costs_that_request_and_its_pages_come_back(own: Any) -> None:
+    prompt = prompt_of(400, 1)
+    before = answer_of(own, prompt)
+    assert before.error is None
+    used = loads(own.decode.url)["num_used_tokens"]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(own.pair.generate, prompt_of(8000, 2), K_OUTPUT_TOKENS)
+        assert eventually(lambda: loads(own.decode.url)["num_used_tokens"] > used)
+        own.prefill.kill()
+        _, lost = waiting.result(timeout=60)
+    assert lost.status == 500
+    assert "Lost connection with prefill instance" in (lost.error or "")
+    # SGLang's own release would hold them for 30 s, since nobody is left to acknowledge.
+    assert eventually(lambda: loads(own.decode.url)["num_used_tokens"] <= used, 10.0)
+
+    own.prefill.start()
+    own.prefill.wait_ready()
+    again = eventually(lambda: a if (a := answer_of(own, prompt)).error is None else None)
+    assert again.tokens == before.tokens
+    own.decode.check_alive()
+
+
+def test_decode_killed_and_restarted_is_served_by_the_prefill_that_stayed(own: Any) -> None:
+    prompt = prompt_of(400, 3)
+    before = answer_of(own, prompt)
+    own.decode.kill()
+    own.decode.start()
+    own.decode.wait_ready()
+    again = answer_of(own, prompt)
+    assert again.error is None
+    assert again.tokens == before.tokens
+    own.prefill.check_alive()
+
+
+def test_prefill_of_another_page_size_is_refused_by_value_and_decode_lives(own: Any) -> None:
+    own.prefill.kill()
+    as_it_was = own.prefill.spec
+    own.prefill.spec = type(as_it_was)(**{**vars(as_it_was), "extra_args": ("--page-size", "16")})
+    own.prefill.start()
+    own.prefill.wait_ready()
+    # A request of before has told decode of the prefill server: it must notice that it has gone first.
+    said = eventually(
+        lambda: a if "page_size" in ((a := answer_of(own, prompt_of(50, 4))).error or "") else None, 60
+    )
+    assert said is not None
+    assert "prefill server has page_size=16, but decode server has page_size=1" in said.error
+    own.decode.check_alive()

@@ -1,0 +1,457 @@
+"""The manager's own decisions, on a stand-in for SGLang's classes that keeps rooms as they do."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Iterator
+from enum import IntEnum
+from queue import Queue
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome
+from prfaas.pump_client import Arrival, Transfer
+from prfaas.sglang import compat
+
+
+class KVPoll(IntEnum):
+    Failed = 0
+    Bootstrapping = 1
+    WaitingForInput = 2
+    Transferring = 3
+    Success = 4
+
+
+class Mode(IntEnum):
+    PREFILL = 1
+    DECODE = 2
+
+    @property
+    def value(self) -> Any:
+        return self.name.lower()
+
+
+def kv_args(**changes: Any) -> SimpleNamespace:
+    fields: dict[str, Any] = {
+        "page_size": 1,
+        "kv_cache_dtype_str": "bfloat16",
+        "kv_data_ptrs": [1 << 20, 2 << 20],
+        "kv_data_lens": [4096, 4096],
+        "kv_item_lens": [16, 16],
+        "aux_data_ptrs": [3 << 20],
+        "aux_item_lens": [8],
+        "state_types": [],
+        "state_data_ptrs": [],
+        "state_data_lens": [],
+        "state_item_lens": [],
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+class StandInManager:
+    """What of Mooncake's manager ours leans on, with the same rules for rooms."""
+
+    mode: ClassVar[Mode] = Mode.PREFILL
+
+    def __init__(self, args: Any, mode: Mode) -> None:
+        self.kv_args, self.disaggregation_mode = args, mode
+        self.server_args = SimpleNamespace(served_model_name="m")
+        self.attn_tp_size, self.rank_port, self.local_ip = 1, 4242, "127.0.0.1"
+        self.is_mla_backend = self.is_hybrid_mla_backend = False
+        self.request_status: dict[int, KVPoll] = {}
+        self.failure_records: dict[int, str] = {}
+        self.failure_lock = threading.Lock()
+        self.required_prefill_response_num_table: dict[int, int] = {}
+        self.prefill_info_table: dict[str, Any] = {}
+        self.transfer_infos: dict[int, dict[str, Any]] = {}
+        self.decode_kv_args_table: dict[str, Any] = {}
+        self.told: list[tuple[int, KVPoll, str | None]] = []
+        self.inbox: list[list[bytes]] = []
+        self.init_engine()
+
+    def _prefill_unique_rank(self) -> int:
+        return 0
+
+    def update_status(self, bootstrap_room: int, status: KVPoll) -> None:
+        current = self.request_status.get(bootstrap_room)
+        if current is None:
+            if status in (KVPoll.Bootstrapping, KVPoll.WaitingForInput):
+                self.request_status[bootstrap_room] = status
+        elif status == KVPoll.Failed:
+            self.request_status[bootstrap_room] = status
+        elif current != KVPoll.Failed:
+            self.request_status[bootstrap_room] = max(current, status)
+
+    def record_failure(self, bootstrap_room: int, failure_reason: str) -> None:
+        self.failure_records[bootstrap_room] = failure_reason
+
+    def send_kv_status_message(
+        self, *, targets: Any, bootstrap_room: int, status: Any, failure_reason: Any = None
+    ) -> None:
+        self.told += [(bootstrap_room, status, failure_reason)] if targets else []
+
+    def conclude_transfer(
+        self, *, bootstrap_room: int, status: Any, targets: Any = None, failure_reason: Any = None
+    ) -> None:
+        if bootstrap_room not in self.request_status:
+            return
+        if status == KVPoll.Failed:
+            failure_reason = self.failure_records.setdefault(bootstrap_room, failure_reason)
+        self.update_status(bootstrap_room, status)
+        targets = ["decode"] if targets is None else targets
+        self.send_kv_status_message(
+            targets=targets, bootstrap_room=bootstrap_room, status=status, failure_reason=failure_reason
+        )
+
+    def conclude_failure(self, *, bootstrap_room: int, failure_reason: str, targets: Any = None) -> None:
+        self.conclude_transfer(
+            bootstrap_room=bootstrap_room,
+            status=KVPoll.Failed,
+            targets=targets,
+            failure_reason=failure_reason,
+        )
+
+    def apply_prefill_status(
+        self, *, bootstrap_room: int, status: int, prefill_rank: int, failure_reason: str | None = None
+    ) -> None:
+        if bootstrap_room in self.request_status:
+            if status == KVPoll.Failed:
+                self.record_failure(bootstrap_room, failure_reason or "no reason")
+            self.update_status(bootstrap_room, KVPoll(status))
+
+    def _make_worker_recv(self, socket: Any, timeout_ms: int = 500) -> Any:
+        return lambda: self.inbox.pop(0)
+
+    def build_receiver_registration_message(self) -> list[bytes]:
+        return [b"None", b"127.0.0.1", b"1", b"session:1", *[b""] * 16]
+
+    def build_receiver_metadata_message(self, **arguments: Any) -> list[bytes]:
+        room = str(arguments["bootstrap_room"]).encode()
+        return [room, b"127.0.0.1", b"1", b"session:1", b"indices", b"0", b"", b"1", b"0", b""]
+
+    def _get_dsa_cache_transfer_skip_flags(self, info: Any) -> tuple[bool, bool]:
+        return False, False
+
+    def send_kvcache(
+        self, session: str, have: Any, dst_ptrs: Any, wanted: Any, executor: Any, **more: Any
+    ) -> int:
+        if len(have) > 100:
+            raise ValueError("more pages than a stand-in can map")
+        return int(
+            self.engine.batch_transfer_sync(session, list(1000 + have), list(2000 + wanted), [1] * len(have))
+        )  # type: ignore[attr-defined]
+
+    def send_aux(self, request: Any, index: int, pointers: Any) -> int:
+        return int(self.engine.batch_transfer_sync("s", [1], [2], [8]))  # type: ignore[attr-defined]
+
+
+class FakeLease:
+    def __init__(self, grant: LeaseGrant) -> None:
+        self.grant, self.revoked = grant, 0
+        self.failure: Arrival | None = None
+        self.complete = False
+        self.callbacks: list[Any] = []
+
+    def add_callback(self, callback: Any) -> None:
+        self.callbacks.append(callback)
+
+    def revoke(self) -> None:
+        self.revoked += 1
+
+    def land(self) -> None:
+        self.complete = True
+        for callback in self.callbacks:
+            callback(self)
+
+    def break_off(self) -> None:
+        self.failure = Arrival(1, "kv", 0, 0, "rank 0", 0, False, "source_gone", "prefill has gone")
+        for callback in self.callbacks:
+            callback(self)
+
+
+class FakePump:
+    address = "127.0.0.1:9"
+
+    def __init__(self) -> None:
+        self.leases: list[FakeLease] = []
+        self.transfers: list[Transfer] = []
+
+    @classmethod
+    def open(cls, config: Any, *, name: str = "") -> FakePump:
+        return cls()
+
+    def register(self, regions: Any) -> None: ...
+
+    def grant_lease(
+        self, room: int, generation: int, regions: Any, deadline_s: float, **more: Any
+    ) -> FakeLease:
+        self.leases.append(
+            FakeLease(LeaseGrant(self.address, len(self.leases) + 1, b"t", room, generation, 1))
+        )
+        return self.leases[-1]
+
+    def submit(self, *args: Any, **more: Any) -> Transfer:
+        self.transfers.append(Transfer(len(self.transfers) + 1))
+        return self.transfers[-1]
+
+    def cancel(self, transfer: Transfer) -> None:
+        transfer.end(Outcome(False, FailureReason.CANCELLED))
+
+
+class StandInRole:
+    """Sender or receiver."""
+
+    supports_host_tensor_indices = True
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    names = {
+        "MooncakeKVManager": StandInManager,
+        "MooncakeKVSender": StandInRole,
+        "MooncakeKVReceiver": StandInRole,
+        "MooncakeKVBootstrapServer": StandInRole,
+        "KVPoll": KVPoll,
+        "DisaggregationMode": Mode,
+        "has_cuda": lambda: False,
+    }
+    for name, thing in names.items():
+        monkeypatch.setitem(vars(compat), name, thing)
+    monkeypatch.delenv("PRFAAS_CONFIG", raising=False)
+    sys.modules.pop("prfaas.sglang.backend", None)
+    module = importlib.import_module("prfaas.sglang.backend")
+    monkeypatch.setattr(module, "LocalPumpClient", FakePump)
+    yield module
+    sys.modules.pop("prfaas.sglang.backend", None)
+
+
+@pytest.fixture
+def prefill(backend: ModuleType) -> Any:
+    return backend.PrfaasKVManager(kv_args(), Mode.PREFILL)
+
+
+@pytest.fixture
+def decode(backend: ModuleType) -> Any:
+    return backend.PrfaasKVManager(kv_args(), Mode.DECODE)
+
+
+def metadata(decode: Any, room: int, dummy: bool = False) -> list[bytes]:
+    """What the decode side says of a room's pages."""
+    message: list[bytes] = decode.build_receiver_metadata_message(
+        bootstrap_room=room,
+        kv_indices=np.array([1, 2], dtype=np.int32),
+        aux_index=0,
+        state_indices=None,
+        is_dummy=dummy,
+    )
+    return message
+
+
+def hear(prefill: Any, message: list[bytes]) -> list[bytes]:
+    prefill.inbox.append(message)
+    heard: list[bytes] = prefill._make_worker_recv(None)()
+    return heard
+
+
+# What crosses the control channel
+
+
+def test_grant_is_taken_off_the_message_and_sglang_reads_its_own_frames(prefill: Any, decode: Any) -> None:
+    message = metadata(decode, 7)
+    assert hear(prefill, message) == message[:10]
+    assert len(prefill.sending) == 1
+
+
+def test_lease_is_one_for_all_prefill_ranks_of_a_room_and_dummy_ranks_get_none(decode: Any) -> None:
+    assert metadata(decode, 7)[11] == metadata(decode, 7)[11]
+    assert len(metadata(decode, 8, dummy=True)) == 10
+    assert len(decode.pump.leases) == 1
+
+
+def test_peer_without_leases_is_told_at_once_even_before_the_request_arrives(
+    prefill: Any, decode: Any
+) -> None:
+    hear(prefill, metadata(decode, 7)[:10])
+    [(room, status, reason)] = prefill.told
+    assert (room, status) == (7, KVPoll.Failed)
+    assert "not prfaas" in reason
+    prefill.update_status(7, KVPoll.Bootstrapping)
+    assert prefill.request_status[7] == KVPoll.Failed
+
+
+def test_peer_with_another_layout_is_refused_by_value_at_its_first_request(
+    backend: ModuleType, prefill: Any
+) -> None:
+    other = backend.PrfaasKVManager(kv_args(page_size=64), Mode.DECODE)
+    registration = other.build_receiver_registration_message()
+    assert hear(prefill, registration) == registration[:20]
+    prefill.update_status(7, KVPoll.Bootstrapping)
+    hear(prefill, metadata(other, 7))
+    assert prefill.request_status[7] == KVPoll.Failed
+    assert prefill.failure_records[7] == "page size: prefill has 1, decode has 64"
+
+
+@pytest.mark.parametrize("grant", [b"nonsense", b"{}"])
+def test_what_is_no_grant_is_refused(prefill: Any, decode: Any, grant: bytes) -> None:
+    hear(prefill, [*metadata(decode, 7)[:11], grant])
+    assert "not a lease grant" in prefill.told[0][2] or "Expecting" in prefill.told[0][2]
+
+
+def test_grant_for_another_room_is_refused(prefill: Any, decode: Any) -> None:
+    hear(prefill, [*metadata(decode, 7)[:11], metadata(decode, 8)[11]])
+    assert "a lease for room 8" in prefill.told[0][2]
+
+
+def test_abort_that_overtakes_its_request_is_kept_for_it(prefill: Any) -> None:
+    hear(prefill, [b"ABORT", b"7"])
+    prefill.update_status(7, KVPoll.Bootstrapping)
+    assert prefill.request_status[7] == KVPoll.Failed
+    assert "before prefill had the request" in prefill.failure_records[7]
+    prefill.request_status.clear()
+    prefill.update_status(7, KVPoll.Bootstrapping)  # the room's next life is its own
+    assert prefill.request_status[7] == KVPoll.Bootstrapping
+
+
+# Decode side
+
+
+def leased(decode: Any, room: int = 7) -> FakeLease:
+    decode.update_status(room, KVPoll.Bootstrapping)
+    metadata(decode, room)
+    lease: FakeLease = decode.pump.leases[-1]
+    return lease
+
+
+def test_success_is_what_landed_and_the_lease_has_ended_before_anyone_hears_of_it(decode: Any) -> None:
+    lease = leased(decode)
+    decode.apply_prefill_status(bootstrap_room=7, status=KVPoll.Success, prefill_rank=0)
+    assert decode.request_status[7] == KVPoll.Bootstrapping
+    lease.land()
+    assert (decode.request_status[7], lease.revoked) == (KVPoll.Success, 1)
+
+
+def test_part_that_broke_fails_the_room_with_what_the_pump_said(decode: Any) -> None:
+    lease = leased(decode)
+    lease.break_off()
+    assert (decode.request_status[7], lease.revoked) == (KVPoll.Failed, 1)
+    assert decode.failure_records[7] == "KV transfer aborted: KV: source gone (prefill has gone)"
+
+
+def test_failure_on_the_prefill_side_ends_the_lease_and_keeps_its_reason(decode: Any) -> None:
+    lease = leased(decode)
+    decode.apply_prefill_status(bootstrap_room=7, status=KVPoll.Failed, prefill_rank=0, failure_reason="why")
+    assert (decode.request_status[7], lease.revoked, decode.failure_records[7]) == (KVPoll.Failed, 1, "why")
+    lease.land()  # too late
+    assert decode.request_status[7] == KVPoll.Failed
+
+
+def test_landing_of_a_rooms_earlier_life_does_not_complete_the_next(decode: Any) -> None:
+    first = leased(decode)
+    decode.leased.end(7)
+    second = leased(decode)
+    first.land()
+    assert decode.request_status[7] == KVPoll.Bootstrapping
+    second.land()
+    assert decode.request_status[7] == KVPoll.Success
+
+
+def test_aborted_pages_are_free_without_a_word_from_prefill(decode: Any) -> None:
+    lease = leased(decode)
+    assert decode.is_abort_release_safe(7, required_acks=4)
+    assert lease.revoked == 1
+
+
+# Prefill side
+
+
+def chunk(room: int, pages: int = 2, last: bool = True) -> SimpleNamespace:
+    return SimpleNamespace(
+        room=room,
+        prefill_kv_indices=np.arange(pages, dtype=np.int32),
+        index_slice=slice(0, pages),
+        is_last_chunk=last,
+        prefill_aux_index=0 if last else None,
+        state_indices=None,
+        wait_event=None,
+        indices_event=None,
+    )
+
+
+def ready(prefill: Any, decode: Any, room: int, pages: int = 2) -> None:
+    """A room whose decode side has granted its lease."""
+    prefill.update_status(room, KVPoll.Bootstrapping)
+    hear(prefill, metadata(decode, room))
+    prefill.transfer_infos[room] = {
+        "session:1": SimpleNamespace(
+            is_dummy=False, mooncake_session_id="session:1", dst_kv_indices=np.arange(pages, dtype=np.int32)
+        )
+    }
+    prefill.decode_kv_args_table["session:1"] = SimpleNamespace(
+        requires_dcp_relayout=False,
+        dst_attn_tp_size=1,
+        dst_kv_ptrs=[],
+        dst_kv_layer_ids=[],
+        dst_kv_item_len=16,
+        dst_aux_ptrs=[],
+    )
+
+
+def work(prefill: Any, *chunks: SimpleNamespace) -> None:
+    """The worker's whole life, over these chunks."""
+    queue: Queue[Any] = Queue()
+    for item in (*chunks, None):
+        queue.put(item)
+    prefill.transfer_worker(queue, None)
+
+
+def test_worker_hands_over_and_the_last_acknowledgement_concludes(prefill: Any, decode: Any) -> None:
+    ready(prefill, decode, 7)
+    work(prefill, chunk(7))
+    assert prefill.request_status[7] == KVPoll.Transferring
+    for transfer in prefill.pump.transfers:
+        transfer.end(Outcome(True))
+    assert len(prefill.pump.transfers) == 2
+    assert prefill.request_status[7] == KVPoll.Success
+    assert prefill.told == []  # decode has it from its own pump
+
+
+def test_worker_never_waits_for_a_transfer(prefill: Any, decode: Any) -> None:
+    ready(prefill, decode, 7)
+    ready(prefill, decode, 8)
+    work(prefill, chunk(7), chunk(8))  # returns though nothing has been acknowledged
+    assert len(prefill.pump.transfers) == 4
+
+
+def test_room_that_cannot_be_planned_fails_alone(
+    prefill: Any, decode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ready(prefill, decode, 7, pages=200)
+    ready(prefill, decode, 8)
+    work(prefill, chunk(7, pages=200), chunk(8))
+    assert prefill.request_status[7] == KVPoll.Failed
+    assert "can't be planned: more pages than a stand-in can map" in prefill.failure_records[7]
+    assert prefill.request_status[8] == KVPoll.Transferring
+
+
+def test_failed_transfer_fails_its_room_tells_decode_and_no_other(prefill: Any, decode: Any) -> None:
+    ready(prefill, decode, 7)
+    ready(prefill, decode, 8)
+    work(prefill, chunk(7), chunk(8))
+    prefill.pump.transfers[0].end(Outcome(False, FailureReason.PEER_UNREACHABLE, "link down"))
+    reason = "KV transfer aborted: KV: peer unreachable (link down)"
+    assert prefill.told == [(7, KVPoll.Failed, reason)]
+    assert prefill.request_status[8] == KVPoll.Transferring
+
+
+def test_aborted_room_stops_sending_and_takes_no_later_chunk(prefill: Any, decode: Any) -> None:
+    ready(prefill, decode, 7)
+    work(prefill, chunk(7, last=False))
+    prefill.update_status(7, KVPoll.Failed)
+    assert prefill.pump.transfers[0].outcome is not None
+    work(prefill, chunk(7))
+    assert len(prefill.pump.transfers) == 1
