@@ -158,7 +158,12 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     losses = after["wan_losses"] - before["wan_losses"]
     # A lost frame left the sender as well; it is taken to be of the mean size.
     lost_bytes = round(losses * delivered / packets) if packets else 0
-    headers = pump["segments_out"] * K_TCP_HEADERS_BYTES
+    if pump["payload_bytes_sent"]:
+        headers = pump["segments_out"] * K_TCP_HEADERS_BYTES
+    else:
+        # Acknowledgements carry SACK blocks, so their headers have no one size: they are counted at the site.
+        sent = frames["pump_bytes"] + frames["pump_packets"] * K_ETHERNET_BYTES
+        headers = sent - pump["tcp_bytes_sent"]
     other = frames["other_bytes"] + frames["other_packets"] * K_ETHERNET_BYTES
     explained = pump["payload_bytes_sent"] + pump["framing_bytes_sent"] + pump["control_bytes_sent"]
     again = pump["retransmitted_bytes"]

@@ -42,7 +42,7 @@ def moved_of(rows: Iterable[Mapping[str, Any]]) -> dict[int, Moved]:
             moved.landed_digest = digest
             moved.end_s = float(row["at_s"])
             if "pages" in row:
-                moved.payload_bytes = sum(row["bytes"].values())
+                moved.payload_bytes = int(row["bytes"]["kv"]) + int(row["bytes"]["state"])
         else:
             moved.source_digest = digest
             moved.start_s = row.get("start_s", row.get("begun_s"))

@@ -109,6 +109,6 @@ class Watch:
                 "frames": counted_frames(self._net.sites[name]),
                 "wan_bytes": sum(counters.bytes for counters in out),
                 "wan_packets": sum(counters.packets for counters in out),
-                "wan_losses": sum(counters.losses for counters in out),
+                "wan_losses": sum(counters.losses + counters.queue_drops for counters in out),
             }
         return found

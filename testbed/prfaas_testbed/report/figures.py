@@ -63,7 +63,8 @@ def _ttft(view: View, models: list[str], path: Path) -> list[Path]:
             look = numbered(2, "of it, the transfer")
             ax.plot(*zip(*moved, strict=True), **look.kwargs() | {"linestyle": "", "alpha": 0.6})
             rows += [[model, "transfer", tokens, took] for tokens, took in moved]
-        ax.set(title=model, xlabel="prompt, tokens", ylim=(0, None), xlim=(0, None))
+        # Room for the legend above the points.
+        ax.set(title=model, xlabel="prompt, tokens", ylim=(0, 1.35 * ax.get_ylim()[1]), xlim=(0, None))
     axes[0].set_ylabel("time to first token, s")
     axes[0].legend(loc="upper left")
     return save(figure, path.parent, path.name, ["model", "series", "prompt_tokens", "seconds"], rows)
@@ -88,7 +89,7 @@ def _links(view: View, models: list[str], path: Path) -> list[Path]:
                 for row, m in zip(points, mbps, strict=True)
             ]
         mark(ax, events)
-        ax.set(title=model, ylabel="Mbit/s", ylim=(0, None))
+        ax.set(title=model, ylabel="Mbit/s", ylim=(0, None), xlim=(0, None))
         ax.legend(loc="upper right")
     axes[-1].set_xlabel("since the load's start, s")
     return save(figure, path.parent, path.name, ["model", "link", "at_s", "mbps", "drops"], rows)

@@ -39,7 +39,7 @@ def draw_overview(run: Run, folder: Path, part: str | None, model: str, name: st
         [row.ttft_s or 0.0 for row in requests],
         **numbered(0, "").kwargs() | {"linestyle": ""},
     )
-    ttft.set(ylabel="TTFT, s", ylim=(0, None), xlabel="since the load's start, s")
+    ttft.set(ylabel="TTFT, s", ylim=(0, None), xlim=(0, None), xlabel="since the load's start, s")
     for ax in (network, system, ttft):
         mark(ax, events, labels=ax is network)
     rows = [[event.at_s, event.event] for event in events]
