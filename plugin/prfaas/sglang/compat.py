@@ -16,9 +16,12 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prfaas.model.errors import MachineError
+
+if TYPE_CHECKING:
+    import sglang  # noqa: F401  What is imported by name below, for the import rules to see.
 
 K_VERSION = "0.5.23"
 K_BACKEND = "prfaas"
