@@ -42,9 +42,11 @@ K_STOP_GRACE_S = 2.0  # SGLang drains for long; there is nothing of it to keep
 K_POLL_S = 0.25
 K_PROGRESS_EVERY_S = 10.0
 
+# The fraction is a ceiling that nothing reaches, --max-total-tokens being far below; a tight one fails when
+# other processes take memory between two of SGLang's looks at what is free.
 K_CPU_ARGS = (
     "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch",
-    "--disable-overlap-schedule", "--sleep-on-idle", "--skip-server-warmup", "--mem-fraction-static", "0.05",
+    "--disable-overlap-schedule", "--sleep-on-idle", "--skip-server-warmup", "--mem-fraction-static", "0.4",
     "--max-running-requests", "8", "--dtype", "bfloat16",
 )  # fmt: skip
 K_CPU_ENV = {
