@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from prfaas.config.experiment import Experiment, Instance, ModelChoice
 from prfaas.model.errors import PrfaasError, UsageError
@@ -21,7 +21,10 @@ from prfaas_testbed.experiment.machine import K_CHECKOUT
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_MODELS, TinyModel
 from prfaas_testbed.instances.sglang_server import ServerSpec, SglangServer, end_tree
-from prfaas_testbed.network import Network, Site
+
+if TYPE_CHECKING:
+    from prfaas_testbed.network import Network, Site
+
 
 K_PUMP_PORT = 7600
 K_FIRST_PORT = 30000

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prfaas.config.experiment import Experiment
 from prfaas.config.run import RequestRow
@@ -23,7 +23,10 @@ from prfaas_testbed.experiment.fleet import Fleet, Server
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.transfers import Moved
 from prfaas_testbed.instances.models import K_FIRST_PLAIN_TOKEN, K_PLAIN_TOKENS, TinyModel
-from prfaas_testbed.network import Site
+
+if TYPE_CHECKING:
+    from prfaas_testbed.network import Site
+
 
 K_LEAD_S = 1.0  # between the client's start and the load's zero: its imports
 K_AFTER_S = 15.0  # how much longer than its last deadline a client may take

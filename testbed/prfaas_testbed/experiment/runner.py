@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prfaas.config.experiment import Control, Experiment, ModelChoice
 from prfaas.config.profile import find_profile
@@ -43,11 +43,12 @@ from prfaas_testbed.experiment.metrics import equal_tokens
 from prfaas_testbed.experiment.sites import try_isolation
 from prfaas_testbed.experiment.timeline import Timeline
 from prfaas_testbed.experiment.transfers import Moved, read_moved
-from prfaas_testbed.experiment.watch import Watch
+from prfaas_testbed.experiment.watch import Observer
 from prfaas_testbed.instances.models import K_MODELS
 from prfaas_testbed.instances.sglang_server import sglang_python
-from prfaas_testbed.network import Network, open_network
-from prfaas_testbed.network.calibrate import verdict
+
+if TYPE_CHECKING:
+    from prfaas_testbed.network import Network
 
 K_VOID_AGAIN = 2  # how often a void repetition is run again before the machine is too busy
 K_WARM_TOKENS = 64
@@ -162,6 +163,9 @@ class Runner:
     def run(self) -> None:
         """Fills `results`. Raises PrfaasError where the run can't go on; whatever it started is gone by
         then."""
+        # Not before: it needs mininet, which reading and checking files don't.
+        from prfaas_testbed.network import open_network
+
         with open_network(self.topology, self.folder, progress=self.tell, wait_s=self.wait_s) as net:
             self._deadline_s = time.monotonic() + self.experiment.wall_time_s - net.up_s
             self.results.emulation = net.emulation
@@ -178,6 +182,8 @@ class Runner:
                 self.one_model(net, model)
 
     def calibrate(self, net: Network) -> None:
+        from prfaas_testbed.network import verdict as network_verdict
+
         self.tell("calibrating every link, each way")
         rows = net.calibrate()
         self.results.calibration += [CalibrationRow.model_validate(row.as_row()) for row in rows]
@@ -188,7 +194,7 @@ class Runner:
                 f"{row.measured_rate_mbps} Mbit/s (wanted {row.wanted_rate_mbps}), loss {loss} "
                 f"(wanted {row.wanted_loss:.3%}): {'inside' if row.inside else 'OUTSIDE'}"
             )
-        missed = verdict(rows)
+        missed = network_verdict(rows)
         if missed:
             raise PrfaasError(f"the network isn't as asked for, the load was not run: {' | '.join(missed)}")
 
@@ -254,7 +260,7 @@ class Runner:
             )
             rooms = Random(f"{self.experiment.seed}/{fleet.model.name}/{name}")
             shots, where = direct_shots(requests, fleet, self.real, rooms, self.experiment.request_timeout_s)
-            watch, timeline = Watch(net, fleet), Timeline(self.experiment.timeline, net, fleet)
+            watch, timeline = Observer(net, fleet), Timeline(self.experiment.timeline, net, fleet)
             watch.begin()
             answers, start_s, client = self._send(net, fleet, shots, name, timeline=timeline)
             events = timeline.finish()

@@ -8,16 +8,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prfaas.model.errors import PrfaasError
-from prfaas_testbed.network import Network, Site
+
+if TYPE_CHECKING:
+    from prfaas_testbed.network import Network, Site
 
 K_STATS = [sys.executable, "-m", "prfaas_testbed.experiment.inside"]
 K_PROBE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("probe_sockets.py"))]
-K_TABLE = "prfaas_count"
-K_ETHERNET_BYTES = 14
-K_TCP_HEADERS_BYTES = K_ETHERNET_BYTES + 20 + 20 + 12  # with timestamps
+K_TCP_HEADERS_BYTES = 14 + 20 + 20 + 12  # Ethernet, IP, TCP with timestamps
 K_ASK_S = 20.0
 K_SENT = (
     "payload_bytes_sent",
@@ -100,38 +100,14 @@ def try_isolation(net: Network) -> dict[str, Any]:
     return {"isolated": not leaks, "leaks": leaks, "sites": list(net.sites)}
 
 
-def count_frames(site: Site, pump_port: int) -> None:
-    """Begin to count what leaves the site: the pumps' connections, and everything else."""
-    rules = f"""
-table inet {K_TABLE}
-delete table inet {K_TABLE}
-table inet {K_TABLE} {{
-  chain out {{
-    type filter hook output priority 0;
-    oifname "lo" return
-    tcp dport {pump_port} counter return
-    tcp sport {pump_port} counter return
-    counter
-  }}
-}}
-"""
-    site.check(["nft", "-f", "-"], rules.splitlines())
-
-
-def counted_frames(site: Site) -> dict[str, int]:
-    """{"pump_bytes", "pump_packets", "other_bytes", "other_packets"}: IP bytes since `count_frames`."""
-    rules = json.loads(site.check(["nft", "-j", "list", "table", "inet", K_TABLE]))["nftables"]
-    counters = []
-    for row in rules:
-        for part in row.get("rule", {}).get("expr", []):
-            if "counter" in part:
-                counters.append(part["counter"])
-    *pump, other = counters
+def frames_of(net: Network, site: str) -> dict[str, int]:
+    """What has left the site since `net.count_ports`: {"pump_bytes", "pump_packets", "other_bytes"},
+    frames."""
+    groups = net.port_bytes(site)
     return {
-        "pump_bytes": sum(c["bytes"] for c in pump),
-        "pump_packets": sum(c["packets"] for c in pump),
-        "other_bytes": other["bytes"],
-        "other_packets": other["packets"],
+        "pump_bytes": groups["pump"].sent_frame_bytes,
+        "pump_packets": groups["pump"].sent_packets,
+        "other_bytes": groups["other"].sent_frame_bytes,
     }
 
 
@@ -147,7 +123,7 @@ def pump_sent(stats: dict[str, Any]) -> dict[str, int]:
 def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """One site's outgoing bytes over a stretch of time: what the WAN carried, and what explains it.
 
-    Both hold `pump` (pump_sent), `frames` (counted_frames), `wan_bytes`, `wan_packets` and `wan_losses` of
+    Both hold `pump` (pump_sent), `frames` (frames_of), `wan_bytes`, `wan_packets` and `wan_losses` of
     the outgoing link. Accounted: TCP's bytes of the pumps (payload, framing, control, TLS records and what
     was sent again, by TCP_INFO), their segments' headers, and every other frame that left the site.
     """
@@ -162,9 +138,8 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         headers = pump["segments_out"] * K_TCP_HEADERS_BYTES
     else:
         # Acknowledgements carry SACK blocks, so their headers have no one size: they are counted at the site.
-        sent = frames["pump_bytes"] + frames["pump_packets"] * K_ETHERNET_BYTES
-        headers = sent - pump["tcp_bytes_sent"]
-    other = frames["other_bytes"] + frames["other_packets"] * K_ETHERNET_BYTES
+        headers = frames["pump_bytes"] - pump["tcp_bytes_sent"]
+    other = frames["other_bytes"]
     explained = pump["payload_bytes_sent"] + pump["framing_bytes_sent"] + pump["control_bytes_sent"]
     again = pump["retransmitted_bytes"]
     return {
@@ -183,39 +158,31 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut_streams(
-    source: Site, target_address: str, pump_port: int, streams: int, patience_s: float = 10.0
+    net: Network, source: str, target: str, pump_port: int, streams: int, patience_s: float = 10.0
 ) -> dict[str, Any]:
-    """Reset connections to a peer's pump while they carry bytes; which, and how much they had under way."""
+    """Reset connections to a peer's pump while they carry bytes; which, and what they had unsent or
+    unacknowledged.
+
+    Waits up to `patience_s` for one that is busy; then, or where the kernel can't end sockets, any is taken.
+    """
+    site, address = net.sites[source], net.sites[target].address
     end_s = time.monotonic() + patience_s
     cut: list[dict[str, Any]] = []
     while len(cut) < streams and time.monotonic() < end_s:
-        shown = source.check(
-            ["ss", "-tnH", "state", "established", "dst", target_address, "dport", "=", f":{pump_port}"]
-        )
+        to_peer = ["dst", address, "dport", "=", f":{pump_port}"]
+        shown = site.check(["ss", "-tnH", "state", "established", *to_peer])
         busy = []
         for line in shown.splitlines():
             fields = line.split()
             if len(fields) >= 4 and int(fields[1]) > 0:
                 busy.append((int(fields[1]), fields[2].rpartition(":")[2]))
         for queued, port in sorted(busy, reverse=True)[: streams - len(cut)]:
-            killed = source.run(
-                [
-                    "ss",
-                    "-KtnH",
-                    "dst",
-                    target_address,
-                    "dport",
-                    "=",
-                    f":{pump_port}",
-                    "sport",
-                    "=",
-                    f":{port}",
-                ]
-            ).stdout
-            if port in killed:
+            if port in site.run(["ss", "-KtnH", *to_peer, "sport", "=", f":{port}"]).stdout:
                 cut.append({"port": int(port), "queued_bytes": queued})
         if len(cut) < streams:
             time.sleep(0.005)
+    while len(cut) < streams and (victim := net.cut(source, pump_port)) is not None:
+        cut.append({"port": victim.local_port, "queued_bytes": None})
     return {"streams": len(cut), "cut": cut}
 
 

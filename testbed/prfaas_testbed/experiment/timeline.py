@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prfaas.config.experiment import (
     CrossTraffic,
@@ -33,7 +33,9 @@ from prfaas.model.errors import PrfaasError
 from prfaas.pump import keys
 from prfaas_testbed.experiment.fleet import K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.sites import cut_streams
-from prfaas_testbed.network import Network
+
+if TYPE_CHECKING:
+    from prfaas_testbed.network import Network
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,7 @@ class Timeline:
             if isinstance(event, SetLink | LinkDown | Flap):
                 self._link(step, event)
             elif isinstance(event, CutStream):
-                found = cut_streams(
-                    self._net.sites[event.source],
-                    self._net.sites[event.target].address,
-                    K_PUMP_PORT,
-                    event.streams,
-                )
+                found = cut_streams(self._net, event.source, event.target, K_PUMP_PORT, event.streams)
                 # It waits for a stream that carries bytes, so its time is when it was cut.
                 self._record(step, time.monotonic(), **found, planned_wait=True)
             elif isinstance(event, Kill):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from prfaas_testbed.experiment.sites import account, pump_sent
 from prfaas_testbed.experiment.transfers import moved_of
-from prfaas_testbed.experiment.watch import health, link_rows, spoilt
-from prfaas_testbed.network import LinkCounters, Sample
+from prfaas_testbed.experiment.watch import link_rows
 
 PLUGIN_ROW: dict[str, Any] = {
     "room": 2, "pages": 3, "kv": [1, 2], "state": {"0": [5]}, "aux": [7],
@@ -17,15 +17,17 @@ PLUGIN_ROW: dict[str, Any] = {
 }  # fmt: skip
 
 
-def sample(at_s: float, sent: int, lags: tuple[float, ...] = (), **accidents: int) -> Sample:
-    return Sample(at_s, {"a->b": LinkCounters(sent, sent // 1000, 0, 0, 7, 0)}, lags, accidents)
+def sample(at_s: float, sent: int) -> Any:
+    """The network's own types can't be had here: they come with mininet."""
+    counters = SimpleNamespace(bytes=sent, losses=0, queue_drops=0, backlog_bytes=7)
+    return SimpleNamespace(at_s=at_s, links={"a->b": counters})
 
 
 def state(scale: int, **pump: int) -> dict[str, Any]:
     stats = {"peers": [dict.fromkeys(pump_sent({"peers": [], "inbound": {}}), 0) | pump], "inbound": {}}
     return {
         "pump": pump_sent(stats),
-        "frames": {"pump_bytes": 0, "pump_packets": 0, "other_bytes": 90 * scale, "other_packets": scale},
+        "frames": {"pump_bytes": 0, "pump_packets": 0, "other_bytes": 104 * scale},
         "wan_bytes": 10_000 * scale,
         "wan_packets": 10 * scale,
         "wan_losses": 0,
@@ -36,7 +38,7 @@ def test_a_site_that_sends_is_explained_by_payload_framing_headers_and_the_rest(
     sent = {"payload_bytes_sent": 9000, "framing_bytes_sent": 100, "tcp_bytes_sent": 9200, "segments_out": 10,
             "retransmitted_bytes": 50}  # fmt: skip
     row = account(state(0), state(1, **sent))
-    assert row["accounted_bytes"] == 9200 + 10 * 66 + 90 + 14
+    assert row["accounted_bytes"] == 9200 + 10 * 66 + 104
     assert row["tls_bytes"] == 9200 - 50 - 9000 - 100
     assert row["wan_bytes"] == 10_000
 
@@ -51,15 +53,6 @@ def test_links_are_differences_of_counters() -> None:
     rows = link_rows([sample(10.0, 0), sample(10.1, 500), sample(10.2, 1500)], zero_s=10.0)
     assert [(row.at_s, row.bytes) for row in rows] == [(0.1, 500), (0.2, 1000)]
     assert rows[0].backlog_bytes == 7
-
-
-def test_lag_or_an_unplanned_drop_voids_a_repetition() -> None:
-    quiet = health([sample(0, 0, (0.1,), lost=5), sample(0.1, 0, (0.2,), lost=5)])
-    assert spoilt(quiet) is None
-    late = health([sample(0, 0, (0.1, 9.0)), sample(0.1, 0, (9.0,))])
-    assert "timer lag" in (spoilt(late) or "")
-    dropped = health([sample(0, 0, lost=5), sample(0.1, 0, lost=6)])
-    assert "1 packets were dropped" in (spoilt(dropped) or "")
 
 
 def test_rows_of_both_kinds_of_instance_give_one_form() -> None:
