@@ -32,13 +32,13 @@ def is_loopback(host: str) -> bool:
 class TlsConfig(Strict):
     """Mutual TLS 1.3. Files as `prfaas keys create` writes them; read again when they change."""
 
-    ca: Path
-    """Certificates of the authorities trusted to name sites."""
-    certificate: Path
-    """This site's certificate (its common name or a prfaas URI names the site)."""
-    key: Path
+    site_file: Path
+    """This site's private key and certificate (site.pem)."""
+    authorities: tuple[Path, ...] = Field(min_length=1)
+    """Authorities of the sites that may connect, and are connected to (trusted.crt, or each authority.crt).
+    """
     sites: tuple[str, ...] = ()
-    """Sites that may connect; empty: every site the authorities vouch for."""
+    """Sites that may connect; empty: every site that the authorities vouch for."""
 
 
 class FaultConfig(Strict):

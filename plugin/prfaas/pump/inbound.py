@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from prfaas.model.errors import RemoteProtocolError
@@ -59,6 +60,9 @@ class Inbound(Handler):
     def count_refusal(self, reason: str) -> None:
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
+    def check_certificate(self, certificate: Mapping[str, object]) -> str:
+        return self.pump.trust.check_certificate(certificate, "")
+
     def our_hello(self, stream: Stream) -> Hello:
         return self.pump.hello(stream.index)
 
@@ -88,7 +92,7 @@ class Inbound(Handler):
             if not same:
                 self._by_boot.pop(stream.session, None)
         else:
-            self.count_refusal("handshake")
+            self.count_refusal("untrusted" if stream.untrusted else "handshake")
         log.info("a stream from %s ended: %s", stream.peer_site or "an unknown peer", reason)
 
     def any_stream(self, peer: object) -> Stream | None:
@@ -127,6 +131,9 @@ class Inbound(Handler):
             # Its grant may be in a server's socket already, not yet read in this turn.
             self.pump.read_servers(now)
             refused = receiving.on_open(stream.session, stream.peer_site, transfer_id, opening, now)
+        if refused is not None and refused.reason is FailureReason.LEASE_UNKNOWN and self.pump.is_new(now):
+            # A pump before us was killed: its servers are on their way to tell us their leases.
+            raise RemoteProtocolError("just started: leases aren't known yet")
         if refused is not None:
             self._refuse(stream, transfer_id, refused)
 

@@ -142,11 +142,11 @@ class Owner:
             case m.Cancel():
                 address = self.transfers.get(message.transfer_id)
                 if address is not None:
-                    self.pump.peer(address, "", now).cancel(
+                    self.pump.peer(address, now).cancel(
                         message.transfer_id, FailureReason.CANCELLED, "by the sender", now
                     )
             case m.Prepare():
-                self.pump.peer(message.address, "", now).prepare(now)
+                self.pump.peer(message.address, now).prepare(now)
             case m.AskStats():
                 self.send(m.Reply(message.serial, "", self.pump.stats(now)))
 
@@ -215,7 +215,8 @@ class Owner:
             if not self.registered.holds(iov(src, length)):
                 raise PrfaasError("a source that isn't registered")
             self.transfers[message.transfer_id] = message.address
-            self.pump.peer(message.address, message.site, now).submit(
+            self.pump.peer(message.address, now).submit(
+                message.site,
                 message.transfer_id, opening, lambda block_bytes: Plan(src, dst, length, block_bytes),
                 message.window_bytes, now + message.deadline_s, self.memory,
                 (message.guard_slot, message.guard_word), self._ended, now,
@@ -255,7 +256,7 @@ class Owner:
         for fd in self._fds:
             os.close(fd)
         for transfer_id, address in list(self.transfers.items()):
-            self.pump.peer(address, "", now).cancel(
+            self.pump.peer(address, now).cancel(
                 transfer_id, FailureReason.OWNER_GONE, "the sender has gone", now
             )
         self.pump.detach(self, now)

@@ -11,11 +11,11 @@ import itertools
 import logging
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from prfaas.config.pump import is_loopback, split_address
-from prfaas.model.errors import RemoteProtocolError
+from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import tcpinfo
 from prfaas.pump.memory import Gone, OwnerMemory, Withdrawn
@@ -51,14 +51,15 @@ K_BACKOFF_MOST_S = 1.0
 K_REFUSED_S = 10.0
 K_UNTRUSTED_TRIES = 3
 K_UNSENT_S = 0.03
+K_CUT_S = 0.02
 _serial = itertools.count(1)
 
 
 class Peer(Handler):
     """Transfers to `address`, over its streams."""
 
-    def __init__(self, pump: Pump, address: str, site: str, now: float) -> None:
-        self.pump, self.address, self.wanted_site = pump, address, site
+    def __init__(self, pump: Pump, address: str, now: float) -> None:
+        self.pump, self.address, self.wanted_site = pump, address, ""
         self.site = ""
         self.sending = Sending(pump.config.window_bytes)
         self.counters = Counters()
@@ -82,11 +83,19 @@ class Peer(Handler):
     # Asked by the pump
 
     def submit(
-        self, transfer_id: int, opening: Open, plan_of: Callable[[int], Plan], window_bytes: int,
+        self, site: str, transfer_id: int, opening: Open, plan_of: Callable[[int], Plan], window_bytes: int,
         deadline_s: float, memory: OwnerMemory, guard: tuple[int, int], on_event: Callable[[SendEvent], None],
         now: float,
     ) -> None:  # fmt: skip
-        """Begin a transfer. `plan_of` makes its plan from a block size. Raises LocalProtocolError."""
+        """Begin a transfer to `site` (empty: whichever answers). `plan_of` makes its plan from a block size.
+
+        Raises LocalProtocolError.
+        """
+        if site and site != (self.wanted_site or self.site or site):
+            raise LocalProtocolError(
+                f"{self.address} is site {self.wanted_site or self.site!r}, not {site!r}"
+            )
+        self.wanted_site = self.wanted_site or site
         most_bytes = self.pump.config.block_bytes
         if opening.lease_id:
             most_bytes = max(4096, min(most_bytes, window_bytes))
@@ -161,8 +170,8 @@ class Peer(Handler):
 
     def _dial_one(self, now: float) -> None:
         host, port = split_address(self.address)
-        tls = self.pump.client_tls(host)
-        if tls is None and not self.pump.plaintext_allowed(host):
+        tls = self.pump.trust.context(server=False)
+        if tls is None and not self.pump.trust.plaintext_allowed(host):
             self._fail_all(
                 FailureReason.PEER_UNTRUSTED, f"{host}: plaintext is for loopback only (allow_plaintext)", now
             )
@@ -194,6 +203,9 @@ class Peer(Handler):
         self._next_dial_s = now + pause_s * random.uniform(0.75, 1.25)
 
     # Handler
+
+    def check_certificate(self, certificate: Mapping[str, object]) -> str:
+        return self.pump.trust.check_certificate(certificate, self.wanted_site)
 
     def our_hello(self, stream: Stream) -> Hello:
         return self.pump.hello(stream.index)
@@ -309,7 +321,7 @@ class Peer(Handler):
             counters.payload_bytes_sent += piece.payload_bytes
             counters.blocks_sent += 1
             if faults and faults.cut_every_blocks and self._blocks_sent % faults.cut_every_blocks == 0:
-                self.pump.loop.call_at(now, lambda when: stream.lose("cut by a test", when))
+                self.pump.loop.call_at(now + K_CUT_S, lambda when: stream.lose("cut by a test", when))
             return end
 
     def on_lost(self, stream: Stream, reason: str, now: float) -> None:
@@ -326,7 +338,7 @@ class Peer(Handler):
             if not self.n_ready:
                 self._next_dial_s = max(self._next_dial_s, now + K_BACKOFF_FIRST_S)
         else:
-            self._dial_failed(reason, refused="refused" in reason, now=now)
+            self._dial_failed(reason, refused=stream.answered or "refused" in reason, now=now)
         self._dial(now)
         self.kick(now)
 

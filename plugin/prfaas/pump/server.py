@@ -8,11 +8,10 @@ import os
 import secrets
 import selectors
 import socket
-import ssl
 from collections.abc import Callable
 from pathlib import Path
 
-from prfaas.config.pump import PumpConfig, is_loopback, split_address
+from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import MachineError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import tcpinfo
@@ -21,6 +20,7 @@ from prfaas.pump.loop import Loop
 from prfaas.pump.owner import Owner
 from prfaas.pump.peer import Peer
 from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Stream
+from prfaas.pump.trust import Trust
 from prfaas.pump_client import messages as m
 from prfaas.transfer.frames import Hello
 from prfaas.transfer.receiving import Broken, ReceiveEvent, Receiving
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 K_TICK_S = 0.1
 K_BACKLOG = 512
+K_NEW_S = 3.0
 R = selectors.EVENT_READ
 
 
@@ -59,6 +60,7 @@ class Pump:
 
     def __init__(self, config: PumpConfig, *, persistent: bool = True) -> None:
         self.config = config
+        self.trust = Trust(config)
         self.loop = Loop()
         self.boot = secrets.token_bytes(16)
         self.receiving = Receiving(config.max_transfers)
@@ -67,9 +69,8 @@ class Pump:
         self._persistent = persistent
         self._owners: dict[bytes, Owner] = {}
         self._controls: set[Owner] = set()
-        self._peers: dict[tuple[str, str], Peer] = {}
-        self._warned: set[str] = set()
-        self._last_client_s = self.loop.now()
+        self._peers: dict[str, Peer] = {}
+        self._last_client_s = self._started_s = self.loop.now()
         self._listener = self._listen()
         try:
             self._control = self._listen_control(config.control_path)
@@ -86,7 +87,7 @@ class Pump:
     def _listen(self) -> socket.socket:
         host, port = split_address(self.config.listen)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        if not self.config.tls and not self.plaintext_allowed(host):
+        if not self.config.tls and not self.trust.plaintext_allowed(host):
             raise MachineError(
                 f"listen {host}: off loopback tls is needed (or allow_plaintext, which trusts the network)"
             )
@@ -134,33 +135,19 @@ class Pump:
             return f"{wanted}:{port}"
         return wanted
 
-    # Trust
-
-    def plaintext_allowed(self, host: str) -> bool:
-        if is_loopback(host):
-            return True
-        if self.config.allow_plaintext and host not in self._warned:
-            self._warned.add(host)
-            log.warning("allow_plaintext: traffic with %s is neither encrypted nor authenticated", host)
-        return self.config.allow_plaintext
-
-    def client_tls(self, host: str) -> ssl.SSLContext | None:
-        return None
-
-    def server_tls(self) -> ssl.SSLContext | None:
-        return None
-
     def check_site(self, stream: Stream, hello: Hello) -> None:
         """Whether the peer is the site it says it is. Raises RemoteProtocolError."""
         if not hello.site or len(hello.site) > 64:
             raise RemoteProtocolError("a HELLO without a site")
+        if self.trust.encrypted and hello.site != stream.proved_site:
+            raise RemoteProtocolError(f"site {hello.site!r} with the certificate of {stream.proved_site!r}")
 
     # Peers
 
     def _accept_peer(self, sock: socket.socket, now: float) -> None:
         host = str(sock.getpeername()[0]) if sock.fileno() >= 0 else ""
-        tls = self.server_tls()
-        if self.inbound.crowded or (tls is None and not self.plaintext_allowed(host)):
+        tls = self.trust.context(server=True)
+        if self.inbound.crowded or (tls is None and not self.trust.plaintext_allowed(host)):
             self.inbound.count_refusal("crowded" if self.inbound.crowded else "plaintext")
             tcpinfo.abort(sock)
             return
@@ -174,20 +161,21 @@ class Pump:
         oldest, newest = self.config.protocol_versions
         return Hello(oldest, newest, self.boot, self.config.site, self.address, index)
 
-    def peer(self, address: str, site: str, now: float) -> Peer:
-        """The peer at the address (of that site, if one is named), known or new. Raises ValueError: no
-        address.
-        """
+    def peer(self, address: str, now: float) -> Peer:
+        """The peer at the address, known or new. Raises ValueError for what is no address."""
         split_address(address)
-        key = (address, site)
-        if key not in self._peers:
-            self._peers[key] = Peer(self, address, site, now)
-        return self._peers[key]
+        if address not in self._peers:
+            self._peers[address] = Peer(self, address, now)
+        return self._peers[address]
 
     def on_ledger_frame(self, stream: Stream, body: memoryview, now: float) -> None:
         raise RemoteProtocolError("no ledger is hosted here")
 
     # Servers
+
+    def is_new(self, now: float) -> bool:
+        """Whether servers of a pump before this one may still be about to attach."""
+        return now - self._started_s < K_NEW_S
 
     def _accept_server(self, sock: socket.socket, now: float) -> None:
         self._controls.add(Owner(self, sock))
@@ -252,13 +240,15 @@ class Pump:
         """Counters of every peer and of what came in, in bytes, and each stream's TCP figures."""
         peers = []
         for peer in self._peers.values():
+            for stream in peer.streams:
+                stream.sample(now)
             streams = [
                 {
                     "congestion_control": s.congestion_control, "rtt_s": s.info.rtt_s,
                     "min_rtt_s": s.info.min_rtt_s, "cwnd_packets": s.info.cwnd_packets,
                     "retransmitted_bytes": s.info.retransmitted_bytes,
                     "delivery_rate_bps": s.info.delivery_rate_bps, "acked_bytes": s.info.acked_bytes,
-                    "tls": s.peer_certificate() is not None,
+                    "tls": bool(s.proved_site),
                 }
                 for s in peer.streams if s.ready and s.info is not None
             ]  # fmt: skip

@@ -91,6 +91,10 @@ class Handler(ABC):
     """What owns streams and understands their frames."""
 
     @abstractmethod
+    def check_certificate(self, certificate: Mapping[str, object]) -> str:
+        """The site it proves. Raises RemoteProtocolError for one that isn't welcome."""
+
+    @abstractmethod
     def our_hello(self, stream: Stream) -> Hello: ...
 
     @abstractmethod
@@ -130,7 +134,11 @@ class Stream:
         self.version = K_HELLO_VERSION
         self.counters = Counters()
         self.peer_site = ""
+        self.proved_site = ""
+        """The site of the peer's certificate; empty without TLS."""
         self.untrusted = ""
+        self.answered = False
+        """Whether anybody was there at all."""
         self.opened_s = self.progress_s = now
         self.acked_bytes = 0
         self.congestion_control = ""
@@ -209,9 +217,10 @@ class Stream:
         except RemoteProtocolError as error:
             self.lose(str(error), now)
         except ssl.SSLError as error:
-            if self.state is not State.READY:
-                self.untrusted = f"TLS: {error.reason or error}"
-            self.lose(f"TLS: {error.reason or error}", now)
+            reason = error.reason or str(error)
+            if self.state is not State.READY and not isinstance(error, ssl.SSLEOFError):
+                self.untrusted = f"TLS: {getattr(error, 'verify_message', '') or reason}"
+            self.lose(self.untrusted or f"TLS: {reason}", now)
         except OSError as error:
             self.lose(error.strerror or str(error) or type(error).__name__, now)
 
@@ -219,6 +228,7 @@ class Stream:
         code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
+        self.answered = True
         self.state = State.HELLO
         if self._tls is not None:
             self.state = State.TLS
@@ -237,15 +247,14 @@ class Stream:
         except ssl.SSLWantWriteError:
             self._interest(W)
             return False
+        try:
+            self.proved_site = self.handler.check_certificate(self._sock.getpeercert() or {})
+        except RemoteProtocolError as error:
+            self.untrusted = str(error)
+            raise
         self.state = State.HELLO
         self._interest(R | W)
         return True
-
-    def peer_certificate(self) -> Mapping[str, object] | None:
-        """The peer's checked certificate, as ssl gives it; None without TLS."""
-        if isinstance(self._sock, ssl.SSLSocket):
-            return self._sock.getpeercert() or {}
-        return None
 
     def peer_host(self) -> str:
         try:
@@ -391,8 +400,9 @@ class Stream:
         self.congestion_control = tcpinfo.set_congestion_control(self._sock, wanted, rtt_s)
 
     def set_unsent(self, wait_s: float) -> None:
-        """Let the kernel hold `wait_s` of the stream's rate unsent: enough to outlast our absence, and no more, for
-        what it holds can't be overtaken by a more urgent block."""
+        """Let the kernel hold `wait_s` of the stream's rate unsent: enough to outlast our absence, and no
+        more, for what it holds can't be overtaken by a more urgent block.
+        """
         if self.info is None:
             return
         wanted = K_UNSENT_MOST_BYTES
@@ -414,10 +424,14 @@ class Stream:
         if self.closed:
             return
         self.sample(now)
-        self.state = State.CLOSED
+        before, self.state = self.state, State.CLOSED
         if self._mask:
             self.loop.remove(self._fd)
-        tcpinfo.abort(self._sock)
+        if before is State.READY or before is State.CONNECTING:
+            tcpinfo.abort(self._sock)
+        else:
+            # What TLS has to say of a certificate it refuses must still reach the peer.
+            self._sock.close()
         self._queue.clear()
         self._acks.clear()
         self._out = memoryview(b"")

@@ -74,8 +74,8 @@ def read(sock: socket.socket) -> TcpInfo | None:
 def set_congestion_control(sock: socket.socket, wanted: str, rtt_s: float) -> str:
     """Try `wanted`; the one in force, whichever it is.
 
-    "auto" is bbr on a long path, where loss costs a loss-driven control most of its rate, and cubic on a short
-    one, where pacing costs more than loss.
+    "auto" is bbr on a long path, where loss costs a loss-driven control most of its rate, and cubic on a
+    short one, where pacing costs more than loss.
     """
     name = wanted
     if wanted == "auto":

@@ -121,7 +121,7 @@ class LocalPumpClient(PumpClient):
         self._serials = itertools.count(1)
         self._ids = itertools.count(secrets.randbits(31) << 32 | 1)
         self._out = bytearray()
-        self._closed = False
+        self._closed = self._alone = False
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_in, selectors.EVENT_READ)
@@ -450,11 +450,12 @@ class LocalPumpClient(PumpClient):
         try:
             attached = self._attach()
         except MachineError as error:
-            log.warning("no pump: %s", error)
-            with self._lock:
-                self._sock = None
-            time.sleep(K_RESTART_PAUSE_S)
+            if not self._alone:
+                log.warning("no pump: %s", error)
+            self._alone = True
+            self._selector.select(K_RESTART_PAUSE_S)
             return
+        self._alone = False
         now = time.monotonic()
         with self._lock:
             self._attached = attached

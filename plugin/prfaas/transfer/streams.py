@@ -63,7 +63,12 @@ class StreamCount:
         if self._before_bps is not None and self.goodput_bps < self._before_bps * K_GAIN:
             self._before_bps, self._resume_s = None, now + K_RETRY_S
             return
-        if self.loss < K_LOSS or rtt_s < K_LONG_PATH_S or self.wanted >= self._maximum or now < self._resume_s:
+        if (
+            self.loss < K_LOSS
+            or rtt_s < K_LONG_PATH_S
+            or self.wanted >= self._maximum
+            or now < self._resume_s
+        ):
             self._before_bps = None
             return
         self._before_bps = self.goodput_bps

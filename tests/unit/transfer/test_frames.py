@@ -45,7 +45,15 @@ def block_header(body, table, version=2):
 
 @pytest.mark.parametrize(
     ("body", "table"),
-    [(0, 0), (100, 0), (100, 100), (50, 100), (f.K_BLOCK_MAX_BYTES + 101, 100), (1 << 31, 8), (1 << 20, 1 << 18)],
+    [
+        (0, 0),
+        (100, 0),
+        (100, 100),
+        (50, 100),
+        (f.K_BLOCK_MAX_BYTES + 101, 100),
+        (1 << 31, 8),
+        (1 << 20, 1 << 18),
+    ],
 )
 def test_blocks_with_impossible_lengths_are_refused(body, table):
     with pytest.raises(RemoteProtocolError):
@@ -62,7 +70,8 @@ def test_only_hello_may_come_first_and_only_first():
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "agreed"), [((1, 2), (1, 2), 2), ((1, 2), (1, 1), 1), ((2, 3), (1, 2), 2), ((2, 9), (3, 4), 4)]
+    ("ours", "theirs", "agreed"),
+    [((1, 2), (1, 2), 2), ((1, 2), (1, 1), 1), ((2, 3), (1, 2), 2), ((2, 9), (3, 4), 4)],
 )
 def test_peers_agree_on_the_newest_version_both_speak(ours, theirs, agreed):
     assert f.agree_version(ours, theirs) == f.agree_version(theirs, ours) == agreed
@@ -74,7 +83,9 @@ def test_peers_without_a_common_version_part(theirs):
         f.agree_version((1, 2), theirs)
 
 
-@given(st.lists(st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 32) - 1)), min_size=1, max_size=50))
+@given(
+    st.lists(st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 32) - 1)), min_size=1, max_size=50)
+)
 def test_acknowledgements_read_as_they_were_written(blocks):
     assert f.decode_acks(f.ack_body(blocks)) == blocks
 

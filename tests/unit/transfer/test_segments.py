@@ -130,7 +130,11 @@ def test_ranges_hold_exactly_what_lies_within_them(regions, pieces):
     assert ranges.total_bytes == len(inside)
 
 
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=12, unique_by=lambda r: r[0]))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=12, unique_by=lambda r: r[0]
+    )
+)
 def test_a_removed_region_no_longer_counts(regions):
     ranges = Ranges(regions)
     gone, *left = regions

@@ -7,7 +7,14 @@ import pytest
 from prfaas.transfer.streams import StreamCount, block_bytes_for
 
 
-def drive(count: StreamCount, seconds: float, per_stream_bps: float, link_bps: float, loss: float, rtt_s: float = 0.04):
+def drive(
+    count: StreamCount,
+    seconds: float,
+    per_stream_bps: float,
+    link_bps: float,
+    loss: float,
+    rtt_s: float = 0.04,
+):
     """A link where each stream carries `per_stream_bps` until the link is full."""
     now = acked = sent = lost = 0.0
     history = []
@@ -44,14 +51,26 @@ def test_an_idle_link_changes_nothing():
     count = StreamCount(3, 64)
     for i in range(100):
         count.observe(
-            i / 4, open_streams=3, acked_bytes=0, sent_bytes=0, retransmitted_bytes=0, rtt_s=0.04, backlogged=False
+            i / 4,
+            open_streams=3,
+            acked_bytes=0,
+            sent_bytes=0,
+            retransmitted_bytes=0,
+            rtt_s=0.04,
+            backlogged=False,
         )
     assert count.wanted == 3
 
 
 @pytest.mark.parametrize(
     ("rate_bps", "rtt_s", "wanted"),
-    [(0, 0.0001, 1 << 20), (0, 0.04, 65536), (3e6, 0.04, 16384), (1e8, 0.04, 131072), (1e10, 0.0001, 1 << 20)],
+    [
+        (0, 0.0001, 1 << 20),
+        (0, 0.04, 65536),
+        (3e6, 0.04, 16384),
+        (1e8, 0.04, 131072),
+        (1e10, 0.0001, 1 << 20),
+    ],
 )
 def test_a_block_takes_about_20_ms_of_its_stream(rate_bps, rtt_s, wanted):
     assert block_bytes_for(rate_bps, rtt_s, 1 << 20) == wanted

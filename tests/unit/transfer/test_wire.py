@@ -1,8 +1,9 @@
-"""Sender and receiver joined by a simulated wire that cuts, stalls, reorders between streams, corrupts and restarts.
+"""Sender and receiver joined by a simulated wire that cuts, stalls, reorders between streams, corrupts and
+restarts.
 
-Hypothesis chooses the interleaving; memory is a bytearray on each side. Whatever happens: nothing is written to a lease
-that has ended, success means that every byte is there, each transfer ends once, no more than the window is in flight,
-and when the faults stop everything that can complete does.
+Hypothesis chooses the interleaving; memory is a bytearray on each side. Whatever happens: nothing is written
+to a lease that has ended, success means that every byte is there, each transfer ends once, no more than the
+window is in flight, and when the faults stop everything that can complete does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from prfaas.transfer.sending import Completed, Failed, Sending
 
 K_LEASE_BYTES = 4096
 K_BLOCK = 512
-K_WINDOW = 4 * K_BLOCK
+K_WINDOW = 2 * K_BLOCK
 K_BASE = 1 << 40
 K_STREAMS = 3
 
@@ -75,13 +76,21 @@ class Wire(RuleBasedStateMachine):
         lease_id = len(self.leases) + 1
         at = K_BASE + (lease_id - 1) * K_LEASE_BYTES
         lease = Lease(
-            lease_id, bytes([lease_id]) * 16, lease_id, 7, Ranges([(at, K_LEASE_BYTES)]), self.now + 1000.0, "owner"
+            lease_id,
+            bytes([lease_id]) * 16,
+            lease_id,
+            7,
+            Ranges([(at, K_LEASE_BYTES)]),
+            self.now + 1000.0,
+            "owner",
         )
         self.leases[lease_id] = lease
         self.receiving.grant(lease, Ranges([(K_BASE, 1 << 16)]))
 
     @precondition(lambda self: len(self.transfers) < 12)
-    @rule(data=st.data(), n=st.integers(1, 6), size=st.integers(1, 680), deadline=st.sampled_from([5.0, 900.0]))
+    @rule(
+        data=st.data(), n=st.integers(1, 6), size=st.integers(1, 680), deadline=st.sampled_from([5.0, 900.0])
+    )
     def submit(self, data, n, size, deadline) -> None:
         lease_id = data.draw(st.sampled_from(sorted(self.leases)))
         transfer_id = len(self.transfers) + 1
@@ -90,7 +99,15 @@ class Wire(RuleBasedStateMachine):
         offsets = [p * 682 for p in places]
         plan = Plan([at + o for o in offsets], [K_BASE + at + o for o in offsets], [size] * n, K_BLOCK)
         opening = f.Open(
-            lease_id, 7, lease_id, bytes([lease_id]) * 16, "kv", plan.total_bytes, plan.n_blocks, 0.0, transfer_id
+            lease_id,
+            7,
+            lease_id,
+            bytes([lease_id]) * 16,
+            "kv",
+            plan.total_bytes,
+            plan.n_blocks,
+            0.0,
+            transfer_id,
         )
         self.transfers[transfer_id] = Transferring(transfer_id, lease_id, plan, opening, self.now + deadline)
         self.sending.submit(transfer_id, opening, plan, K_WINDOW, self.now + deadline, self.now)
@@ -155,14 +172,16 @@ class Wire(RuleBasedStateMachine):
                 why = f.decode_message(body, f.Refuse)
                 self.ended(self.sending.on_refuse(header.transfer_id, FailureReason(why.reason), why.detail))
 
-    @rule(slot=st.integers(0, K_STREAMS - 1), delivered=st.integers(0, 3))
-    def cut(self, slot, delivered) -> None:
-        """The stream dies; the receiver still reads some of what was under way, its answers are lost."""
+    @rule(slot=st.integers(0, K_STREAMS - 1), delivered=st.integers(0, 3), heard=st.booleans())
+    def cut(self, slot, delivered, heard) -> None:
+        """The stream dies; the receiver still reads some of what was under way, and its answers are lost, or
+        come by another stream.
+        """
         late, name = self.out[slot], self.names[slot]
         self.connect(slot)
         self.sending.on_stream_lost(name)
         for frame in list(late)[:delivered]:
-            self.arrive(None, frame)
+            self.arrive(slot if heard else None, frame)
 
     @rule()
     def receiver_restarts(self) -> None:
@@ -199,7 +218,9 @@ class Wire(RuleBasedStateMachine):
             event = self.receiving.applied(answer.incoming, header.block_id, len(body) - header.table_bytes)
             self.receiver_says([event] if event is not None else [])
         if isinstance(answer, Apply | Known):
-            back.append(f.control_frame(2, f.FrameType.ACK, f.ack_body([(header.transfer_id, header.block_id)])))
+            back.append(
+                f.control_frame(2, f.FrameType.ACK, f.ack_body([(header.transfer_id, header.block_id)]))
+            )
         else:
             self.refuse(back, header.transfer_id, answer.reason)
 

@@ -1,0 +1,247 @@
+"""Corruption, cuts, killed pumps, stopped servers, pages taken back: a transfer completes, or fails with a
+reason.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from prfaas.model.transfer import FailureReason, LeaseGrant, TransferKind
+
+K_WAIT_S = 40
+
+K_SERVER = """
+import sys, numpy as np
+from prfaas.config.pump import PumpConfig
+from prfaas.pump_client import LocalPumpClient
+client = LocalPumpClient.open(PumpConfig.model_validate_json(sys.argv[1]), start=False)
+pages = np.zeros(int(sys.argv[2]), np.uint8)
+client.register([(pages.ctypes.data, len(pages))])
+lease = client.grant_lease(1, 0, [(pages.ctypes.data, len(pages))], 60)
+print(pages.ctypes.data, lease.grant.to_text(), flush=True)
+sys.stdin.readline()
+print(lease.complete, int(pages.astype(np.uint64).sum()), flush=True)
+client.close()
+"""
+
+
+def send_all(client, grant, src, dst, *, deadline_s=30.0):
+    """All of src to dst, in two segments so that a copy has a middle."""
+    half = len(src) // 2
+    return client.submit(
+        grant, [src.ctypes.data, src.ctypes.data + half], [dst.ctypes.data + half, dst.ctypes.data],
+        [half, half], kind=TransferKind.KV, deadline_s=deadline_s, last=True,
+    )  # fmt: skip
+
+
+def landed(src, dst):
+    half = len(src) // 2
+    return np.array_equal(src[:half], dst[half:]) and np.array_equal(src[half:], dst[:half])
+
+
+def lease_on(client, array, deadline_s=60.0):
+    return client.grant_lease(1, 0, [(array.ctypes.data, len(array))], deadline_s)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"corrupt_every_blocks": 5},
+        {"cut_every_blocks": 9},
+        {"corrupt_every_blocks": 7, "cut_every_blocks": 13},
+    ],
+)
+def test_corrupt_blocks_and_cut_streams_are_mended(pumps, faults):
+    east = pumps.client(pumps.start("east", faults=faults, block_bytes=65536))
+    west = pumps.client(pumps.start("west"))
+    src, dst = pumps.memory(east, 1 << 23), pumps.memory(west, 1 << 23, fill=0)
+    lease = lease_on(west, dst)
+    outcome = send_all(east, lease.grant, src, dst).wait(K_WAIT_S)
+    assert outcome.ok, outcome
+    assert outcome.resent_blocks > 0
+    assert landed(src, dst)
+    inbound = west.stats()["inbound"]
+    if "corrupt_every_blocks" in faults:
+        assert inbound["corrupt_blocks"] > 0
+    if "cut_every_blocks" in faults:
+        assert inbound["streams_lost"] > 0
+
+
+def test_what_is_corrupt_every_time_fails_with_that_reason(pumps):
+    east = pumps.client(pumps.start("east", faults={"corrupt_every_blocks": 1}))
+    west = pumps.client(pumps.start("west"))
+    src, dst = pumps.memory(east, 4096), pumps.memory(west, 4096, fill=7)
+    outcome = send_all(east, lease_on(west, dst).grant, src, dst).wait(K_WAIT_S)
+    assert outcome.reason is FailureReason.CORRUPT
+    assert (dst == 7).all()
+
+
+def test_no_byte_is_written_after_a_revocation_that_came_in_the_middle_of_a_copy(pumps):
+    east = pumps.client(pumps.start("east", block_bytes=65536))
+    west = pumps.client(pumps.start("west", faults={"pause_copy_s": 0.3}))
+    src, dst = pumps.memory(east, 1 << 17), pumps.memory(west, 1 << 17, fill=0)
+    src[:] = 1
+    lease = lease_on(west, dst)
+    # 1,024-byte pieces in reverse, so that each block has many pieces and its copy pauses half-way.
+    offsets = np.arange(0, len(src), 1024, dtype=np.uint64)
+    transfer = east.submit(
+        lease.grant, src.ctypes.data + offsets, dst.ctypes.data + offsets[::-1], np.full(len(offsets), 1024),
+        kind=TransferKind.KV, deadline_s=20, last=True,
+    )  # fmt: skip
+    while not dst.any():
+        time.sleep(0.002)
+    assert not dst.all(), "the copy wasn't paused"
+    started = time.monotonic()
+    lease.revoke()
+    took_s = time.monotonic() - started
+    canary = dst.copy()
+    # Whole blocks only: revoking waited for the copy that was running.
+    assert canary.sum() % 65536 == 0
+    assert took_s < 10
+    assert transfer.wait(K_WAIT_S).reason is FailureReason.LEASE_ENDED
+    time.sleep(0.5)
+    assert np.array_equal(canary, dst)
+    assert not lease.complete
+
+
+def test_revoking_needs_neither_pump_nor_peer(pumps):
+    config = pumps.start("west")
+    west = pumps.client(config)
+    dst = pumps.memory(west, 4096, fill=0)
+    lease = lease_on(west, dst)
+    os.kill(pumps.pid("west"), signal.SIGSTOP)
+    done = threading.Event()
+    threading.Thread(target=lambda: (lease.revoke(), done.set()), daemon=True).start()
+    assert done.wait(10)
+    os.kill(pumps.pid("west"), signal.SIGCONT)
+
+
+@pytest.mark.parametrize("killed", ["east", "west"])
+def test_a_pump_killed_in_the_middle_is_replaced_and_the_transfer_completes(pumps, killed):
+    port = {"east": "127.0.0.1:0", "west": "127.0.0.1:0"}
+    east = pumps.client(pumps.start("east", block_bytes=16384))
+    config = pumps.start("west", faults={"pause_copy_s": 0.01})
+    west = pumps.client(config)
+    port["west"] = west.address
+    port["east"] = east.address
+    src, dst = pumps.memory(east, 1 << 22), pumps.memory(west, 1 << 22, fill=0)
+    lease = lease_on(west, dst)
+    offsets = np.arange(0, len(src), 1024, dtype=np.uint64)
+    transfer = east.submit(
+        lease.grant, src.ctypes.data + offsets, dst.ctypes.data + offsets[::-1], np.full(len(offsets), 1024),
+        kind=TransferKind.KV, deadline_s=30, last=True,
+    )  # fmt: skip
+    while not dst.any():
+        time.sleep(0.002)
+    assert transfer.outcome is None
+    pumps.kill(killed)
+    pumps.start(killed, listen=port[killed], block_bytes=16384)
+    outcome = transfer.wait(K_WAIT_S)
+    assert outcome is not None
+    assert outcome.ok, outcome
+    assert lease.wait(K_WAIT_S)
+    assert np.array_equal(dst.reshape(-1, 1024)[::-1], src.reshape(-1, 1024))
+    # The client found the new pump by itself, and goes on with it.
+    again = lease_on(west, dst)
+    assert send_all(east, again.grant, src, dst).wait(K_WAIT_S).ok
+
+
+def test_a_pump_that_stays_dead_fails_the_transfers_to_it_with_a_reason(pumps):
+    east = pumps.client(pumps.start("east"))
+    west = pumps.client(pumps.start("west"))
+    other = pumps.client(pumps.start("other"))
+    src = pumps.memory(east, 1 << 20)
+    dst, elsewhere = pumps.memory(west, 1 << 20, fill=0), pumps.memory(other, 1 << 20, fill=0)
+    lease = lease_on(west, dst)
+    pumps.kill("west")
+    lost = send_all(east, lease.grant, src, dst, deadline_s=2.0)
+    assert send_all(east, lease_on(other, elsewhere).grant, src, elsewhere).wait(K_WAIT_S).ok
+    outcome = lost.wait(K_WAIT_S)
+    assert outcome.reason in (FailureReason.DEADLINE, FailureReason.PEER_UNREACHABLE)
+
+
+def test_a_stopped_server_holds_up_nobody_and_its_own_pages_fill(pumps):
+    east = pumps.client(pumps.start("east"))
+    config = pumps.start("west")
+    size = 1 << 20
+    frozen = subprocess.Popen(
+        [sys.executable, "-c", K_SERVER, config.model_dump_json(exclude_none=True), str(size)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert frozen.stdin
+    assert frozen.stdout
+    with frozen, frozen.stdin, frozen.stdout:
+        address, _, text = frozen.stdout.readline().partition(" ")
+        os.kill(frozen.pid, signal.SIGSTOP)
+        src = pumps.memory(east, size)
+        to_frozen = east.submit(
+            LeaseGrant.from_text(text), [src.ctypes.data], [int(address)], [size],
+            kind=TransferKind.KV, deadline_s=30, last=True,
+        )  # fmt: skip
+        west = pumps.client(config)
+        dst = pumps.memory(west, size, fill=0)
+        assert send_all(east, lease_on(west, dst).grant, src, dst).wait(K_WAIT_S).ok
+        assert to_frozen.wait(K_WAIT_S).ok
+        os.kill(frozen.pid, signal.SIGCONT)
+        frozen.stdin.write("\n")
+        frozen.stdin.flush()
+        assert frozen.stdout.readline().split() == ["True", str(int(src.astype(np.uint64).sum()))]
+
+
+def test_a_server_that_dies_ends_its_leases(pumps):
+    east = pumps.client(pumps.start("east"))
+    config = pumps.start("west")
+    dying = subprocess.Popen(
+        [sys.executable, "-c", K_SERVER, config.model_dump_json(exclude_none=True), "4096"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert dying.stdin
+    assert dying.stdout
+    with dying.stdin, dying.stdout:
+        address, _, text = dying.stdout.readline().partition(" ")
+        dying.kill()
+        dying.wait()
+    src = pumps.memory(east, 4096)
+    outcome = east.submit(
+        LeaseGrant.from_text(text), [src.ctypes.data], [int(address)], [4096],
+        kind=TransferKind.KV, deadline_s=30, last=True,
+    ).wait(K_WAIT_S)  # fmt: skip
+    assert outcome.reason in (FailureReason.LEASE_ENDED, FailureReason.OWNER_GONE)
+
+
+def test_a_stopped_peer_costs_its_own_transfers_only(pumps):
+    east = pumps.client(pumps.start("east", stall_s=0.3))
+    west, other = pumps.client(pumps.start("west")), pumps.client(pumps.start("other"))
+    src = pumps.memory(east, 1 << 20)
+    dst, elsewhere = pumps.memory(west, 1 << 20, fill=0), pumps.memory(other, 1 << 20, fill=0)
+    warm = lease_on(west, dst)
+    assert send_all(east, warm.grant, src, dst).wait(K_WAIT_S).ok
+    os.kill(pumps.pid("west"), signal.SIGSTOP)
+    waiting = send_all(east, lease_on(west, dst).grant, src, dst)
+    assert send_all(east, lease_on(other, elsewhere).grant, src, elsewhere).wait(K_WAIT_S).ok
+    time.sleep(1.0)
+    assert waiting.outcome is None
+    os.kill(pumps.pid("west"), signal.SIGCONT)
+    assert waiting.wait(K_WAIT_S).ok
+    assert landed(src, dst)
+
+
+def test_versions_n_and_n_minus_1_interoperate(pumps):
+    old = pumps.client(pumps.start("old", protocol_versions=(1, 1)))
+    new = pumps.client(pumps.start("new"))
+    for a, b in ((old, new), (new, old)):
+        src, dst = pumps.memory(a, 1 << 20), pumps.memory(b, 1 << 20, fill=0)
+        assert send_all(a, lease_on(b, dst).grant, src, dst).wait(K_WAIT_S).ok
+        assert landed(src, dst)
+    future = pumps.client(pumps.start("future", protocol_versions=(3, 4)))
+    dst = pumps.memory(future, 1 << 20, fill=0)
+    src = pumps.memory(new, 1 << 20)
+    assert not send_all(new, lease_on(future, dst).grant, src, dst, deadline_s=1.0).wait(K_WAIT_S).ok

@@ -1,0 +1,171 @@
+"""Mutual TLS between pumps: who proves its site is served, and nobody else."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import socket
+import ssl
+import time
+
+import numpy as np
+import pytest
+
+from prfaas.config.pump import split_address
+from prfaas.model.transfer import FailureReason, TransferKind
+from prfaas.pump import keys
+
+K_WAIT_S = 40
+K_NOW = datetime.datetime.now(datetime.UTC)
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory):
+    """Folders of keys by site; east and west trust each other and `third`, nobody trusts `stranger`."""
+    folder = tmp_path_factory.mktemp("keys")
+    for site in ("east", "west", "third", "stranger"):
+        keys.create_site(folder / site, site, days=30, authority_days=60, now=K_NOW)
+    for site in ("east", "west", "third", "stranger"):
+        for peer in ("east", "west", "third"):
+            keys.trust(folder / site, folder / peer / keys.K_AUTHORITY_CERTIFICATE)
+    return folder
+
+
+def tls(folder, site, only=()):
+    return {
+        "site_file": folder / site / keys.K_SITE_FILE,
+        "authorities": [folder / site / keys.K_TRUSTED],
+        "sites": only,
+    }
+
+
+def send(pumps, a, b, *, site=None, deadline_s=20.0, size=1 << 20, lease_site=""):
+    """(outcome, whether the bytes are there)"""
+    src, dst = pumps.memory(a, size), pumps.memory(b, size, fill=0)
+    lease = b.grant_lease(1, 0, [(dst.ctypes.data, size)], 60, site=lease_site)
+    outcome = a.submit(
+    """(outcome, whether the bytes are there, whether any byte was written)"""
+        last=True,
+    ).wait(K_WAIT_S)  # fmt: skip
+    lease.revoke()
+    return outcome, np.array_equal(src, dst), dst.any()
+
+
+def test_two_sites_that_trust_each_other_talk_encrypted_both_ways(pumps, sites):
+    east = pumps.client(pumps.start("east", tls=tls(sites, "east")))
+    west = pumps.client(pumps.start("west", tls=tls(sites, "west")))
+    for a, b in ((east, west), (west, east)):
+        outcome, landed, _ = send(pumps, a, b, size=1 << 23)
+        assert outcome.ok
+        assert landed
+        streams = a.stats()["peers"][0]["streams"]  # type: ignore[index]
+        assert streams
+        assert all(s["tls"] for s in streams)
+
+
+def test_a_stranger_and_a_plain_peer_get_nothing(pumps, sites):
+    west = pumps.client(pumps.start("west", tls=tls(sites, "west")))
+    stranger = pumps.client(pumps.start("stranger", tls=tls(sites, "stranger")))
+    plain = pumps.client(pumps.start("plain"))
+    for client in (stranger, plain):
+        outcome, landed, touched = send(pumps, client, west, deadline_s=3.0)
+        assert outcome.reason in (FailureReason.PEER_UNTRUSTED, FailureReason.DEADLINE)
+        assert not landed
+        assert not touched
+    assert west.stats()["inbound"]["refusals"]["untrusted"] > 0  # type: ignore[index]
+
+
+def test_a_stranger_is_told_apart_from_a_dead_peer(pumps, sites):
+    west = pumps.client(pumps.start("west", tls=tls(sites, "west")))
+    stranger = pumps.client(pumps.start("stranger", tls=tls(sites, "stranger")))
+    outcome, _, _ = send(pumps, stranger, west, deadline_s=15.0)
+    assert outcome.reason is FailureReason.PEER_UNTRUSTED
+
+
+def test_a_client_without_a_certificate_is_cut_off_before_it_is_heard(pumps, sites):
+    west = pumps.client(pumps.start("west", tls=tls(sites, "west")))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    host, port = split_address(west.address)
+    with socket.create_connection((host, port), timeout=10) as sock, context.wrap_socket(sock) as wrapped:
+        try:
+            wrapped.sendall(b"PRFA" + bytes(64))
+            answer = wrapped.recv(4096)
+        except (ssl.SSLError, ConnectionError):
+            answer = b""
+    assert answer == b""
+
+
+def test_an_expired_certificate_gets_nothing(pumps, sites, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(sites / "east", old)
+    (old / keys.K_SITE_FILE).unlink()
+    (old / keys.K_AUTHORITY_CERTIFICATE).unlink()
+    (old / keys.K_AUTHORITY_KEY).unlink()
+    before = K_NOW - datetime.timedelta(days=40)
+    keys.create_site(old, "east", days=10, authority_days=10000, now=before)
+    west_keys = tmp_path / "west"
+    shutil.copytree(sites / "west", west_keys)
+    keys.trust(west_keys, old / keys.K_AUTHORITY_CERTIFICATE)
+    west = pumps.client(pumps.start("west", tls=tls(tmp_path, "west")))
+    east = pumps.client(
+        pumps.start("east", tls={"site_file": old / keys.K_SITE_FILE, "authorities": [old / keys.K_TRUSTED]})
+    )
+    outcome, _, touched = send(pumps, east, west, deadline_s=15.0)
+    assert outcome.reason is FailureReason.PEER_UNTRUSTED
+    assert not touched
+
+
+def test_a_trusted_site_cannot_pose_as_another_nor_write_to_anothers_lease(pumps, sites):
+    west = pumps.client(pumps.start("west", tls=tls(sites, "west")))
+    third = pumps.client(pumps.start("third", tls=tls(sites, "third")))
+    # A lease for the east alone: the third site shows the right token, and is refused.
+    outcome, _, touched = send(pumps, third, west, lease_site="east")
+    assert outcome.reason is FailureReason.LEASE_MISMATCH
+    assert not touched
+    # A pump that calls itself east with the third site's certificate.
+    poser = pumps.client(pumps.start("east", tls=tls(sites, "third")))
+    outcome, _, touched = send(pumps, poser, west, deadline_s=3.0)
+    assert not outcome.ok
+    assert not touched
+
+
+def test_only_sites_that_are_named_may_connect_where_some_are(pumps, sites):
+    west = pumps.client(pumps.start("west", tls=tls(sites, "west", only=["east"])))
+    east = pumps.client(pumps.start("east", tls=tls(sites, "east")))
+    third = pumps.client(pumps.start("third", tls=tls(sites, "third")))
+    assert send(pumps, east, west)[0].ok
+    assert not send(pumps, third, west, deadline_s=3.0)[0].ok
+
+
+def test_a_rotation_drops_no_transfer_and_serves_the_next_stream(pumps, sites, tmp_path):
+    folder = tmp_path / "west"
+    shutil.copytree(sites / "west", folder)
+    east = pumps.client(pumps.start("east", tls=tls(sites, "east"), faults={"cut_every_blocks": 40}))
+    west = pumps.client(pumps.start("west", tls=tls(tmp_path, "west"), faults={"pause_copy_s": 0.005}))
+    src, dst = pumps.memory(east, 1 << 24), pumps.memory(west, 1 << 24, fill=0)
+    lease = west.grant_lease(1, 0, [(dst.ctypes.data, len(dst))], 60)
+    offsets = np.arange(0, len(src), 32768, dtype=np.uint64)
+    transfer = east.submit(
+        lease.grant, src.ctypes.data + offsets, dst.ctypes.data + offsets[::-1], np.full(len(offsets), 32768),
+        kind=TransferKind.KV, deadline_s=30, last=True,
+    )  # fmt: skip
+    while not dst.any():
+        time.sleep(0.002)
+    keys.rotate_site(folder, days=20, now=K_NOW)
+    assert transfer.wait(K_WAIT_S).ok
+    assert np.array_equal(dst.reshape(-1, 32768)[::-1], src.reshape(-1, 32768))
+    third = pumps.client(pumps.start("third", tls=tls(sites, "third")))
+    assert send(pumps, third, west)[0].ok
+    assert "new certificates are in force" in pumps.log("west")
+
+
+def test_plaintext_off_loopback_needs_the_explicit_flag(pumps):
+    from prfaas.model.errors import MachineError
+    from prfaas.pump.server import Pump
+
+    with pytest.raises(MachineError, match="allow_plaintext"):
+        Pump(pumps.config("west", listen="0.0.0.0:0"))
+    open_pump = Pump(pumps.config("west", listen="0.0.0.0:0", allow_plaintext=True))
+    open_pump.close()
