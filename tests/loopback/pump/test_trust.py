@@ -40,13 +40,14 @@ def tls(folder, site, only=()):
 
 
 def send(pumps, a, b, *, site=None, deadline_s=20.0, size=1 << 20, lease_site=""):
-    """(outcome, whether the bytes are there)"""
+    """(outcome, whether the bytes are there, whether any byte was written)"""
     src, dst = pumps.memory(a, size), pumps.memory(b, size, fill=0)
     lease = b.grant_lease(1, 0, [(dst.ctypes.data, size)], 60, site=lease_site)
-    outcome = a.submit(
-    """(outcome, whether the bytes are there, whether any byte was written)"""
-        last=True,
-    ).wait(K_WAIT_S)  # fmt: skip
+    transfer = a.submit(
+        lease.grant, [src.ctypes.data], [dst.ctypes.data], [size],
+        kind=TransferKind.KV, deadline_s=deadline_s, last=True,
+    )  # fmt: skip
+    outcome = transfer.wait(K_WAIT_S)
     lease.revoke()
     return outcome, np.array_equal(src, dst), dst.any()
 
