@@ -245,7 +245,7 @@ def _sites(result: dict[str, Any], folder: Path) -> list[Path]:
     )
     left.set(xlabel="Gbit/s", title="Links at the highest rate")
     left.grid(axis="y", visible=False)
-    left.legend(loc="lower right")
+    figure.legend(loc="outside lower left", ncols=2)
     right.barh([name for _, name in gains], [value for value, _ in gains], color=series("optimum").colour)
     right.set(xlabel="Requests/s", title="Worth of one instance or Gbit/s more")
     right.grid(axis="y", visible=False)
