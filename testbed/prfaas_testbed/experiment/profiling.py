@@ -1,0 +1,116 @@
+"""A profile measured from a real SGLang server: prefill time over prompt length, decode step over batch
+size."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from prfaas.model.errors import PrfaasError
+from prfaas_testbed.client import Answer, Shot, Target
+from prfaas_testbed.client.load import Load
+from prfaas_testbed.experiment.fleet import K_MODELS_DIR
+from prfaas_testbed.instances.models import K_FIRST_PLAIN_TOKEN, K_PLAIN_TOKENS, TinyModel
+from prfaas_testbed.instances.sglang_server import ServerSpec, SglangServer
+
+K_LENGTHS = (16, 128, 512, 1024, 2048, 4096, 8192)
+K_BATCHES = (1, 2, 4, 8)
+K_REPEATS = 3
+K_STEPS = 32  # output tokens of a decode measurement
+K_SHORT_TOKENS = 16
+K_TIMEOUT_S = 120.0
+
+
+class Prober:
+    """Asks one server; every prompt is new, so that no cache shortens it."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        self._url, self._rng, self._count = url, Random(seed), 0
+
+    def ask(self, lengths: Sequence[int], new_tokens: int) -> list[Answer]:
+        """So many requests at once. Raises PrfaasError for the first that fails."""
+        shots = []
+        for length in lengths:
+            self._count += 1
+            tokens = [self._rng.randrange(K_PLAIN_TOKENS) + K_FIRST_PLAIN_TOKEN for _ in range(length)]
+            sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+            body = {"input_ids": tokens, "sampling_params": sampling, "stream": True}
+            target = Target(f"{self._url}/generate", answers=True)
+            shots.append(Shot(str(self._count), 0.0, body, (target,), K_TIMEOUT_S))
+        answers: list[Answer] = []
+        asyncio.run(Load(shots, answers.append).run(time.monotonic()))
+        for answer in answers:
+            if answer.error is not None:
+                raise PrfaasError(f"the server under measurement failed: {answer.error}")
+        return answers
+
+    def prefill_s(self, length: int) -> float:
+        """Median time to first token, alone."""
+        return statistics.median(self.ask([length], 1)[0].ttft_s or 0.0 for _ in range(K_REPEATS))
+
+    def step_s(self, batch: int) -> float:
+        """Median time of a decode step with `batch` requests."""
+        steps = []
+        for _ in range(K_REPEATS):
+            answers = self.ask([K_SHORT_TOKENS] * batch, K_STEPS)
+            # The steps of the last to start, which had the whole batch beside it.
+            last = max(answers, key=lambda answer: answer.ttft_s or 0.0)
+            steps.append(((last.e2e_s or 0.0) - (last.ttft_s or 0.0)) / (K_STEPS - 1))
+        return statistics.median(steps)
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """Noise must not make a longer prompt cheaper: each value at least the one before."""
+    found: list[float] = []
+    for value in values:
+        found.append(max(value, found[-1] if found else 0.0))
+    return found
+
+
+def measure(model: TinyModel, name: str, log: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Start a plain server of the model, measure it, and give the profile file's content."""
+    spec = ServerSpec(
+        role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host="127.0.0.1", port=29500
+    )
+    with SglangServer(spec, log) as server:
+        server.wait_ready(progress=progress)
+        prober = Prober(server.url, seed=1)
+        prober.ask([64, 512], 4)
+        lengths = [length for length in K_LENGTHS if length <= model.longest_prompt_tokens]
+        prefill = []
+        for length in lengths:
+            prefill.append(prober.prefill_s(length))
+            progress(f"prefill of {length} tokens: {prefill[-1]:.4f} s")
+        steps = []
+        for batch in K_BATCHES:
+            steps.append(prober.step_s(batch))
+            progress(f"decode step of {batch}: {steps[-1]:.4f} s")
+    sizes = [
+        length * model.kv_bytes_per_token
+        + model.state_bytes
+        + min(length, model.window_tokens) * model.window_bytes_per_token
+        for length in lengths
+    ]
+    return {
+        "name": name,
+        "description": f"The tiny {model.name} model on SGLang's CPU server: {model.kind}.",
+        "source": "measured",
+        "gpus": 0,
+        "tokens": lengths,
+        "prefill_s": [round(value, 5) for value in rising(prefill)],
+        "kv_bytes": sizes,
+        "state_bytes": model.state_bytes,
+        "decode": {
+            "batch": list(K_BATCHES),
+            "step_s": [round(value, 5) for value in rising(steps)],
+            "max_batch": max(K_BATCHES),
+        },
+        "block_tokens": 1,
+        "chunk_tokens": 4096,
+        "pool_tokens": spec.pool_tokens,
+    }

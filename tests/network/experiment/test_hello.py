@@ -1,0 +1,86 @@
+"""The first experiment whole: emulated link, pumps, profiled instances, judging; and its end by Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from prfaas.config.run import read_run
+
+ROOT = Path(__file__).parents[3]
+RUN = [sys.executable, "-m", "prfaas_testbed.cli.main", "run"]
+WAIT = ["--wait", "60"]
+
+
+def small_hello(folder: Path, **changes: object) -> Path:
+    data = yaml.safe_load((ROOT / "topologies" / "experiments" / "hello.yaml").read_text())
+    data["workload"]["requests"] = 6
+    path = folder / "hello-small.yaml"
+    path.write_text(yaml.safe_dump({**data, "name": "hello-small", **changes}))
+    return path
+
+
+def results(folder: Path) -> Path:
+    (found,) = (folder / "hello-small").iterdir()
+    return found
+
+
+def test_hello_passes_every_check_that_does_not_time_anything(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*RUN, str(small_hello(tmp_path)), "--out", str(tmp_path), "--json", *WAIT],
+        capture_output=True, text=True, check=False, timeout=170,
+    )  # fmt: skip
+    outcomes = {row["name"]: row["outcome"] for row in json.loads(done.stdout)}
+    assert outcomes["tokens_equal_share"] == "passed", done.stderr
+    assert outcomes["digests_equal_share"] == "passed"
+    assert outcomes["sites_isolated"] == "passed"
+    assert outcomes["bytes_gap_share"] == "passed"
+    run = read_run(results(tmp_path))
+    assert run.emulation in ("native", "appliance")
+    assert len(run.repetitions[0].requests) == len(run.baseline) == 6
+    assert all(row.kv_bytes for row in run.repetitions[0].requests)
+    assert {row.link for row in run.repetitions[0].links} == {"east->west", "west->east"}
+    assert (results(tmp_path) / "index.html").exists()
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*RUN, str(small_hello(tmp_path)), "--out", str(tmp_path), *WAIT],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if "calibrating" in line:
+                break
+        time.sleep(1)
+        os.kill(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 130, said
+    assert said.strip().splitlines()[-1] == "prfaas-testbed: interrupted"
+    assert "Traceback" not in said
+    assert not [path for path in Path("/run/netns").glob("prfaas-*")]
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
+    assert left == ""
+
+
+def test_a_site_that_the_network_lacks_is_told_before_anything_starts(tmp_path: Path) -> None:
+    path = small_hello(tmp_path, baseline={"site": "mars"})
+    done = subprocess.run(
+        [*RUN, str(path), "--out", str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert "baseline.site: found 'mars'; sites: east, west" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "hello-small").exists()
