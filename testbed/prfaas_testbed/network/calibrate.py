@@ -4,8 +4,8 @@ wanted.
 A row is one way between two sites: on a direct link, that link; through hubs, the links of its path
 together. RTT is ping's median less the router's own (pings to the gateways on the same devices), rate is
 iperf3's, loss comes from numbered datagrams one way. A row that misses is measured once more and both are
-kept. The tools run at a real-time priority below the emulator's: what is measured is the link, not how busy
-the processors are.
+kept. The tools run ahead of everything but the emulator: what is measured is the link, not how busy the
+processors are.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ K_PROBE_S = 6.0  # the most one probe takes; with it, "20/p packets or as many a
 K_RATE_S = 3
 K_TCP_LOSS = 0.02
 K_UDP_MBPS = 120.0
-K_TCP_STREAMS = 8
 K_PORT = 5901
-K_REAL_TIME = ["chrt", "-f", "5"]
+K_FIRST = ["nice", "-n", "-20"]  # a real-time priority would share the emulator's real-time budget
 K_TCP_HEADERS_BYTES = 52  # IP, TCP with timestamps
 K_UDP_HEADERS_BYTES = 28
 
@@ -164,7 +163,7 @@ def measure_rtts(net: Network, a: str, b: str) -> dict[str, list[float]]:
 
 def ping(site: Site, address: str) -> subprocess.Popen[Any]:
     return site.popen(
-        [*K_REAL_TIME, "ping", "-n", "-c", str(K_PINGS), "-i", str(K_PING_EVERY_S), "-W", "3", address],
+        [*K_FIRST, "ping", "-n", "-c", str(K_PINGS), "-i", str(K_PING_EVERY_S), "-W", "3", address],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -205,7 +204,7 @@ def measure_loss(net: Network, a: str, b: str) -> dict[str, dict[str, Any]]:
         address = net.sites[target].address
         limit_s = packets / per_s * 2 + 10
         receivers[source] = net.sites[target].popen(
-            [*K_REAL_TIME, sys.executable, "-I", "-S", script, "receive", address, port, str(limit_s)],
+            [*K_FIRST, sys.executable, "-I", "-S", script, "receive", address, port, str(limit_s)],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -214,7 +213,7 @@ def measure_loss(net: Network, a: str, b: str) -> dict[str, dict[str, Any]]:
             (
                 source,
                 [
-                    *K_REAL_TIME,
+                    *K_FIRST,
                     sys.executable,
                     "-I",
                     "-S",
@@ -339,11 +338,11 @@ def iperf(
     if stack == "udp":
         words += ["-u", "-b", f"{rate_mbps * 1.08:.3f}M", "-l", str(mtu_bytes - K_UDP_HEADERS_BYTES)]
     else:
-        words += ["-C", stack, "-P", str(K_TCP_STREAMS)]
+        words += ["-C", stack]
     address, port = net.sites[target].address, K_PORT + 10
-    with iperf_server(net.sites[target], port, K_REAL_TIME) as server:
+    with iperf_server(net.sites[target], port, K_FIRST) as server:
         client = net.sites[source].popen(
-            [*K_REAL_TIME, "iperf3", "-c", address, "-p", str(port), *words],
+            [*K_FIRST, "iperf3", "-c", address, "-p", str(port), *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,8 +1,9 @@
 """Mininet hosts with a file system view of their own: /tmp, /run and /dev/shm are private, the checkout is
 shared.
 
-The only module that imports mininet. Of Mininet the hosts and their cables are used; not its start-up,
-which raises limits of the whole machine without a record, nor its clean-up, which kills by name.
+The only module that imports mininet, and only when it is called. Of Mininet the hosts and their cables are
+used; not its start-up, which raises limits of the whole machine without a record, nor its clean-up, which
+kills by name.
 """
 
 from __future__ import annotations
@@ -17,12 +18,6 @@ from typing import IO, Any
 
 from prfaas.model.errors import MachineError
 from prfaas_testbed.network.state import K_NETNS, Record, checkout
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it imports distutils
-    from mininet.link import Link
-    from mininet.log import setLogLevel
-    from mininet.net import Mininet
 
 K_PIN_PREFIX = "prfaas-"
 K_PRIVATE = ("/tmp", "/run", "/dev/shm")
@@ -45,7 +40,7 @@ class Host:
     /run/netns.
     """
 
-    def __init__(self, net: Mininet, name: str, keep: Sequence[Path], record: Record) -> None:
+    def __init__(self, net: Any, name: str, keep: Sequence[Path], record: Record) -> None:
         self.name, self.pin = name, K_PIN_PREFIX + name
         record.namespace(self.pin)
         self.node = net.addHost(name)
@@ -113,8 +108,12 @@ class Host:
         return done.stdout
 
 
-def new_network() -> Mininet:
+def new_network() -> Any:
     """An empty Mininet, without its start-up's changes to the machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports distutils
+        from mininet.log import setLogLevel
+        from mininet.net import Mininet
     setLogLevel("critical")
     Mininet.inited = True
     return Mininet(controller=None, build=False)
@@ -122,6 +121,8 @@ def new_network() -> Mininet:
 
 def join(a: Host, device_a: str, b: Host, device_b: str, record: Record) -> None:
     """A veth cable between two hosts; loss must hit packets, so nothing is offloaded on either end."""
+    from mininet.link import Link
+
     record.devices([device_a, device_b])
     Link(a.node, b.node, intfName1=device_a, intfName2=device_b)
     for host, device in ((a, device_a), (b, device_b)):

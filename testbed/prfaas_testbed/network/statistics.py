@@ -63,15 +63,26 @@ class Chain:
 
 
 def binomial_interval(packets: int, probability: float) -> tuple[float, float]:
-    """Shares lost that a fair coin of this probability gives in 99.9% of all tries of so many packets."""
-    from scipy.stats import binom
-
-    tail = (1 - K_CONFIDENCE) / 2
+    """Shares lost that independent losses of this probability give in 99.9% of all tries of so many packets."""
     probability = max(probability, K_UNPLANNED)
-    return (
-        float(binom.ppf(tail, packets, probability)) / packets,
-        float(binom.ppf(1 - tail, packets, probability)) / packets,
-    )
+    if probability >= 1:
+        return 1.0, 1.0
+    tail = (1 - K_CONFIDENCE) / 2
+    low = high = -1
+    below = 0.0
+    for lost in range(packets + 1):
+        below += math.exp(_log_binomial(packets, lost, probability))
+        if low < 0 and below >= tail:
+            low = lost
+        if below >= 1 - tail:
+            high = lost
+            break
+    return low / packets, (packets if high < 0 else high) / packets
+
+
+def _log_binomial(packets: int, lost: int, probability: float) -> float:
+    ways = math.lgamma(packets + 1) - math.lgamma(lost + 1) - math.lgamma(packets - lost + 1)
+    return ways + lost * math.log(probability) + (packets - lost) * math.log1p(-probability)
 
 
 def chain_interval(packets: int, chain: Chain) -> tuple[float, float]:
