@@ -30,9 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"no model {args.model!r}; known: {', '.join(K_MODELS)}")
     target = args.out or K_TOPOLOGIES / "profiles" / f"cpu-{args.model}.yaml"
     log = K_RESULTS / "profile" / f"{args.model}.log"
-    found = measure(
-        K_MODELS[args.model], target.stem, log, lambda line: sys.stderr.write(f"{line}\n") and None
-    )
+    found = measure(K_MODELS[args.model], target.stem, log, tell)
     check(found, ProfileConfig, str(target))
     text = yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=110)
     target.parent.mkdir(parents=True, exist_ok=True)

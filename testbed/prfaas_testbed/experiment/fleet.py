@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from prfaas.config.experiment import Experiment, Instance, ModelChoice
 from prfaas.model.errors import PrfaasError, UsageError
 from prfaas.pump import keys
+from prfaas_testbed.experiment.door import K_EVENTS_OFFSET, K_ROUTER_PORT, plain_tokenizer, router_file
 from prfaas_testbed.experiment.machine import K_CHECKOUT
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_MODELS, TinyModel
@@ -30,9 +31,11 @@ K_PUMP_PORT = 7600
 K_FIRST_PORT = 30000
 K_PLAIN_PORT = 29000
 K_BOOTSTRAP_OFFSET = 1000
-K_EVENTS_OFFSET = 2000
 K_READY_S = 20.0
 K_CERTIFICATE_DAYS = 2.0
+# SGLang compares free memory before and after its weights load; servers that start beside each other take
+# it from one another, and the pool's size is fixed anyway.
+K_ROOM_FOR_NEIGHBOURS = ("--mem-fraction-static", "0.6")
 K_MODELS_DIR = K_CHECKOUT / ".cache" / "models"
 
 Progress = Callable[[str], None]
@@ -71,9 +74,16 @@ class Program:
     """A Python module of ours inside a site: ready when it says so on its output."""
 
     def __init__(
-        self, name: str, site: Site, module: str, config: Path, log: Path, ready: str | None
+        self,
+        name: str,
+        site: Site,
+        module: str,
+        config: Path,
+        log: Path,
+        ready: str | None,
+        words: Sequence[str] = (),
     ) -> None:
-        self.name, self._site, self._module, self._config = name, site, module, config
+        self.name, self._site, self._words = name, site, [module, *words, "--config", str(config)]
         self.log, self._ready = log, ready
         self._process: subprocess.Popen[Any] | None = None
         self._out: IO[bytes] | None = None
@@ -87,7 +97,7 @@ class Program:
         self._close()
         self._out = self.log.open("ab")
         self._process = self._site.popen(
-            [sys.executable, "-m", self._module, "--config", self._config],
+            [sys.executable, "-m", *self._words],
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdout=self._out,
             stderr=subprocess.STDOUT,
@@ -168,6 +178,7 @@ class Fleet:
     scale: float = 1.0
     servers: list[Server] = field(default_factory=list)
     plain: Server | None = None
+    router: Server | None = None
     pumps: dict[str, Program] = field(default_factory=dict)
     fault: str | None = None
     """A control's, planted in the prefill servers."""
@@ -193,14 +204,39 @@ class Fleet:
             pump.start()
         for pump in self.pumps.values():
             pump.wait_ready(self.progress)
-        everything = [*self.servers, *([self.plain] if self.plain else [])]
-        for server in everything:
+        for server in self.everything():
             server.process.start()
-        for server in everything:
+        for server in self.everything():
             server.process.wait_ready(self.progress)
+        if self.experiment.router is not None:
+            self._start_router()
+
+    def everything(self) -> list[Server]:
+        return [*self.servers, *(server for server in (self.plain, self.router) if server is not None)]
+
+    def _start_router(self) -> None:
+        assert self.experiment.router is not None
+        tokenizer = K_MODELS_DIR / self.model.name
+        if not tokenizer.exists():
+            tokenizer = plain_tokenizer(self.folder / "tokenizer")
+        config = router_file(
+            self.net,
+            self.experiment,
+            self.model.name,
+            self.model.profile,
+            self.servers,
+            tokenizer,
+            self.folder,
+        )
+        site = self.net.sites[self.experiment.router.site]
+        log = self.folder / "router.log"
+        process = Program("router", site, "prfaas.cli.main", config, log, "listening on", ["router"])
+        process.start()
+        self.router = Server("router", site.name, "router", site.address, K_ROUTER_PORT, process)
+        process.wait_ready(self.progress)
 
     def stop(self) -> None:
-        everything = [*self.servers, *([self.plain] if self.plain else [])]
+        everything = self.everything()
         # Real servers take seconds to end: all are told before any is awaited.
         for server in everything:
             if server.process.pid is not None:
@@ -212,7 +248,7 @@ class Fleet:
             pump.stop()
 
     def check_alive(self) -> None:
-        for server in [*self.servers, *([self.plain] if self.plain else [])]:
+        for server in self.everything():
             server.process.check_alive()
         for pump in self.pumps.values():
             pump.check_alive()
@@ -331,7 +367,7 @@ class Fleet:
         spec = ServerSpec(
             role=instance.role if instance.role != "collocated" else "plain",
             model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
-            bootstrap_port=bootstrap, config_path=config,
+            bootstrap_port=bootstrap, config_path=config, extra_args=K_ROOM_FOR_NEIGHBOURS,
         )  # fmt: skip
         server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))
         return Server(name, instance.site, instance.role, site.address, port, Real(server), bootstrap)
@@ -341,7 +377,7 @@ class Fleet:
         if "sglang" in self.experiment.kinds():
             spec = ServerSpec(
                 role="plain", model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name,
-                host=site.address, port=K_PLAIN_PORT,
+                host=site.address, port=K_PLAIN_PORT, extra_args=K_ROOM_FOR_NEIGHBOURS,
             )  # fmt: skip
             process: Process = Real(SglangServer(spec, self.folder / "plain.log", popen=_popen_of(site)))
         else:

@@ -183,8 +183,10 @@ def rows_of(
     where: Mapping[str, tuple[int, Server]],
     moved: Mapping[int, Moved],
     wanted: Callable[[int], int | None],
+    home: str,
 ) -> list[RequestRow]:
-    """One row a planned request; one that the client never reported is an error too."""
+    """One row a planned request (`home`: where they are decoded); one that the client never reported is an
+    error too."""
     by_id = {answer.id: answer for answer in answers}
     rows = []
     for planned in requests:
@@ -203,8 +205,9 @@ def rows_of(
             found = moved.get(room, Moved())
             row |= {
                 "site": server.site, "reason": answer.headers.get("x-prfaas-reason", "the only path"),
-                "room": room, "transfer": "wan" if room else "local", "kv_bytes": found.payload_bytes,
-                "wanted_kv_bytes": wanted(len(planned.tokens)) if room else 0,
+                "room": room, "transfer": "wan" if server.site != home else "local",
+                "kv_bytes": found.payload_bytes,
+                "wanted_kv_bytes": wanted(len(planned.tokens)) if room else None,
                 "source_digest": found.source_digest, "landed_digest": found.landed_digest,
                 "transfer_start_s": _rounded(found.start_s and found.start_s - start_s),
                 "transfer_end_s": _rounded(found.end_s and found.end_s - start_s),

@@ -25,9 +25,10 @@ from prfaas.config.run import (
     Run,
 )
 from prfaas.config.topology import Topology, load_topology
-from prfaas.model.errors import ConfigError, MachineError, PrfaasError, UsageError
+from prfaas.model.errors import ConfigError, MachineError, PrfaasError
 from prfaas_testbed.client import Answer, Shot
 from prfaas_testbed.experiment.checks import require_known
+from prfaas_testbed.experiment.door import where_of
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR, Fleet
 from prfaas_testbed.experiment.load import (
     Client,
@@ -125,8 +126,10 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
             sglang_python()
             if not (K_MODELS_DIR / model.name / "config.json").exists():
                 raise MachineError(f"model {model.name} isn't under {K_MODELS_DIR}: run `make setup`")
-    if experiment.router is not None:
-        raise UsageError(f"{origin}: experiments with a router run in the simulator only so far")
+    if experiment.router is not None and experiment.router.site not in topology.sites:
+        raise ConfigError(
+            origin, "router.site", experiment.router.site, f"sites: {', '.join(topology.sites)}"
+        )
     plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
     return topology
 
@@ -245,7 +248,9 @@ class Runner:
         self.tell(f"{fleet.model.name}: {len(requests)} requests to the plain server")
         shots = one_server_shots(requests, fleet.plain.url, self.real, self.experiment.request_timeout_s)
         answers, start_s, _ = self._send(net, fleet, shots, "plain")
-        rows = rows_of(answers, requests, fleet.model.name, start_s, {}, {}, lambda tokens: None)
+        rows = rows_of(
+            answers, requests, fleet.model.name, start_s, {}, {}, lambda tokens: None, fleet.plain.site
+        )
         self.results.baseline += rows
 
     def repetition(self, net: Network, fleet: Fleet, requests: list[Planned], index: int) -> None:
@@ -259,14 +264,23 @@ class Runner:
                 + (f" (attempt {attempt + 1})" if attempt else "")
             )
             rooms = Random(f"{self.experiment.seed}/{fleet.model.name}/{name}")
-            shots, where = direct_shots(requests, fleet, self.real, rooms, self.experiment.request_timeout_s)
+            limit_s = self.experiment.request_timeout_s
+            if fleet.router is None:
+                shots, where = direct_shots(requests, fleet, self.real, rooms, limit_s)
+            else:
+                shots, where = one_server_shots(requests, fleet.router.url, self.real, limit_s), {}
             watch, timeline = Observer(net, fleet), Timeline(self.experiment.timeline, net, fleet)
             watch.begin()
             answers, start_s, client = self._send(net, fleet, shots, name, timeline=timeline)
             events = timeline.finish()
             links, seen, void = watch.end(start_s)
             moved = read_moved(fleet.digests) if fleet.digests.exists() else {}
-            rows = rows_of(answers, requests, fleet.model.name, start_s, where, moved, self._wanted(fleet))
+            if fleet.router is not None:
+                where = where_of(answers, fleet.servers, moved)
+            home = self.client_site()
+            rows = rows_of(
+                answers, requests, fleet.model.name, start_s, where, moved, self._wanted(fleet), home
+            )
             load = {
                 "at_s": 0.0, "event": "load", "requests": len(requests), "client_cpu_share": client.cpu_share
             }  # fmt: skip
@@ -349,7 +363,7 @@ class Runner:
         timeline: Timeline | None = None,
     ) -> tuple[list[Answer], float, Client]:
         self._check_time()
-        client = Client(net.sites[self._client_site()], fleet.folder, name)
+        client = Client(net.sites[self.client_site()], fleet.folder, name)
         killed = {event.instance for event in self.experiment.timeline if event.do == "kill"}
 
         def poll(done: int) -> None:
@@ -372,7 +386,7 @@ class Runner:
             client.stop()
         return answers, client.start_s, client
 
-    def _client_site(self) -> str:
+    def client_site(self) -> str:
         """Where the users are: beside the decode servers."""
         near = [i.site for i in self.experiment.instances if i.role in ("decode", "collocated")]
         return near[0]

@@ -21,6 +21,8 @@ class Moved:
     start_s: float | None = None
     end_s: float | None = None
     resent_blocks: int | None = None
+    rid: str = ""
+    """The prefill server's name of the request, where it tells."""
 
 
 def read_moved(folder: Path) -> dict[int, Moved]:
@@ -47,6 +49,7 @@ def moved_of(rows: Iterable[Mapping[str, Any]]) -> dict[int, Moved]:
             moved.source_digest = digest
             moved.start_s = row.get("start_s", row.get("begun_s"))
             moved.resent_blocks = row.get("resent_blocks")
+            moved.rid = str(row.get("rid", ""))
             if "digest" in row:
                 moved.payload_bytes = int(row["bytes"])
     return found

@@ -70,7 +70,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130, said
     assert said.strip().splitlines()[-1] == "prfaas-testbed: interrupted"
     assert "Traceback" not in said
-    assert not [path for path in Path("/run/netns").glob("prfaas-*")]
+    assert not list(Path("/run/netns").glob("prfaas-*"))
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
     assert left == ""
 

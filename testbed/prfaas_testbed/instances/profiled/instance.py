@@ -193,6 +193,7 @@ class Instance:
             resent = sum(await asyncio.gather(*sends))
             self._log(
                 room=room,
+                rid=rid,
                 side="source",
                 digest=source_digest,
                 bytes=size - grant.skip_bytes,

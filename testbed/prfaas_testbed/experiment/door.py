@@ -1,0 +1,117 @@
+"""The router in front of a fleet: its file, its process, and where its answers say they were prefilled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prfaas.config.experiment import Experiment
+from prfaas.config.profile import find_profile
+from prfaas_testbed.client import Answer
+from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.sites import write_json
+from prfaas_testbed.experiment.transfers import Moved
+
+if TYPE_CHECKING:
+    from prfaas_testbed.experiment.fleet import Server
+    from prfaas_testbed.network import Network
+
+K_ROUTER_PORT = 28000
+K_EVENTS_OFFSET = 2000
+
+
+def router_file(
+    net: Network,
+    experiment: Experiment,
+    model: str,
+    profile: str | None,
+    servers: Sequence[Server],
+    tokenizer: Path,
+    folder: Path,
+) -> Path:
+    """Write the router's configuration. Rates and profiles are unscaled alike, so predicted times are
+    right."""
+    assert experiment.router is not None
+    hybrid = profile is not None and find_profile(profile, K_TOPOLOGIES).state_bytes > 0
+    sites = []
+    for site in net.sites:
+        rows = [_server(server, experiment) for server in servers if server.site == site]
+        own = next((i.profile for i in experiment.instances if i.site == site and i.profile), profile)
+        cost = {"profile": str(_profile_path(own))} if own else {}
+        sites.append({"name": site, "servers": rows, "cost": cost})
+    directed = net.topology.directed()
+    links = []
+    for source in net.sites:
+        for target in net.sites:
+            if source != target:
+                path = [directed[link] for link in net.path(source, target)]
+                back = [directed[link] for link in net.path(target, source)]
+                rates = [state.rate_mbps for state in path if state.rate_mbps is not None]
+                rtt_ms = sum(state.delay_ms for state in [*path, *back])
+                rate = {"rate_mbps": min(rates)} if rates else {}
+                links.append({"source": source, "target": target, "rtt_ms": rtt_ms, **rate})
+    config = {
+        "listen": {"host": net.sites[experiment.router.site].address, "port": K_ROUTER_PORT},
+        "models": [{"name": model, "tokenizer": str(tokenizer), "layers": "hybrid" if hybrid else "dense"}],
+        "sites": sites,
+        "links": links,
+        "home": experiment.router.site,
+        "policy": experiment.router.policy.model_dump(mode="json"),
+        "retry": {"total_s": experiment.request_timeout_s},
+        "seed": experiment.seed,
+    }
+    return write_json(folder / "router.yaml", config)
+
+
+def _server(server: Server, experiment: Experiment) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": server.name, "role": server.role, "url": server.url}
+    if server.role == "prefill":
+        row["bootstrap_port"] = server.bootstrap_port
+    if "profiled" in experiment.kinds():
+        first = server.port + K_EVENTS_OFFSET
+        row["kv_events"] = {
+            "endpoint": f"tcp://{server.host}:{first}",
+            "replay_endpoint": f"tcp://{server.host}:{first + 1}",
+            "topic": "kv-events",
+        }
+    return row
+
+
+def _profile_path(name: str) -> Path:
+    return Path(name) if "/" in name else K_TOPOLOGIES / "profiles" / f"{name}.yaml"
+
+
+def plain_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer for profiled instances, which are sent token ids and need none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {"<unk>": 0, **{f"w{i}": i for i in range(1, 16)}}
+    tokenizer: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+def where_of(
+    answers: Sequence[Answer], servers: Sequence[Server], moved: Mapping[int, Moved]
+) -> dict[str, tuple[int, Server]]:
+    """Request to (room, prefill server), by the router's headers and the prefill servers' own logs."""
+    by_rid = {found.rid: room for room, found in moved.items() if found.rid}
+    found: dict[str, tuple[int, Server]] = {}
+    for answer in answers:
+        site = answer.headers.get("x-prfaas-site")
+        if site is None:
+            continue
+        server = next((s for s in servers if s.site == site and s.role != "decode"), None)
+        if server is None:
+            continue
+        last = int(answer.headers.get("x-prfaas-attempts", "1")) - 1
+        rid = f"{answer.headers.get('x-prfaas-request-id', '')}-{last:02d}"
+        room = int(answer.headers.get("x-prfaas-room", by_rid.get(rid, 0)))
+        found[answer.id] = (room, server)
+    return found
