@@ -33,9 +33,6 @@ K_PLAIN_PORT = 29000
 K_BOOTSTRAP_OFFSET = 1000
 K_READY_S = 20.0
 K_CERTIFICATE_DAYS = 2.0
-# SGLang compares free memory before and after its weights load; servers that start beside each other take
-# it from one another, and the pool's size is fixed anyway.
-K_ROOM_FOR_NEIGHBOURS = ("--mem-fraction-static", "0.6")
 K_MODELS_DIR = K_CHECKOUT / ".cache" / "models"
 
 Progress = Callable[[str], None]
@@ -367,7 +364,7 @@ class Fleet:
         spec = ServerSpec(
             role=instance.role if instance.role != "collocated" else "plain",
             model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
-            bootstrap_port=bootstrap, config_path=config, extra_args=K_ROOM_FOR_NEIGHBOURS,
+            bootstrap_port=bootstrap, config_path=config,
         )  # fmt: skip
         server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))
         return Server(name, instance.site, instance.role, site.address, port, Real(server), bootstrap)
@@ -377,7 +374,7 @@ class Fleet:
         if "sglang" in self.experiment.kinds():
             spec = ServerSpec(
                 role="plain", model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name,
-                host=site.address, port=K_PLAIN_PORT, extra_args=K_ROOM_FOR_NEIGHBOURS,
+                host=site.address, port=K_PLAIN_PORT,
             )  # fmt: skip
             process: Process = Real(SglangServer(spec, self.folder / "plain.log", popen=_popen_of(site)))
         else:
