@@ -52,6 +52,7 @@ K_REFUSED_S = 10.0
 K_UNTRUSTED_TRIES = 3
 K_UNSENT_S = 0.03
 K_CUT_S = 0.02
+K_HEDGE_S = 0.1
 _serial = itertools.count(1)
 
 
@@ -146,7 +147,7 @@ class Peer(Handler):
         """Let every stream that can take something have a turn."""
         for stream in list(self._streams.values()):
             if stream.ready and not stream.waiting_to_write:
-                if not self.sending.backlog_bytes:
+                if not self.sending.backlog_bytes and not self.sending.can_double(now):
                     return
                 stream.on_ready(W, now)
 
@@ -358,6 +359,7 @@ class Peer(Handler):
             self._check(stream, now)
         busy = len(self.sending) > 0
         self._observe(now)
+        self.sending.hedge_after_s = 1.5 * self.rtt_s + K_HEDGE_S
         since_s = self._first_failure_s
         if (
             busy

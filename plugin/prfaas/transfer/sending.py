@@ -6,6 +6,10 @@ A block is pending, in flight on one stream, or acknowledged:
        ^                 |
        +--nack, stream lost, peer restarted
 
+At a transfer's end, when nothing else can be sent, a block that has been in flight for long is sent once more
+over another stream (`hedge_after_s`): one stream that lost a packet doesn't hold up the rest. The receiver
+applies a block once, whichever copy comes first.
+
 A transfer completes when every block is acknowledged, and fails by its deadline, the receiver's refusal or
 its owner's cancelling; either is said once, in one event. A stream's loss costs its unacknowledged blocks. No
 block is drawn unless the lease's window has room for it, so a transfer whose receiver stands still leaves the
@@ -70,7 +74,10 @@ class _Transfer:
     started_s: float
     fresh: int = 0
     again: list[int] = field(default_factory=list)
-    in_flight: dict[int, int] = field(default_factory=dict)
+    in_flight: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Block to (stream, when it was drawn), the oldest first."""
+    doubled: dict[int, list[int]] = field(default_factory=dict)
+    """Block to the two streams that carry it, or the one of them that is left."""
     acked: set[int] = field(default_factory=set)
     acked_bytes: int = 0
     opened_on: set[int] = field(default_factory=set)
@@ -99,6 +106,8 @@ class Sending:
         self._order: SendOrder[int] = SendOrder()
         self._windows: dict[int, int] = {0: raw_window_bytes}
         self._flying: dict[int, int] = {}
+        self.hedge_after_s = 1.0
+        """How long a block may be in flight before an idle stream carries it as well."""
         self._users: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -157,7 +166,7 @@ class Sending:
         """
         eligible = self._eligible()
         if not eligible:
-            return None
+            return self._double(stream, now)
         key = (
             self._order.draw(now, eligible[0][1], [k for k, _ in eligible])
             if len(eligible) > 1
@@ -167,12 +176,34 @@ class Sending:
         t = self._transfers[key]
         block = t.take()
         size = t.plan.block_bytes(block)
-        t.in_flight[block] = stream
+        t.in_flight[block] = (stream, now)
         self._flying[t.opening.lease_id] = self._flying.get(t.opening.lease_id, 0) + size
         self._order.sent(now, key, size, [k for k, _ in eligible])
         open_first = stream not in t.opened_on
         t.opened_on.add(stream)
         return Draw(key, block, size, open_first)
+
+    def _double(self, stream: int, now: float) -> Draw | None:
+        """A second copy of the oldest block in flight of a transfer that has nothing else to send."""
+        for key, t in self._transfers.items():
+            if not t.in_flight or t.next_block() is not None:
+                continue
+            block, (first, drawn_s) = next(iter(t.in_flight.items()))
+            if first != stream and now - drawn_s >= self.hedge_after_s:
+                del t.in_flight[block]
+                t.doubled[block] = [first, stream]
+                t.resent += 1
+                open_first = stream not in t.opened_on
+                t.opened_on.add(stream)
+                return Draw(key, block, t.plan.block_bytes(block), open_first)
+        return None
+
+    def can_double(self, now: float) -> bool:
+        """Whether a stream that is idle now has a second copy to carry."""
+        return any(
+            t.in_flight and now - next(iter(t.in_flight.values()))[1] >= self.hedge_after_s
+            for t in self._transfers.values()
+        )
 
     def _eligible(self) -> list[tuple[int, int]]:
         """(transfer, bytes of its next block) of those with a block to send and room for it."""
@@ -195,7 +226,7 @@ class Sending:
         if t is None or block_id in t.acked or not 0 <= block_id < t.plan.n_blocks:
             return None
         size = t.plan.block_bytes(block_id)
-        if t.in_flight.pop(block_id, None) is not None:
+        if t.in_flight.pop(block_id, None) is not None or t.doubled.pop(block_id, None) is not None:
             self._flying[t.opening.lease_id] -= size
         elif block_id < t.fresh:
             # Waiting to be sent again, but the first copy landed after all.
@@ -212,7 +243,7 @@ class Sending:
     def on_nack(self, transfer_id: int, block_id: int) -> SendEvent | None:
         """The block arrived corrupt: it will be sent again, up to K_NACKS_MAX times."""
         t = self._transfers.get(transfer_id)
-        if t is None or block_id not in t.in_flight:
+        if t is None or (block_id not in t.in_flight and block_id not in t.doubled):
             return None
         t.nacks[block_id] = t.nacks.get(block_id, 0) + 1
         if t.nacks[block_id] > K_NACKS_MAX:
@@ -235,9 +266,14 @@ class Sending:
         count = 0
         for t in self._transfers.values():
             t.opened_on.discard(stream)
-            for block in [b for b, s in t.in_flight.items() if s == stream]:
+            for block in [b for b, (s, _) in t.in_flight.items() if s == stream]:
                 self._again(t, block)
                 count += 1
+            for block in [b for b, streams in t.doubled.items() if stream in streams]:
+                t.doubled[block].remove(stream)
+                if not t.doubled[block]:
+                    self._again(t, block)
+                    count += 1
         return count
 
     def on_peer_restarted(self) -> None:
@@ -246,20 +282,13 @@ class Sending:
         """
         for t in self._transfers.values():
             t.opened_on.clear()
-            for block in list(t.in_flight):
+            for block in [*t.in_flight, *t.doubled]:
                 self._again(t, block)
             for block in sorted(t.acked):
                 heapq.heappush(t.again, block)
                 self._unsend(t, t.plan.block_bytes(block))
             t.acked.clear()
             t.acked_bytes = 0
-
-    def unsent(self, transfer_id: int, block_id: int) -> None:
-        """A drawn block that was not put on the stream after all (its source couldn't be read just now)."""
-        t = self._transfers.get(transfer_id)
-        if t is not None and block_id in t.in_flight:
-            self._again(t, block_id)
-            t.resent -= 1
 
     def fail(
         self, transfer_id: int, reason: FailureReason, detail: str = "", *, tell_peer: bool = True
@@ -286,7 +315,8 @@ class Sending:
 
     def _again(self, t: _Transfer, block: int) -> None:
         size = t.plan.block_bytes(block)
-        del t.in_flight[block]
+        if t.in_flight.pop(block, None) is None:
+            del t.doubled[block]
         self._flying[t.opening.lease_id] -= size
         heapq.heappush(t.again, block)
         t.resent += 1
@@ -307,7 +337,9 @@ class Sending:
         lease = t.opening.lease_id
         del self._transfers[t.transfer_id]
         self._order.remove(t.transfer_id)
-        self._flying[lease] = self._flying.get(lease, 0) - sum(t.plan.block_bytes(b) for b in t.in_flight)
+        self._flying[lease] = self._flying.get(lease, 0) - sum(
+            t.plan.block_bytes(b) for b in (*t.in_flight, *t.doubled)
+        )
         self._users[lease] -= 1
         if not self._users[lease]:
             del self._users[lease]

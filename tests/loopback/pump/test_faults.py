@@ -28,7 +28,7 @@ client.register([(pages.ctypes.data, len(pages))])
 lease = client.grant_lease(1, 0, [(pages.ctypes.data, len(pages))], 60)
 print(pages.ctypes.data, lease.grant.to_text(), flush=True)
 sys.stdin.readline()
-print(lease.complete, int(pages.astype(np.uint64).sum()), flush=True)
+print(lease.wait(20), int(pages.astype(np.uint64).sum()), flush=True)
 client.close()
 """
 

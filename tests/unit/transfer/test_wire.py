@@ -49,6 +49,7 @@ class Wire(RuleBasedStateMachine):
         self.source = bytearray(self.random.randbytes(1 << 16))
         self.pages = bytearray(1 << 16)
         self.sending, self.receiving = Sending(1 << 30), Receiving(100)
+        self.sending.hedge_after_s = 2.0
         self.transfers: dict[int, Transferring] = {}
         self.leases: dict[int, Lease] = {}
         self.frozen: dict[int, bytes] = {}
@@ -292,4 +293,4 @@ class Wire(RuleBasedStateMachine):
 
 
 TestWire = Wire.TestCase
-TestWire.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestWire.settings = settings(max_examples=70, stateful_step_count=50, deadline=None)
