@@ -26,6 +26,7 @@ from prfaas.router.body import Asked, with_fields
 from prfaas.router.errors import BadRequest
 from prfaas.router.fleet import ServerHandle
 from prfaas.router.sse import EventCutter, Failure, body_failure, first_event_failure
+from prfaas.router.upstream import Connection, NotConnected, NotHttp, UpstreamError
 
 K_REFUSED = "prfaas_refused"
 K_CLIENT_FAULTS = frozenset({400, 413, 415, 422})
@@ -79,7 +80,7 @@ class Opened:
     content_type: str
     first: bytes
     """The first whole events, or the whole answer."""
-    response: aiohttp.ClientResponse | None = None
+    connection: Connection | None = None
     """The rest of a stream."""
     cutter: EventCutter = field(default_factory=EventCutter)
 
@@ -151,7 +152,7 @@ class Attempt:
         self._decode_body = with_fields(asked.body, extra)
         self._prefill_body = with_fields(asked.body, self._prefill_fields(extra))
         self._prefill_task: asyncio.Task[None] | None = None
-        self._response: aiohttp.ClientResponse | None = None
+        self._connection: Connection | None = None
         self._answered = False
         self._booked_tokens = 0
 
@@ -234,12 +235,16 @@ class Attempt:
             self._booked_tokens = 0
 
     async def _prefill(self, server: ServerHandle) -> None:
+        connection = None
         try:
-            async with await self._post(server, self._prefill_body) as response:
-                data = await response.read()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            connection = await server.upstream.post(self._path, self._prefill_body)
+            data = await connection.whole()
+        except UpstreamError as error:
             raise _transport_failure(Side.PREFILL, error) from None
-        _raise_for(Side.PREFILL, response, data)
+        finally:
+            if connection is not None:
+                server.upstream.release(connection)
+        _raise_for(Side.PREFILL, connection, data)
         self.prefill_ended_s = self._clock()
         try:
             self.prefill_answer = _ANSWER.decode(data)
@@ -247,35 +252,33 @@ class Attempt:
             pass  # a batch's list, or figures this version doesn't know: nothing is learnt
         self.prefill_body = data
 
-    async def _post(self, server: ServerHandle, body: bytes) -> aiohttp.ClientResponse:
-        return await server.session.post(server.url + self._path, data=body, headers=server.headers)
-
     async def _decode(self) -> Opened:
-        server = self.route.decode
         try:
-            response = self._response = await self._post(server, self._decode_body)
-            if response.status != 200 or not self._asked.stream:
-                data = await response.read()
-                _raise_for(Side.DECODE, response, data)
+            connection = await self.route.decode.upstream.post(self._path, self._decode_body)
+            self._connection = connection
+            status = await connection.head()
+            if status != 200 or not self._asked.stream:
+                data = await connection.whole()
+                _raise_for(Side.DECODE, connection, data)
                 self._answered = True
-                return Opened(response.content_type, data)
+                return Opened(connection.content_type, data)
             cutter = EventCutter()
             first = b""
             while not first:
-                chunk = await response.content.readany()
+                chunk = await connection.part()
                 if not chunk:
                     raise AttemptFailed(
                         Side.DECODE, FailureKind.LOST, "the stream ended before its first token"
                     )
                 first = cutter.feed(chunk)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except UpstreamError as error:
             raise _transport_failure(Side.DECODE, error) from None
         except ValueError as error:
             raise AttemptFailed(Side.DECODE, FailureKind.GARBAGE, str(error)) from None
         failure = first_event_failure(first)
         if failure is not None:
             _raise_failure(Side.DECODE, failure)
-        return Opened(response.content_type, first, response, cutter)
+        return Opened(connection.content_type, first, connection, cutter)
 
     def finished(self) -> None:
         """Decode's answer has been read to its end: there is nothing to abort there."""
@@ -284,11 +287,8 @@ class Attempt:
     async def close(self) -> None:
         """Let both sides go; what hasn't ended is aborted. Never raises."""
         self.route.decode.in_flight -= 1
-        if self._response is not None:
-            if self._answered:
-                self._response.release()
-            else:
-                self._response.close()
+        if self._connection is not None:
+            self.route.decode.upstream.release(self._connection)
         if not self._answered:
             self._abort(self.route.decode)
         task = self._prefill_task
@@ -335,17 +335,16 @@ async def abort(server: ServerHandle, rid: str) -> None:
         pass
 
 
-def _transport_failure(side: Side, error: Exception) -> AttemptFailed:
-    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+def _transport_failure(side: Side, error: UpstreamError) -> AttemptFailed:
+    if isinstance(error, NotConnected):
         return AttemptFailed(side, FailureKind.CONNECT, str(error))
-    if isinstance(error, aiohttp.ClientResponseError | aiohttp.InvalidURL):
-        return AttemptFailed(side, FailureKind.GARBAGE, str(error) or type(error).__name__)
-    return AttemptFailed(side, FailureKind.LOST, str(error) or type(error).__name__)
+    kind = FailureKind.GARBAGE if isinstance(error, NotHttp) else FailureKind.LOST
+    return AttemptFailed(side, kind, str(error))
 
 
-def _raise_for(side: Side, response: aiohttp.ClientResponse, data: bytes) -> None:
+def _raise_for(side: Side, answer: Connection, data: bytes) -> None:
     """Raise for an answer that is none: by its status, or by an error inside a 200."""
-    status = response.status
+    status = answer.status
     if status == 200:
         if not data.startswith((b"{", b"[")):
             raise AttemptFailed(side, FailureKind.GARBAGE, "the answer is not a JSON object")
@@ -361,7 +360,7 @@ def _raise_for(side: Side, response: aiohttp.ClientResponse, data: bytes) -> Non
         if status == 200:
             return
         failure = Failure(status, data[:300].decode("utf-8", "replace") or f"HTTP {status}")
-    retry_after = response.headers.get("Retry-After", "")
+    retry_after = answer.headers.get("retry-after", "")
     _raise_failure(
         side,
         Failure(

@@ -23,6 +23,7 @@ from prfaas.router.attempt import Attempt, AttemptFailed, FailureKind, Opened, R
 from prfaas.router.body import Asked, Endpoint, read_body, with_fields
 from prfaas.router.clients import Clients, Wishes
 from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded, error_event
+from prfaas.router.relay import Relay
 from prfaas.router.scheduler import Scheduler
 from prfaas.router.ticket import Ticket
 from prfaas.router.tokens import OffLoop, Prompt, PromptReader
@@ -331,52 +332,33 @@ class Door:
     ) -> web.StreamResponse:
         outcome.status = 200
         headers = self._headers(outcome, wishes)
-        if opened.response is None:
+        if opened.connection is None:
             body = merge_prompt_logprobs(asked, opened.first, attempt.prefill_body)
             return web.Response(body=body, content_type=opened.content_type, headers=headers)
         headers["Content-Type"] = "text/event-stream; charset=utf-8"
         headers["Cache-Control"] = "no-cache"
         headers["X-Accel-Buffering"] = "no"
         out = web.StreamResponse(headers=headers)
+        if request.version >= (1, 1):
+            out.enable_chunked_encoding()
+        else:
+            out.force_close()
         await out.prepare(request)
         stall_s = self._config.limits.client_stall_s
         await _write(request, out, opened.first, stall_s)
-        cause = await self._relay(request, opened, out)
+        relay = Relay(request, out, opened.connection, opened.cutter)
+        cause = await relay.run(self._config.retry.stall_s, stall_s)
         if cause is None:
             attempt.finished()
         else:
             outcome.error = f"the stream broke after its first token: {cause}"
             self._metrics.broken_streams.labels(cause).inc()
-            await _write(
-                request,
-                out,
-                error_event(f"The server's stream ended early ({cause}).", "server_error", "stream_broken"),
-                stall_s,
+            event = error_event(
+                f"The server's stream ended early ({cause}).", "server_error", "stream_broken"
             )
+            await _write(request, out, event, stall_s)
         await out.write_eof()
         return out
-
-    async def _relay(self, request: web.Request, opened: Opened, out: web.StreamResponse) -> str | None:
-        """Hand on the stream as it comes; the cause when it broke."""
-        assert opened.response is not None
-        upstream, cutter = opened.response.content, opened.cutter
-        stall_s, client_stall_s = self._config.retry.stall_s, self._config.limits.client_stall_s
-        while True:
-            try:
-                async with asyncio.timeout(stall_s):
-                    chunk = await upstream.readany()
-            except TimeoutError:
-                return "silent"
-            except (aiohttp.ClientError, OSError):
-                return "lost"
-            if not chunk:
-                return None if cutter.done else "incomplete"
-            try:
-                events = cutter.feed(chunk)
-            except ValueError:
-                return "garbage"
-            if events:
-                await _write(request, out, events, client_stall_s)
 
 
 async def _write(request: web.Request, out: web.StreamResponse, data: bytes, stall_s: float) -> None:

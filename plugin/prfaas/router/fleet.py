@@ -11,10 +11,7 @@ import aiohttp
 from prfaas.config.router import RouterConfig, Server
 from prfaas.model.ids import ModelId, SiteId
 from prfaas.model.observations import InstanceObservation, Role
-
-K_KEEP_ALIVE_S = 4.0
-"""Below the 5 s after which SGLang's server closes an idle connection (SGLANG_TIMEOUT_KEEP_ALIVE)."""
-K_CONNECT_S = 3.0
+from prfaas.router.upstream import K_CONNECT_S, K_KEEP_ALIVE_S, UpstreamPool
 
 
 @dataclass(slots=True)
@@ -38,6 +35,9 @@ class ServerHandle:
     site: SiteId
     config: Server
     session: aiohttp.ClientSession
+    """For questions: load, aborts."""
+    upstream: UpstreamPool
+    """For requests."""
     reported: Reported = field(default_factory=Reported)
     in_flight: int = 0
     """Requests of ours that it hasn't answered."""
@@ -68,6 +68,10 @@ class ServerHandle:
 
     def mark_down(self, now: float, cool_down_s: float) -> None:
         self.down_until_s = now + cool_down_s
+
+    async def close(self) -> None:
+        self.upstream.close()
+        await self.session.close()
 
     def observe(self, now: float, max_age_s: float) -> InstanceObservation:
         """Its load: the worse of what it reports and of what this router knows to be there.
@@ -138,11 +142,13 @@ class ServerPool:
         idle = [handle for handle in self._leaving if handle.in_flight == 0]
         self._leaving = [handle for handle in self._leaving if handle.in_flight > 0]
         for handle in idle:
-            await handle.session.close()
+            await handle.close()
+        for handle in self:
+            handle.upstream.sweep()
 
     async def close(self) -> None:
         for handle in [*self._handles.values(), *self._leaving]:
-            await handle.session.close()
+            await handle.close()
         self._handles.clear()
         self._leaving.clear()
 
@@ -162,7 +168,8 @@ def _open(site: SiteId, server: Server) -> ServerHandle:
         skip_auto_headers=("User-Agent",),
         read_bufsize=1 << 17,
     )
-    return ServerHandle(site, server, session, role=Role(server.role), headers=headers)
+    upstream = UpstreamPool(server.url, headers)
+    return ServerHandle(site, server, session, upstream, role=Role(server.role), headers=headers)
 
 
 def least_loaded(handles: Iterable[ServerHandle], now: float, max_age_s: float) -> ServerHandle | None:

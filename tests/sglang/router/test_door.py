@@ -1,0 +1,284 @@
+"""The front door before real SGLang servers: prefill in `east`, prefill and decode in `west`.
+
+Long prompts go east, short ones stay, tokens are the plain server's; `east` may die in mid-load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+import yaml
+
+from prfaas.config.loading import check
+from prfaas.config.router import RouterConfig
+from prfaas.router.service import Router
+from prfaas_testbed.instances.sglang_client import generate, prompt_of
+from prfaas_testbed.instances.sglang_server import K_CHECKOUT, ServerSpec, SglangServer
+
+K_HOST = "127.0.0.1"
+K_THRESHOLD = 300
+K_LONG, K_SHORT = 700, 60  # tokens
+K_OUTPUT = 12
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.create_server((K_HOST, 0)) for _ in range(n)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@dataclass
+class Sites:
+    """The router's configuration over running servers, and the one in east."""
+
+    config: dict[str, Any]
+    east: SglangServer
+    servers: Any
+
+
+@pytest.fixture(scope="module")
+def sites(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+    folder = tmp_path_factory.mktemp("east")
+    port, bootstrap, events, replay = free_ports(4)
+    pump = {"site": "east", "control_socket": str(folder / "pump.sock"), "idle_exit_s": 20}
+    path = folder / "prfaas.yaml"
+    path.write_text(yaml.safe_dump({"pump": pump}))
+    published = {
+        "publisher": "zmq",
+        "endpoint": f"tcp://*:{events}",
+        "replay_endpoint": f"tcp://*:{replay}",
+        "topic": "kv-events",
+    }
+    model_dir = K_CHECKOUT / ".cache" / "models" / servers.model.name
+    east = SglangServer(
+        ServerSpec(
+            role="prefill",
+            model=servers.model,
+            model_dir=model_dir,
+            host=K_HOST,
+            port=port,
+            bootstrap_port=bootstrap,
+            config_path=path,
+            extra_args=("--kv-events-config", json.dumps(published)),
+        ),
+        folder / "east.log",
+    )
+    east.start()
+    try:
+        east.wait_ready()
+        west: dict[str, Any] = {
+            "name": "west",
+            "cost": {"prefill_tokens_per_s": 3000},
+            "servers": [
+                {
+                    "name": "west-p",
+                    "role": "prefill",
+                    "url": servers.prefill.url,
+                    "bootstrap_port": servers.pair.bootstrap_port,
+                },
+                {"name": "west-d", "role": "decode", "url": servers.decode.url},
+            ],
+        }
+        far: dict[str, Any] = {
+            "name": "east",
+            "cost": {"prefill_tokens_per_s": 3000},
+            "servers": [
+                {
+                    "name": "east-p",
+                    "role": "prefill",
+                    "url": east.spec.url,
+                    "bootstrap_port": bootstrap,
+                    "kv_events": {
+                        "endpoint": f"tcp://{K_HOST}:{events}",
+                        "replay_endpoint": f"tcp://{K_HOST}:{replay}",
+                        "topic": "kv-events",
+                    },
+                }
+            ],
+        }
+        config = {
+            "listen": {"port": 0},
+            "models": [
+                {
+                    "name": "tiny",
+                    "tokenizer": str(model_dir),
+                    "layers": "dense" if servers.model.name == "dense" else "hybrid",
+                }
+            ],
+            "sites": [west, far],
+            "links": [{"source": "east", "target": "west", "rate_mbps": 10000, "rtt_ms": 1}],
+            "policy": {"name": "paper", "threshold_tokens": K_THRESHOLD},
+            "retry": {"first_token_min_s": 60, "total_s": 240},
+            "loads": {"timeout_s": 10.0},
+        }
+        yield Sites(config, east, servers)
+    finally:
+        east.stop()
+
+
+@pytest.fixture
+def door(sites: Sites) -> Any:
+    """`async with door() as (router, url, session)`."""
+
+    class Door:
+        async def __aenter__(self) -> tuple[Router, str, aiohttp.ClientSession]:
+            self.router = Router(check(sites.config, RouterConfig, "test"))
+            host, port = await self.router.start()
+            self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300))
+            return self.router, f"http://{host}:{port}", self.session
+
+        async def __aexit__(self, *_: object) -> None:
+            await self.session.close()
+            await self.router.stop()
+
+    return Door
+
+
+def body(prompt: list[int], **more: Any) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": K_OUTPUT, "ignore_eos": True}
+    return {"input_ids": prompt, "sampling_params": sampling, **more}
+
+
+def streamed_tokens(text: str) -> list[int]:
+    """Of /generate's stream, whose chunks may hold all tokens so far, or only the new ones."""
+    chunks = [json.loads(event[6:]) for event in text.split("\n\n") if event and "[DONE]" not in event]
+    assert all("error" not in chunk for chunk in chunks), text[-500:]
+    last: list[int] = chunks[-1]["output_ids"]
+    if len(last) == K_OUTPUT:
+        return last
+    return [token for chunk in chunks for token in chunk["output_ids"]]
+
+
+def test_long_prompts_go_east_short_stay_and_tokens_are_the_plain_servers(sites: Sites, door: Any) -> None:
+    prompts = {"east": prompt_of(K_LONG, 41), "west": prompt_of(K_SHORT, 42)}
+    wanted = {
+        site: generate(sites.servers.plain.url, prompt, K_OUTPUT).tokens for site, prompt in prompts.items()
+    }
+
+    async def main() -> None:
+        async with door() as (router, url, session):
+            for site, prompt in prompts.items():
+                async with session.post(url + "/generate", json=body(prompt)) as response:
+                    answer = await response.json()
+                    assert response.status == 200, answer
+                    assert response.headers["x-prfaas-site"] == site
+                    assert answer["output_ids"] == wanted[site]
+                async with session.post(url + "/generate", json=body(prompt, stream=True)) as response:
+                    assert streamed_tokens(await response.text()) == wanted[site]
+            metrics = router.metrics.registry
+            assert (
+                metrics.get_sample_value(
+                    "prfaas_router_attempts_failed_total",
+                    {"site": "east", "side": "prefill", "kind": "server"},
+                )
+                is None
+            )
+
+    asyncio.run(main())
+
+
+def test_the_official_client_and_the_servers_count_the_same_prompt_tokens(door: Any) -> None:
+    async def main() -> None:
+        async with (
+            door() as (router, url, _),
+            openai.AsyncOpenAI(base_url=url + "/v1", api_key="x") as client,
+        ):
+            text = "the quick brown fox word1 token2 " * 8
+            messages: Any = [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": [{"type": "text", "text": text}]},
+                {"role": "assistant", "content": "why?"},
+                {"role": "user", "content": "because"},
+            ]
+            extra: Any = {"ignore_eos": True}
+            answer = await client.chat.completions.create(
+                model="tiny", messages=messages, max_tokens=6, temperature=0, extra_body=extra
+            )
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens == router.scheduler.records[-1].prompt_tokens
+            stream = await client.chat.completions.create(
+                model="tiny",
+                messages=messages,
+                max_tokens=6,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body=extra,
+            )
+            parts = [chunk async for chunk in stream]
+            said = "".join(chunk.choices[0].delta.content or "" for chunk in parts if chunk.choices)
+            assert said == answer.choices[0].message.content
+            assert parts[-1].usage is not None
+            done = await client.completions.create(model="tiny", prompt=text, max_tokens=4, extra_body=extra)
+            assert done.usage is not None
+            assert done.usage.prompt_tokens == router.scheduler.records[-1].prompt_tokens
+            began = time.monotonic()
+            with pytest.raises(openai.BadRequestError):
+                await client.chat.completions.create(model="tiny", messages=messages, temperature=-3)
+            assert time.monotonic() - began < 20
+            with pytest.raises(openai.BadRequestError):
+                await client.completions.create(model="tiny", prompt=[5] * 20000, max_tokens=4)
+            assert all(handle.in_flight == 0 for handle in router.servers)
+
+    asyncio.run(main())
+
+
+def test_predicted_prefixes_are_what_prefill_reports(sites: Sites, door: Any) -> None:
+    async def main() -> None:
+        async with door() as (router, url, session):
+            said: list[tuple[int | None, int | None]] = []
+            router.door._on_outcome = lambda outcome: said.append(
+                (outcome.predicted_cached_tokens, outcome.cached_tokens)
+            )
+            prompt = prompt_of(K_LONG, 43)
+            for turn in range(4):
+                async with session.post(url + "/generate", json=body(prompt)) as response:
+                    answer = await response.json()
+                    assert response.headers["x-prfaas-site"] == "east"
+                # The next turn: all of this one, its answer, and something new.
+                prompt = prompt + answer["output_ids"] + prompt_of(K_LONG, 50 + turn)
+                await asyncio.sleep(0.3)
+            assert all(predicted == actual for predicted, actual in said), said
+            assert said[0][0] == 0
+            assert said[3][0] > 2 * K_LONG
+
+    asyncio.run(main())
+
+
+def test_east_killed_in_mid_load_loses_no_request(sites: Sites, door: Any, tmp_path: Path) -> None:
+    prompts = [prompt_of(K_LONG + place, 60 + place) for place in range(10)]
+    wanted = [generate(sites.servers.plain.url, prompt, K_OUTPUT).tokens for prompt in prompts]
+
+    async def main() -> None:
+        async with door() as (router, url, session):
+
+            async def ask(place: int) -> tuple[list[int], str, str]:
+                await asyncio.sleep(0.25 * place)
+                request = body(prompts[place], stream=place % 2 == 0)
+                async with session.post(url + "/generate", json=request) as response:
+                    text = await response.text()
+                    assert response.status == 200, text
+                    tokens = streamed_tokens(text) if place % 2 == 0 else json.loads(text)["output_ids"]
+                    return tokens, response.headers["x-prfaas-site"], response.headers["x-prfaas-attempts"]
+
+            running = [asyncio.ensure_future(ask(place)) for place in range(len(prompts))]
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.to_thread(sites.east.stop)
+            answers = await asyncio.gather(*running)
+            assert [tokens for tokens, _, _ in answers] == wanted
+            assert {site for _, site, _ in answers} == {"east", "west"}
+            assert all(handle.in_flight == 0 for handle in router.servers)
+
+    asyncio.run(main())
