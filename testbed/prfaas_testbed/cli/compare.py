@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prfaas.config.run import read_run
 from prfaas.model.errors import EXIT_OK
-from prfaas_testbed.report import compare_lines
+from prfaas_testbed.report.compare import compare_lines
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from prfaas.model.errors import EXIT_OK
-from prfaas_testbed.report import draw_run
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,5 +16,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
+    from prfaas_testbed.report.page import draw_run  # matplotlib takes its time: only who draws waits for it
+
     sys.stdout.write(f"{draw_run(args.run_dir)}\n")
     return EXIT_OK

@@ -11,10 +11,11 @@ from pathlib import Path
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.run import Run, stamp, write_run
 from prfaas.model.errors import UsageError
+from prfaas_testbed.experiment.before import check_before
 from prfaas_testbed.experiment.checks import exit_status, judge
 from prfaas_testbed.experiment.machine import K_RESULTS, K_TOPOLOGIES
 from prfaas_testbed.experiment.record import record_of
-from prfaas_testbed.experiment.runner import Results, Runner, check_before
+from prfaas_testbed.experiment.runner import Results, Runner
 from prfaas_testbed.experiment.table import check_lines, summary_lines
 
 
@@ -82,7 +83,7 @@ def run_one(experiment: Experiment, folder: Path, args: argparse.Namespace) -> R
 
 def draw(folder: Path) -> None:
     """Figures and page; a run is complete without them, so what is wrong with them is only said."""
-    from prfaas_testbed.report import draw_run
+    from prfaas_testbed.report.page import draw_run
 
     try:
         draw_run(folder)

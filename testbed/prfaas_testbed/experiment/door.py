@@ -15,7 +15,7 @@ from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.experiment.transfers import Moved
 
 if TYPE_CHECKING:
-    from prfaas_testbed.experiment.fleet import Server
+    from prfaas_testbed.experiment.servers import Server
     from prfaas_testbed.network import Network
 
 K_ROUTER_PORT = 28000

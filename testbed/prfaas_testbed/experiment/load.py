@@ -19,8 +19,9 @@ from prfaas.model.profiles import Profile
 from prfaas.workload import prompt_token_ids, timed_requests
 from prfaas.workload.requests import TimedRequest
 from prfaas_testbed.client import Answer, Shot, Target, read_answers, write_shots
-from prfaas_testbed.experiment.fleet import Fleet, Server
+from prfaas_testbed.experiment.fleet import Fleet
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.servers import Server
 from prfaas_testbed.experiment.transfers import Moved
 from prfaas_testbed.instances.models import K_FIRST_PLAIN_TOKEN, K_PLAIN_TOKENS, TinyModel
 

@@ -1,0 +1,70 @@
+"""What can be known to be wrong with an experiment before anything is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prfaas.config.experiment import Experiment, directed
+from prfaas.config.profile import find_profile
+from prfaas.config.topology import Topology, load_topology
+from prfaas.model.errors import ConfigError, MachineError
+from prfaas_testbed.experiment.checks import require_known
+from prfaas_testbed.experiment.fleet import K_MODELS_DIR
+from prfaas_testbed.experiment.load import plan
+from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.instances.models import K_MODELS
+from prfaas_testbed.instances.sglang_server import sglang_python
+
+
+def check_before(experiment: Experiment, origin: str) -> Topology:
+    """All that can be known to be wrong before anything is started. Raises ConfigError, UsageError,
+    MachineError."""
+    require_known(experiment.checks, origin)
+    topology = load_topology(experiment.network)
+    for instance in experiment.instances:
+        if instance.site not in topology.sites:
+            known = ", ".join(topology.sites)
+            raise ConfigError(
+                origin, f"instances.{instance.name}.site", instance.site, f"sites here: {known}"
+            )
+    if experiment.baseline is not None and experiment.baseline.site not in topology.sites:
+        raise ConfigError(
+            origin, "baseline.site", experiment.baseline.site, f"sites: {', '.join(topology.sites)}"
+        )
+    links = topology.directed()
+    for event in experiment.timeline:
+        for name in _sites_of(event):
+            if name not in topology.sites:
+                raise ConfigError(
+                    origin, f"timeline.{event.do}", name, f"sites here: {', '.join(topology.sites)}"
+                )
+        for link in _links_of(event):
+            if link not in links:
+                raise ConfigError(
+                    origin, f"timeline.{event.do}.link", link, f"links here: {', '.join(links)}"
+                )
+    for model in experiment.models:
+        for profile in {model.profile, *(i.profile for i in experiment.instances)} - {None}:
+            find_profile(str(profile), K_TOPOLOGIES)
+        if "sglang" in experiment.kinds():
+            if model.name not in K_MODELS:
+                raise ConfigError(
+                    origin, "models.name", model.name, f"models that set-up makes: {', '.join(K_MODELS)}"
+                )
+            sglang_python()
+            if not (K_MODELS_DIR / model.name / "config.json").exists():
+                raise MachineError(f"model {model.name} isn't under {K_MODELS_DIR}: run `make setup`")
+    if experiment.router is not None and experiment.router.site not in topology.sites:
+        raise ConfigError(
+            origin, "router.site", experiment.router.site, f"sites: {', '.join(topology.sites)}"
+        )
+    plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
+    return topology
+
+
+def _sites_of(event: Any) -> list[str]:
+    return [value for name in ("source", "target", "site") if (value := getattr(event, name, None))]
+
+
+def _links_of(event: Any) -> list[str]:
+    return directed(event.link) if hasattr(event, "link") else []
