@@ -7,7 +7,7 @@ import pytest
 
 from prfaas.config.case import CaseConfig, SitesCaseConfig, TableCaseConfig, load_case
 from prfaas.config.lengths import lengths_of
-from prfaas.figures import new_figure, numbered, save, series
+from prfaas.figures import new_figure, numbered, save, series, style
 from prfaas.figures.plan import draw_plan
 from prfaas.planner import report, sites_report, table_report
 
@@ -29,6 +29,13 @@ def is_drawn(folder: Path, names: set[str]) -> None:
         assert rows(folder / f"{name}.csv")
 
 
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the pixels: what is tested is that figures are drawn."""
+    monkeypatch.setattr(style, "K_DPI", 60)
+
+
+@pytest.mark.timeout(60)  # five figures; matplotlib is slow on a busy machine
 def test_a_plan_is_drawn_with_the_numbers_beside_it(tmp_path: Path) -> None:
     case = load_case(K_CASES / "case_1t_hybrid.yaml")
     assert isinstance(case, CaseConfig)

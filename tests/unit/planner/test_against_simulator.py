@@ -16,15 +16,14 @@ K_TOPOLOGIES = Path(__file__).parents[3] / "topologies"
 K_CAPACITY_RPS = 3.184  # at 19.4K tokens and 3 prefill instances
 
 
-@pytest.mark.parametrize("load", [0.5, 0.75])
-def test_simulated_times_to_first_token_agree_with_the_approximation(system: System, load: float) -> None:
+def test_simulated_times_to_first_token_agree_with_the_approximation(system: System) -> None:
     """The simulator fills each prefill step with the next prompt's tokens, so that a prompt's last step ends
-    later than alone: a systematic difference of 5% at half load and 13% at three quarters."""
+    later than alone: a systematic difference of 13% at three quarters of capacity."""
     base = load_experiment("one-t", K_TOPOLOGIES)
     assert isinstance(base, Experiment)
-    rate = load * K_CAPACITY_RPS
+    rate = 0.75 * K_CAPACITY_RPS
     data = base.model_dump(mode="json")
-    data["workload"] |= {"requests": 3000, "arrivals": {"process": "poisson", "rate_rps": rate}}
+    data["workload"] |= {"requests": 2000, "arrivals": {"process": "poisson", "rate_rps": rate}}
     data["router"]["policy"] |= {
         "name": "paper",
         "threshold_tokens": 19_400,
@@ -34,8 +33,8 @@ def test_simulated_times_to_first_token_agree_with_the_approximation(system: Sys
     experiment = check(data, Experiment, "one-t")
     record = simulation_of(experiment, K_TOPOLOGIES, sample=False).run()
     rows = sorted(record.rows("1t-hybrid"), key=lambda row: row["sent_s"])
-    simulated = sorted(row["ttft_s"] for row in rows[300:] if row["ttft_s"] is not None)
-    assert len(simulated) == 2700
+    simulated = sorted(row["ttft_s"] for row in rows[200:] if row["ttft_s"] is not None)
+    assert len(simulated) == 1800
     planned = ttft_at(system.changed(rtt_s=0.02), 19_400, 3, rate)
     assert sum(simulated) / len(simulated) == pytest.approx(planned.mean_s, rel=0.2)
     for q in (0.5, 0.9, 0.99):
