@@ -17,6 +17,7 @@ from typing import Any
 import prfaas.routing  # noqa: F401  (registers the policies)
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.run import Repetition, Run, stamp, write_run
+from prfaas.figures.simulation import draw_simulation
 from prfaas.model.errors import UsageError
 from prfaas.simulator.build import repetition_rows, simulation_of
 from prfaas.simulator.chrome_trace import chrome_trace
@@ -72,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder = args.out or K_ROOT / "results" / loaded.name / stamp(started)
     sys.stderr.write(f"written to {write_run(result, folder)}\n")
+    for path in draw_simulation(result, folder / "figures"):
+        if path.suffix == ".png":
+            sys.stderr.write(f"drawn: {path}\n")
     return 0
 
 

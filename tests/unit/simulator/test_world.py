@@ -1,0 +1,202 @@
+"""Whole simulated systems: conservation, repeatability, failures, and the identity of decisions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prfaas.routing
+from prfaas.config.experiment import Experiment
+from prfaas.config.topology import Topology
+from prfaas.routing.base import policy_names
+from prfaas.simulator.build import Simulation, simulation_of
+from prfaas.simulator.record import Record
+
+K_TOPOLOGIES = Path(prfaas.routing.__file__).parents[3] / "topologies"
+K_TOPOLOGY = Topology.model_validate(
+    {
+        "name": "unit",
+        "text": "two sites",
+        "sites": {"east": {}, "west": {}},
+        "links": [{"between": ["east", "west"], "rate_mbps": 10_000, "delay_ms": 10}],
+    }
+)
+
+
+def experiment(**fields: object) -> Experiment:
+    base: dict[str, object] = {
+        "name": "unit",
+        "description": "a small world",
+        "wall_time_s": 100,
+        "network": "hundred-gig",
+        "models": [{"name": "m", "profile": "1t-hybrid-h20"}],
+        "instances": [
+            {"name": "far", "site": "east", "role": "prefill", "count": 2, "profile": "1t-hybrid-h200"},
+            {"name": "near", "site": "west", "role": "prefill", "count": 2},
+            {"name": "decode", "site": "west", "role": "decode", "count": 3},
+        ],
+        "router": {"site": "west", "policy": {"name": "prices"}},
+        "workload": {
+            "kind": "synthetic",
+            "arrivals": {"process": "poisson", "rate_rps": 1.5},
+            "input_tokens": {
+                "distribution": "truncated_lognormal", "mu": 9.9, "sigma": 1.0, "min": 128, "max": 131072,
+            },
+            "output_tokens": 200,
+            "requests": 150,
+        },
+        "request_timeout_s": 600,
+    }  # fmt: skip
+    return Experiment.model_validate(base | fields)
+
+
+def simulation(**fields: object) -> Simulation:
+    return simulation_of(experiment(**fields), K_TOPOLOGIES, topology=K_TOPOLOGY, sample=False)
+
+
+def rows(record: Record) -> list[dict[str, object]]:
+    return list(record.rows("m"))
+
+
+def policy(name: str) -> dict[str, object]:
+    return {"site": "west", "policy": {"name": name}}
+
+
+def assert_whole(world: Simulation, record: Record, requests: int) -> None:
+    """Every request ended once, and nothing is held any more."""
+    assert sorted(record.index) == list(range(requests))
+    assert not world.world.live
+    for engine in world.world.engines.values():
+        assert engine.reserved_tokens == 0
+        assert engine.assigned == 0
+        assert engine.running == 0
+    for link in world.world.links.values():
+        assert link.ledger.statistics().admitted == 0
+        assert not link.pipe.transfers
+
+
+@pytest.mark.parametrize("name", [one for one in policy_names() if one != "collocated"])
+def test_every_policy_serves_every_request_and_leaves_nothing_behind(name: str) -> None:
+    world = simulation(router=policy(name))
+    record = world.run()
+    assert_whole(world, record, 150)
+    assert not any(row["error"] for row in rows(record))
+
+
+def test_collocated_engines_do_both() -> None:
+    world = simulation(
+        router=policy("collocated"),
+        instances=[{"name": "both", "site": "west", "role": "collocated", "count": 5}],
+    )
+    record = world.run()
+    assert_whole(world, record, 150)
+    assert not any(row["error"] for row in rows(record))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
+    first, again, other = (rows(simulation(seed=seed).run()) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_the_policy_decides_for_the_simulator_as_it_would_for_a_router() -> None:
+    """A fresh policy, told the same in the same order, decides the same: nothing else enters."""
+    world = simulation()
+    deciding, told = world.world.policy, []
+
+    def listen(name: str) -> None:
+        method = getattr(deciding, name)
+
+        def heard(*args: object, **kwargs: object) -> object:
+            answer = method(*args, **kwargs)
+            if name == "decide":
+                view, snapshot, now = args
+                kept = type(snapshot)(snapshot.now, dict(snapshot.sites), dict(snapshot.links))
+                told.append((name, (view, kept, now), {}, answer))
+            else:
+                told.append((name, args, kwargs, None))
+            return answer
+
+        setattr(deciding, name, heard)
+
+    hooks = ("on_dispatch", "on_prefill_done", "on_first_token", "on_refused", "on_failed", "on_finished")
+    for name in ("decide", *hooks):
+        listen(name)
+    world.run()
+    fresh = type(deciding)(deciding.config, deciding.fleet)
+    decided = 0
+    for name, args, kwargs, answer in told:
+        found = getattr(fresh, name)(*args, **kwargs)
+        if name == "decide":
+            decided += 1
+            assert (found.action, found.prefill_site, found.reason) == (
+                answer.action,
+                answer.prefill_site,
+                answer.reason,
+            )
+    assert decided >= 150
+
+
+def test_a_dead_link_sends_its_requests_elsewhere_and_none_is_lost() -> None:
+    world = simulation(
+        router=policy("naive"),
+        timeline=[{"do": "link_down", "at_s": 20, "link": "east->west", "for_s": 15}],
+    )
+    record = world.run()
+    assert_whole(world, record, 150)
+    assert any("down" in text for _, text in record.events)
+    assert {row["site"] for row in rows(record)} >= {"east"}
+
+
+def test_a_killed_prefill_instance_costs_time_and_not_requests() -> None:
+    world = simulation(timeline=[{"do": "kill", "at_s": 10, "instance": "far-0", "restart_after_s": 20}])
+    record = world.run()
+    assert_whole(world, record, 150)
+    assert not any(row["error"] for row in rows(record))
+
+
+def test_a_killed_decode_instance_breaks_only_answers_that_had_begun() -> None:
+    world = simulation(timeline=[{"do": "kill", "at_s": 30, "instance": "decode-0"}])
+    record = world.run()
+    assert_whole(world, record, 150)
+    broken = [row for row in rows(record) if row["error"]]
+    assert broken
+    assert all(row["ttft_s"] is not None for row in broken)
+
+
+def test_less_bandwidth_means_less_offloading() -> None:
+    def share(rate_mbps: float) -> float:
+        changed = [{"do": "set_link", "at_s": 0, "link": "east->west", "set": {"rate_mbps": rate_mbps}}]
+        found = rows(simulation(timeline=changed).run())
+        return sum(row["site"] == "east" for row in found) / len(found)
+
+    assert share(10_000) > share(300) > 0
+
+
+@settings(max_examples=8)
+@given(
+    seed=st.integers(0, 10_000),
+    name=st.sampled_from(["prices", "paper", "naive"]),
+    down_s=st.floats(0.5, 40),
+    kill=st.sampled_from(["far-0", "near-1", "decode-1"]),
+    rate_rps=st.floats(0.5, 4),
+)
+def test_no_request_is_lost_or_answered_twice_whatever_fails(seed, name, down_s, kill, rate_rps) -> None:
+    workload = experiment().workload.model_dump() | {
+        "requests": 40,
+        "arrivals": {"process": "poisson", "rate_rps": rate_rps},
+    }
+    world = simulation(
+        seed=seed,
+        router=policy(name),
+        workload=workload,
+        request_timeout_s=200,
+        timeline=[
+            {"do": "link_down", "at_s": 5, "link": "east<->west", "for_s": down_s},
+            {"do": "kill", "at_s": 8, "instance": kill, "restart_after_s": 10},
+        ],
+    )
+    assert_whole(world, world.run(), 40)
