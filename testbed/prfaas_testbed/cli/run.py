@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.run import Run, stamp, write_run
-from prfaas.model.errors import UsageError
+from prfaas.model.errors import PrfaasError, UsageError
 from prfaas_testbed.experiment.before import check_before
 from prfaas_testbed.experiment.checks import exit_status, judge
 from prfaas_testbed.experiment.machine import K_RESULTS, K_TOPOLOGIES
@@ -99,16 +99,25 @@ def run_set(choice: ExperimentSet, folder: Path, args: argparse.Namespace) -> Ru
     for name, experiment in parts:
         check_before(experiment, f"part {name}")
     records: list[tuple[str, Run]] = []
+    stopped: dict[str, str] = {}
     for i, (name, experiment) in enumerate(parts):
         tell(f"part {i + 1} of {len(parts)}: {name}")
         if args.repetitions is not None:
             experiment = experiment.model_copy(update={"repetitions": args.repetitions})
         topology, results = check_before(experiment, f"part {name}"), Results()
         record = record_of(experiment, topology)
-        Runner(experiment, topology, folder / name, results, tell, args.wait).run()
+        try:
+            Runner(experiment, topology, folder / name, results, tell, args.wait).run()
+        except PrfaasError as error:
+            # The other parts can still be had; this one counts as failed.
+            tell(f"part {name} was stopped: {error}")
+            stopped[name] = str(error)
         results.into(record)
         records.append((name, record))
+        for line in check_lines(judge(record)):
+            tell(f"{name} {line}")
     whole = join_parts(choice, records)
+    whole.model_extra["stopped_parts"] = stopped  # type: ignore[index]
     whole.checks = judge(whole)
     write_run(whole, folder)
     draw(folder)

@@ -50,7 +50,18 @@ def judge(run: Run) -> list[CheckRow]:
     rows: list[CheckRow] = []
     parts = run.definition.get("parts")
     if isinstance(parts, dict):
+        stopped = (run.model_extra or {}).get("stopped_parts") or {}
         for part, definition in parts.items():
+            if part in stopped:
+                rows.append(
+                    CheckRow(
+                        name=f"{part}/ran",
+                        outcome="failed",
+                        value=None,
+                        wanted="to its end",
+                        reason=stopped[part],
+                    )
+                )
             specs = [CheckSpec.model_validate(spec) for spec in definition.get("checks", [])]
             require_known(specs, f"part {part}")
             rows += [judge_one(View(run, part), spec, f"{part}/{spec.name}") for spec in specs]

@@ -106,6 +106,14 @@ def test_parts_are_judged_by_their_own_rows() -> None:
     assert found == {"x/tokens_equal_share": ("passed", 1.0), "y/tokens_equal_share": ("failed", 0.0)}
 
 
+def test_a_part_that_was_stopped_counts_as_failed() -> None:
+    definition = {"parts": {"x": {"checks": []}}}
+    run = run_of([], [], definition=definition, stopped_parts={"x": "the machine was too busy"})
+    (row,) = judge(run)
+    assert (row.name, row.outcome, row.reason) == ("x/ran", "failed", "the machine was too busy")
+    assert exit_status([row]) == 1
+
+
 def test_bytes_on_the_wan_beyond_two_percent_fail() -> None:
     run = run_of([request("a", [1, 2, 3])], [{"name": "bytes_gap_share", "at_most": 0.02}])
     event = {"at_s": 1, "event": "accounting", "wan_bytes": 1030, "accounted_bytes": 1000}
