@@ -1,7 +1,7 @@
 """`prfaas …`: finds the command, runs it, turns every error into one line and an exit status.
 
-A command is a module of this package with `register(subparsers)`, which adds a parser and sets its `run` default to a
-function (args) -> exit status. Other packages add commands by the entry-point group `prfaas.commands`.
+A command is a module of this package with `register(subparsers)`, which adds a parser and sets its `run` default
+to a function (args) -> exit status. Other packages add commands by the entry-point group `prfaas.commands`.
 """
 
 from __future__ import annotations
