@@ -1,0 +1,92 @@
+"""The page and the comparison are made from run.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prfaas.config.run import CheckRow, Run, read_run, write_run
+from prfaas_testbed.cli.main import main
+from prfaas_testbed.report.compare import compare_lines
+from prfaas_testbed.report.page import draw_run
+
+
+def example(**changes: Any) -> Run:
+    requests = [
+        {
+            "id": f"r{i}", "model": "toy", "prompt_tokens": 100 * (i + 1), "sent_s": 0.5 * i,
+            "ttft_s": 0.1 * (i + 1), "e2e_s": 0.2 * (i + 1), "kv_bytes": 1000, "output_ids": [i], "logprobs": [-1.0], "site": "east",
+            "transfer_start_s": 0.5 * i + 0.02, "transfer_end_s": 0.5 * i + 0.08,
+            "source_digest": "d", "landed_digest": "d", "transfer": "wan",
+        }
+        for i in range(6)
+    ]  # fmt: skip
+    links = [
+        {"at_s": 0.1 * i, "link": "east->west", "direction": "east->west", "bytes": 1000 * i, "drops": 0,
+         "backlog_bytes": 0, "model": "toy"}
+        for i in range(40)
+    ]  # fmt: skip
+    counts = dict.fromkeys(
+        ("wan_bytes", "accounted_bytes", "payload_bytes", "framing_bytes", "tls_bytes", "control_bytes",
+         "header_bytes", "retransmitted_bytes"), 1000,
+    )  # fmt: skip
+    events = [
+        {"at_s": 1.0, "event": "cut_stream", "streams": 1, "model": "toy"},
+        {"at_s": 3.0, "event": "accounting", "site": "east", "model": "toy", **counts},
+        {
+            "at_s": 3.0,
+            "event": "watch",
+            "lag_p99_ms": 0.2,
+            "lag_max_ms": 0.3,
+            "unplanned_drops": 0,
+            "model": "toy",
+        },
+    ]
+    base: dict[str, Any] = {
+        "experiment": "t", "commit": "c" * 40, "started": "2026-01-01T00:00:00+00:00",
+        "versions": {"python": "3"}, "machine": {"cpu": "<b>a&b</b>", "cores": 2}, "emulation": "appliance", "description": "An example.",
+        "repetitions": [{"index": 0, "requests": requests, "links": links, "events": events}],
+        "baseline": [{**row, "ttft_s": 0.05} for row in requests],
+        "definition": {"checks": [{"name": "tokens_equal_share", "at_least": 1}]},
+    }  # fmt: skip
+    return Run.model_validate({**base, **changes})
+
+
+def test_a_run_gets_its_figures_and_a_page_that_shows_them(tmp_path: Path) -> None:
+    write_run(example(), tmp_path)
+    page = draw_run(tmp_path).read_text()
+    for name in ("overview-toy", "ttft", "links", "transfers"):
+        for kind in ("png", "svg", "csv"):
+            assert (tmp_path / "figures" / f"{name}.{kind}").stat().st_size > 0
+        assert f'src="figures/{name}.svg"' in page
+    assert "cut_stream" in page
+    assert 'class="passed"' in page
+    assert "&lt;b&gt;a&amp;b" in page, "what a run holds is text, not HTML"
+
+
+def test_a_run_without_rows_still_has_a_page(tmp_path: Path) -> None:
+    write_run(example(repetitions=[], baseline=[]), tmp_path)
+    assert "An example." in draw_run(tmp_path).read_text()
+
+
+def test_two_runs_stand_side_by_side() -> None:
+    slow = example()
+    for row in slow.repetitions[0].requests:
+        row.ttft_s = 2 * (row.ttft_s or 0)
+    lines = compare_lines(example(), slow)
+    (ttft,) = [line.split() for line in lines if line.strip().startswith("ttft_p50_s")]
+    assert ttft[-1] == "2.000"
+    strangers = example(repetitions=[], baseline=[])
+    assert "nothing to compare" in compare_lines(example(), strangers)[-1]
+
+
+def test_check_says_what_the_rows_say_whatever_the_file_claims(tmp_path: Path, capsys: Any) -> None:
+    run = example()
+    run.repetitions[0].requests[0].__pydantic_extra__["output_ids"] = [99]  # type: ignore[index]
+    run.checks = [CheckRow(name="tokens_equal_share", outcome="passed", value=1, wanted=">= 1")]
+    write_run(run, tmp_path)
+    assert read_run(tmp_path).checks[0].outcome == "passed"
+    assert main(["check", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "FAIL  tokens_equal_share" in captured.out
+    assert "the run says passed, its rows say failed" in captured.err
