@@ -49,6 +49,12 @@ class BackendConfig(Strict):
     """The pump's own file instead of `pump`; relative to this one."""
     deadline_s: float = Field(default=300.0, gt=0, le=3600)
     """How long a request's pages are leased at most, from allocation to the last byte."""
+    staging: Literal["auto", "always"] = "auto"
+    """auto: pages in GPU memory are copied by way of host memory; always: pages in host memory too."""
+    staging_bytes: int = Field(default=2 << 30, ge=1 << 20)
+    """Host memory for that, pinned where CUDA is: on a decode server it holds all requests that are
+    crossing.
+    """
     verify: VerifyConfig | None = None
     faults: BackendFaults | None = None
 

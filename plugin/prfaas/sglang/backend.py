@@ -20,6 +20,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,17 +30,20 @@ import numpy as np
 from prfaas.config.backend import K_ENVIRONMENT, BackendConfig, load_backend_config
 from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import LeaseGrant, TransferKind
-from prfaas.pump_client import Lease, LocalPumpClient
+from prfaas.pump_client import LocalPumpClient
 from prfaas.sglang import compat, layout
 from prfaas.sglang.planning import InlineExecutor, RecordingEngine, Segments
-from prfaas.sglang.rooms import LeasedRoom, LeasedRooms, Remembered, SendingRoom, SendingRooms, describe
+from prfaas.sglang.rooms import LeasedRoom, LeasedRooms, Part, Remembered, SendingRoom, SendingRooms, describe
+from prfaas.sglang.staging import CudaMemory, HostMemory, Places, Staging
 from prfaas.sglang.verification import Verification
 
 logger = logging.getLogger(__name__)
 
 K_GRANT_TAG = b"PRFAAS1"
+K_NO_GRANT = b"none: "
+"""In a grant's place: why there is none."""
 K_METADATA_FRAMES = 10
-"""Frames of SGLang's own metadata message; ours follow: tag, grant."""
+"""Frames of SGLang's own metadata message; ours follow: tag, grant, places."""
 K_REGISTRATION_FRAMES = 20
 """Frames of SGLang's own registration; ours follow: tag, layout."""
 
@@ -65,6 +70,9 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
         # The last part must be a number to SGLang, and the whole unlike any other manager's.
         self.session_id = f"{self.pump.address}/{secrets.token_hex(8)}:{self.rank_port}"
         self.engine = RecordingEngine(self.pump, self.session_id)
+        self.staging = self._make_staging(config)
+        # Of peers whose pages are staged: where, by session and room.
+        self.places: dict[tuple[str, int], Places] = {}
         self.verification = Verification(config, self.kv_args, self.disaggregation_mode.value)
         self.verification.prepare(self.pump.register)
         # By room. What is refused or aborted before the request itself arrives here is kept in `doomed`.
@@ -79,6 +87,33 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
             self.session_id,
         )
 
+    def _make_staging(self, config: BackendConfig) -> Staging | None:
+        """Host memory beside pages on a GPU, or where the configuration asks for it."""
+        device = str(getattr(self.server_args, "device", "cpu"))
+        if device.startswith("cuda"):
+            staging = Staging(config.staging_bytes, CudaMemory(self.kv_args.gpu_id))
+        elif device != "cpu":
+            raise PrfaasError(f"KV caches on device {device!r} aren't supported; on cpu and cuda they are")
+        elif config.staging == "always":
+            staging = Staging(config.staging_bytes, HostMemory())
+        else:
+            return None
+        self.pump.register([(staging.address, staging.size_bytes)])
+        return staging
+
+    def register_buffer_to_engine(self) -> None:
+        """SGLang's; of staged pages only the auxiliary data's memory is the pump's to read and write."""
+        if self.staging is None:
+            super().register_buffer_to_engine()
+        else:
+            self.engine.batch_register(self.kv_args.aux_data_ptrs, self.kv_args.aux_data_lens)
+
+    def deregister_buffer_to_engine(self) -> None:
+        if self.staging is None:
+            super().deregister_buffer_to_engine()
+        else:
+            self.engine.batch_deregister(self.kv_args.aux_data_ptrs)
+
     # Both sides: status
 
     def update_status(self, bootstrap_room: int, status: Any) -> None:
@@ -88,6 +123,7 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
         if status == poll.Failed:
             if self.disaggregation_mode == compat.DisaggregationMode.PREFILL:
                 self.sending.cancel(bootstrap_room, "the room failed")
+                self._forget_places(bootstrap_room)
             else:
                 self.leased.end(bootstrap_room)
         elif status == poll.Bootstrapping and (reason := self.doomed.take(bootstrap_room)):
@@ -119,49 +155,74 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
         message: list[bytes] = super().build_receiver_metadata_message(**arguments)
         if arguments["is_dummy"]:
             return message
-        grant = self._grant(
-            arguments["bootstrap_room"],
-            arguments["kv_indices"],
-            arguments["aux_index"],
-            arguments["state_indices"],
-        )
-        return [*message, K_GRANT_TAG, grant.to_text().encode()]
+        room = arguments["bootstrap_room"]
+        try:
+            return [*message, K_GRANT_TAG, *self._grant(room, arguments)]
+        except PrfaasError as error:
+            # SGLang sends the message whatever happens: the prefill side refuses it, with this reason, at
+            # once.
+            return [*message, K_GRANT_TAG, K_NO_GRANT + str(error).encode(), b""]
 
-    def _grant(
-        self, room: int, kv_indices: Any, aux_index: int | None, state_indices: list[Any] | None
-    ) -> LeaseGrant:
-        """The room's lease; made at the first of its prefill ranks, the same for the others."""
+    def _grant(self, room: int, arguments: dict[str, Any]) -> tuple[bytes, bytes]:
+        """The room's lease and, if its pages are staged, where; made at the first of its prefill ranks, the
+        same for the others."""
         leased = self.leased.find(room)
         if leased is None:
-            pieces = layout.leased_pieces(self.kv_args, kv_indices, aux_index, state_indices)
-            generation = self.leased.next_generation()
-            self.verification.leased(room, generation, kv_indices, aux_index, state_indices)
+            leased = self._lease(
+                room, arguments["kv_indices"], arguments["aux_index"], arguments["state_indices"]
+            )
+        places = b"" if leased.places is None else leased.places.to_bytes()
+        return leased.lease.grant.to_text().encode(), places
+
+    def _lease(
+        self, room: int, kv_indices: Any, aux_index: int | None, state_indices: list[Any] | None
+    ) -> LeasedRoom:
+        pages = layout.leased_pieces(self.kv_args, kv_indices, None, state_indices)
+        slot = layout.aux_pieces(self.kv_args, aux_index)
+        places, release = None, _nothing
+        if self.staging is not None and len(pages):
+            staging, total = self.staging, int(pages[:, 1].sum())
+            address = staging.take(total)
+            if address is None:
+                raise PrfaasError(
+                    f"decode server: no {total} bytes of staging free; {staging.free_bytes} are"
+                )
+            places, release = Places.laid_out(pages, address), lambda: staging.give(address)
+            pages = np.array([[address, total]], dtype=np.uint64)
+        generation = self.leased.next_generation()
+        self.verification.leased(room, generation, kv_indices, aux_index, state_indices)
+        try:
             lease = self.pump.grant_lease(
                 room,
                 generation,
-                [(int(address), int(length)) for address, length in pieces],
+                [(int(address), int(length)) for address, length in np.concatenate((pages, slot))],
                 self.deadline_s,
                 expected_sources=self.required_prefill_response_num_table.get(room, 1),
             )
-            leased = LeasedRoom(room, generation, lease)
-            self.leased.hold(leased)
-            lease.add_callback(lambda lease: self._landed(room, generation, lease))
-        return leased.lease.grant
+        except PrfaasError:
+            release()
+            raise
+        leased = LeasedRoom(room, generation, lease, places, release)
+        self.leased.hold(leased)
+        lease.add_callback(lambda lease: self._landed(leased))
+        return leased
 
-    def _landed(self, room: int, generation: int, lease: Lease) -> None:
+    def _landed(self, leased: LeasedRoom) -> None:
         """The pump's word on a lease: a part has arrived, or broken."""
-        if lease.failure is None and not lease.complete:
-            return
-        # Taken out first, once: nothing that is still under way can touch pages that somebody may now use.
-        if not self.leased.end(room, generation):
-            return
-        if lease.failure is not None:
-            arrival = lease.failure
-            self.record_failure(room, describe(arrival.kind, arrival.reason, arrival.detail))
-            self.update_status(room, compat.KVPoll.Failed)
-            return
-        self.verification.landed(room, generation)
-        self.update_status(room, compat.KVPoll.Success)
+        room, broken = leased.room, leased.lease.failure
+        if broken is not None:
+            if self.leased.find(room) is leased:
+                self.record_failure(room, describe(broken.kind, broken.reason, broken.detail))
+                self.update_status(room, compat.KVPoll.Failed)
+        elif leased.lease.complete and self.leased.land(leased, lambda: self._settle(leased)):
+            self.update_status(room, compat.KVPoll.Success)
+
+    def _settle(self, leased: LeasedRoom) -> None:
+        """The lease has ended and nobody uses the pages yet."""
+        if leased.places is not None:
+            assert self.staging is not None
+            self.staging.copy_in(leased.places)
+        self.verification.landed(leased.room, leased.generation)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """SGLang's, but a prefill server that doesn't match costs its own requests, not the decode
@@ -209,8 +270,8 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
             (K_REGISTRATION_FRAMES, self._take_layout),
             (K_METADATA_FRAMES, self._take_grant),
         ):
-            if len(message) == frames + 2 and message[frames] == K_GRANT_TAG:
-                take(message, message[frames + 1])
+            if len(message) > frames + 1 and message[frames] == K_GRANT_TAG:
+                take(message, *message[frames + 1 :])
                 return message[:frames]
         if message and len(message) >= K_METADATA_FRAMES and message[4] != b"" and message[0].isdigit():
             self._refuse(message, "the decode server's backend is not prfaas, or another version of it")
@@ -223,7 +284,7 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
         if room.isdigit() and int(room) not in self.request_status:
             self.doomed.put(int(room), "Aborted by the decode server before prefill had the request")
 
-    def _take_layout(self, message: list[bytes], data: bytes) -> None:
+    def _take_layout(self, message: list[bytes], data: bytes, *later: bytes) -> None:
         session = message[3].decode("ascii")
         try:
             theirs = layout.Layout.from_bytes(data)
@@ -236,19 +297,25 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
         else:
             self.refused_sessions.pop(session, None)
 
-    def _take_grant(self, message: list[bytes], data: bytes) -> None:
+    def _take_grant(self, message: list[bytes], data: bytes, where: bytes = b"", *later: bytes) -> None:
         session = message[3].decode("ascii")
         if wrong := self.refused_sessions.get(session):
             self._refuse(message, wrong)
             return
+        if data.startswith(K_NO_GRANT):
+            self._refuse(message, data.removeprefix(K_NO_GRANT).decode(errors="replace"))
+            return
         try:
             grant = LeaseGrant.from_text(data)
-        except ValueError as error:
+            places = Places.from_bytes(where) if where else None
+        except (ValueError, PrfaasError) as error:
             self._refuse(message, str(error))
             return
         if grant.room != int(message[0]):
             self._refuse(message, f"a lease for room {grant.room} in a message about room {int(message[0])}")
             return
+        if places is not None:
+            self.places[session, grant.room] = places
         self.sending.granted(session, grant)
 
     def _refuse(self, message: list[bytes], reason: str) -> None:
@@ -290,25 +357,43 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
             return
         if not isinstance(chunk.prefill_kv_indices, np.ndarray):
             chunk.prefill_kv_indices = chunk.prefill_kv_indices.numpy()
-        parts: list[tuple[str, TransferKind, Segments]] = []
-        real = False
-        for request in list(self.transfer_infos.get(chunk.room, {}).values()):
-            if request.is_dummy:
-                continue
-            real = True
-            session = request.mooncake_session_id
-            parts += [(session, kind, segments) for kind, segments in self._plan(chunk, request, executor)]
-        if not real:
+        peers = [peer for peer in self.transfer_infos.get(chunk.room, {}).values() if not peer.is_dummy]
+        if not peers:
             # This rank isn't needed by any of the room's decode ranks.
             if chunk.is_last_chunk and chunk.room in self.request_status:
                 self.update_status(chunk.room, compat.KVPoll.Success)
             return
-        self.verification.sending(chunk)
-        parts = [
-            (s, kind, self.verification.fault(kind, segments, chunk.room)) for s, kind, segments in parts
-        ]
         self.update_status(chunk.room, compat.KVPoll.Transferring)
-        self.sending.send(chunk.room, parts, chunk.is_last_chunk, self.deadline_s)
+        self.verification.sending(chunk)
+        last: list[Part] = []
+        for peer in peers:
+            session = peer.mooncake_session_id
+            for kind, planned in self._plan(chunk, peer, executor):
+                segments = self.verification.fault(kind, planned, chunk.room)
+                if kind is TransferKind.AUX:
+                    last.append(Part(session, kind, segments))
+                    continue
+                for part in self._staged(session, kind, segments, chunk.room):
+                    if not self.sending.send(chunk.room, [part], False, self.deadline_s):
+                        return
+        if chunk.is_last_chunk:
+            self.sending.send(chunk.room, last, True, self.deadline_s)
+
+    def _staged(self, session: str, kind: TransferKind, segments: Segments, room: int) -> Iterator[Part]:
+        """What is sent for segments of pages: themselves, or copies in staging, a part at a time."""
+        places = self.places.get((session, room))
+        if places is not None and len(segments):
+            target = places.translate(segments.destination, segments.length)
+            segments = Segments(segments.source, target, segments.length)
+        if self.staging is None:
+            yield Part(session, kind, segments)
+            return
+        staging = self.staging
+        for some in staging.parts(segments):
+            address = staging.take(some.total_bytes, self.deadline_s)
+            if address is None:
+                raise PrfaasError(f"prefill server: no {some.total_bytes} bytes of staging came free in time")
+            yield Part(session, kind, staging.copy_out(some, address), partial(staging.give, address))
 
     def _plan(
         self, chunk: Any, request: Any, executor: InlineExecutor
@@ -371,16 +456,25 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
 
     def _sent(self, room: SendingRoom, failure: str | None) -> None:
         """Every peer has acknowledged all of a room, or it failed."""
+        self._forget_places(room.room)
         if failure is not None:
             self.conclude_failure(bootstrap_room=room.room, failure_reason=failure)
             return
         # The peers know by their own word; this is for the prefill scheduler.
         self.conclude_transfer(bootstrap_room=room.room, status=compat.KVPoll.Success, targets=[])
 
+    def _forget_places(self, room: int) -> None:
+        for key in [key for key in list(self.places) if key[1] == room]:
+            self.places.pop(key, None)
+
     def teardown(self) -> None:
         """SGLang's, at a role switch, then the transport's: the next role makes a new one."""
         super().teardown()
         self.pump.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _aborted(room: int, reason: str | None) -> str:

@@ -102,6 +102,10 @@ def leased_pieces(
             rows.append(np.array([row for row in regions if row[1]], dtype=np.uint64).reshape(-1, 2))
         else:
             rows.append(page_pieces(pointers, lengths, indices))
-    if aux_index is not None:
-        rows.append(page_pieces(args.aux_data_ptrs, args.aux_item_lens, [aux_index]))
+    rows.append(aux_pieces(args, aux_index))
     return np.concatenate(rows)
+
+
+def aux_pieces(args: Any, aux_index: int | None) -> NDArray[np.uint64]:
+    """Rows (address, length) of a request's auxiliary slot."""
+    return page_pieces(args.aux_data_ptrs, args.aux_item_lens, [] if aux_index is None else [aux_index])

@@ -15,8 +15,20 @@ from dataclasses import dataclass, field
 from prfaas.model.transfer import LeaseGrant, TransferKind
 from prfaas.pump_client import Lease, PumpClient, Transfer
 from prfaas.sglang.planning import Segments
+from prfaas.sglang.staging import Places
 
 K_REMEMBERED_ROOMS = 65536
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to send to one peer of a room."""
+
+    session: str
+    kind: TransferKind
+    segments: Segments
+    release: Callable[[], None] = lambda: None
+    """Called once when its source is not needed any more."""
 
 
 @dataclass
@@ -51,47 +63,53 @@ class SendingRooms:
             room = self._rooms.setdefault(grant.room, SendingRoom(grant.room))
             room.grants[session] = grant
 
-    def send(
-        self, room_id: int, parts: list[tuple[str, TransferKind, Segments]], last: bool, deadline_s: float
-    ) -> None:
-        """Hand over a chunk's parts, (session, kind, segments) each; `last`: there will be no more of this
-        room.
-        """
-        parts = [part for part in parts if len(part[2])]
-        last_of = {session: i for i, (session, _, _) in enumerate(parts)}
-        started: list[tuple[TransferKind, Transfer]] = []
+    def send(self, room_id: int, parts: list[Part], last: bool, deadline_s: float) -> bool:
+        """Hand over parts; `last`: there will be no more of this room. Whether the room still takes them: if
+        not, none of them is sent, and all are released."""
+        full = [part for part in parts if len(part.segments)]
+        last_of = {part.session: i for i, part in enumerate(full)}
+        started: list[tuple[Part, Transfer]] = []
         with self._lock:
             room = self._rooms.get(room_id)
-            if room is None:
-                return
-            for i, (session, kind, segments) in enumerate(parts):
-                transfer = self._pump.submit(
-                    room.grants[session],
-                    segments.source,
-                    segments.destination,
-                    segments.length,
-                    kind=kind,
-                    deadline_s=deadline_s,
-                    last=last and last_of[session] == i,
-                    source=self._source,
-                )
-                room.open[transfer.transfer_id] = transfer
-                room.bytes_by_kind[kind] = room.bytes_by_kind.get(kind, 0) + segments.total_bytes
-                started.append((kind, transfer))
-            room.all_handed_over = last
-        for kind, transfer in started:
-            transfer.add_done_callback(lambda ended, kind=kind: self._done(room, kind, ended))  # type: ignore[misc]
+            if room is not None:
+                for i, part in enumerate(full):
+                    is_last = last and last_of[part.session] == i
+                    started.append((part, self._submit(room, part, is_last, deadline_s)))
+                room.all_handed_over = last
+        for part in parts if room is None else [part for part in parts if not len(part.segments)]:
+            part.release()
+        if room is None:
+            return False
+        for part, transfer in started:
+            transfer.add_done_callback(lambda ended, part=part: self._done(room, part, ended))  # type: ignore[misc]
+        return True
 
-    def _done(self, room: SendingRoom, kind: TransferKind, transfer: Transfer) -> None:
+    def _submit(self, room: SendingRoom, part: Part, last: bool, deadline_s: float) -> Transfer:
+        transfer = self._pump.submit(
+            room.grants[part.session],
+            part.segments.source,
+            part.segments.destination,
+            part.segments.length,
+            kind=part.kind,
+            deadline_s=deadline_s,
+            last=last,
+            source=self._source,
+        )
+        room.open[transfer.transfer_id] = transfer
+        room.bytes_by_kind[part.kind] = room.bytes_by_kind.get(part.kind, 0) + part.segments.total_bytes
+        return transfer
+
+    def _done(self, room: SendingRoom, part: Part, transfer: Transfer) -> None:
         outcome = transfer.outcome
         assert outcome is not None
+        part.release()
         others: list[Transfer] = []
         with self._lock:
             room.open.pop(transfer.transfer_id, None)
             if room.concluded:
                 return
             if not outcome.ok and room.failure is None:
-                room.failure = describe(kind, outcome.reason, outcome.detail)
+                room.failure = describe(part.kind, outcome.reason, outcome.detail)
                 others = list(room.open.values())
             if room.failure is None and (room.open or not room.all_handed_over):
                 return
@@ -123,9 +141,17 @@ class SendingRooms:
 
 @dataclass
 class LeasedRoom:
+    """A decode server's room with a lease."""
+
     room: int
     generation: int
     lease: Lease
+    places: Places | None = None
+    """Where its pages' bytes land, if not in the pages."""
+    release: Callable[[], None] = lambda: None
+    """Called once when the lease has ended: gives back what it stood on beside the pages."""
+    landing: threading.Event | None = None
+    """Set once all that landed is where it belongs; None while nothing has landed."""
 
 
 class LeasedRooms:
@@ -149,16 +175,39 @@ class LeasedRooms:
         with self._lock:
             return self._rooms.get(room)
 
-    def end(self, room: int, generation: int | None = None) -> bool:
-        """Revoke the room's lease: when this returns no byte is written to its pages any more. Whether there
-        was one (of that generation, if one is named)."""
+    def land(self, leased: LeasedRoom, finish: Callable[[], None]) -> bool:
+        """All has landed: end the lease, then `finish`, during which `end` waits. Whether it was still held;
+        if not, nothing is done."""
+        with self._lock:
+            if self._rooms.get(leased.room) is not leased or leased.landing is not None:
+                return False
+            leased.landing = threading.Event()
+        leased.lease.revoke()
+        try:
+            finish()
+        finally:
+            with self._lock:
+                if self._rooms.get(leased.room) is leased:
+                    del self._rooms[leased.room]
+            leased.release()
+            leased.landing.set()
+        return True
+
+    def end(self, room: int) -> None:
+        """When this returns no byte is written to the room's pages any more, by a peer or by ourselves. Waits
+        for a copy that is running, never for a peer."""
         with self._lock:
             leased = self._rooms.get(room)
-            if leased is None or generation not in (None, leased.generation):
-                return False
-            del self._rooms[room]
+            if leased is None:
+                return
+            landing = leased.landing
+            if landing is None:
+                del self._rooms[room]
+        if landing is not None:
+            landing.wait()
+            return
         leased.lease.revoke()
-        return True
+        leased.release()
 
     def __len__(self) -> int:
         return len(self._rooms)

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from prfaas_testbed.instances.sglang_client import Answer, loads, prompt_of
+from prfaas.sglang.verify import compare, read_rows
+from prfaas_testbed.instances.sglang_client import Answer, loads, new_room, prompt_of
 
 K_OUTPUT_TOKENS = 8
+K_STAGING_BYTES = 12 << 20
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
@@ -31,14 +33,39 @@ def own(start_own: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
         tmp_path_factory.mktemp("own"),
         ("prefill", "decode"),
         prefill_args=("--chunked-prefill-size", "1024"),
+        # As with pages on a GPU, but for the copies themselves.
+        config={"staging": "always", "staging_bytes": K_STAGING_BYTES},
     )
     yield servers
     stop(servers)
 
 
+def verdicts(servers: Any) -> dict[int, str]:
+    """What the digests say, of rooms that have both rows."""
+    sent, landed = read_rows(servers.verify, "sent"), read_rows(servers.verify, "landed")
+    return {room: said for room, said in compare(sent, landed).items() if "no row" not in said}
+
+
 def answer_of(servers: Any, prompt: list[int]) -> Answer:
     _, answer = servers.pair.generate(prompt, K_OUTPUT_TOKENS)
     return answer  # type: ignore[no-any-return]
+
+
+def test_pages_by_way_of_staging_are_the_pages_that_were_sent(own: Any) -> None:
+    # Decode stages 8 MiB whole; prefill's chunks of 1 MiB go in turn.
+    rooms = [new_room() for _ in range(3)]
+    for room, length in zip(rooms, (30, 1500, 8000), strict=True):
+        _, answer = own.pair.generate(prompt_of(length, 9), K_OUTPUT_TOKENS, room)
+        assert answer.error is None
+    found = eventually(lambda: v if len(v := verdicts(own)) >= 3 else None)
+    assert [found[room] for room in rooms] == ["equal"] * 3
+
+
+def test_more_than_staging_holds_is_refused_with_the_figures(own: Any) -> None:
+    _, answer = own.pair.generate(prompt_of(13000, 10), K_OUTPUT_TOKENS)
+    assert answer.status == 500
+    assert f"bytes of staging wanted, there are {K_STAGING_BYTES}" in (answer.error or "")
+    assert answer_of(own, prompt_of(40, 11)).error is None
 
 
 def test_prefill_killed_in_mid_request_costs_that_request_and_its_pages_come_back(own: Any) -> None:

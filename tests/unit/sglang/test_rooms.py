@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
 from prfaas.pump_client import Transfer
 from prfaas.sglang.planning import Segments
-from prfaas.sglang.rooms import LeasedRoom, LeasedRooms, Remembered, SendingRoom, SendingRooms
+from prfaas.sglang.rooms import LeasedRoom, LeasedRooms, Part, Remembered, SendingRoom, SendingRooms
 
 
 class FakePump:
@@ -46,13 +47,15 @@ class Prefill:
     def __init__(self) -> None:
         self.pump = FakePump()
         self.concluded: list[tuple[int, str | None]] = []
+        self.released: list[int] = []
         self.rooms = SendingRooms(self.pump, "rank 0", self._conclude)  # type: ignore[arg-type]
 
     def _conclude(self, room: SendingRoom, failure: str | None) -> None:
         self.concluded.append((room.room, failure))
 
-    def send(self, room: int, parts: Sequence[tuple[str, TransferKind, int]], last: bool) -> None:
-        self.rooms.send(room, [(s, kind, segments(n)) for s, kind, n in parts], last, 30.0)
+    def send(self, room: int, parts: Sequence[tuple[str, TransferKind, int]], last: bool) -> bool:
+        made = [Part(s, kind, segments(n), lambda n=n: self.released.append(n)) for s, kind, n in parts]  # type: ignore[misc]
+        return self.rooms.send(room, made, last, 30.0)
 
     def end(self, i: int, ok: bool = True, reason: FailureReason | None = None) -> None:
         self.pump.submitted[i][0].end(Outcome(ok, reason, "why"))
@@ -128,6 +131,19 @@ def test_cancelled_room_concludes_nothing_and_takes_no_more(prefill: Prefill) ->
     assert prefill.concluded == []
 
 
+def test_source_is_released_when_its_transfer_ends_or_at_once_when_it_is_not_sent(prefill: Prefill) -> None:
+    assert not prefill.send(7, [("s", TransferKind.KV, 50)], False)
+    assert prefill.released == [50]
+    prefill.rooms.granted("s", grant(7))
+    assert prefill.send(
+        7, [("s", TransferKind.KV, 60), ("s", TransferKind.KV, 0), ("s", TransferKind.KV, 70)], True
+    )
+    assert prefill.released == [50, 0]
+    prefill.end(1)
+    prefill.rooms.cancel(7, "aborted")
+    assert prefill.released == [50, 0, 70, 60]
+
+
 def test_part_that_ended_before_the_next_was_handed_over_still_counts(prefill: Prefill) -> None:
     prefill.rooms.granted("s", grant(7))
     prefill.send(7, [("s", TransferKind.KV, 50)], False)
@@ -145,14 +161,55 @@ class FakeLease:
         self.revoked += 1
 
 
-def test_lease_is_revoked_once_and_only_for_its_generation() -> None:
-    rooms, lease = LeasedRooms(), FakeLease()
-    generation = rooms.next_generation()
-    rooms.hold(LeasedRoom(7, generation, lease))  # type: ignore[arg-type]
-    assert not rooms.end(7, generation + 1)
-    assert rooms.end(7, generation)
-    assert not rooms.end(7)
-    assert lease.revoked == 1
+def held(rooms: LeasedRooms, released: list[str]) -> tuple[LeasedRoom, FakeLease]:
+    lease = FakeLease()
+    leased = LeasedRoom(7, rooms.next_generation(), lease, release=lambda: released.append("x"))  # type: ignore[arg-type]
+    rooms.hold(leased)
+    return leased, lease
+
+
+def test_lease_ends_once_and_gives_back_what_it_stood_on() -> None:
+    rooms, released = LeasedRooms(), []  # type: tuple[LeasedRooms, list[str]]
+    _, lease = held(rooms, released)
+    rooms.end(7)
+    rooms.end(7)
+    assert (lease.revoked, released, len(rooms)) == (1, ["x"], 0)
+
+
+def test_landing_ends_the_lease_before_it_finishes_and_only_for_the_rooms_present_life() -> None:
+    rooms, released = LeasedRooms(), []  # type: tuple[LeasedRooms, list[str]]
+    first, old = held(rooms, released)
+    rooms.end(7)
+    second, lease = held(rooms, released)
+    seen: list[int] = []
+    assert not rooms.land(first, lambda: seen.append(old.revoked))
+    assert rooms.land(second, lambda: seen.append(lease.revoked))
+    assert not rooms.land(second, lambda: seen.append(99))
+    assert (seen, released, len(rooms)) == ([1], ["x", "x"], 0)
+
+
+def test_end_waits_for_what_landed_to_be_in_its_place() -> None:
+    rooms, released = LeasedRooms(), []  # type: tuple[LeasedRooms, list[str]]
+    leased, lease = held(rooms, released)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def finish() -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    landing = threading.Thread(target=rooms.land, args=(leased, finish))
+    landing.start()
+    assert inside.wait(10)
+    ending = threading.Thread(target=rooms.end, args=(7,))
+    ending.start()
+    ending.join(0.05)
+    assert ending.is_alive()
+    assert released == []
+    go_on.set()
+    ending.join(10)
+    landing.join(10)
+    assert not ending.is_alive()
+    assert (lease.revoked, released) == (1, ["x"])
 
 
 def test_generations_of_a_room_differ() -> None:
