@@ -15,7 +15,8 @@ def example(**changes: Any) -> Run:
     requests = [
         {
             "id": f"r{i}", "model": "toy", "prompt_tokens": 100 * (i + 1), "sent_s": 0.5 * i,
-            "ttft_s": 0.1 * (i + 1), "e2e_s": 0.2 * (i + 1), "kv_bytes": 1000, "output_ids": [i], "logprobs": [-1.0], "site": "east",
+            "ttft_s": 0.1 * (i + 1), "e2e_s": 0.2 * (i + 1), "kv_bytes": 1000, "output_ids": [i],
+            "logprobs": [-1.0], "site": "east",
             "transfer_start_s": 0.5 * i + 0.02, "transfer_end_s": 0.5 * i + 0.08,
             "source_digest": "d", "landed_digest": "d", "transfer": "wan",
         }
@@ -44,7 +45,8 @@ def example(**changes: Any) -> Run:
     ]
     base: dict[str, Any] = {
         "experiment": "t", "commit": "c" * 40, "started": "2026-01-01T00:00:00+00:00",
-        "versions": {"python": "3"}, "machine": {"cpu": "<b>a&b</b>", "cores": 2}, "emulation": "appliance", "description": "An example.",
+        "versions": {"python": "3"}, "machine": {"cpu": "<b>a&b</b>", "cores": 2},
+        "emulation": "appliance", "description": "An example.",
         "repetitions": [{"index": 0, "requests": requests, "links": links, "events": events}],
         "baseline": [{**row, "ttft_s": 0.05} for row in requests],
         "definition": {"checks": [{"name": "tokens_equal_share", "at_least": 1}]},
