@@ -1,0 +1,127 @@
+"""Reports that can't be true are refused; a link that failed rests, then is tried by one request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from prfaas.config.router import Link
+from prfaas.model.ids import LinkId
+from prfaas.model.observations import LinkEstimate
+from prfaas.router.fleet import Reported
+from prfaas.router.holding import HoldingPen
+from prfaas.router.links import LinkBook
+from prfaas.router.loads import ReportError, read_report
+
+
+def report(*loads: dict[str, Any]) -> bytes:
+    return json.dumps({"timestamp": "t", "loads": list(loads)}).encode()
+
+
+def test_ranks_are_summed_and_the_speed_is_what_prefill_did_while_busy() -> None:
+    one = {"num_running_reqs": 1, "num_waiting_uncached_tokens": 10, "max_running_requests": 8}
+    first, totals = read_report(
+        report({**one, "total_prefill_uncached_tokens": 100}, one), Reported(), None, 5.0
+    )
+    assert (first.running, first.waiting_uncached_tokens, first.max_running) == (2, 20, 16)
+    assert first.prefill_tokens_per_s is None
+    later = {"total_prefill_uncached_tokens": 1100, "total_prefill_busy_us": 500_000}
+    second, _ = read_report(report(later), first, totals, 6.0)
+    assert second.prefill_tokens_per_s == pytest.approx(2000)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        report(),
+        report({"num_running_reqs": -1}),
+        report({"num_used_tokens": 1 << 60}),
+        report({"num_running_reqs": 1.5}),
+        report({"disaggregation": {"decode_prealloc_queue_reqs": -3}}),
+    ],
+)
+def test_a_report_that_cannot_be_true_is_refused(data: bytes) -> None:
+    with pytest.raises(ReportError):
+        read_report(data, Reported(), None, 0.0)
+
+
+def test_a_speed_beyond_anything_built_is_refused() -> None:
+    data = report({"total_prefill_uncached_tokens": 1 << 39, "total_prefill_busy_us": 10})
+    with pytest.raises(ReportError):
+        read_report(data, Reported(), (0, 0), 0.0)
+
+
+K_LINK = LinkId("east", "west")
+
+
+def book() -> LinkBook:
+    made = LinkBook(cool_down_s=5.0, max_age_s=2.0)
+    made.apply(
+        (Link(source="east", target="west", rate_mbps=100, rtt_ms=40, reserved_mbps=10),),
+        cool_down_s=5.0,
+        max_age_s=2.0,
+    )
+    return made
+
+
+def test_a_link_is_believed_as_configured_until_its_pump_tells_and_while_that_is_fresh() -> None:
+    links = book()
+    assert links.estimates(0.0)[K_LINK].usable_bps == 90e6
+    told = LinkEstimate(
+        link=K_LINK, at_s=1.0, rate_bps=5e6, low_bps=0, high_bps=9e6, rtt_s=0.1, backlog_bytes=7
+    )
+    assert links.tell(told)
+    assert links.estimates(2.0)[K_LINK] == told
+    assert links.estimates(4.0)[K_LINK].rate_bps == 100e6
+    assert not links.tell(LinkEstimate(LinkId("a", "b"), 0, 1, 1, 1, 1))
+
+
+def test_a_link_that_failed_rests_then_one_request_tries_it_and_the_rest_grows() -> None:
+    links = book()
+    links.on_sent(K_LINK)
+    links.on_failed(K_LINK, 10.0)
+    links.on_failed(K_LINK, 10.1)  # others that were under way say nothing new
+    assert not links.estimates(14.9)[K_LINK].up
+    assert links.estimates(15.1)[K_LINK].up
+    links.on_sent(K_LINK)
+    assert not links.estimates(15.2)[K_LINK].up
+    links.on_failed(K_LINK, 16.0)
+    assert not links.estimates(25.9)[K_LINK].up
+    assert links.estimates(26.1)[K_LINK].up
+    links.on_sent(K_LINK)
+    links.on_given_up(K_LINK)
+    assert links.estimates(26.2)[K_LINK].up
+    links.on_sent(K_LINK)
+    links.on_succeeded(K_LINK)
+    links.on_sent(K_LINK)
+    assert links.estimates(26.3)[K_LINK].up
+
+
+def test_the_most_urgent_wake_first_and_those_that_left_are_forgotten() -> None:
+    async def main() -> None:
+        pen, woken = HoldingPen(), []
+
+        async def wait(urgency: float) -> None:
+            with pen.place():
+                await pen.wait(urgency, 30.0)
+            woken.append(urgency)
+
+        tasks = [asyncio.ensure_future(wait(urgency)) for urgency in (3.0, 1.0, 2.0, 4.0)]
+        await asyncio.sleep(0)
+        assert pen.held == 4
+        tasks[1].cancel()
+        await asyncio.wait({tasks[1]})
+        pen.wake(2)
+        await asyncio.wait({tasks[0], tasks[2]})
+        assert woken == [2.0, 3.0]
+        pen.wake()
+        await asyncio.wait({tasks[3]})
+        assert woken == [2.0, 3.0, 4.0]
+        assert pen.held == 0
+
+    asyncio.run(main())
