@@ -1,0 +1,167 @@
+"""What one measurement is of: a link's parameters and the transfer over it. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from prfaas.model.errors import UsageError
+
+K_STREAMS_IPERF3 = (1, 4, 8, 16, 32)
+K_MOST_LOSS = 0.3  # beyond this TCP hardly moves, and no measurement ends in time
+K_LOSS_FORM = re.compile(r"(?P<value>\d+(\.\d+)?([eE]-?\d+)?)(?P<percent>%?)(:burst=(?P<burst>\d+(\.\d+)?))?")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Packet loss of one direction: independent, or in bursts (Gilbert-Elliott, all lost in the bad state)."""
+
+    fraction: float
+    """Long-run share of packets lost, 0 to 1."""
+    burst_packets: float = 1.0
+    """Mean length of a run of losses; 1 means independent."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= K_MOST_LOSS:
+            raise UsageError(f"loss: found {self.fraction:g}; 0 to {K_MOST_LOSS:.0%} are allowed")
+        if not 1 <= self.burst_packets <= 1000:
+            raise UsageError(f"loss: found bursts of {self.burst_packets:g} packets; 1 to 1000 are allowed")
+
+    @classmethod
+    def parse(cls, text: str) -> Loss:
+        """`0.5%`, `0.005` (a fraction), either with `:burst=PACKETS`. Raises UsageError."""
+        found = K_LOSS_FORM.fullmatch(text.strip())
+        if not found:
+            raise UsageError(f"loss: found {text!r}; allowed are forms as 0.5%, 0.005 and 1%:burst=8")
+        value = float(found["value"]) / (100 if found["percent"] else 1)
+        return cls(value, float(found["burst"] or 1))
+
+    @property
+    def bursty(self) -> bool:
+        return self.fraction > 0 and self.burst_packets > 1
+
+    def __str__(self) -> str:
+        return f"{self.fraction * 100:g}%" + (f":burst={self.burst_packets:g}" if self.bursty else "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the matrix. Without `rtt_ms` and `rate_mbps` the two ends share a host, over loopback."""
+
+    rtt_ms: float | None = None
+    rate_mbps: float | None = None
+    loss: Loss = Loss(0.0)
+    congestion_control: str = "cubic"
+    """The only one that engines may use besides what the kernel's default is set to: `bbr` allows cubic too.
+    """
+    segment_bytes: int = 65536
+    total_bytes: int = 150_000_000
+    """Least that a repetition moves, unless it runs into its time limit."""
+    contiguous: bool = False
+    """Segments follow each other in memory (else every second place of a pool twice as large)."""
+    tls: bool = False
+    one_call: bool = False
+    """prfaas gets all segments in one call, not a few batches under way."""
+    streams: int | None = None
+    """Of iperf3 and prfaas; None: iperf3 at each of 1, 4, 8, 16, 32, and prfaas chooses."""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        _within("rtt-ms", self.rtt_ms, 0, 2000)
+        _within("rate-mbps", self.rate_mbps, 1, 100_000)
+        _within("segment-bytes", self.segment_bytes, 512, 1 << 30)
+        _within("total-bytes", self.total_bytes, 1, 1 << 40)
+        _within("streams", self.streams, 1, 128)
+        if self.congestion_control not in ("cubic", "bbr", "reno"):
+            raise UsageError(
+                f"congestion-control: found {self.congestion_control!r}; cubic, bbr and reno are allowed"
+            )
+        if self.segment_bytes > self.total_bytes:
+            raise UsageError(
+                f"segment-bytes: found {self.segment_bytes}, more than total-bytes ({self.total_bytes})"
+            )
+
+    @property
+    def emulated(self) -> bool:
+        return self.rtt_ms is not None
+
+    @property
+    def rtt_s(self) -> float:
+        return (self.rtt_ms or 0.0) / 1e3
+
+    @property
+    def segments(self) -> int:
+        """How many segments `total_bytes` fill, rounded up."""
+        return -(-self.total_bytes // self.segment_bytes)
+
+    @property
+    def allowed_congestion_controls(self) -> tuple[str, ...]:
+        return ("cubic",) if self.congestion_control == "cubic" else ("cubic", self.congestion_control)
+
+    def parameters(self) -> dict[str, object]:
+        """The cell as the columns of its rows."""
+        return {
+            "cell": self.name or self.label(),
+            "rtt_ms": self.rtt_ms,
+            "rate_mbps": self.rate_mbps,
+            "loss": self.loss.fraction,
+            "burst_packets": self.loss.burst_packets,
+            "congestion_control": self.congestion_control,
+            "segment_bytes": self.segment_bytes,
+            "total_bytes": self.total_bytes,
+            "contiguous": self.contiguous,
+            "tls": self.tls,
+        }
+
+    def label(self) -> str:
+        if not self.emulated:
+            return f"loopback-{self.segment_bytes // 1024}k" + ("-tls" if self.tls else "")
+        loss = str(self.loss).replace(":burst=", "b")
+        return f"{self.rtt_ms:g}ms-{self.rate_mbps:g}mbit-{loss}-{self.congestion_control}"
+
+    def with_(self, **changes: object) -> Cell:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _within(what: str, value: float | None, least: float, most: float) -> None:
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"{what}: found {value:g}; {least:g} to {most:g} are allowed")
+
+
+def _wan(name: str, rtt_ms: float, rate_mbps: float, loss: str, congestion_control: str) -> Cell:
+    # Six seconds of the link at its full rate: long against slow start, short enough for many repetitions.
+    return Cell(
+        rtt_ms=rtt_ms,
+        rate_mbps=rate_mbps,
+        loss=Loss.parse(loss),
+        congestion_control=congestion_control,
+        total_bytes=int(rate_mbps * 1e6 / 8 * 6),
+        name=name,
+    )
+
+
+NAMED_CELLS: dict[str, Cell] = {
+    cell.name: cell
+    for cell in (
+        _wan("metro-clean", 20, 200, "0", "cubic"),
+        _wan("wan-clean", 40, 200, "0", "cubic"),
+        _wan("wan-thin-loss", 40, 200, "0.1%", "cubic"),
+        _wan("wan-loss", 40, 200, "1%", "cubic"),
+        _wan("wan-loss-bbr", 40, 200, "1%", "bbr"),
+        _wan("wan-burst", 40, 200, "1%:burst=8", "cubic"),
+        _wan("continent-thin-loss", 80, 100, "0.1%", "cubic"),
+        _wan("ocean-loss-bbr", 150, 100, "1%", "bbr"),
+    )
+}
+"""The eight that get every repetition, each for one reason that a link can be hard."""
+
+
+def full_matrix() -> list[Cell]:
+    """Every cell: RTT x loss x rate x congestion control."""
+    return [
+        _wan("", rtt, rate, loss, congestion_control)
+        for rate in (100, 200)
+        for rtt in (20, 40, 80, 150)
+        for loss in ("0", "0.1%", "1%", "1%:burst=8")
+        for congestion_control in ("cubic", "bbr")
+    ]

@@ -1,0 +1,158 @@
+"""One end of a prfaas transfer: what a server's process is, a pump's client beside its pump."""
+
+from __future__ import annotations
+
+import queue
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prfaas.config.loading import load
+from prfaas.config.pump import PumpConfig
+from prfaas.model.transfer import LeaseGrant, Outcome, TransferKind
+from prfaas.pump_client import Lease, LocalPumpClient
+from prfaas_testbed.bench.engines.pool_worker import Pool, common_handlers
+from prfaas_testbed.bench.worker import Handler
+
+K_DEADLINE_S = 300.0
+K_DEPTH = 3  # batches under way: the link never waits for this process
+
+
+class End:
+    """A client of the pump that serves this end, and one registered pool."""
+
+    pool: Pool
+    client: LocalPumpClient
+
+    def __init__(self) -> None:
+        self._leases: dict[int, tuple[Lease, list[float]]] = {}
+
+    def start(self, config: str, pool_bytes: int) -> dict[str, Any]:
+        """Join the running pump (none is started: the bench does that, to count its processor time)."""
+        self.client = LocalPumpClient.open(load(Path(config), PumpConfig), name="bench", start=False)
+        self.pool = Pool(pool_bytes)
+        self.client.register([(self.pool.base, pool_bytes)])
+        return {"base": self.pool.base, "address": self.client.address, "pump_pid": self.client.pump_pid}
+
+    def prepare(self, address: str) -> None:
+        self.client.prepare(address)
+
+    def grant(self, room: int) -> str:
+        """A lease on the whole pool."""
+        lease = self.client.grant_lease(room, 1, [(self.pool.base, self.pool.size_bytes)], K_DEADLINE_S)
+        arrived_s: list[float] = []
+
+        def note(changed: Lease) -> None:
+            if changed.complete and not arrived_s:
+                arrived_s.append(time.perf_counter())
+
+        lease.add_callback(note)
+        self._leases[room] = (lease, arrived_s)
+        return lease.grant.to_text()
+
+    def arrived(self, room: int, limit_s: float) -> float | None:
+        """When the lease was whole, on CLOCK_MONOTONIC; None if it isn't within `limit_s`. Ends the lease."""
+        lease, arrived_s = self._leases.pop(room)
+        lease.wait(limit_s)
+        while lease.complete and not arrived_s:
+            time.sleep(0.001)  # the callback follows the wake-up
+        lease.revoke()
+        return arrived_s[0] if arrived_s else None
+
+    def revoke(self, room: int) -> None:
+        lease, _ = self._leases.pop(room)
+        lease.revoke()
+
+    def move(
+        self,
+        grant: str,
+        peer_base: int,
+        offsets: list[int],
+        segment_bytes: int,
+        batch_segments: int,
+        total_bytes: int,
+        limit_s: float,
+    ) -> dict[str, Any]:
+        """Batches, K_DEPTH of them under way at a time, until the bytes are sent or no new one may begin."""
+        places = np.array(offsets, dtype=np.uint64)
+        batches = [places[at : at + batch_segments] for at in range(0, len(places), batch_segments)]
+        to = LeaseGrant.from_text(grant)
+        ended: queue.SimpleQueue[tuple[float, Outcome | None]] = queue.SimpleQueue()
+        calls_s: list[float] = []
+        sent = moved = resent = under_way = number = 0
+        used, began_s = time.process_time(), time.perf_counter()
+        ended_s = began_s
+        while True:
+            while under_way < K_DEPTH and sent < total_bytes and time.perf_counter() - began_s < limit_s:
+                batch = batches[number % len(batches)]
+                called_s = time.perf_counter()
+                transfer = self.client.submit(
+                    to,
+                    batch + np.uint64(self.pool.base),
+                    batch + np.uint64(peer_base),
+                    np.full(len(batch), segment_bytes, dtype=np.uint64),
+                    kind=TransferKind.KV,
+                    deadline_s=K_DEADLINE_S,
+                )
+                calls_s.append(time.perf_counter() - called_s)
+                transfer.add_done_callback(lambda done: ended.put((time.perf_counter(), done.outcome)))
+                sent += len(batch) * segment_bytes
+                under_way += 1
+                number += 1
+            if not under_way:
+                break
+            at_s, outcome = ended.get(timeout=K_DEADLINE_S)
+            assert outcome is not None
+            if not outcome.ok:
+                raise RuntimeError(f"a transfer ended as {outcome.reason}: {outcome.detail}")
+            under_way -= 1
+            moved += outcome.payload_bytes
+            resent += outcome.resent_blocks
+            ended_s = max(ended_s, at_s)
+        return {
+            "bytes": moved,
+            "began_s": began_s,
+            "ended_s": ended_s,
+            "cpu_s": time.process_time() - used,
+            "calls_s": calls_s,
+            "resent_blocks": resent,
+        }
+
+    def deliver(self, grant: str, peer_base: int, size_bytes: int) -> dict[str, Any]:
+        """One transfer of contiguous bytes: when it was handed over and when its success was known here."""
+        ended: queue.SimpleQueue[tuple[float, Outcome | None]] = queue.SimpleQueue()
+        began_s = time.perf_counter()
+        transfer = self.client.submit(
+            LeaseGrant.from_text(grant),
+            [self.pool.base],
+            [peer_base],
+            [size_bytes],
+            kind=TransferKind.KV,
+            deadline_s=K_DEADLINE_S,
+            last=True,
+        )
+        transfer.add_done_callback(lambda done: ended.put((time.perf_counter(), done.outcome)))
+        ended_s, outcome = ended.get(timeout=K_DEADLINE_S)
+        if outcome is None or not outcome.ok:
+            raise RuntimeError(f"the transfer ended as {outcome}")
+        return {"began_s": began_s, "ended_s": ended_s}
+
+    def stats(self) -> dict[str, Any]:
+        return self.client.stats()
+
+
+def handlers() -> dict[str, Handler]:
+    end = End()
+    return {
+        **common_handlers(lambda: end.pool),
+        "start": end.start,
+        "prepare": end.prepare,
+        "grant": end.grant,
+        "arrived": end.arrived,
+        "revoke": end.revoke,
+        "move": end.move,
+        "deliver": end.deliver,
+        "stats": end.stats,
+    }

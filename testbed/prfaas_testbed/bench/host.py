@@ -1,0 +1,131 @@
+"""What a transfer at full rate adds to the delay of a busy Python loop in the same process.
+
+On two cores the pumps' own work would take the loop's core away, and any program would: so the loop has a
+core to itself and the pumps share the other. What is left is what the engine does to its host process: locks,
+its threads, copies of its memory. `beside` is the same without cores set apart, and `control` a loop beside
+iperf3, which never touches the process at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prfaas_testbed.bench import checks
+from prfaas_testbed.bench.cell import Cell
+from prfaas_testbed.bench.engines.iperf3 import Iperf3
+from prfaas_testbed.bench.engines.mooncake import Mooncake
+from prfaas_testbed.bench.engines.pools import PoolPeer
+from prfaas_testbed.bench.engines.prfaas import Prfaas
+from prfaas_testbed.bench.harness import Progress, Row, median
+from prfaas_testbed.bench.places import Loopback
+from prfaas_testbed.bench.worker import Worker
+
+K_CELL = Cell(total_bytes=1 << 40, name="host")  # more than the time allows
+K_LOOP_MODULE = "prfaas_testbed.bench.engines.loop_worker"
+
+
+def measure(workdir: Path, seconds: float, repetitions: int, progress: Progress) -> list[Row]:
+    """A row for each way to move bytes and each end whose loop is watched; quiet and loaded take turns."""
+    rows = []
+    place = Loopback(workdir)
+    last = max(os.sched_getaffinity(0))
+    apart: tuple[str, ...] = ("taskset", "-c", str(last)) if len(os.sched_getaffinity(0)) > 1 else ()
+    for name, engine, core in (
+        ("prfaas", Prfaas(pump_prefix=apart), True),
+        ("prfaas-beside", Prfaas(), False),
+        ("mooncake", Mooncake(), True),
+    ):
+        if isinstance(engine, PoolPeer) and not engine.installed():
+            continue
+        with engine:
+            engine.start(place, K_CELL)
+            for end in ("sender", "receiver"):
+                pin = min(os.sched_getaffinity(0)) if core and apart else None
+                run = _engine_run(engine, seconds)
+                rows.append(_compare(name, end, engine.ends[end], run, seconds, repetitions, pin))
+                progress(_text(rows[-1]))
+    if shutil.which("iperf3"):
+        rows.append(_control(place, workdir, seconds, repetitions))
+        progress(_text(rows[-1]))
+    return rows
+
+
+def judge(rows: Sequence[Row]) -> list[Row]:
+    return [
+        checks.at_most(
+            f"host/{row['engine']}/{row['end']}/added_p99_ms", added_ms(row), checks.K_LOOP_ADDED_MS
+        )
+        for row in rows
+        if row["engine"] == "prfaas"
+    ]
+
+
+def added_ms(row: Row) -> float:
+    """What the transfer adds to the loop's 99th percentile: the median over rounds, each beside its own quiet
+    one.
+    """
+    pairs = zip(row["quiet"], row["loaded"], strict=True)
+    return median([loaded["p99_ms"] - quiet["p99_ms"] for quiet, loaded in pairs])
+
+
+def _engine_run(engine: Prfaas | PoolPeer, seconds: float) -> Callable[[], float]:
+    def run() -> float:
+        moved = engine.move(total_bytes=K_CELL.total_bytes, limit_s=seconds)
+        return float(moved["bytes"] * 8e-6 / (moved["ended_s"] - moved["began_s"]))
+
+    return run
+
+
+def _compare(
+    name: str,
+    end: str,
+    worker: Worker,
+    load: Callable[[], float],
+    seconds: float,
+    repetitions: int,
+    core: int | None,
+) -> Row:
+    quiet, loaded, goodput = [], [], []
+    for _ in range(repetitions):
+        worker.call("loop_start", core=core)
+        time.sleep(seconds)
+        quiet.append(worker.call("loop_stop"))
+        worker.call("loop_start", core=core)
+        goodput.append(load())
+        loaded.append(worker.call("loop_stop"))
+    return {"engine": name, "end": end, "quiet": quiet, "loaded": loaded, "goodput_mbps": goodput}
+
+
+def _control(place: Loopback, workdir: Path, seconds: float, repetitions: int) -> Row:
+    """A loop in a process that transfers nothing, while iperf3 keeps the cores busy."""
+    with _loop_worker(place, workdir) as worker, Iperf3(2) as engine:
+        engine.start(place, K_CELL)
+
+        def load() -> float:
+            return engine.measure(seconds).goodput_mbps
+
+        return _compare("control", "neither", worker, load, seconds, repetitions, None)
+
+
+@contextmanager
+def _loop_worker(place: Loopback, workdir: Path) -> Iterator[Worker]:
+    def spawn(argv: Sequence[str], **options: Any) -> Any:
+        return place.popen("sender", argv, **options)
+
+    with Worker("host loop", spawn, K_LOOP_MODULE, workdir / "host-loop.log") as worker:
+        yield worker
+
+
+def _text(row: Row) -> str:
+    goodput = median(row["goodput_mbps"])
+    quiet, loaded = (median([one["p99_ms"] for one in row[when]]) for when in ("quiet", "loaded"))
+    return (
+        f"host loop in {row['engine']} ({row['end']}): p99 {quiet:.2f} ms quiet, {loaded:.2f} ms loaded, "
+        f"at {goodput:.0f} Mbit/s"
+    )

@@ -1,0 +1,74 @@
+"""A busy Python loop inside a process that also transfers, as SGLang's scheduler is, and how late it runs.
+
+Each round does a fixed amount of interpreter work, about a millisecond. What a round takes beyond the quiet
+rounds of the same loop is delay: the interpreter lock held by others, or a core taken away.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+K_ROUND_S = 1e-3
+
+
+class HostLoop:
+    """Runs the loop in a thread of its own, from `start` to `stop`."""
+
+    def __init__(self) -> None:
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._rounds_s: list[float] = []
+
+    def start(self, core: int | None = None) -> None:
+        """`core`: the one that the loop's thread keeps to; the process's other threads stay where they are."""
+        self._core = core
+        self._stopping.clear()
+        self._rounds_s = []
+        self._thread = threading.Thread(target=self._run, name="host-loop", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> dict[str, Any]:
+        """Quantiles of a round's time in milliseconds, and how many rounds there were."""
+        assert self._thread is not None, "the loop isn't running"
+        self._stopping.set()
+        self._thread.join()
+        rounds_ms = np.array(self._rounds_s) * 1e3
+        names = {"p50": 50, "p90": 90, "p99": 99, "p999": 99.9}
+        quantiles = {f"{name}_ms": float(np.percentile(rounds_ms, at)) for name, at in names.items()}
+        return {**quantiles, "max_ms": float(rounds_ms.max()), "rounds": len(self._rounds_s)}
+
+    def _run(self) -> None:
+        if self._core is not None:
+            os.sched_setaffinity(threading.get_native_id(), {self._core})
+        size = _rounds_size()
+        clock, stopping, rounds_s = time.perf_counter, self._stopping, self._rounds_s
+        before = clock()
+        while not stopping.is_set():
+            _work(size)
+            now = clock()
+            rounds_s.append(now - before)
+            before = now
+
+
+def _work(size: int) -> int:
+    total = 0
+    for value in range(size):
+        total += value & 7
+    return total
+
+
+def _rounds_size() -> int:
+    """How many steps take about K_ROUND_S: the best of several tries, as noise only adds."""
+    best = min(_timed(20_000) for _ in range(20))
+    return max(1000, int(20_000 * K_ROUND_S / best))
+
+
+def _timed(size: int) -> float:
+    before = time.perf_counter()
+    _work(size)
+    return time.perf_counter() - before

@@ -1,0 +1,239 @@
+"""What the bench consists of: cells over an emulated link, loopback, and what a transfer does to its host
+process.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prfaas_testbed.bench import checks, host, latency
+from prfaas_testbed.bench.cell import NAMED_CELLS, Cell, full_matrix
+from prfaas_testbed.bench.harness import (
+    Progress,
+    Row,
+    engines_for,
+    installed_peers,
+    measure_cell,
+)
+from prfaas_testbed.bench.places import Loopback, emulated
+from prfaas_testbed.bench.record import Record
+
+PARTS = ("wan", "loopback", "latency", "host")
+K_STREAMS_EQUAL = 2  # of iperf3 and prfaas over loopback: as many as this bench's smallest machine has cores
+K_MATRIX_STREAMS = (1, 16, 32)
+"""Of iperf3 in cells that are measured once: the ends and the middle of what wins anywhere in the named
+cells.
+"""
+K_COARSE_BYTES = 1 << 20
+"""Mooncake waits a round trip for each segment of a connection: measured at this size too, where it does
+best.
+"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    cells: tuple[Cell, ...]
+    repetitions: int
+    limit_s: float
+    streams_iperf3: tuple[int, ...] | None
+    matrix: tuple[Cell, ...]
+    loopback_bytes: int
+    loopback_repetitions: int
+    host_s: float
+    latency_bytes: tuple[int, ...]
+    judge: bool
+    """Whether figures are held against what is promised; a smoke run only shows that all of it runs."""
+
+    @classmethod
+    def full(cls, repetitions: int, *, whole_matrix: bool) -> Sizes:
+        named = tuple(NAMED_CELLS.values())
+        return cls(
+            cells=named,
+            repetitions=repetitions,
+            limit_s=4.0,
+            streams_iperf3=None,
+            matrix=tuple(full_matrix()) if whole_matrix else (),
+            loopback_bytes=2_000_000_000,
+            loopback_repetitions=repetitions,
+            host_s=5.0,
+            latency_bytes=(1_000_000, 4_000_000, 16_000_000),
+            judge=True,
+        )
+
+    @classmethod
+    def smoke(cls) -> Sizes:
+        cell = NAMED_CELLS["wan-thin-loss"].with_(total_bytes=10_000_000)
+        return cls(
+            cells=(cell,),
+            repetitions=1,
+            limit_s=3.0,
+            streams_iperf3=(4,),
+            matrix=(),
+            loopback_bytes=100_000_000,
+            loopback_repetitions=1,
+            host_s=1.0,
+            latency_bytes=(1_000_000,),
+            judge=False,
+        )
+
+
+def measure_cells(
+    cells: Sequence[Cell],
+    peers: Sequence[str],
+    workdir: Path,
+    *,
+    repetitions: int,
+    limit_s: float,
+    progress: Progress,
+    streams_iperf3: Sequence[int] | None = None,
+    coarse: bool = False,
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows of all cells, those over an emulated link in one network, and what their places say of themselves.
+
+    `coarse`: measure the peers that write segment by segment at K_COARSE_BYTES too. Raises MachineError.
+    """
+    rows: list[Row] = []
+    places: list[dict[str, Any]] = []
+    wan = [cell for cell in cells if cell.emulated]
+    with ExitStack() as stack:
+        if wan:
+            place = stack.enter_context(emulated(wan[0], workdir, progress))
+            places.append(place.describe())
+            for cell in wan:
+                place.shape(cell)
+                engines = engines_for(cell, peers, streams_iperf3)
+                measured = measure_cell(
+                    place, cell, engines, repetitions=repetitions, limit_s=limit_s, progress=progress
+                )
+                if coarse and "mooncake" in peers:
+                    large = cell.with_(segment_bytes=K_COARSE_BYTES, name=cell.name or cell.label())
+                    others = [
+                        engine for engine in engines_for(large, ["mooncake"]) if engine.name != "prfaas"
+                    ]
+                    measured += measure_cell(
+                        place, large, others, repetitions=repetitions, limit_s=limit_s, progress=progress
+                    )
+                rows += measured
+    for cell in cells:
+        if not cell.emulated:
+            local = Loopback(workdir)
+            engines = engines_for(cell, peers, streams_iperf3)
+            rows += measure_cell(
+                local, cell, engines, repetitions=repetitions, limit_s=limit_s, progress=progress
+            )
+    return rows, places
+
+
+def run_parts(parts: Sequence[str], results: Path, sizes: Sizes, progress: Progress) -> Record:
+    """The parts asked for, written to RESULTS/bench/STAMP/run.json after each. Raises MachineError."""
+    record = Record(results)
+    run: dict[str, Callable[[Record, Sizes, Path, Progress], None]] = {
+        "wan": _wan,
+        "loopback": _loopback,
+        "latency": _latency,
+        "host": _host,
+    }
+    for part in PARTS:
+        if part in parts:
+            with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as workdir:
+                run[part](record, sizes, Path(workdir), progress)
+            record.write()
+    return record
+
+
+def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
+    peers = installed_peers()
+    rows, places = measure_cells(
+        sizes.cells,
+        peers,
+        workdir,
+        repetitions=sizes.repetitions,
+        limit_s=sizes.limit_s,
+        progress=progress,
+        streams_iperf3=sizes.streams_iperf3,
+        coarse=sizes.judge,
+    )
+    _keep(record, rows, places)
+    if sizes.judge:
+        record.checks += checks.judge_wan(rows)
+    if sizes.matrix:
+        rows, places = measure_cells(
+            sizes.matrix,
+            peers,
+            workdir,
+            repetitions=1,
+            limit_s=sizes.limit_s,
+            progress=progress,
+            streams_iperf3=K_MATRIX_STREAMS,
+        )
+        _keep(record, rows, places)
+        record.checks += checks.judge_wan(rows)
+
+
+def loopback_cells(total_bytes: int) -> list[tuple[Cell, list[str]]]:
+    """Each cell with the peers it is held against."""
+    base = Cell(total_bytes=total_bytes)
+    equal = base.with_(contiguous=True, streams=K_STREAMS_EQUAL, name="loopback-contiguous")
+    pools = [peer for peer in installed_peers() if peer != "iperf3"]
+    return [
+        (equal, ["iperf3"]),
+        (base.with_(name="loopback-64k"), pools),
+        (base.with_(tls=True, name="loopback-64k-tls"), []),
+        (base.with_(segment_bytes=4096, total_bytes=max(4096, total_bytes // 4), name="loopback-4k"), []),
+        (
+            base.with_(
+                segment_bytes=4096,
+                total_bytes=4096 * checks.K_SEGMENTS_IN_ONE_CALL,
+                name="loopback-100k-segments",
+                one_call=True,
+            ),
+            [],
+        ),
+    ]
+
+
+def _loopback(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
+    rows: list[Row] = []
+    for cell, peers in loopback_cells(sizes.loopback_bytes):
+        found, places = measure_cells(
+            [cell],
+            peers,
+            workdir,
+            repetitions=sizes.loopback_repetitions,
+            limit_s=sizes.limit_s,
+            progress=progress,
+        )
+        rows += found
+        _keep(record, found, places)
+    if sizes.judge:
+        record.checks += checks.judge_loopback(rows)
+
+
+def _latency(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
+    cell = NAMED_CELLS["wan-clean"]
+    with emulated(cell, workdir, progress) as place:
+        found = latency.measure(place, cell, sizes.latency_bytes, sizes.repetitions, progress)
+        record.add_place(place.describe())
+    record.measures["latency"] = found
+    if sizes.judge:
+        record.checks += latency.judge(found)
+
+
+def _host(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
+    found = host.measure(workdir, sizes.host_s, sizes.loopback_repetitions, progress)
+    record.measures["host"] = found
+    if sizes.judge:
+        record.checks += host.judge(found)
+
+
+def _keep(record: Record, rows: list[Row], places: list[dict[str, Any]]) -> None:
+    record.rows += rows
+    for place in places:
+        record.add_place(place)
