@@ -14,7 +14,7 @@ K_LOSS_FORM = re.compile(r"(?P<value>\d+(\.\d+)?([eE]-?\d+)?)(?P<percent>%?)(:bu
 
 @dataclass(frozen=True)
 class Loss:
-    """Packet loss of one direction: independent, or in bursts (Gilbert-Elliott, all lost in the bad state)."""
+    """Packet loss of one direction: independent, or in bursts (Gilbert-Elliott; the bad state loses all)."""
 
     fraction: float
     """Long-run share of packets lost, 0 to 1."""

@@ -25,7 +25,7 @@ class HostLoop:
         self._rounds_s: list[float] = []
 
     def start(self, core: int | None = None) -> None:
-        """`core`: the one that the loop's thread keeps to; the process's other threads stay where they are."""
+        """`core`: the one that the loop's thread keeps to; the process's other threads stay as they are."""
         self._core = core
         self._stopping.clear()
         self._rounds_s = []

@@ -1,4 +1,4 @@
-"""Time from the last byte ready to success at the receiver, on a link that has rested and on one that hasn't."""
+"""Time from the last byte ready to success at the receiver, on a link that has rested or hasn't."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ K_EXPERIMENT = "bench"
 
 
 class Record:
-    """Rows and checks as they come, written after each part so that a run cut short keeps what it measured."""
+    """Rows and checks as they come, written after each part so that one cut short keeps what it measured."""
 
     def __init__(self, results: Path) -> None:
         self._started = datetime.now(UTC)
@@ -35,7 +35,7 @@ class Record:
         return write_run(self.run(), self.folder)
 
     def run(self) -> Run:
-        """As run.json has it. Each repetition holds its samples; `rows` holds a row for each engine and cell."""
+        """As run.json has it: repetitions hold their samples, `rows` has a row for each engine and cell."""
         emulations = [place["emulation"] for place in self._places if place["emulation"] != "none"]
         run = Run(
             experiment=K_EXPERIMENT,

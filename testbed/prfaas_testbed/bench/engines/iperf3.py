@@ -68,7 +68,7 @@ class Iperf3(Engine):
         return _sample(received, sent)
 
     def _send(self, argv: list[str], timeout_s: float) -> dict[str, Any]:
-        """The client's report; the server needs a moment to listen, so a refused connection is tried again."""
+        """The client's report; the server needs a moment to listen, so it is tried again when refused."""
         deadline = time.monotonic() + 5
         while True:
             client = self._place.popen("sender", argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
