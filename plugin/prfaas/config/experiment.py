@@ -179,6 +179,9 @@ class Control(Strict):
 
     name: Name
     fault: Literal["zero_kv", "drop_page"]
+    model: Name | None = None
+    """With this model only; with each where absent. A real prefill server takes most of a minute to start
+    anew."""
     requests: Annotated[int, Field(ge=1, le=16)] = 2
 
 

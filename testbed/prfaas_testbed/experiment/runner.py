@@ -157,7 +157,8 @@ class Runner:
             for index in range(self.experiment.repetitions):
                 self.repetition(net, fleet, requests, index)
             for control in self.experiment.controls:
-                self.control(net, fleet, control)
+                if control.model in (None, model.name):
+                    self.control(net, fleet, control)
         finally:
             fleet.stop()
 
