@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from prfaas.config.loading import Strict
+from prfaas.config.policy import LinkAdmission
 
 K_LOOPBACK = ("127.", "::1", "localhost")
 
@@ -54,19 +55,22 @@ class FaultConfig(Strict):
     """Zero every n-th block before its checksum is taken (a fault no checksum of ours can see); 0: never."""
 
 
-class LedgerConfig(Strict):
-    """One outgoing link of this site, and the pump that keeps its ledger."""
+class LinkConfig(Strict):
+    """One outgoing link of this site: how it is promised, and which pump keeps its ledger."""
 
-    link: str
-    """Name of the link."""
     peer_site: str
     """The site at its other end."""
     host: str = ""
-    """host:port of the pump that hosts the ledger; empty: this one."""
-    capacity_bps: float | None = Field(None, gt=0)
-    """Upper bound of the link's rate in bits per second; None: what is measured."""
-    floor_bps: float = Field(1e6, gt=0)
-    """What this pump may use while the ledger can't be reached, bits per second."""
+    """host:port of the pump that keeps the ledger, as this one dials it; empty: this one."""
+    admission: LinkAdmission
+    """How it is estimated and shared."""
+
+    @field_validator("host")
+    @classmethod
+    def _host_is_address(cls, value: str) -> str:
+        if value:
+            split_address(value)
+        return value
 
 
 class PumpConfig(Strict):
@@ -95,12 +99,15 @@ class PumpConfig(Strict):
     """Memory for blocks that an owner must copy itself (device memory), over all leases."""
     stall_s: float = Field(1.5, gt=0, le=60)
     """A stream that delivers nothing for this long (or 8 RTT, if longer) is replaced."""
+    nice: int = Field(-10, ge=-20, le=19)
+    """Scheduling priority asked for; below 0 it takes a privilege, without which it stays as it is."""
     idle_exit_s: float = Field(60.0, gt=0)
     """A pump that a server started ends after so long without clients."""
     max_transfers: int = Field(65536, ge=1)
     metrics: str = ""
     """host:port of the Prometheus page; empty: none."""
-    ledgers: tuple[LedgerConfig, ...] = ()
+    links: tuple[LinkConfig, ...] = ()
+    """Outgoing links whose rate is promised and shared; others are used as they come."""
     protocol_versions: tuple[int, int] = (1, 2)
     """Oldest and newest protocol version spoken."""
     faults: FaultConfig | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,11 @@ def run(config: PumpConfig, *, persistent: bool) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    try:
+        # The bytes of all servers wait for this process, and it never works for long at a time.
+        os.setpriority(os.PRIO_PROCESS, 0, config.nice)
+    except OSError:
+        pass  # below 0 takes a privilege (CAP_SYS_NICE); without it the default serves
     pump = Pump(config, persistent=persistent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: pump.stop())

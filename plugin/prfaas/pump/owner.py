@@ -8,6 +8,7 @@ import selectors
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,6 +24,7 @@ from prfaas.transfer.segments import U64, Plan, Ranges, iov
 from prfaas.transfer.sending import Completed, SendEvent
 
 if TYPE_CHECKING:
+    from prfaas.pump.desk import LinkDesk
     from prfaas.pump.server import Pump
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,14 @@ def _u64(data: bytes) -> U64:
     return np.frombuffer(data, dtype="<u8").astype(np.uint64, copy=False)
 
 
+@dataclass(slots=True)
+class Promised:
+    """An offer of this server, and its bytes not yet acknowledged in whole transfers."""
+
+    desk: LinkDesk
+    left_bytes: int
+
+
 class Owner:
     """See the module. Its key in the core is its owner token."""
 
@@ -47,6 +57,11 @@ class Owner:
         self.registered = Ranges()
         self.transfers: dict[int, str] = {}
         self.leases: set[int] = set()
+        self.offers: dict[str, Promised] = {}
+        self.promised: dict[int, str] = {}
+        """Transfer to the offer it was admitted by."""
+        self.closing: set[int] = set()
+        """Transfers that end their offer's promise: the last ones of their rooms."""
         self._sock = sock
         self._inbox = m.Inbox()
         self._out = bytearray()
@@ -145,6 +160,10 @@ class Owner:
                     self.pump.peer(address, now).cancel(
                         message.transfer_id, FailureReason.CANCELLED, "by the sender", now
                     )
+            case m.Offer():
+                self._offer(message, now)
+            case m.Release():
+                self._release(message.key, now)
             case m.Prepare():
                 self.pump.peer(message.address, now).prepare(now)
             case m.AskStats():
@@ -215,6 +234,10 @@ class Owner:
             if not self.registered.holds(iov(src, length)):
                 raise PrfaasError("a source that isn't registered")
             self.transfers[message.transfer_id] = message.address
+            if message.offer:
+                self.promised[message.transfer_id] = message.offer
+                if message.count:
+                    self.closing.add(message.transfer_id)
             self.pump.peer(message.address, now).submit(
                 message.site,
                 message.transfer_id, opening, lambda block_bytes: Plan(src, dst, length, block_bytes),
@@ -223,13 +246,59 @@ class Owner:
             )  # fmt: skip
         except (PrfaasError, ValueError) as error:
             self.transfers.pop(message.transfer_id, None)
+            self._release(self.promised.pop(message.transfer_id, ""), now)
             reason = (
                 FailureReason.BAD_REQUEST if "registered" not in str(error) else FailureReason.SOURCE_REFUSED
             )
             self.send(m.Ended(message.transfer_id, False, reason.value, str(error), 0, 0, 0.0))
 
+    def _offer(self, message: m.Offer, now: float) -> None:
+        desk = self.pump.desks.get(message.site)
+        if desk is None:
+            # Nobody keeps promises on that link: what comes may go.
+            self.send(m.OfferNews(message.key, "admitted", finish_in_s=None))
+            return
+        key = f"{self.token.hex()}/{message.key}"
+        self.offers[message.key] = Promised(desk, message.size_bytes)
+        body = {
+            "size_bytes": message.size_bytes,
+            "deadline_s": message.deadline_s,
+            "first_in_s": message.first_in_s,
+            "ready_in_s": message.ready_in_s,
+            "may_queue": message.may_queue,
+        }  # fmt: skip
+        desk.offer(key, body, lambda _, what: self.send(m.OfferNews(message.key, **what)), now)
+
+    def _release(self, key: str, now: float) -> None:
+        offer = self.offers.pop(key, None)
+        if offer is not None:
+            offer.desk.release(f"{self.token.hex()}/{key}", now)
+
+    def tell_progress(self, now: float) -> None:
+        """Let the ledger know what is still to come of the transfers it has promised."""
+        acked: dict[str, int] = {}
+        for transfer_id, key in self.promised.items():
+            address = self.transfers.get(transfer_id)
+            if address is not None:
+                sending = self.pump.peer(address, now).sending
+                acked[key] = acked.get(key, 0) + sending.acknowledged_bytes(transfer_id)
+        for key, acked_bytes in acked.items():
+            offer = self.offers.get(key)
+            if offer is not None:
+                left = max(0, offer.left_bytes - acked_bytes)
+                offer.desk.progress(f"{self.token.hex()}/{key}", left, now)
+
     def _ended(self, event: SendEvent) -> None:
         self.transfers.pop(event.transfer_id, None)
+        key = self.promised.pop(event.transfer_id, "")
+        if key in self.offers:
+            offer, now = self.offers[key], self.pump.loop.now()
+            offer.left_bytes = max(0, offer.left_bytes - event.payload_bytes)
+            if event.transfer_id in self.closing or not isinstance(event, Completed):
+                self._release(key, now)
+            else:
+                offer.desk.progress(f"{self.token.hex()}/{key}", offer.left_bytes, now)
+        self.closing.discard(event.transfer_id)
         ok = isinstance(event, Completed)
         reason, detail = ("", "") if isinstance(event, Completed) else (event.reason.value, event.detail)
         self.pump.count_ended(event)
@@ -259,6 +328,8 @@ class Owner:
             self.pump.peer(address, now).cancel(
                 transfer_id, FailureReason.OWNER_GONE, "the sender has gone", now
             )
+        for key in list(self.offers):
+            self._release(key, now)
         self.pump.detach(self, now)
         if self._memory is not None:
             self._memory.close()

@@ -50,7 +50,7 @@ K_BACKOFF_FIRST_S = 0.05
 K_BACKOFF_MOST_S = 1.0
 K_REFUSED_S = 10.0
 K_UNTRUSTED_TRIES = 3
-K_UNSENT_S = 0.03
+K_UNSENT_S = 0.06
 K_CUT_S = 0.02
 K_HEDGE_S = 0.1
 _serial = itertools.count(1)
@@ -75,7 +75,7 @@ class Peer(Handler):
         self._first_failure_s: float | None = None
         self._refused = False
         self._untrusted = 0
-        self._keep_warm = False
+        self._keep_warm = self._paced = False
         self._blocks_sent = 0
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
@@ -234,7 +234,7 @@ class Peer(Handler):
     def on_ready(self, stream: Stream, now: float) -> None:
         stream.sample(now)
         stream.set_congestion_control(self.pump.config.congestion_control)
-        stream.set_unsent(K_UNSENT_S)
+        stream.set_unsent(K_UNSENT_S, max(1, self.n_ready))
         self._failures = self._untrusted = 0
         self._first_failure_s = None
         self._next_dial_s = now
@@ -269,10 +269,18 @@ class Peer(Handler):
         self.kick(now)
 
     def next_block(self, stream: Stream, now: float) -> int:
+        desk = self.pump.desks.get(self.site)
+        if desk is not None and (wait_s := desk.wait_s(now)) > 0:
+            if not self._paced:
+                self._paced = True
+                self.pump.loop.call_at(now + wait_s, self._resume)
+            return 0
         while True:
             draw = self.sending.draw(stream.index, now)
             if draw is None:
                 return 0
+            if desk is not None:
+                desk.spent(draw.payload_bytes)
             memory, guard, _ = self._sources[draw.transfer_id]
             piece = self.sending.plan(draw.transfer_id).block(draw.block_id)
             table = encode_table(piece.destination, stream.version)
@@ -324,6 +332,10 @@ class Peer(Handler):
             if faults and faults.cut_every_blocks and self._blocks_sent % faults.cut_every_blocks == 0:
                 self.pump.loop.call_at(now + K_CUT_S, lambda when: stream.lose("cut by a test", when))
             return end
+
+    def _resume(self, now: float) -> None:
+        self._paced = False
+        self.kick(now)
 
     def on_lost(self, stream: Stream, reason: str, now: float) -> None:
         was_ready = self.boot is not None and stream.peer_site != ""
@@ -381,7 +393,7 @@ class Peer(Handler):
                 stream.lose(f"no answer ({stream.state.value})", now)
             return
         stream.sample(now)
-        stream.set_unsent(K_UNSENT_S)
+        stream.set_unsent(K_UNSENT_S, max(1, self.n_ready))
         rtt_s = stream.info.rtt_s if stream.info else 0.0
         if now - stream.progress_s > max(self.pump.config.stall_s, 8 * rtt_s):
             stream.lose(f"nothing was acknowledged for {now - stream.progress_s:.1f} s", now)

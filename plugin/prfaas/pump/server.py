@@ -15,6 +15,7 @@ from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import MachineError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import tcpinfo
+from prfaas.pump.desk import LinkDesk
 from prfaas.pump.inbound import Inbound
 from prfaas.pump.loop import Loop
 from prfaas.pump.owner import Owner
@@ -22,7 +23,7 @@ from prfaas.pump.peer import Peer
 from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Stream
 from prfaas.pump.trust import Trust
 from prfaas.pump_client import messages as m
-from prfaas.transfer.frames import Hello
+from prfaas.transfer.frames import FrameType, Hello, LedgerMessage, decode_message, message_frame
 from prfaas.transfer.receiving import Broken, ReceiveEvent, Receiving
 from prfaas.transfer.sending import Completed, SendEvent
 
@@ -82,7 +83,9 @@ class Pump:
         self.address = self._advertised(host, port)
         self.loop.add(self._listener.fileno(), R, _Acceptor(self._listener, self._accept_peer))
         self.loop.add(self._control.fileno(), R, _Acceptor(self._control, self._accept_server))
-        self.loop.call_at(self.loop.now() + K_TICK_S, self._tick)
+        now = self.loop.now()
+        self.desks = {link.peer_site: LinkDesk(self, link, now) for link in config.links}
+        self.loop.call_at(now + K_TICK_S, self._tick)
 
     def _listen(self) -> socket.socket:
         host, port = split_address(self.config.listen)
@@ -168,8 +171,23 @@ class Pump:
             self._peers[address] = Peer(self, address, now)
         return self._peers[address]
 
+    def peers_of(self, site: str) -> list[Peer]:
+        """The peers that are pumps of the site."""
+        return [p for p in self._peers.values() if site in (p.site, p.wanted_site)]
+
     def on_ledger_frame(self, stream: Stream, body: memoryview, now: float) -> None:
-        raise RemoteProtocolError("no ledger is hosted here")
+        """A question to a ledger kept here, or an answer to one of ours."""
+        message = decode_message(body, LedgerMessage)
+        for desk in self.desks.values():
+            if str(desk.link) == message.link:
+                if message.request:
+                    desk.on_question(stream, message, now)
+                else:
+                    desk.on_answer(message, now)
+                return
+        if message.request:
+            error = LedgerMessage(message.link, False, message.serial, {"error": "no such link here"})
+            stream.send_control(message_frame(stream.version, FrameType.LEDGER, error))
 
     # Servers
 
@@ -273,6 +291,7 @@ class Pump:
             "address": self.address, "site": self.config.site, "pid": os.getpid(), "peers": peers,
             "inbound": {**inbound, **total}, "ended": dict(self.ended), "leases": self.receiving.n_leases,
             "incoming": self.receiving.n_transfers, "clients": len(self._owners),
+            "links": [d.status(now) for d in self.desks.values()],
             "cpu_user_s": cpu.user, "cpu_system_s": cpu.system,
         }  # fmt: skip
 
@@ -281,6 +300,8 @@ class Pump:
     def _tick(self, now: float) -> None:
         for event in self.receiving.tick(now):
             self.on_receive_event(event, now)
+        for owner in self._owners.values():
+            owner.tell_progress(now)
         if self._owners:
             self._last_client_s = now
         elif not self._persistent and now - self._last_client_s > self.config.idle_exit_s:

@@ -41,8 +41,9 @@ K_TURN_BYTES = 2 << 20
 """Most bytes read or written in one turn."""
 K_QUEUE_MAX_BYTES = 8 << 20
 """A peer that doesn't read our answers to its own frames loses the stream."""
-K_UNSENT_FIRST_BYTES = 128 * 1024
+K_UNSENT_FIRST_BYTES = 256 * 1024
 K_UNSENT_LEAST_BYTES = 64 * 1024
+K_UNSENT_SHARED_BYTES = 1 << 20
 K_UNSENT_MOST_BYTES = 4 << 20
 K_SMALL_BUFFER_BYTES = K_CONTROL_MAX_BYTES
 K_LARGE_BUFFER_BYTES = K_BLOCK_MAX_BYTES + K_TABLE_MAX_BYTES
@@ -399,7 +400,7 @@ class Stream:
         rtt_s = self.info.min_rtt_s if self.info else 0.0
         self.congestion_control = tcpinfo.set_congestion_control(self._sock, wanted, rtt_s)
 
-    def set_unsent(self, wait_s: float) -> None:
+    def set_unsent(self, wait_s: float, n_streams: int) -> None:
         """Let the kernel hold `wait_s` of the stream's rate unsent: enough to outlast our absence, and no
         more, for what it holds can't be overtaken by a more urgent block.
         """
@@ -408,7 +409,9 @@ class Stream:
         wanted = K_UNSENT_MOST_BYTES
         if self.info.min_rtt_s >= tcpinfo.K_LONG_PATH_S:
             wanted = int(self.info.delivery_rate_bps / 8 * wait_s)
-        wanted = max(K_UNSENT_LEAST_BYTES, min(K_UNSENT_MOST_BYTES, wanted))
+        # A rate measured while too little was unsent is too low: without a floor each holds down the other.
+        least = max(K_UNSENT_LEAST_BYTES, K_UNSENT_SHARED_BYTES // n_streams)
+        wanted = max(least, min(K_UNSENT_MOST_BYTES, wanted))
         if not self._unsent_bytes / 1.5 < wanted < self._unsent_bytes * 1.5:
             self._unsent_bytes = wanted
             tcpinfo.set_notsent_lowat(self._sock, wanted)

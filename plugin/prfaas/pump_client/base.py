@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from numpy.typing import ArrayLike
 
+from prfaas.model.decisions import RefusalReason, Verdict
 from prfaas.model.transfer import LeaseGrant, Outcome, TransferKind
 
 Region = tuple[int, int]
@@ -57,6 +58,54 @@ class Transfer:
         for callback in callbacks:
             callback(self)
         return True
+
+
+class Offer:
+    """A transfer's place on a link, asked for before there are bytes: admitted, queued, or refused with a
+    reason.
+
+    A queued one is admitted later by itself, or refused; an admitted one may be told that it will be late
+    (`late`).
+    """
+
+    def __init__(self, key: str, site: str) -> None:
+        self.key, self.site = key, site
+        self.verdict: Verdict | None = None
+        self.reason: RefusalReason | None = None
+        self.retry_after_s: float | None = None
+        self.finish_in_s: float | None = None
+        """When the transfer is predicted to be through, counted from when that was said."""
+        self.late = self.alone = False
+        self._changed = threading.Condition()
+        self._callbacks: list[Callable[[Offer], None]] = []
+
+    def wait(self, timeout_s: float | None = None) -> Verdict | None:
+        """The first decision (admitted, queued or refused); None when there is none in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.verdict is not None, timeout_s)
+        return self.verdict
+
+    def add_callback(self, callback: Callable[[Offer], None]) -> None:
+        """Call it at every change, on the client's own thread; at once if there was one."""
+        with self._changed:
+            self._callbacks.append(callback)
+            known = self.verdict is not None
+        if known:
+            callback(self)
+
+    def hear(self, verdict: str, reason: str, retry_after_s: float | None, finish_in_s: float | None) -> None:
+        """For the client: the ledger's word."""
+        with self._changed:
+            self.late = verdict == "late"
+            if not self.late:
+                self.verdict = Verdict(verdict)
+                self.reason = RefusalReason(reason) if reason else None
+                self.retry_after_s = retry_after_s
+            self.finish_in_s = finish_in_s
+            callbacks = list(self._callbacks)
+            self._changed.notify_all()
+        for callback in callbacks:
+            callback(self)
 
 
 class Arrival:
@@ -151,6 +200,7 @@ class PumpClient(ABC):
     def submit(
         self, grant: LeaseGrant, sources: ArrayLike, destinations: ArrayLike, lengths: ArrayLike, *,
         kind: TransferKind, deadline_s: float, last: bool = False, source: str = "",
+        offer: Offer | None = None,
     ) -> Transfer:  # fmt: skip
         """Send segments, sources[i] (ours) to destinations[i] (the lease's), asynchronously.
 
@@ -169,6 +219,22 @@ class PumpClient(ABC):
         deadline_s: float,
     ) -> Transfer:
         """As `submit`, to memory that the peer has registered, without a lease (Mooncake's contract)."""
+
+    @abstractmethod
+    def offer(
+        self, site: str, size_bytes: int, deadline_s: float, *,
+        first_in_s: float = 0.0, ready_in_s: float = 0.0,
+        may_queue: bool = True,
+    ) -> Offer:  # fmt: skip
+        """Ask the ledger of the link to `site` whether `size_bytes` may be through within `deadline_s`.
+
+        The bytes come into being from first_in_s to ready_in_s. Where no ledger is configured it is admitted.
+        Give it to `submit`, which ends its promise with the transfer, or to `release`.
+        """
+
+    @abstractmethod
+    def release(self, offer: Offer) -> None:
+        """Its bytes won't come. A second call does nothing."""
 
     @abstractmethod
     def cancel(self, transfer: Transfer) -> None:

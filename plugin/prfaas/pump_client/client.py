@@ -17,19 +17,21 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
 
 from prfaas.config.pump import PumpConfig
+from prfaas.model.decisions import Verdict
 from prfaas.model.errors import LocalProtocolError, MachineError, PrfaasError
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
 from prfaas.pump_client import launch
 from prfaas.pump_client import messages as m
-from prfaas.pump_client.base import Arrival, Lease, PumpClient, Region, Transfer
+from prfaas.pump_client.base import Arrival, Offer, PumpClient, Region, Transfer
 from prfaas.pump_client.guard import GuardTable
+from prfaas.pump_client.lease import LocalLease
 from prfaas.transfer.segments import Ranges, as_u64, iov
 
 log = logging.getLogger(__name__)
@@ -38,70 +40,7 @@ K_PR_SET_PTRACER = 0x59616D61
 K_ATTACH_S = 10.0
 K_RESTART_PAUSE_S = 0.1
 K_READ_BYTES = 1 << 18
-
-
-class LocalLease(Lease):
-    """See Lease. Completion is counted here, so that it outlives a pump."""
-
-    def __init__(
-        self, client: LocalPumpClient, grant: LeaseGrant, message: m.Grant, expected: int, expires_s: float
-    ) -> None:
-        self.grant = grant
-        self.message, self.expires_s = message, expires_s
-        self._client, self._expected = client, expected
-        self._arrivals: dict[int, Arrival] = {}
-        self._failure: Arrival | None = None
-        self._changed = threading.Condition()
-        self._callbacks: list[Callable[[Lease], None]] = []
-        self.revoked = False
-
-    @property
-    def complete(self) -> bool:
-        done: dict[str, int] = {}
-        count: dict[str, int] = {}
-        for arrival in list(self._arrivals.values()):
-            done[arrival.source] = done.get(arrival.source, 0) + 1
-            count[arrival.source] = max(count.get(arrival.source, 0), arrival.count)
-        return sum(0 < count[s] <= n for s, n in done.items()) >= self._expected
-
-    @property
-    def failure(self) -> Arrival | None:
-        return self._failure
-
-    @property
-    def arrivals(self) -> list[Arrival]:
-        return list(self._arrivals.values())
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self.complete or self._failure or self.revoked, timeout_s)
-        return self.complete
-
-    def add_callback(self, callback: Callable[[Lease], None]) -> None:
-        with self._changed:
-            self._callbacks.append(callback)
-            ready = bool(self._arrivals) or self._failure is not None
-        if ready:
-            callback(self)
-
-    def revoke(self) -> None:
-        self._client.revoke(self)
-
-    def arrived(self, arrival: Arrival) -> None:
-        """For the client: the pump's word on one transfer."""
-        with self._changed:
-            if arrival.ok:
-                self._arrivals.setdefault(arrival.transfer_id, arrival)
-            elif self._failure is None and not self.revoked:
-                self._failure = arrival
-            self._changed.notify_all()
-            callbacks = list(self._callbacks)
-        for callback in callbacks:
-            callback(self)
-
-    def wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+K_ROOMS_UNDER_WAY = 65536
 
 
 class LocalPumpClient(PumpClient):
@@ -117,6 +56,7 @@ class LocalPumpClient(PumpClient):
         self._transfers: dict[int, tuple[Transfer, m.Submit, float]] = {}
         self._leases: dict[int, LocalLease] = {}
         self._replies: dict[int, tuple[threading.Event, list[m.Reply]]] = {}
+        self._offers: dict[str, Offer] = {}
         self._counts: dict[tuple[int, str], int] = {}
         self._serials = itertools.count(1)
         self._ids = itertools.count(secrets.randbits(31) << 32 | 1)
@@ -191,7 +131,7 @@ class LocalPumpClient(PumpClient):
             self._attached.window_bytes,
             self.site,
         )
-        lease = LocalLease(self, grant, message, expected_sources, time.monotonic() + deadline_s)
+        lease = LocalLease(self.revoke, grant, message, expected_sources, time.monotonic() + deadline_s)
         with self._lock:
             self._leases[message.lease_id] = lease
             self._send(message)
@@ -211,24 +151,19 @@ class LocalPumpClient(PumpClient):
     def submit(
         self, grant: LeaseGrant, sources: ArrayLike, destinations: ArrayLike, lengths: ArrayLike, *,
         kind: TransferKind, deadline_s: float, last: bool = False, source: str = "",
+        offer: Offer | None = None,
     ) -> Transfer:  # fmt: skip
         with self._lock:
             key = (grant.lease_id, source)
-            index = self._counts.get(key, 0)
-            self._counts[key] = index + 1
-            if last:
-                del self._counts[key]
+            index = self._counts.pop(key, 0)
+            if not last:
+                self._counts[key] = index + 1
+                if len(self._counts) > K_ROOMS_UNDER_WAY:
+                    del self._counts[next(iter(self._counts))]
             return self._submit(
-                grant,
-                sources,
-                destinations,
-                lengths,
-                kind,
-                deadline_s,
-                index,
-                index + 1 if last else 0,
-                source,
-            )
+                grant, sources, destinations, lengths, kind, deadline_s, index, index + 1 if last else 0,
+                source, offer.key if offer else "",
+            )  # fmt: skip
 
     def submit_raw(
         self,
@@ -247,11 +182,13 @@ class LocalPumpClient(PumpClient):
         if not mark:
             raise LocalProtocolError(f"{session_id!r} names no client of a pump")
         with self._lock:
-            return self._submit(grant, sources, destinations, lengths, TransferKind.RAW, deadline_s, 0, 0, "")
+            return self._submit(
+                grant, sources, destinations, lengths, TransferKind.RAW, deadline_s, 0, 0, "", ""
+            )
 
     def _submit(
         self, grant: LeaseGrant, sources: ArrayLike, destinations: ArrayLike, lengths: ArrayLike,
-        kind: TransferKind, deadline_s: float, index: int, count: int, source: str,
+        kind: TransferKind, deadline_s: float, index: int, count: int, source: str, offer: str,
     ) -> Transfer:  # fmt: skip
         transfer = Transfer(next(self._ids))
         src, dst, size = (as_u64(x).tobytes() for x in (sources, destinations, lengths))
@@ -259,7 +196,7 @@ class LocalPumpClient(PumpClient):
         message = m.Submit(
             transfer.transfer_id, grant.address, grant.room, grant.generation, grant.lease_id, grant.token,
             grant.window_bytes, kind.value, deadline_s, src, dst, size, slot, word, index, count, source,
-            grant.site,
+            grant.site, offer,
         )  # fmt: skip
         self._transfers[transfer.transfer_id] = (transfer, message, time.monotonic() + deadline_s)
         self._send(message)
@@ -273,6 +210,22 @@ class LocalPumpClient(PumpClient):
         if entry is not None:
             self._guards.withdraw(entry[1].guard_slot, entry[1].guard_word)
             self._end(transfer.transfer_id, Outcome(False, FailureReason.CANCELLED, "by this server"))
+
+    def offer(
+        self, site: str, size_bytes: int, deadline_s: float, *,
+        first_in_s: float = 0.0, ready_in_s: float = 0.0,
+        may_queue: bool = True,
+    ) -> Offer:  # fmt: skip
+        with self._lock:
+            offer = Offer(str(next(self._serials)), site)
+            self._offers[offer.key] = offer
+            self._send(m.Offer(offer.key, site, size_bytes, deadline_s, first_in_s, ready_in_s, may_queue))
+        return offer
+
+    def release(self, offer: Offer) -> None:
+        with self._lock:
+            if self._offers.pop(offer.key, None) is not None:
+                self._send(m.Release(offer.key))
 
     def prepare(self, address: str) -> None:
         with self._lock:
@@ -298,6 +251,8 @@ class LocalPumpClient(PumpClient):
             entry = self._transfers.pop(transfer_id, None)
         if entry is not None:
             transfer, message, _ = entry
+            if message.count or not outcome.ok:
+                self._offers.pop(message.offer, None)
             self._guards.withdraw(message.guard_slot, message.guard_word)
             transfer.end(outcome)
 
@@ -430,6 +385,14 @@ class LocalPumpClient(PumpClient):
                     entry[0].set()
                 elif message.error:
                     log.warning("the pump refused: %s", message.error)
+            case m.OfferNews():
+                with self._lock:
+                    offer = self._offers.get(message.key)
+                    if offer is not None and message.verdict == Verdict.REFUSED.value:
+                        del self._offers[message.key]
+                if offer is not None:
+                    offer.alone = message.alone
+                    offer.hear(message.verdict, message.reason, message.retry_after_s, message.finish_in_s)
             case m.Refused():
                 log.warning("the pump ends the connection: %s", message.error)
 

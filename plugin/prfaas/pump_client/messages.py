@@ -82,6 +82,24 @@ class Submit(Message, tag="submit"):
     count: int = 0
     source: str = ""
     site: str = ""
+    offer: str = ""
+    """The offer that the ledger took, if any: its promise shrinks with what is acknowledged."""
+
+
+class Offer(Message, tag="offer"):
+    """Ask the ledger of the link to `site` for a place, before there are any bytes."""
+
+    key: str
+    site: str
+    size_bytes: int
+    deadline_s: float
+    first_in_s: float
+    ready_in_s: float
+    may_queue: bool
+
+
+class Release(Message, tag="release"):
+    key: str
 
 
 class Cancel(Message, tag="cancel"):
@@ -99,6 +117,18 @@ class AskStats(Message, tag="stats"):
 
 
 # From the pump
+
+
+class OfferNews(Message, tag="offer_news"):
+    """How an offer stands: admitted, queued, refused, or late."""
+
+    key: str
+    verdict: str
+    reason: str = ""
+    retry_after_s: float | None = None
+    finish_in_s: float | None = None
+    alone: bool = False
+    """The ledger couldn't be reached: promised against this pump's floor."""
 
 
 class Attached(Message, tag="attached"):
@@ -150,8 +180,10 @@ class Refused(Message, tag="refused"):
     error: str
 
 
-ToPump = Attach | Register | Deregister | Grant | Revoke | Submit | Cancel | Prepare | AskStats
-ToServer = Attached | Reply | Ended | Arrived | Refused
+ToPump = (
+    Attach | Register | Deregister | Grant | Revoke | Submit | Cancel | Prepare | AskStats | Offer | Release
+)
+ToServer = Attached | Reply | Ended | Arrived | Refused | OfferNews
 
 _to_pump = msgspec.msgpack.Decoder(ToPump)
 _to_server = msgspec.msgpack.Decoder(ToServer)

@@ -138,6 +138,11 @@ class Sending:
         """Acknowledged bytes of the transfers that are still under way."""
         return sum(t.acked_bytes for t in self._transfers.values())
 
+    def acknowledged_bytes(self, transfer_id: int) -> int:
+        """Bytes of a transfer that the receiver has acknowledged; 0 when it isn't under way."""
+        t = self._transfers.get(transfer_id)
+        return t.acked_bytes if t is not None else 0
+
     def plan(self, transfer_id: int) -> Plan:
         return self._transfers[transfer_id].plan
 

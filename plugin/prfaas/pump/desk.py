@@ -1,0 +1,361 @@
+"""One outgoing link of this pump: what is measured on it, this pump's share of its rate, and its ledger.
+
+The pump that a site's configuration names keeps the ledger (admission/: estimate, promises, shares); the
+site's other pumps reach it over their own streams, and report to it what they see. While it can't be reached
+a pump uses no more than its floor, and promises against that alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from prfaas.admission import (
+    Admitted,
+    Expired,
+    Ledger,
+    LedgerEvent,
+    LinkEstimator,
+    Share,
+    ShareBook,
+    ShareHolder,
+)
+from prfaas.config.pump import LinkConfig
+from prfaas.model.decisions import AdmissionDecision, Verdict
+from prfaas.model.errors import LocalProtocolError
+from prfaas.model.ids import LinkId
+from prfaas.model.observations import LinkEstimate, LinkObservation
+from prfaas.pump.stream import Stream
+from prfaas.transfer.frames import FrameType, LedgerMessage, message_frame
+
+if TYPE_CHECKING:
+    from prfaas.pump.peer import Peer
+    from prfaas.pump.server import Pump
+
+log = logging.getLogger(__name__)
+
+K_TICK_S = 0.1
+K_SILENT_S = 1.0
+"""A ledger's host that hasn't answered for so long can't be reached."""
+K_OVER = 1.1
+"""How far above its share a pump may send: less would never show that a link carries more than was believed.
+"""
+K_BURST_S = 0.02
+K_ENDLESS_BPS = 1e15
+News = Callable[[str, dict[str, Any]], None]
+"""(transfer, what): how an offer stands now."""
+
+
+def decision_body(decision: AdmissionDecision) -> dict[str, Any]:
+    finish = decision.finish_by_s
+    return {
+        "verdict": decision.verdict.value,
+        "reason": decision.reason.value if decision.reason else "",
+        "retry_after_s": decision.retry_after_s,
+        "finish_in_s": None if finish is None or math.isinf(finish) else finish - decision.at_s,
+    }
+
+
+class LedgerHost:
+    """A link's ledger, estimate and shares, kept here for all of the site's pumps."""
+
+    def __init__(self, link: LinkId, config: LinkConfig, now: float) -> None:
+        self.link, self.config = link, config.admission
+        self.estimator = LinkEstimator(link, config.admission, now)
+        self.ledger = Ledger(link, 0.0, queue_limit=config.admission.queue_limit)
+        self.book = ShareBook(link, config.admission)
+        self._tell: dict[str, tuple[str, News]] = {}
+        self._seen_s: dict[str, float] = {}
+        self._set_capacity(now)
+
+    def report(self, seen: LinkObservation, demand_bps: float, now: float) -> Share | None:
+        """A pump says what it saw and would like; its new share, None when too many pumps hold one."""
+        self._seen_s[seen.sender] = now
+        for event in self.estimator.on_observation(seen):
+            log.info("link %s: %s", self.link, event)
+        self._set_capacity(now)
+        try:
+            return self.book.renew(seen.sender, demand_bps, now=now)
+        except LocalProtocolError as error:
+            log.warning("%s", error)
+            return None
+
+    def offer(self, pump: str, key: str, body: dict[str, Any], news: News, now: float) -> dict[str, Any]:
+        """A transfer asks for its place; the ledger's answer. `news` hears what becomes of it later."""
+        self._seen_s.setdefault(pump, now)
+        first_in_s, ready_in_s = float(body.get("first_in_s", 0.0)), float(body.get("ready_in_s", 0.0))
+        decision = self.ledger.offer(
+            key, int(body["size_bytes"]), now + float(body["deadline_s"]), now=now, first_s=now + first_in_s,
+            ready_s=now + ready_in_s, may_queue=bool(body.get("may_queue", True)),
+        )  # fmt: skip
+        if decision.verdict is not Verdict.REFUSED:
+            self._tell[key] = (pump, news)
+        return decision_body(decision)
+
+    def progress(self, key: str, remaining_bytes: int, now: float) -> None:
+        if self.ledger.holds(key) is Verdict.ADMITTED:
+            self._news(self.ledger.on_progress(key, remaining_bytes, now=now), now)
+
+    def release(self, key: str, now: float) -> None:
+        self._tell.pop(key, None)
+        if self.ledger.holds(key) is not None:
+            self._news(self.ledger.release(key, now=now), now)
+
+    def tick(self, now: float) -> None:
+        for event in self.estimator.on_timer(now):
+            log.info("link %s: %s", self.link, event)
+        self._set_capacity(now)
+        # What a pump that has gone was promised serves nobody.
+        for pump, seen_s in list(self._seen_s.items()):
+            if now - seen_s > 5 * self.config.share_ttl_s:
+                del self._seen_s[pump]
+                self.estimator.forget_sender(pump)
+                for key in [k for k, (holder, _) in self._tell.items() if holder == pump]:
+                    self.release(key, now)
+
+    def _set_capacity(self, now: float) -> None:
+        usable_bps = self.estimator.estimate(now).usable_bps
+        self.book.set_capacity(usable_bps)
+        self._news(self.ledger.set_capacity(usable_bps * (1 - self.config.headroom), now=now), now)
+
+    def _news(self, events: list[LedgerEvent], now: float) -> None:
+        for event in events:
+            key = str(event.transfer)
+            entry = self._tell.get(key)
+            if entry is None:
+                continue
+            if isinstance(event, Admitted):
+                body = {
+                    "verdict": Verdict.ADMITTED.value,
+                    "reason": "",
+                    "finish_in_s": event.finish_by_s - now,
+                }
+            elif isinstance(event, Expired):
+                body = {"verdict": Verdict.REFUSED.value, "reason": event.reason.value}
+                del self._tell[key]
+            else:
+                late_s = event.finish_by_s - now
+                body = {
+                    "verdict": "late",
+                    "reason": "",
+                    "finish_in_s": None if math.isinf(late_s) else late_s,
+                }
+            entry[1](key, body)
+
+
+class LinkDesk:
+    """See the module. `host` is the ledger when it is kept here."""
+
+    def __init__(self, pump: Pump, config: LinkConfig, now: float) -> None:
+        self.pump, self.config = pump, config
+        self.link = LinkId(pump.config.site, config.peer_site)
+        self.name = f"{pump.address}/{pump.boot.hex()[:8]}"
+        self.host = (
+            None if config.host and config.host != pump.address else LedgerHost(self.link, config, now)
+        )
+        self._fallback = Ledger(self.link, 0.0, queue_limit=config.admission.queue_limit)
+        self._holder = ShareHolder(self.link, self.name)
+        self._told: LinkEstimate | None = None
+        self._news: dict[str, News] = {}
+        self._remote: set[str] = set()
+        self._serial = 0
+        self._asked: dict[int, tuple[float, str]] = {}
+        self._answered_s = -math.inf
+        self._before = (0, 0, 0, 0)
+        self._at_s = now
+        self._tokens_bytes = 0.0
+        self._tokens_s = now
+        pump.loop.call_at(now, self._tick)
+
+    # Rate
+
+    def wait_s(self, now: float) -> float:
+        """How long until this pump may send a block: 0 means now."""
+        rate_bps = self._rate_bps(now)
+        self._tokens_bytes = min(
+            rate_bps / 8 * K_BURST_S, self._tokens_bytes + (now - self._tokens_s) * rate_bps / 8
+        )
+        self._tokens_s = now
+        if self._tokens_bytes >= 0:
+            return 0.0
+        return min(0.1, -self._tokens_bytes * 8 / rate_bps) if rate_bps > 0 else 0.1
+
+    def spent(self, sent_bytes: int) -> None:
+        self._tokens_bytes -= sent_bytes
+
+    def _rate_bps(self, now: float) -> float:
+        floor_bps = self.config.admission.nominal_bps * self.config.admission.floor_share
+        floor_bps /= self.config.admission.max_pumps
+        return K_OVER * max(self._holder.rate_bps(now), floor_bps)
+
+    def estimate(self, now: float) -> LinkEstimate | None:
+        """What is believed of the link: by the ledger here, or as its host last said."""
+        return self.host.estimator.estimate(now) if self.host else self._told
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Share, estimate and promises, for figures."""
+        estimate = self.estimate(now)
+        ledger = self.host.ledger if self.host else self._fallback
+        held = ledger.statistics()
+        return {
+            "link": str(self.link), "hosted": self.host is not None, "reachable": self._reachable(now),
+            "share_bps": self._holder.rate_bps(now), "promised_bytes": held.promised_bytes,
+            "admitted": held.admitted, "queued": held.queued, "late": held.late,
+            "refusals": {k.value: v for k, v in held.refusals.items() if v},
+            "shares_bps": dict(self.host.book.statistics(now)) if self.host else {},
+            "promised_bps": self.host.book.promised_bps(now) if self.host else None,
+            "estimate": {k: v for k, v in asdict(estimate).items() if k != "link"} if estimate else None,
+        }  # fmt: skip
+
+    # Offers of this pump's servers
+
+    def offer(self, key: str, body: dict[str, Any], news: News, now: float) -> None:
+        """Ask for a transfer's place. `news` hears the decision, and whatever changes it."""
+        self._news[key] = news
+        if self.host is not None:
+            news(key, self.host.offer(self.name, key, body, news, now))
+        elif self._reachable(now) and self._ask({"op": "offer", "key": key, **body}, key, now):
+            self._remote.add(key)
+        else:
+            floor_bps = K_OVER * self._holder.rate_bps(now)
+            self._fallback.set_capacity(floor_bps, now=now)
+            decision = self._fallback.offer(
+                key, int(body["size_bytes"]), now + float(body["deadline_s"]), now=now, may_queue=False
+            )
+            news(key, {**decision_body(decision), "alone": True})
+
+    def progress(self, key: str, remaining_bytes: int, now: float) -> None:
+        if self.host is not None:
+            self.host.progress(key, remaining_bytes, now)
+        elif key in self._remote:
+            self._ask({"op": "progress", "key": key, "remaining_bytes": remaining_bytes}, "", now)
+
+    def release(self, key: str, now: float) -> None:
+        """The transfer is over or given up; unknown ones are ignored."""
+        self._news.pop(key, None)
+        if self.host is not None:
+            self.host.release(key, now)
+        elif key in self._remote:
+            self._remote.discard(key)
+            self._ask({"op": "release", "key": key}, "", now)
+        elif self._fallback.holds(key) is not None:
+            self._fallback.release(key, now=now)
+
+    # The host's side of the wire
+
+    def on_question(self, stream: Stream, message: LedgerMessage, now: float) -> None:
+        """Another pump of the site asks; only those of our own site may. Answers on the same stream."""
+        body, host = message.body, self.host
+        answer: dict[str, Any] = {"error": "the ledger isn't kept here"}
+        if stream.peer_site != self.pump.config.site:
+            answer = {"error": "another site's ledger"}
+        elif host is not None:
+            try:
+                answer = self._answer(stream, host, body, now)
+            except (KeyError, TypeError, ValueError) as error:
+                answer = {"error": f"not a question: {error}"}
+        reply = LedgerMessage(str(self.link), False, message.serial, answer)
+        stream.send_control(message_frame(stream.version, FrameType.LEDGER, reply))
+
+    def _answer(self, stream: Stream, host: LedgerHost, body: dict[str, Any], now: float) -> dict[str, Any]:
+        key, op = str(body.get("key", "")), body["op"]
+        if op == "report":
+            seen = LinkObservation(link=self.link, at_s=now, **body["seen"])
+            share = host.report(seen, float(body["demand_bps"]), now)
+            estimate = {
+                k: v for k, v in asdict(host.estimator.estimate(now)).items() if k not in ("link", "at_s")
+            }
+            said = asdict(share) if share else {}
+            said.pop("link", None)
+            return {"op": "share", "share": said, "estimate": estimate}
+        if op == "offer":
+            session = stream.session
+
+            def news(name: str, what: dict[str, Any]) -> None:
+                back = self.pump.inbound.any_stream(session)
+                if back is not None:
+                    said = LedgerMessage(str(self.link), False, 0, {"op": "news", "key": name, **what})
+                    back.send_control(message_frame(back.version, FrameType.LEDGER, said))
+
+            return {"op": "news", "key": key, **host.offer(str(body["pump"]), key, body, news, now)}
+        if op == "progress":
+            host.progress(key, int(body["remaining_bytes"]), now)
+        elif op == "release":
+            host.release(key, now)
+        return {"op": "done"}
+
+    # The asking side of the wire
+
+    def _host_peer(self, now: float) -> Peer:
+        return self.pump.peer(self.config.host, now)
+
+    def _reachable(self, now: float) -> bool:
+        return self.host is not None or now - self._answered_s < K_SILENT_S
+
+    def _ask(self, body: dict[str, Any], key: str, now: float) -> bool:
+        stream = next((s for s in self._host_peer(now).streams if s.ready), None)
+        if stream is None:
+            return False
+        self._serial += 1
+        self._asked[self._serial] = (now, key)
+        question = LedgerMessage(str(self.link), True, self._serial, {**body, "pump": self.name})
+        stream.send_control(message_frame(stream.version, FrameType.LEDGER, question))
+        self.pump.loop.call_again(stream, 2)
+        return True
+
+    def on_answer(self, message: LedgerMessage, now: float) -> None:
+        asked_s, _ = self._asked.pop(message.serial, (now, ""))
+        body = message.body
+        if "error" in body:
+            log.warning("link %s: %s", self.link, body["error"])
+            return
+        self._answered_s = now
+        share: Any = body.get("share")
+        if share:
+            self._holder.on_share(Share(link=self.link, **share), asked_s=asked_s)
+        estimate: Any = body.get("estimate")
+        if estimate:
+            self._told = LinkEstimate(link=self.link, at_s=now, **estimate)
+        key = str(body.get("key", ""))
+        if body.get("op") == "news" and key in self._news:
+            self._news[key](key, {k: v for k, v in body.items() if k not in ("op", "key")})
+
+    # Time
+
+    def _tick(self, now: float) -> None:
+        if now > self._at_s:
+            seen, demand_bps = self._observe(now)
+            if self.host is not None:
+                share = self.host.report(seen, demand_bps, now)
+                if share is not None:
+                    self._holder.on_share(share, asked_s=now)
+                self.host.tick(now)
+            else:
+                self._host_peer(now).prepare(now)
+                fields = {k: v for k, v in asdict(seen).items() if k not in ("link", "at_s")}
+                self._ask({"op": "report", "seen": fields, "demand_bps": demand_bps}, "", now)
+                for serial in [n for n, (at_s, _) in self._asked.items() if now - at_s > 5.0]:
+                    del self._asked[serial]
+        self.pump.loop.call_at(now + K_TICK_S, self._tick)
+
+    def _observe(self, now: float) -> tuple[LinkObservation, float]:
+        peers = self.pump.peers_of(self.config.peer_site)
+        totals = [peer.totals() for peer in peers]
+        sums = (
+            sum(t.bytes_acked for t in totals), sum(t.retransmitted_bytes for t in totals),
+            sum(t.segments_out for t in totals), sum(t.streams_lost for t in totals),
+        )  # fmt: skip
+        delta = [max(0, a - b) for a, b in zip(sums, self._before, strict=True)]
+        backlog = sum(p.sending.backlog_bytes + p.sending.in_flight_bytes for p in peers)
+        rtts = [peer.rtt_s for peer in peers if peer.rtt_s]
+        rates = [s.info.delivery_rate_bps for p in peers for s in p.streams if s.info]
+        seen = LinkObservation(
+            link=self.link, at_s=now, interval_s=now - self._at_s, delivered_bytes=delta[0],
+            backlog_bytes=backlog, rtt_s=min(rtts, default=None), retransmits=delta[1] // 1448,
+            segments=delta[2], delivery_rate_bps=sum(rates) or None, failures=delta[3], sender=self.name,
+        )  # fmt: skip
+        self._before, self._at_s = sums, now
+        return seen, K_ENDLESS_BPS if backlog else 0.0

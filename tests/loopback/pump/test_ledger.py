@@ -1,0 +1,123 @@
+"""A link's ledger: kept by one pump, shared by the others, asked by servers before there are bytes."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from prfaas.model.decisions import RefusalReason, Verdict
+from prfaas.model.transfer import TransferKind
+
+K_WAIT_S = 20
+K_LINK = {"nominal_bps": 80e6, "max_pumps": 3, "share_ttl_s": 0.5}
+
+
+def link(**fields):
+    return [{"peer_site": "west", "admission": {**K_LINK, **fields.pop("admission", {})}, **fields}]
+
+
+def status(client):
+    return client.stats()["links"][0]
+
+
+def wait_for(condition, seconds=15.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it didn't happen"
+        time.sleep(0.02)
+
+
+def test_a_link_without_a_ledger_admits_what_comes(pumps):
+    east = pumps.client(pumps.start("east"))
+    offer = east.offer("west", 1 << 40, 1.0)
+    assert offer.wait(K_WAIT_S) is Verdict.ADMITTED
+    east.release(offer)
+
+
+def test_a_ledger_admits_queues_refuses_and_admits_what_waited(pumps):
+    east = pumps.client(pumps.start("east", links=link()))
+    first = east.offer("west", 9_000_000, 2.0)
+    assert first.wait(K_WAIT_S) is Verdict.ADMITTED
+    assert first.finish_in_s is not None
+    assert 0 < first.finish_in_s <= 2.0
+    too_much = east.offer("west", 1 << 30, 2.0)
+    assert too_much.wait(K_WAIT_S) is Verdict.REFUSED
+    assert too_much.reason is RefusalReason.DEADLINE
+    waiting = east.offer("west", 15_000_000, 2.0)
+    assert waiting.wait(K_WAIT_S) is Verdict.QUEUED
+    east.release(first)
+    wait_for(lambda: waiting.verdict is Verdict.ADMITTED)
+    assert status(east)["promised_bytes"] == 15_000_000
+    east.release(waiting)
+    wait_for(lambda: status(east)["promised_bytes"] == 0)
+
+
+def test_a_server_that_leaves_holds_no_promise(pumps):
+    config = pumps.start("east", links=link())
+    east, leaving = pumps.client(config), pumps.client(config)
+    assert leaving.offer("west", 9_000_000, 5.0).wait(K_WAIT_S) is Verdict.ADMITTED
+    assert status(east)["admitted"] == 1
+    leaving.close()
+    wait_for(lambda: status(east)["admitted"] == 0)
+
+
+def test_a_transfer_ends_its_promise_with_its_last_part(pumps):
+    east = pumps.client(pumps.start("east", links=link()))
+    west = pumps.client(pumps.start("west"))
+    src, dst = pumps.memory(east, 1 << 20), pumps.memory(west, 1 << 20, fill=0)
+    lease = west.grant_lease(1, 0, [(dst.ctypes.data, len(dst))], 60)
+    offer = east.offer("west", len(src), 10.0)
+    assert offer.wait(K_WAIT_S) is Verdict.ADMITTED
+    half = len(src) // 2
+    for at, last in ((0, False), (half, True)):
+        transfer = east.submit(
+            lease.grant, [src.ctypes.data + at], [dst.ctypes.data + at], [half],
+            kind=TransferKind.KV, deadline_s=10, last=last, offer=offer,
+        )  # fmt: skip
+        assert transfer.wait(K_WAIT_S).ok
+        if not last:
+            wait_for(lambda: status(east)["promised_bytes"] <= half)
+            assert status(east)["admitted"] == 1
+    assert np.array_equal(src, dst)
+    wait_for(lambda: status(east)["admitted"] == 0)
+
+
+def test_pumps_of_a_site_share_one_ledger_and_its_promises_never_exceed_the_estimate(pumps):
+    keeper = pumps.client(pumps.start("east", links=link()))
+    # Another pump of the same site, at another control socket.
+    other = pumps.client(pumps.start("other", site="east", links=link(host=keeper.address)))
+    wait_for(lambda: status(other)["reachable"])
+    wait_for(lambda: status(other)["estimate"] is not None)
+    here = keeper.offer("west", 9_000_000, 2.0)
+    assert here.wait(K_WAIT_S) is Verdict.ADMITTED
+    there = other.offer("west", 12_000_000, 2.0)
+    assert there.wait(K_WAIT_S) is Verdict.QUEUED
+    assert not there.alone
+    keeper.release(here)
+    wait_for(lambda: there.verdict is Verdict.ADMITTED)
+    kept = status(keeper)
+    assert len(kept["shares_bps"]) == 2
+    assert kept["promised_bps"] <= kept["estimate"]["rate_bps"] * 1.0001
+    other.release(there)
+    wait_for(lambda: status(keeper)["admitted"] == 0)
+
+
+def test_a_pump_whose_ledger_is_away_promises_against_its_floor_alone(pumps):
+    keeper = pumps.client(pumps.start("east", links=link()))
+    other = pumps.client(pumps.start("other", site="east", links=link(host=keeper.address)))
+    wait_for(lambda: status(other)["reachable"])
+    pumps.kill("east")
+    wait_for(lambda: not status(other)["reachable"])
+    assert other.offer("west", 9_000_000, 1.0).wait(K_WAIT_S) is Verdict.REFUSED
+    small = other.offer("west", 100_000, 2.0)
+    assert small.wait(K_WAIT_S) is Verdict.ADMITTED
+    assert small.alone
+
+
+def test_another_sites_pump_gets_no_share(pumps):
+    keeper = pumps.client(pumps.start("east", links=link()))
+    thief = pumps.client(pumps.start("thief", links=link(host=keeper.address)))
+    time.sleep(0.5)
+    assert not status(thief)["reachable"]
+    assert len(status(keeper)["shares_bps"]) == 1
