@@ -106,7 +106,9 @@ def stop(servers: Servers) -> None:
 @pytest.fixture(scope="session", params=["dense", "hybrid"])
 def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """One model's servers after the other's: pytest groups the tests by the parameter."""
-    started = start_servers(request.param, tmp_path_factory.mktemp(request.param))
+    # With a radix cache on decode only what it lacks crosses; where SGLang has one for the kind of model.
+    radix = ("--disaggregation-decode-enable-radix-cache",) if request.param in ("dense", "hybrid") else ()
+    started = start_servers(request.param, tmp_path_factory.mktemp(request.param), decode_args=radix)
     yield started
     stop(started)
 

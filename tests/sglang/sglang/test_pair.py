@@ -88,6 +88,14 @@ def test_tokens_and_logprobs_equal_a_plain_servers_cold_and_with_prefills_cache_
     assert_equal(decode, reference)
     assert prefill.cached_tokens >= length - 1
     assert verdict(servers, room) == "equal"
+    if model.name in ("dense", "hybrid"):
+        # Decode has the earlier prompt: the new part alone crosses, but a state whole.
+        assert length - 1 <= decode.cached_tokens <= length
+        assert bytes_of(servers, room) == {
+            "kv": (len(longer) - decode.cached_tokens) * model.kv_bytes_per_token,
+            "state": model.state_bytes,
+            "aux": K_AUX_BYTES,
+        }
 
 
 def test_eight_requests_at_once_each_get_their_own_answer(servers: Any) -> None:
@@ -123,7 +131,7 @@ def second_on(answer: Answer, reference: Answer) -> bool:
     ("room", "says"), [(K_ZERO_ROOM, "kv differ"), (K_DROP_ROOM, "kv differ")], ids=["zeroed", "page dropped"]
 )
 def test_damaged_kv_is_seen_by_the_digests_and_in_the_tokens(servers: Any, room: int, says: str) -> None:
-    prompt = prompt_of(512, 5)
+    prompt = prompt_of(512, room)  # one of its own: the damage stays in decode's cache
     reference = generate(servers.plain.url, prompt, K_OUTPUT_TOKENS)
     _, answer = servers.pair.generate(prompt, K_OUTPUT_TOKENS, room)
     assert verdict(servers, room) == says
