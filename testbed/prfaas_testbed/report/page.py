@@ -1,4 +1,5 @@
-"""index.html of a run: what was run on what, the checks, the table, the figures, what isn't shown."""
+"""index.html (and page.png) of a run: what was run on what, the checks, the table, the figures, what isn't
+shown."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from prfaas_testbed.experiment.table import summary_lines
 from prfaas_testbed.experiment.view import View, field
 from prfaas_testbed.report.figures import draw_figures
 from prfaas_testbed.report.overview import draw_overview
+from prfaas_testbed.report.sheet import draw_sheet
 
-K_PAGE = "index.html"
+K_PAGE, K_SHEET = "index.html", "page.png"
 
 
 def draw_run(folder: Path) -> Path:
@@ -28,6 +30,8 @@ def draw_run(folder: Path) -> Path:
         for model in models:
             name = "-".join(word for word in ("overview", part, model) if word)
             figures += draw_overview(run, folder / "figures", part, model, name)
+    shown = sorted((path for path in figures if path.suffix == ".png"), key=_order)
+    draw_sheet(run, judge(run), shown, folder / K_SHEET)
     page = folder / K_PAGE
     page.write_text(render(run, [p for p in figures if p.suffix == ".svg"], folder), encoding="utf-8")
     return page

@@ -61,6 +61,7 @@ def test_a_run_gets_its_figures_and_a_page_that_shows_them(tmp_path: Path) -> No
         for kind in ("png", "svg", "csv"):
             assert (tmp_path / "figures" / f"{name}.{kind}").stat().st_size > 0
         assert f'src="figures/{name}.svg"' in page
+    assert (tmp_path / "page.png").stat().st_size > 0
     assert "cut_stream" in page
     assert 'class="passed"' in page
     assert "&lt;b&gt;a&amp;b" in page, "what a run holds is text, not HTML"
