@@ -105,17 +105,18 @@ class PumpConfig(Strict):
     """A pump that a server started ends after so long without clients."""
     max_transfers: int = Field(65536, ge=1)
     metrics: str = ""
-    """host:port of the Prometheus page; empty: none."""
+    """host:port of /metrics, /links and /stats over HTTP; empty: none."""
     links: tuple[LinkConfig, ...] = ()
     """Outgoing links whose rate is promised and shared; others are used as they come."""
     protocol_versions: tuple[int, int] = (1, 2)
     """Oldest and newest protocol version spoken."""
     faults: FaultConfig | None = None
 
-    @field_validator("listen")
+    @field_validator("listen", "metrics")
     @classmethod
-    def _listen_is_address(cls, value: str) -> str:
-        split_address(value)
+    def _is_address(cls, value: str) -> str:
+        if value:
+            split_address(value)
         return value
 
     @model_validator(mode="after")

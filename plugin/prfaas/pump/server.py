@@ -19,6 +19,7 @@ from prfaas.pump.desk import LinkDesk
 from prfaas.pump.inbound import Inbound
 from prfaas.pump.loop import Loop
 from prfaas.pump.owner import Owner
+from prfaas.pump.page import Page
 from prfaas.pump.peer import Peer
 from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Stream
 from prfaas.pump.trust import Trust
@@ -33,6 +34,20 @@ K_TICK_S = 0.1
 K_BACKLOG = 512
 K_NEW_S = 3.0
 R = selectors.EVENT_READ
+
+
+def _bound(address: str, field: str) -> socket.socket:
+    """A listening socket. Raises MachineError, which names the configuration's field."""
+    host, port = split_address(address)
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(K_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise MachineError(f"{field} {address}: {error.strerror}") from None
+    return sock
 
 
 class _Acceptor:
@@ -72,11 +87,16 @@ class Pump:
         self._controls: set[Owner] = set()
         self._peers: dict[str, Peer] = {}
         self._last_client_s = self._started_s = self.loop.now()
+        self.page = Page(self.loop, self.stats)
+        self._page_socket: socket.socket | None = None
         self._listener = self._listen()
         try:
+            self._serve_page()
             self._control = self._listen_control(config.control_path)
         except BaseException:
             self._listener.close()
+            if self._page_socket is not None:
+                self._page_socket.close()
             self.loop.close()
             raise
         host, port = self._listener.getsockname()[:2]
@@ -88,21 +108,18 @@ class Pump:
         self.loop.call_at(now + K_TICK_S, self._tick)
 
     def _listen(self) -> socket.socket:
-        host, port = split_address(self.config.listen)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        if not self.config.tls and not self.trust.plaintext_allowed(host):
+        host, _ = split_address(self.config.listen)
+        if not self.trust.encrypted and not self.trust.plaintext_allowed(host):
             raise MachineError(
                 f"listen {host}: off loopback tls is needed (or allow_plaintext, which trusts the network)"
             )
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
-            sock.listen(K_BACKLOG)
-        except OSError as error:
-            sock.close()
-            raise MachineError(f"listen {self.config.listen}: {error.strerror}") from None
-        return sock
+        return _bound(self.config.listen, "listen")
+
+    def _serve_page(self) -> None:
+        """The metrics page, where one is configured. Raises MachineError."""
+        if self.config.metrics:
+            self._page_socket = _bound(self.config.metrics, "metrics")
+            self.loop.add(self._page_socket.fileno(), R, _Acceptor(self._page_socket, self.page.accept))
 
     def _listen_control(self, path: Path) -> socket.socket:
         """The unix socket for servers of the same user. Whoever starts a pump holds the lock beside it."""
@@ -327,6 +344,9 @@ class Pump:
             self.config.control_path.unlink()
         self._listener.close()
         self._control.close()
+        self.page.close()
+        if self._page_socket is not None:
+            self._page_socket.close()
         for peer in self._peers.values():
             peer.close(now)
         for owner in list(self._controls):

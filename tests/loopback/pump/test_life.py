@@ -1,0 +1,105 @@
+"""A pump's life: found or started by servers, its page, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from prfaas.model.errors import MachineError
+from prfaas.model.transfer import TransferKind
+from prfaas.pump_client import LocalPumpClient
+
+from_start = {"idle_exit_s": 0.5}
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_servers_that_find_no_pump_start_one_between_them_and_it_ends_after_them(pumps):
+    config = pumps.config("auto", **from_start)
+    first = pumps.client(config, start=True)
+    second = pumps.client(config, start=True)
+    assert first.pump_pid == second.pump_pid != os.getpid()
+    mode = stat.S_IMODE(config.control_path.stat().st_mode)
+    assert mode & 0o077 == 0
+    pid = first.pump_pid
+    first.close()
+    time.sleep(1.0)
+    assert not gone(pid), "it ended although a server was attached"
+    second.close()
+    end = time.monotonic() + 20
+    while not gone(pid):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert not config.control_path.exists()
+
+
+def test_a_pump_that_cannot_start_says_why(pumps, tmp_path):
+    config = pumps.config("west", listen="192.0.2.1:5000", allow_plaintext=True)
+    with pytest.raises(MachineError, match="listen"):
+        LocalPumpClient.open(config)
+    with pytest.raises(MachineError, match="no pump answers"):
+        LocalPumpClient.open(pumps.config("nobody"), start=False)
+
+
+def test_a_second_pump_at_the_same_control_socket_is_refused(pumps):
+    pumps.start("west")
+    second = subprocess.run(
+        [sys.executable, "-m", "prfaas.pump", "--config", str(pumps.folder / "west.yaml")],
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert second.returncode == 3
+    assert "another pump is at work" in second.stderr
+
+
+def test_the_page_shows_peers_streams_links_and_refusals(pumps):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    link = {"peer_site": "west", "admission": {"nominal_bps": 1e9}}
+    east = pumps.client(pumps.start("east", metrics=f"127.0.0.1:{port}", links=[link]))
+    west = pumps.client(pumps.start("west"))
+    src, dst = pumps.memory(east, 1 << 20), pumps.memory(west, 1 << 20, fill=0)
+    lease = west.grant_lease(1, 0, [(dst.ctypes.data, len(dst))], 30)
+    sent = east.submit(
+        lease.grant,
+        [src.ctypes.data],
+        [dst.ctypes.data],
+        [len(src)],
+        kind=TransferKind.KV,
+        deadline_s=20,
+        last=True,
+    )
+    assert sent.wait(20).ok
+
+    def get(path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
+            body: bytes = response.read()
+            return body
+
+    families = {f.name: f for f in text_string_to_metric_families(get("/metrics").decode())}
+    payload = families["prfaas_pump_peer_payload_bytes_sent"].samples
+    assert [(s.labels["site"], s.value) for s in payload] == [("west", len(src))]
+    assert families["prfaas_pump_transfers_ended"].samples[0].value == 1
+    assert families["prfaas_pump_stream_rtt_s"].samples
+    assert families["prfaas_link_estimate_rate_bps"].samples[0].labels == {"link": "east>west"}
+    assert json.loads(get("/links"))[0]["link"] == "east>west"
+    assert json.loads(get("/stats"))["site"] == "east"
+    with pytest.raises(urllib.error.HTTPError):
+        get("/nothing")
