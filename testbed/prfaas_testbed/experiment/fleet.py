@@ -192,7 +192,7 @@ class Fleet:
         if self.experiment.transfer.tls:
             folder = self.folder / "keys" / site
             own = str(folder / keys.K_SITE_FILE)
-            config["tls"] = {"ca": str(folder / keys.K_TRUSTED), "certificate": own, "key": own}
+            config["tls"] = {"site_file": own, "authorities": [str(folder / keys.K_TRUSTED)]}
         else:
             config["allow_plaintext"] = True
         return config
