@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ K_DEFAULT_MODEL = "default"
 """What SGLang takes a request without a model to name."""
 K_CLIENT_LEFT = 499
 K_ROOMS = 1 << 62
+_UNPRINTABLE = re.compile(r"[^ -~]")
 
 
 @dataclass(slots=True)
@@ -374,7 +376,7 @@ async def _write(request: web.Request, out: web.StreamResponse, data: bytes, sta
 
 def _header_text(text: str) -> str:
     """Printable ASCII, short: a reason may hold names from outside."""
-    return "".join(one if " " <= one <= "~" else "?" for one in text)[:240]
+    return _UNPRINTABLE.sub("?", text[:240])
 
 
 def merge_prompt_logprobs(asked: Asked, answer: bytes, prefill: bytes | None) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -23,7 +24,13 @@ from prfaas.config.loading import check
 from prfaas.config.router import RouterConfig
 from prfaas.router.service import Router
 from prfaas_testbed.instances.sglang_client import generate, prompt_of
-from prfaas_testbed.instances.sglang_server import K_CHECKOUT, ServerSpec, SglangServer
+from prfaas_testbed.instances.sglang_server import (
+    K_CHECKOUT,
+    ServerSpec,
+    SglangServer,
+    build_environment,
+    sglang_python,
+)
 
 K_HOST = "127.0.0.1"
 K_THRESHOLD = 300
@@ -253,6 +260,35 @@ def test_predicted_prefixes_are_what_prefill_reports(sites: Sites, door: Any) ->
             assert all(predicted == actual for predicted, actual in said), said
             assert said[0][0] == 0
             assert said[3][0] > 2 * K_LONG
+
+    asyncio.run(main())
+
+
+def test_sglangs_own_benchmark_works_against_it_unchanged(sites: Sites, door: Any) -> None:
+    model = str(sites.config["models"][0]["tokenizer"])
+
+    async def main() -> None:
+        async with door() as (router, url, _):
+            sizes = ("--random-input-len", "64", "--random-output-len", "4", "--random-range-ratio", "1.0")
+            process = await asyncio.create_subprocess_exec(
+                *(str(sglang_python()), "-m", "sglang.benchmark.serving", "--backend", "sglang"),
+                *("--host", K_HOST, "--port", url.rpartition(":")[2], "--dataset-name", "random-ids", *sizes),
+                *("--num-prompts", "8", "--request-rate", "4", "--tokenizer", model, "--model", model),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=build_environment(sites.east.spec, os.environ),
+            )
+            try:
+                output, _ = await asyncio.wait_for(process.communicate(), 240)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+            text = output.decode()
+            assert process.returncode == 0, text[-2000:]
+            (line,) = [line for line in text.splitlines() if line.startswith("Successful requests:")]
+            assert line.split()[-1] == "8", text[-2000:]
+            assert len(router.scheduler.records) >= 8
 
     asyncio.run(main())
 
