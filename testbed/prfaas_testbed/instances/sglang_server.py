@@ -263,11 +263,21 @@ def end_tree(process: subprocess.Popen[Any], grace_s: float = K_STOP_GRACE_S) ->
 
 
 def _tree(pid: int) -> list[psutil.Process]:
+    """A process and all below it, but for a pump: one that a server found missing and started is the node's,
+    serves others as well, and ends by itself."""
     try:
         top = psutil.Process(pid)
-        return [top, *top.children(recursive=True)]
+        below = [process for child in top.children() if not _is_pump(child) for process in _tree(child.pid)]
+        return [top, *below]
     except psutil.NoSuchProcess:
         return []
+
+
+def _is_pump(process: psutil.Process) -> bool:
+    try:
+        return "prfaas.pump" in process.cmdline() and os.getsid(process.pid) == process.pid
+    except (psutil.Error, ProcessLookupError):
+        return False
 
 
 def _signal_all(processes: Sequence[psutil.Process], signum: int) -> None:

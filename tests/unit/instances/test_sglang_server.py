@@ -136,6 +136,20 @@ def test_server_is_ready_when_it_says_so_and_ends_with_all_below_it(tmp_path: Pa
     running.stop()  # a second time does nothing
 
 
+def test_pump_that_a_server_started_outlives_it(tmp_path: Path) -> None:
+    script = (
+        "import subprocess, sys, time\n"
+        "wait = [sys.executable, '-c', 'import time; time.sleep(60)', 'prfaas.pump']\n"
+        "print(subprocess.Popen(wait, start_new_session=True).pid, flush=True)\n" + K_SERVE
+    )
+    with server(tmp_path, script) as running:
+        running.wait_ready(timeout_s=15)
+        pump = psutil.Process(int(running.log_path.read_text().split()[0]))
+    assert pump.is_running()
+    pump.kill()
+    pump.wait(10)
+
+
 def test_server_that_dies_at_start_is_reported_by_its_last_words(tmp_path: Path) -> None:
     with server(tmp_path, "raise RuntimeError('the model is not there')") as dying:
         with pytest.raises(ServerDied, match="ended with 1: RuntimeError: the model is not there") as caught:
