@@ -45,8 +45,6 @@ class PolicyConfig(Strict):
     """`prices`: shed when the best path's TTFT exceeds this many times the time left."""
     price_gain: float = Field(default=3.0, gt=0)
     """`prices`: how strongly backlogs raise prices."""
-    hold: bool = True
-    """`prices`: keep a request at the door while what it wants is busy, if the shell supports it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicyConfig:
@@ -83,3 +81,19 @@ class LinkAdmission(Strict):
     """Silence with bytes under way that means the link is down."""
     probe_every_s: float = Field(default=1.0, gt=0)
     """An idle link is probed this often; a dead one a quarter of it, backing off to it."""
+
+
+class SlowLoopConfig(Strict):
+    """When local instances change between prefill and decode (`slow_loop:`)."""
+
+    dry_run: bool = True
+    """Say what would be done, and do nothing."""
+    look_every_s: float = Field(default=30.0, gt=0)
+    patience: int = Field(default=3, ge=1)
+    """Looks in a row that must ask for the same change."""
+    least_gain: float = Field(default=0.05, ge=0)
+    """Share of throughput that a change must promise."""
+    settle_s: float = Field(default=60.0, ge=0)
+    """Pause after a change, for its effect to be seen; twice as long after one that failed."""
+    drain_limit_s: float = Field(default=120.0, gt=0)
+    """An instance that isn't idle by then goes back into service as it was."""

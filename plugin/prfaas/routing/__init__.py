@@ -21,6 +21,7 @@ from prfaas.routing.kv_events import (
 from prfaas.routing.paper import PaperPolicy
 from prfaas.routing.prefix_index import IndexStatistics, PrefixIndex
 from prfaas.routing.prices import PricesPolicy
+from prfaas.routing.slow_loop import Proposal, SlowLoop, Stage, StageLoad, Step, StepKind
 
 __all__ = [
     "AllBlocksCleared",
@@ -39,7 +40,13 @@ __all__ = [
     "PolicyFactory",
     "PrefixIndex",
     "PricesPolicy",
+    "Proposal",
     "Received",
+    "SlowLoop",
+    "Stage",
+    "StageLoad",
+    "Step",
+    "StepKind",
     "block_hashes",
     "create_policy",
     "decode_batch",

@@ -21,10 +21,11 @@ import numpy as np
 
 K_WINDOW = 256  # requests that stand for the traffic of late
 K_ENOUGH = 16  # requests before which nothing is said
-K_STEPS = (8, 40)  # gradient steps when little, and when much, has changed
+K_STEPS = (8, 60)  # gradient steps when little, and when much, has changed
+K_STEP = (0.3, 0.01)  # first and last of those when much has changed; the latter always, otherwise
+K_NONE = 1e-9  # stands for a capacity of 0
 K_MOVED = 0.2  # share of a capacity that is much
-K_RATE = 0.4  # gradient step
-K_SMOOTH = 0.8  # of the last average of ν kept at each step
+K_SMOOTH = 0.9  # of the last average of ν kept at each step
 K_LEAST = 1e-4  # ν never falls below: a resource must be able to come back
 K_NEVER = 1e12  # seconds: cost of a path that a request doesn't have
 
@@ -76,7 +77,7 @@ class DualPrices:
 
     def solve(self, capacity: Sequence[float]) -> None:
         """Follows the traffic and `capacity` (instances, or bits a second, by resource; 0: out of use)."""
-        now = np.maximum(np.asarray(capacity, dtype=float), 1e-9)
+        now = np.maximum(np.asarray(capacity, dtype=float), K_NONE)
         size = len(now)
         rows = min(self._count, K_WINDOW)
         if rows < K_ENOUGH or size == 0:
@@ -85,20 +86,22 @@ class DualPrices:
         if len(old) < size:
             self._nu = np.concatenate([old, np.full(size - len(old), 1.0 / size)])
             self._mean = np.concatenate([self._mean, np.full(size - len(old), 1.0 / size)])
-        steps = K_STEPS[self.moved(capacity)]
+        first, last = K_STEP
+        much = self.moved(capacity)
+        sizes = np.geomspace(first, last, K_STEPS[1]) if much else np.full(K_STEPS[0], last)
         self._capacity = now
         group = np.asarray([self._root(index) for index in range(size)])
         site, link = self._site[:rows], self._link[:rows]
         site_s = self._prefill_s[:rows] / now[site]
         link_s = self._bits[:rows] / now[link]
         pick = np.arange(rows)
-        for _ in range(steps):
+        for step in sizes.tolist():
             best = np.argmin(site_s * self._nu[site] + link_s * self._nu[link], axis=1)
             used = np.bincount(site[pick, best], np.minimum(site_s[pick, best], K_NEVER), size)
             used += np.bincount(link[pick, best], link_s[pick, best], size)
             highest = np.zeros(size)
             np.maximum.at(highest, group, used)
-            nu = np.maximum(self._nu * np.exp(K_RATE * used / np.maximum(highest[group], 1e-12)), 1e-300)
+            nu = np.maximum(self._nu * np.exp(step * used / np.maximum(highest[group], 1e-12)), 1e-300)
             nu = np.maximum(nu / np.bincount(group, nu, size)[group], K_LEAST)
             self._nu = nu
             self._mean = K_SMOOTH * self._mean + (1 - K_SMOOTH) * nu
@@ -108,7 +111,7 @@ class DualPrices:
         """Whether a capacity differs by much from what was last solved for."""
         known = self._capacity.tolist()
         return len(known) != len(capacity) or any(
-            abs(now - before) > K_MOVED * max(before, 1e-9)
+            abs(max(now, K_NONE) - before) > K_MOVED * before
             for now, before in zip(capacity, known, strict=True)
         )
 

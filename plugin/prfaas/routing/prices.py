@@ -13,11 +13,18 @@ from collections.abc import Mapping, Sequence
 
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
+from prfaas.model.ids import SiteId
 from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.answers import BookingPolicy
 from prfaas.routing.base import Fleet, register_policy
 from prfaas.routing.pricing import PriceList
 from prfaas.routing.tenants import TenantShares
+
+K_THRESHOLD_GRID = (
+    64,
+    1 << 18,
+    1.02,
+)  # tokens: first, last, ratio of lengths tried for the implied threshold
 
 
 @register_policy("prices")
@@ -70,7 +77,38 @@ class PricesPolicy(BookingPolicy):
             self.tenants.on_work(request.tenant, decision.chosen.prefill_s, now)
 
     def get_log_data(self) -> Mapping[str, float]:
-        return {**self.prices.get_log_data(), "outstanding": float(len(self.book))}
+        data = {**self.prices.get_log_data(), "outstanding": float(len(self.book))}
+        for home, threshold in self.thresholds().items():
+            data[f"threshold_tokens {home}"] = threshold
+        return data
+
+    def thresholds(self) -> Mapping[SiteId, float]:
+        """Length from which a request without cached prefix would go out now, by home."""
+        found = {}
+        for home in self.fleet.local_sites:
+            sources = [link.source for link in self.prices.links() if link.target == home]
+            if sources:
+                found[home] = self._threshold(home, sources)
+        return found
+
+    def _threshold(self, home: SiteId, sources: Sequence[SiteId]) -> float:
+        def goes_out(tokens: int) -> bool:
+            local = self.prices.work_cost(home, self.paths.costs(home, "").prefill_s(tokens, 0), None, 0)
+            away = [
+                self.prices.work_cost(
+                    source,
+                    self.paths.costs(source, "").prefill_s(tokens, 0),
+                    self.paths.link_id(source, home),
+                    self.paths.costs(source, "").transfer_bytes(tokens, 0),
+                )
+                for source in sources
+            ]
+            return min(away) < local
+
+        tokens = K_THRESHOLD_GRID[0]
+        while tokens < K_THRESHOLD_GRID[1] and not goes_out(tokens):
+            tokens = max(tokens + 1, int(tokens * K_THRESHOLD_GRID[2]))
+        return float(tokens) if goes_out(tokens) else float("inf")
 
     def _weight(self, request: RequestView) -> float:
         classes = self.config.classes

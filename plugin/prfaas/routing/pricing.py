@@ -22,7 +22,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 
 from prfaas.model.decisions import PathPrediction
-from prfaas.model.ids import LinkId
+from prfaas.model.ids import LinkId, SiteId
 from prfaas.model.observations import Snapshot
 from prfaas.routing.duals import DualPrices, Option
 from prfaas.routing.paths import PathFinder
@@ -144,6 +144,22 @@ class PriceList:
         known = self._resources.get(resource)
         multipliers = self._duals.multipliers
         return multipliers[known.number] if known is not None and known.number < len(multipliers) else 0.0
+
+    def links(self) -> list[LinkId]:
+        """Links that some request could have used."""
+        return [name for name in self._resources if isinstance(name, LinkId)]
+
+    def work_cost(self, site: SiteId, prefill_s: float, link: LinkId | None, size_bytes: float) -> float:
+        """Σ ν · work of a path in the fluid optimum; inf where a resource is out of use."""
+        total = 0.0
+        for name, work in ((site, prefill_s), (link, size_bytes * 8)):
+            if name is None:
+                continue
+            known = self._resources.get(name)
+            if known is None or known.capacity <= 0:
+                return math.inf
+            total += self.multiplier(name) * work / known.capacity
+        return total
 
     def get_log_data(self) -> Mapping[str, float]:
         data: dict[str, float] = {}

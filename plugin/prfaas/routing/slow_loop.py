@@ -1,0 +1,198 @@
+"""The slow loop: which stage binds, what the plan would be, and one change of role at a time.
+
+Stages of a local cluster and its PrfaaS clusters (the report's Θ): offloaded prefill, local prefill,
+decode. At each look the loop is given how busy they are and the planner's System: the lengths of late, the
+bandwidth of now, the instances. When the planner's optimum asks for another split of the local instances
+`patience` looks in a row, and promises `least_gain` more throughput, one instance is converted towards it:
+drain, switch, settle, look again. The loop answers steps and does nothing itself. In a dry run steps are
+marked as such and nothing is expected to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from prfaas.config.policy import SlowLoopConfig
+from prfaas.model.ids import InstanceId, SiteId
+from prfaas.model.observations import InstanceObservation, Role, SiteObservation
+from prfaas.planner.optimum import best_threshold, grid_of, optimum
+from prfaas.planner.system import Plan, System
+
+
+class Stage(StrEnum):
+    """What can bind."""
+
+    OFFLOAD = "offload"  # PrfaaS prefill or its link
+    LOCAL_PREFILL = "local-prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoad:
+    """One stage's use since the last look."""
+
+    stage: Stage
+    utilisation: float
+    """Share of the time, or of the rate, in use: 0 to 1."""
+    queue_s: float
+    """Mean wait in front of it."""
+
+
+class StepKind(StrEnum):
+    DRAIN = "drain"  # send it nothing new, wait until it is idle
+    SWITCH = "switch"  # POST /pd_role_switch
+    RESUME = "resume"  # take it back into service (switched, or given up)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the shell is to do now, and why."""
+
+    kind: StepKind
+    site: SiteId
+    instance: InstanceId
+    role: Role
+    """The role it is to have in the end."""
+    reason: str
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """The loop's opinion after one look."""
+
+    binding: Stage
+    """The busiest stage."""
+    target: Plan | None
+    """The planner's optimum; None when a role has no instance, so that there is nothing to divide."""
+    here: Plan | None
+    """The best that the split of now can do: its threshold is the one to use until roles change."""
+    agreed: int
+    """Looks in a row that asked for the same change."""
+    step: Step | None = None
+
+
+@dataclass(slots=True)
+class _Conversion:
+    instance: InstanceId
+    role: Role
+    since_s: float
+    switching: bool = False
+
+
+class SlowLoop:
+    """One local cluster's roles.
+
+    The shell calls `look` now and then, `on_drained`, `on_switched`, `on_failed`.
+    """
+
+    def __init__(self, site: SiteId, config: SlowLoopConfig) -> None:
+        self.site = site
+        self.config = config
+        self._wanted = 0
+        self._agreed = 0
+        self._next_look_s = 0.0
+        self._conversion: _Conversion | None = None
+
+    @property
+    def converting(self) -> InstanceId | None:
+        """The one instance that is being converted."""
+        return None if self._conversion is None else self._conversion.instance
+
+    def look(
+        self,
+        site: SiteObservation,
+        loads: Sequence[StageLoad],
+        system: System,
+        now: float,
+    ) -> Proposal | None:
+        """None between looks. Never proposes to take a role's last instance away.
+
+        `system` is as it is now, but for local_instances, which is counted from `site`.
+        """
+        if now < self._next_look_s or not loads:
+            return None
+        self._next_look_s = now + self.config.look_every_s
+        binding = max(loads, key=lambda load: (load.utilisation, load.queue_s)).stage
+        able = [one for one in site.instances if one.healthy and one.role is not Role.COLLOCATED]
+        prefills = [one for one in able if one.role is Role.PREFILL]
+        decodes = [one for one in able if one.role is Role.DECODE]
+        target = here = None
+        if prefills and decodes:
+            now_system = system.changed(local_instances=len(able))
+            grid = grid_of(now_system)
+            target = optimum(now_system, grid)
+            here = best_threshold(now_system, len(prefills), grid)
+        if self._conversion is not None:
+            return Proposal(binding, target, here, self._agreed, self._overdue(now))
+        wanted = 0
+        if target is not None and here is not None and target.prefill != len(prefills):
+            worth_rps = here.throughput_rps * (1 + self.config.least_gain)
+            if target.throughput_rps >= worth_rps:
+                wanted = 1 if target.prefill > len(prefills) else -1
+        self._agreed = self._agreed + 1 if wanted and wanted == self._wanted else int(bool(wanted))
+        self._wanted = wanted
+        giving = decodes if wanted > 0 else prefills
+        if (
+            target is None
+            or here is None
+            or not wanted
+            or self._agreed < self.config.patience
+            or len(giving) < 2
+        ):
+            return Proposal(binding, target, here, self._agreed)
+        one = min(giving, key=_busyness)
+        role = Role.PREFILL if wanted > 0 else Role.DECODE
+        split = f"{len(prefills)}/{len(decodes)}"
+        reason = (
+            f"{binding.value} binds; {target.prefill}/{target.decode} would carry "
+            f"{target.throughput_rps:.2f} req/s, {split} carries {here.throughput_rps:.2f}"
+        )
+        self._agreed = 0
+        step = Step(StepKind.DRAIN, self.site, one.instance, role, reason, self.config.dry_run)
+        if not self.config.dry_run:
+            self._conversion = _Conversion(one.instance, role, now)
+        return Proposal(binding, target, here, self._agreed, step)
+
+    def on_drained(self, instance: InstanceId, now: float) -> Step | None:
+        """It is idle: switch it. None when it isn't being converted."""
+        conversion = self._conversion
+        if conversion is None or conversion.instance != instance or conversion.switching:
+            return None
+        conversion.switching = True
+        conversion.since_s = now
+        return Step(StepKind.SWITCH, self.site, instance, conversion.role, "drained")
+
+    def on_switched(self, instance: InstanceId, now: float) -> Step | None:
+        """The server says that it has its new role; the next look waits for its effect."""
+        return self._end(instance, f"switched to {self._role(instance)}", now, self.config.settle_s)
+
+    def on_failed(self, instance: InstanceId, reason: str, now: float) -> Step | None:
+        """The server refused or died: back into service as it was, and not at once again."""
+        return self._end(instance, f"conversion failed: {reason}", now, 2 * self.config.settle_s)
+
+    def _overdue(self, now: float) -> Step | None:
+        """A drain that doesn't end is given up; a switch is the shell's to end."""
+        conversion = self._conversion
+        if conversion is None or conversion.switching or now - conversion.since_s < self.config.drain_limit_s:
+            return None
+        return self._end(conversion.instance, "not drained in time", now, 2 * self.config.settle_s)
+
+    def _end(self, instance: InstanceId, reason: str, now: float, pause_s: float) -> Step | None:
+        conversion = self._conversion
+        if conversion is None or conversion.instance != instance:
+            return None
+        self._conversion = None
+        self._agreed = self._wanted = 0
+        self._next_look_s = now + pause_s
+        return Step(StepKind.RESUME, self.site, instance, conversion.role, reason)
+
+    def _role(self, instance: InstanceId) -> str:
+        conversion = self._conversion
+        return conversion.role.value if conversion is not None and conversion.instance == instance else "?"
+
+
+def _busyness(one: InstanceObservation) -> tuple[float, int]:
+    return (one.prefill_backlog_s or 0.0, one.running + one.waiting)

@@ -1,0 +1,122 @@
+"""The slow loop: patient, one conversion at a time, drained first, never the last of its role."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from prfaas.config.policy import SlowLoopConfig
+from prfaas.model.lengths import TruncatedLognormal
+from prfaas.model.observations import InstanceObservation, Role, SiteObservation
+from prfaas.model.profiles import DecodeProfile
+from prfaas.planner.system import System
+from prfaas.routing import SlowLoop, Stage, StageLoad, StepKind
+
+LOADS = [StageLoad(Stage.OFFLOAD, 0.99, 3.0), StageLoad(Stage.DECODE, 0.6, 0.0)]
+
+
+@pytest.fixture
+def system(fluid: ModuleType) -> System:
+    near, far = fluid.profiles()
+    return System(
+        lengths=TruncatedLognormal(9.90, 1.00, 128, 131072),
+        output_tokens=1024,
+        prfaas_instances=4,
+        egress_bps=100e9,
+        prfaas_prefill=far.prefill,
+        kv=far.kv,
+        local_instances=0,
+        local_prefill=near.prefill,
+        decode=DecodeProfile.constant(0.025, 20),
+    )
+
+
+def cluster(prefill: int, decode: int, at_s: float = 0.0) -> SiteObservation:
+    roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode
+    listed = [
+        InstanceObservation(f"{role.value}{k}", "west", role, at_s, running=k) for k, role in enumerate(roles)
+    ]
+    return SiteObservation.of("west", listed, at_s)
+
+
+def looks(loop: SlowLoop, site: SiteObservation, system: System, times: int, start_s: float = 0.0) -> list:
+    told = [loop.look(site, LOADS, system, start_s + 30.0 * k) for k in range(times)]
+    return [one for one in told if one is not None]
+
+
+def test_at_the_optimum_nothing_changes(system: System) -> None:
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=False))
+    proposals = looks(loop, cluster(3, 5), system, 10)
+    assert all(one.step is None for one in proposals)
+    assert proposals[-1].target.prefill == 3
+    assert proposals[-1].here.threshold_tokens == pytest.approx(19_600, rel=0.05)
+    assert proposals[-1].binding is Stage.OFFLOAD
+
+
+def test_a_slow_link_turns_one_decode_instance_after_patience(system: System) -> None:
+    """At 5 Gbit/s the optimum is 5/3: decode instances go over, one by one, the idlest first."""
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=False))
+    slow = system.changed(egress_bps=5e9)
+    first, second, third = looks(loop, cluster(3, 5), slow, 3)
+    assert first.step is None
+    assert second.step is None
+    step = third.step
+    assert (step.kind, step.role, step.instance) == (StepKind.DRAIN, Role.PREFILL, "decode3")
+    assert third.target.prefill == 5
+    assert loop.converting == "decode3"
+    assert loop.look(cluster(3, 5), LOADS, slow, 130.0).step is None  # one at a time
+    assert loop.on_drained("decode3", 140.0).kind is StepKind.SWITCH
+    assert loop.on_switched("decode3", 141.0).kind is StepKind.RESUME
+    assert loop.look(cluster(4, 4), LOADS, slow, 170.0) is None  # settles
+    again = looks(loop, cluster(4, 4), slow, 3, start_s=210.0)
+    assert again[-1].step.kind is StepKind.DRAIN
+
+
+def test_a_passing_dip_changes_nothing(system: System) -> None:
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=False))
+    for k in range(12):
+        dip = system.changed(egress_bps=5e9 if k % 3 else 100e9)
+        proposal = loop.look(cluster(3, 5), LOADS, dip, 30.0 * k)
+        assert proposal is not None
+        assert proposal.step is None
+
+
+def test_a_small_gain_is_not_worth_a_conversion(system: System) -> None:
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=False, least_gain=5.0))
+    assert all(one.step is None for one in looks(loop, cluster(3, 5), system.changed(egress_bps=5e9), 9))
+
+
+def test_the_last_of_a_role_stays(system: System) -> None:
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=False))
+    slow = system.changed(egress_bps=1e8, output_tokens=16)
+    assert all(one.step is None for one in looks(loop, cluster(7, 1), slow, 9))
+    assert looks(loop, cluster(0, 5), slow, 9, start_s=300.0)[-1].target is None
+
+
+def test_a_dry_run_says_it_and_starts_nothing(system: System) -> None:
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=True))
+    step = looks(loop, cluster(3, 5), system.changed(egress_bps=5e9), 3)[-1].step
+    assert step.dry_run
+    assert loop.converting is None
+    assert loop.on_drained("decode3", 200.0) is None
+
+
+def test_a_drain_that_does_not_end_is_given_up_and_not_tried_again_at_once(system: System) -> None:
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=False))
+    slow = system.changed(egress_bps=5e9)
+    looks(loop, cluster(3, 5), slow, 3)
+    step = loop.look(cluster(3, 5), LOADS, slow, 200.0).step
+    assert step.kind is StepKind.RESUME
+    assert loop.converting is None
+    assert loop.look(cluster(3, 5), LOADS, slow, 300.0) is None
+
+
+def test_a_refused_switch_puts_the_instance_back(system: System) -> None:
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=False))
+    looks(loop, cluster(3, 5), system.changed(egress_bps=5e9), 3)
+    loop.on_drained("decode3", 100.0)
+    step = loop.on_failed("decode3", "instance is not idle", 101.0)
+    assert step.kind is StepKind.RESUME
+    assert "not idle" in step.reason
+    assert loop.on_failed("decode3", "again", 102.0) is None
