@@ -90,6 +90,8 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
     def _make_staging(self, config: BackendConfig) -> Staging | None:
         """Host memory beside pages on a GPU, or where the configuration asks for it."""
         device = str(getattr(self.server_args, "device", "cpu"))
+        if device != "cpu" and (config.verify or config.faults):
+            raise PrfaasError(f"verify and faults read caches in host memory; this server's are on {device}")
         if device.startswith("cuda"):
             staging = Staging(config.staging_bytes, CudaMemory(self.kv_args.gpu_id))
         elif device != "cpu":
