@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,7 +114,24 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     stop(started)
 
 
+def lone_spec(model_name: str, directory: Path, **changes: Any) -> ServerSpec:
+    """A prefill server on ports of its own."""
+    directory.mkdir()
+    port, bootstrap_port = free_ports(2)
+    return ServerSpec(
+        role="prefill",
+        model=K_MODELS[model_name],
+        model_dir=K_CHECKOUT / ".cache" / "models" / model_name,
+        host=K_HOST,
+        port=port,
+        bootstrap_port=bootstrap_port,
+        config_path=write_config(directory),
+        **changes,
+    )
+
+
 @pytest.fixture(scope="session")
-def start_own() -> Any:
-    """For tests that end servers: start_own(model, directory, roles, **options) and stop(servers)."""
-    return start_servers, stop
+def start_own() -> SimpleNamespace:
+    """For tests that end servers: `start(model, directory, roles, **options)`, `stop(servers)` and
+    `spec(model, directory, **changes)` of a prefill server alone."""
+    return SimpleNamespace(start=start_servers, stop=stop, spec=lone_spec)

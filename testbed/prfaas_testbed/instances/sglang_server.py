@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -152,7 +152,6 @@ class SglangServer:
         self.spec, self.log_path = spec, log_path
         self._popen, self._python = popen, python
         self._process: subprocess.Popen[Any] | None = None
-        self._log: IO[bytes] | None = None
         self._started_s = 0.0
         self.start_seconds: float | None = None
         """From start() to readiness, once ready."""
@@ -175,16 +174,16 @@ class SglangServer:
         """
         command = build_command(self.spec, self._python or sglang_python())
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = self.log_path.open("wb")
         self._started_s = time.monotonic()
-        self._process = self._popen(
-            command,
-            env=build_environment(self.spec, os.environ),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is ours to handle, in order
-        )
+        with self.log_path.open("wb") as log:
+            self._process = self._popen(
+                command,
+                env=build_environment(self.spec, os.environ),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ours to handle, in order
+            )
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -225,9 +224,6 @@ class SglangServer:
         """End it and every process below it, by their ids. Harmless when it has ended or never started."""
         if self._process is not None:
             end_tree(self._process)
-        if self._log is not None:
-            self._log.close()
-            self._log = None
 
     def kill(self) -> None:
         """As a crash: SIGKILL to the whole tree at once."""
