@@ -284,6 +284,8 @@ class PrfaasKVManager(compat.MooncakeKVManager):  # type: ignore[misc]
         time-out.
         """
         if room.isdigit() and int(room) not in self.request_status:
+            self.sending.cancel(int(room), "aborted")
+            self._forget_places(int(room))
             self.doomed.put(int(room), "Aborted by the decode server before prefill had the request")
 
     def _take_layout(self, message: list[bytes], data: bytes, *later: bytes) -> None:

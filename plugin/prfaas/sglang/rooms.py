@@ -62,6 +62,11 @@ class SendingRooms:
         with self._lock:
             room = self._rooms.setdefault(grant.room, SendingRoom(grant.room))
             room.grants[session] = grant
+            if len(self._rooms) > K_REMEMBERED_ROOMS:
+                # Peers that granted and died before their request came here; the oldest first.
+                idle = next((number for number, old in self._rooms.items() if not old.open), None)
+                if idle is not None:
+                    del self._rooms[idle]
 
     def send(self, room_id: int, parts: list[Part], last: bool, deadline_s: float) -> bool:
         """Hand over parts; `last`: there will be no more of this room. Whether the room still takes them: if

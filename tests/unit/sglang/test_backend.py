@@ -307,8 +307,10 @@ def test_grant_for_another_room_is_refused(prefill: Any, decode: Any) -> None:
     assert "a lease for room 8" in prefill.told[0][2]
 
 
-def test_abort_that_overtakes_its_request_is_kept_for_it(prefill: Any) -> None:
+def test_abort_that_overtakes_its_request_is_kept_for_it(prefill: Any, decode: Any) -> None:
+    hear(prefill, metadata(decode, 7))
     hear(prefill, [b"ABORT", b"7"])
+    assert len(prefill.sending) == 0
     prefill.update_status(7, KVPoll.Bootstrapping)
     assert prefill.request_status[7] == KVPoll.Failed
     assert "before prefill had the request" in prefill.failure_records[7]

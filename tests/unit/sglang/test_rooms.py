@@ -11,6 +11,7 @@ import pytest
 
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
 from prfaas.pump_client import Transfer
+from prfaas.sglang import rooms as rooms_module
 from prfaas.sglang.planning import Segments
 from prfaas.sglang.rooms import LeasedRoom, LeasedRooms, Part, Remembered, SendingRoom, SendingRooms
 
@@ -129,6 +130,21 @@ def test_cancelled_room_concludes_nothing_and_takes_no_more(prefill: Prefill) ->
     prefill.send(7, [("s", TransferKind.AUX, 3)], True)
     assert len(prefill.pump.submitted) == 1
     assert prefill.concluded == []
+
+
+def test_rooms_whose_requests_never_come_are_bounded(
+    prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms_module, "K_REMEMBERED_ROOMS", 3)
+    prefill.rooms.granted("s", grant(0))
+    prefill.send(0, [("s", TransferKind.KV, 5)], False)
+    for room in range(1, 10):
+        prefill.rooms.granted("s", grant(room))
+    assert len(prefill.rooms) == 3
+    prefill.send(0, [("s", TransferKind.AUX, 5)], True)  # what is under way stays
+    prefill.end(0)
+    prefill.end(1)
+    assert prefill.concluded == [(0, None)]
 
 
 def test_source_is_released_when_its_transfer_ends_or_at_once_when_it_is_not_sent(prefill: Prefill) -> None:
