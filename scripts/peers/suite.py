@@ -90,13 +90,21 @@ def liveness(name: str) -> Callable[[Path, int], type[unittest.TestCase]]:
         from sglang.test.manual.disaggregation import test_disaggregation_peer_liveness_abort as module
 
         module.DEFAULT_MODEL_NAME_FOR_TEST = str(models / "dense")
+        # Each poll of a request is one more chance of 12% to fail, and a server without a GPU to feed polls
+        # thousands of times a second: at every turn of decode's loop none of the test's twenty tries would
+        # get through.
+        polls_seldom = ("--disaggregation-decode-polling-interval", "100")
         module.PD_EXTRA_ARGS = cpu_args(
-            "dense", "--max-running-requests", "4", "--chunked-prefill-size", "512", *K_DECODE_ARGS
+            "dense",
+            "--max-running-requests",
+            "4",
+            "--chunked-prefill-size",
+            "512",
+            *polls_seldom,
+            *K_DECODE_ARGS,
         )
-        # 28,000 characters are more of the tiny tokenizer's tokens than its context holds. And each poll is
-        # one more chance to fail, so the test's twenty tries need prompts that a CPU gets through in few of
-        # them.
-        module.PD_LONG_PROMPT = module.PD_LONG_PROMPT[:400]
+        # 28,000 characters are more of the tiny tokenizer's tokens than its context holds.
+        module.PD_LONG_PROMPT = module.PD_LONG_PROMPT[:1800]
         return getattr(module, name)  # type: ignore[no-any-return]
 
     return make
