@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         # What lives now lives long: leaving it out of collections keeps their pauses short.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000, 50, 100)
         await serve(router, until=stop, reload=reload)
 
     # Threads that tokenise hand the interpreter back within this time.

@@ -157,7 +157,8 @@ class Link(Strict):
     reserved_mbps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Left to other traffic."""
     status_url: str | None = None
-    """Where the pump that hosts the link's ledger tells its estimate; None: the figures above."""
+    """Page of the pump that hosts the link's ledger (http://HOST:PORT/links, its `metrics:` address);
+    None: the figures above."""
     status_ca: str | None = None
     """Authority of that pump's certificate, where the url is https."""
 

@@ -24,6 +24,7 @@ from prfaas.router.door import Door, Outcome
 from prfaas.router.errors import BadRequest, DoorError
 from prfaas.router.fleet import ServerHandle, ServerPool
 from prfaas.router.kv_events import KvEventReader
+from prfaas.router.link_status import LinkWatcher
 from prfaas.router.links import LinkBook
 from prfaas.router.loads import LoadPoller
 from prfaas.router.pages import (
@@ -245,6 +246,11 @@ class Router:
         came, left = self.servers.apply(config)
         for handle in came:
             self._watch(handle)
+        for link in config.links:
+            owner = f"link {link.model_dump_json()}"
+            if link.status_url is not None and owner not in self._tasks:
+                watcher = LinkWatcher(link, self.links, self.metrics, rng=self._rng, clock=self._clock)
+                self._spawn(owner, watcher.run())
         return left
 
     def _watch(self, handle: ServerHandle) -> None:
@@ -305,6 +311,9 @@ class Router:
             )
             self.clients.apply(config)
             self.door.apply(config, {name: reader for name, (_, reader) in readers.items()})
+            wanted = {f"link {link.model_dump_json()}" for link in config.links}
+            for owner in [name for name in self._tasks if name.startswith("link ") and name not in wanted]:
+                await self._end(owner)
             for handle in self._adopt(config):
                 await self._end(handle.name)
                 self.prefixes.remove_server(handle.name)

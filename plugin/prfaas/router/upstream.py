@@ -89,6 +89,10 @@ class Connection(asyncio.Protocol):
         return self._state is _State.ENDED and self._keep and not self.lost and not self._buffer
 
     @property
+    def _over(self) -> bool:
+        return self._state is _State.ENDED or self._error is not None
+
+    @property
     def content_type(self) -> str:
         return self.headers.get("content-type", "").partition(";")[0].strip() or "application/json"
 
@@ -113,7 +117,7 @@ class Connection(asyncio.Protocol):
         """The answer's whole body. Raises ConnectionCut, NotHttp."""
         self._until_end = True
         self.resume()
-        while self._state is not _State.ENDED and self._error is None:
+        while not self._over:
             await self._wait()
         self._raise()
         data = b"".join(self._parts)
@@ -192,9 +196,7 @@ class Connection(asyncio.Protocol):
             self._fail(error)
             if self._transport is not None:
                 self._transport.abort()
-        if self._waiter is not None and (
-            not self._until_end or self._state is _State.ENDED or self._error is not None
-        ):
+        if self._waiter is not None and (self._over or not self._until_end):
             self._wake()
 
     # The parser

@@ -13,10 +13,12 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+from aiohttp import web
 
 from prfaas.config.loading import check
 from prfaas.config.router import RouterConfig, load_router_config
 from prfaas.model.errors import ConfigError, MachineError, UsageError
+from prfaas.model.ids import LinkId
 from prfaas.router.service import Router
 
 K_COMMAND = """
@@ -295,3 +297,35 @@ def test_a_bad_file_names_itself_its_field_and_what_is_allowed(tmp_path: Path, m
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Router(load_router_config(path))
     assert load_router_config(path).models[0].tokenizer == str(tmp_path / "t")
+
+
+def test_a_pumps_page_moves_the_links_estimate(stand: Any) -> None:
+    async def main() -> None:
+        estimate = {"rate_bps": 3e6, "low_bps": 1e6, "high_bps": 5e6, "rtt_s": 0.08, "up": False}
+        app = web.Application()
+
+        async def links(request: web.Request) -> web.Response:
+            return web.json_response([{"link": "east>west", "estimate": estimate}])
+
+        app.router.add_get("/links", links)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port = runner.addresses[0][1]
+        try:
+            link = {"source": "east", "target": "west", "status_url": f"http://127.0.0.1:{port}/links"}
+            async with stand(links=[link]) as s:
+                clock = s.router._clock
+                await s.settle(lambda: not s.router.links.estimates(clock())[LinkId("east", "west")].up)
+                found = s.router.links.estimates(clock())[LinkId("east", "west")]
+                assert (found.rate_bps, found.rtt_s) == (3e6, 0.08)
+                # A link that is down takes nothing: the long prompt stays.
+                _, headers, _ = await s.post("/v1/completions", prompt="the fox " * 300)
+                assert headers["x-prfaas-site"] == "west"
+                s.settings["links"] = [{"source": "east", "target": "west"}]
+                await s.router.reload()
+                assert not [name for name in s.router._tasks if name.startswith("link ")]
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(main())

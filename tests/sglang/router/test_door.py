@@ -264,7 +264,7 @@ def test_predicted_prefixes_are_what_prefill_reports(sites: Sites, door: Any) ->
     asyncio.run(main())
 
 
-def test_sglangs_own_benchmark_works_against_it_unchanged(sites: Sites, door: Any) -> None:
+def test_sglangs_own_benchmark_works_against_it_unchanged(sites: Sites, door: Any, tmp_path: Path) -> None:
     model = str(sites.config["models"][0]["tokenizer"])
 
     async def main() -> None:
@@ -274,6 +274,7 @@ def test_sglangs_own_benchmark_works_against_it_unchanged(sites: Sites, door: An
                 *(str(sglang_python()), "-m", "sglang.benchmark.serving", "--backend", "sglang"),
                 *("--host", K_HOST, "--port", url.rpartition(":")[2], "--dataset-name", "random-ids", *sizes),
                 *("--num-prompts", "8", "--request-rate", "4", "--tokenizer", model, "--model", model),
+                *("--output-file", str(tmp_path / "benchmark.jsonl")),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 env=build_environment(sites.east.spec, os.environ),

@@ -13,6 +13,7 @@ from prfaas.model.ids import LinkId
 from prfaas.model.observations import LinkEstimate
 from prfaas.router.fleet import Reported
 from prfaas.router.holding import HoldingPen
+from prfaas.router.link_status import read_status
 from prfaas.router.links import LinkBook
 from prfaas.router.loads import ReportError, read_report
 
@@ -125,3 +126,33 @@ def test_the_most_urgent_wake_first_and_those_that_left_are_forgotten() -> None:
         assert pen.held == 0
 
     asyncio.run(main())
+
+
+def page(**fields: Any) -> bytes:
+    estimate = {"at_s": 9.0, "rate_bps": 5e6, "low_bps": 1e6, "high_bps": 9e6, "rtt_s": 0.04, "up": True}
+    return json.dumps([{"link": "east>west", "estimate": estimate | fields, "hosted": True}]).encode()
+
+
+def test_a_pumps_page_tells_the_links_estimate_as_of_now() -> None:
+    found = read_status(page(backlog_bytes=11), K_LINK, 70.0)
+    assert found is not None
+    assert (found.at_s, found.rate_bps, found.backlog_bytes) == (70.0, 5e6, 11)
+    assert read_status(page(), LinkId("a", "b"), 70.0) is None
+    assert read_status(b'[{"link": "east>west", "estimate": null}]', K_LINK, 70.0) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        page(rate_bps=-1),
+        page(high_bps=1e300),
+        page(rtt_s=-1),
+        page(loss=2),
+        page(backlog_bytes=-1),
+    ],
+)
+def test_a_pumps_page_that_cannot_be_true_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        read_status(data, K_LINK, 0.0)
