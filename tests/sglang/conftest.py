@@ -60,11 +60,16 @@ def write_config(directory: Path, **more: Any) -> Path:
     return path
 
 
+_running: list[Servers] = []
+"""A machine of 24 GB has room for one model's servers at a time, at 3 GB each."""
+
+
 def start_servers(
     model_name: str, directory: Path, roles: tuple[str, ...] = ("plain", "prefill", "decode"), **options: Any
 ) -> Servers:
     """Start them together (most of a start is imports) and wait for all. `options`: config=, prefill_args=,
     decode_args=. What fails ends what had started."""
+    stop_running()
     model = K_MODELS[model_name]
     config = write_config(directory, **options.get("config", {}))
     ports = dict(zip(("plain", "prefill", "decode", "bootstrap"), free_ports(4), strict=True))
@@ -90,9 +95,11 @@ def start_servers(
         stop_all(servers.values())
         raise
     pair = Pair(servers["prefill"].url, servers["decode"].url, K_HOST, ports["bootstrap"])
-    return Servers(
+    started = Servers(
         model, servers.get("plain"), servers["prefill"], servers["decode"], pair, directory / "verify"
     )
+    _running.append(started)
+    return started
 
 
 def stop_all(servers: Any) -> None:
@@ -100,7 +107,14 @@ def stop_all(servers: Any) -> None:
         server.stop()
 
 
+def stop_running() -> None:
+    for servers in list(_running):
+        stop(servers)
+
+
 def stop(servers: Servers) -> None:
+    if servers in _running:
+        _running.remove(servers)
     stop_all(server for server in (servers.plain, servers.prefill, servers.decode) if server is not None)
 
 
@@ -115,7 +129,8 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def lone_spec(model_name: str, directory: Path, **changes: Any) -> ServerSpec:
-    """A prefill server on ports of its own."""
+    """A prefill server on ports of its own, for a test that starts it itself. All that runs is stopped."""
+    stop_running()
     directory.mkdir()
     port, bootstrap_port = free_ports(2)
     return ServerSpec(

@@ -66,8 +66,8 @@ def test_tokens_and_logprobs_equal_a_plain_servers_cold_and_with_prefills_cache_
     servers: Any, length: int
 ) -> None:
     model = servers.model
-    length = min(length, model.longest_prompt_tokens - 100)
-    prompt = prompt_of(length, 1)
+    seed, length = length, min(length, model.longest_prompt_tokens - 100)
+    prompt = prompt_of(length, seed)
     reference = generate(servers.plain.url, prompt, K_OUTPUT_TOKENS)
     room = new_room()
     prefill, decode = servers.pair.generate(prompt, K_OUTPUT_TOKENS, room)
@@ -81,7 +81,7 @@ def test_tokens_and_logprobs_equal_a_plain_servers_cold_and_with_prefills_cache_
     }
 
     # Longer by some: a hybrid model's state can be used again at exactly the earlier prompt's length.
-    longer = prompt + prompt_of(40, 2)
+    longer = prompt + prompt_of(40, seed)
     reference = generate(servers.plain.url, longer, K_OUTPUT_TOKENS)
     room = new_room()
     prefill, decode = servers.pair.generate(longer, K_OUTPUT_TOKENS, room)
