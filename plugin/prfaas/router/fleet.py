@@ -11,7 +11,7 @@ import aiohttp
 from prfaas.config.router import RouterConfig, Server
 from prfaas.model.ids import ModelId, SiteId
 from prfaas.model.observations import InstanceObservation, Role
-from prfaas.router.upstream import K_CONNECT_S, K_KEEP_ALIVE_S, UpstreamPool
+from prfaas.router.pool import K_CONNECT_S, K_KEEP_ALIVE_S, UpstreamPool
 
 
 @dataclass(slots=True)

@@ -161,6 +161,10 @@ class Scheduler:
                     ticket.decision = decision
                     self._record(ticket, decision, None)
                     raise self._refusal(decision)
+                if now - ticket.arrived_s >= self._config.retry.total_s:
+                    raise Overloaded(
+                        f"Held for too long: {decision.reason}", retry_after_s=self._retry_after_s
+                    )
                 if not held:
                     if self.pen.held >= self._config.limits.max_held:
                         raise Overloaded("Too many requests are waiting.", retry_after_s=self._retry_after_s)

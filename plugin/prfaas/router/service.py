@@ -1,4 +1,11 @@
-"""Everything of one router, put together: what is started, reloaded and stopped."""
+"""Everything of one router, put together: what is started, reloaded and stopped.
+
+Several routers may serve the same servers: they share nothing and don't know of each other. Rooms and
+request ids are random, so they can't meet; each reads every server's load, KV events and every link's
+estimate for itself, and so sees the others' work as soon as servers report it (within `loads.interval_s`).
+Limits and counts (keys, requests in flight, held requests), last decisions and the policy's prices are each
+router's own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import zmq.asyncio
@@ -18,23 +25,15 @@ from aiohttp import web
 from prfaas.config.profile import load_profile
 from prfaas.config.router import CostFile, Model, RouterConfig, Tls
 from prfaas.model.errors import ConfigError, MachineError, PrfaasError
-from prfaas.router.body import Endpoint
+from prfaas.router.application import Application
 from prfaas.router.clients import Clients
 from prfaas.router.door import Door, Outcome
-from prfaas.router.errors import BadRequest, DoorError
 from prfaas.router.fleet import ServerHandle, ServerPool
 from prfaas.router.kv_events import KvEventReader
 from prfaas.router.link_status import LinkWatcher
 from prfaas.router.links import LinkBook
 from prfaas.router.loads import LoadPoller
-from prfaas.router.pages import (
-    as_json,
-    decisions_page,
-    health_page,
-    model_page,
-    models_page,
-    record_row,
-)
+from prfaas.router.pages import record_row
 from prfaas.router.prefixes import PrefixBook
 from prfaas.router.scheduler import LinearCost, Scheduler
 from prfaas.router.ticket import Record
@@ -70,8 +69,8 @@ class Router:
         self.metrics = RouterMetrics()
         self.servers = ServerPool()
         self._reread = reread
-        self._clock = clock
-        self._started_s = time.time()
+        self.clock = clock
+        self.started_s = time.time()
         # Rooms must differ between routers that share servers; a seed is for tests alone.
         self._rng = random.Random(
             int.from_bytes(os.urandom(16), "big") if config.seed is None else config.seed
@@ -163,7 +162,7 @@ class Router:
             self._spawn("", self._log.run())
         limits = self.config.limits
         self._runner = web.AppRunner(
-            self._app(),
+            Application(self).build(),
             handle_signals=False,
             access_log=None,
             handler_cancellation=True,
@@ -204,31 +203,6 @@ class Router:
         handler: asyncio.Protocol = self._runner.server()
         return handler
 
-    def _app(self) -> web.Application:
-        app = web.Application(
-            client_max_size=self.config.limits.max_body_bytes, middlewares=[self._errors_in_form]
-        )
-        for endpoint in Endpoint:
-            app.router.add_post(endpoint.value, self._generating(endpoint))
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{name:.+}", self._model)
-        for path in ("/health", "/health_generate"):
-            app.router.add_get(path, self._health)
-        app.router.add_get("/metrics", self._metrics_page)
-        app.router.add_get("/decisions", self._decisions)
-        app.router.add_post("/reload", self._reload_asked)
-        for path in ("/server_info", "/get_server_info", "/get_model_info", "/model_info"):
-            app.router.add_get(path, self._server_info)
-        return app
-
-    def _generating(
-        self, endpoint: Endpoint
-    ) -> Callable[[web.Request], Coroutine[None, None, web.StreamResponse]]:
-        async def handler(request: web.Request) -> web.StreamResponse:
-            return await self.door.handle(request, endpoint)
-
-        return handler
-
     def _spawn(self, owner: str, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(_tell_of_death)
@@ -249,7 +223,7 @@ class Router:
         for link in config.links:
             owner = f"link {link.model_dump_json()}"
             if link.status_url is not None and owner not in self._tasks:
-                watcher = LinkWatcher(link, self.links, self.metrics, rng=self._rng, clock=self._clock)
+                watcher = LinkWatcher(link, self.links, self.metrics, rng=self._rng, clock=self.clock)
                 self._spawn(owner, watcher.run())
         return left
 
@@ -260,7 +234,7 @@ class Router:
             lambda: self.config.retry.cool_down_s,
             self.metrics,
             rng=self._rng,
-            clock=self._clock,
+            clock=self.clock,
             on_news=self.scheduler.pen.wake,
         )
         self._spawn(handle.name, poller.run())
@@ -339,101 +313,6 @@ class Router:
             self._zmq.destroy(linger=0)
         if self._log is not None:
             self._log.close()
-
-    # Pages
-
-    @web.middleware
-    async def _errors_in_form(
-        self,
-        request: web.Request,
-        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
-    ) -> web.StreamResponse:
-        """Errors of pages, and aiohttp's own (404, 405), in OpenAI's form."""
-        try:
-            return await handler(request)
-        except DoorError as error:
-            return web.Response(
-                status=error.status, body=error.body, content_type="application/json", headers=error.headers
-            )
-        except web.HTTPException as error:
-            if error.status < 400:
-                raise
-            said = BadRequest(
-                f"{request.method} {request.path[:128]}: {error.reason}",
-                status=error.status,
-                code="no_such_page",
-            )
-            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-            return web.Response(
-                status=error.status, body=said.body, content_type="application/json", headers=headers
-            )
-        except (asyncio.CancelledError, ConnectionResetError):
-            raise
-        except Exception:
-            log.exception("a fault of the router's own, at %s", request.path[:128])
-            fault = DoorError("The router failed; its log says more.")
-            return web.Response(status=500, body=fault.body, content_type="application/json")
-
-    def _administrator(self, request: web.Request) -> None:
-        if not self.clients.identify(request.headers).admin:
-            raise BadRequest("This key may not.", status=403, kind="permission_error", code="not_admin")
-
-    async def _models(self, request: web.Request) -> web.Response:
-        self.clients.identify(request.headers)
-        return as_json(models_page(self.config, self._started_s))
-
-    async def _model(self, request: web.Request) -> web.Response:
-        self.clients.identify(request.headers)
-        return as_json(model_page(self.config, request.match_info["name"], self._started_s))
-
-    async def _health(self, request: web.Request) -> web.Response:
-        healthy, page = health_page(self.config, self.servers, self.links, self._clock())
-        return as_json(page, 200 if healthy else 503)
-
-    async def _metrics_page(self, request: web.Request) -> web.Response:
-        now = self._clock()
-        metrics = self.metrics
-        metrics.in_flight.set(self.clients.in_flight)
-        metrics.held.set(self.scheduler.pen.held)
-        for gauge in (metrics.server_up, metrics.server_in_flight, metrics.link_up, metrics.link_rate):
-            gauge.clear()
-        for handle in self.servers:
-            metrics.server_up.labels(handle.name, handle.site, handle.role).set(handle.up(now))
-            metrics.server_in_flight.labels(handle.name).set(handle.in_flight)
-        for link, estimate in self.links.estimates(now).items():
-            metrics.link_up.labels(str(link)).set(estimate.up)
-            metrics.link_rate.labels(str(link)).set(estimate.rate_bps)
-        for figure, value in self.scheduler.policy.get_log_data().items():
-            metrics.policy_figures.labels(figure).set(value)
-        return web.Response(body=metrics.page(), headers={"Content-Type": metrics.content_type})
-
-    async def _decisions(self, request: web.Request) -> web.Response:
-        self._administrator(request)
-        return as_json(decisions_page(self.scheduler, request.query))
-
-    async def _reload_asked(self, request: web.Request) -> web.Response:
-        self._administrator(request)
-        try:
-            await self.reload()
-        except PrfaasError as error:
-            raise BadRequest(str(error), status=422, code="bad_configuration") from None
-        return as_json({"status": "reloaded"})
-
-    async def _server_info(self, request: web.Request) -> web.Response:
-        """What SGLang's tools look for at a server, as far as a router has it."""
-        self.clients.identify(request.headers)
-        model = self.config.models[0]
-        return as_json(
-            {
-                "router": "prfaas",
-                "policy": self.config.policy.name,
-                "model_path": model.name,
-                "served_model_name": model.name,
-                "tokenizer_path": model.tokenizer or model.name,
-                "is_generation": True,
-                "internal_states": [],
-            }
-        )
 
 
 class _Busy(asyncio.Protocol):

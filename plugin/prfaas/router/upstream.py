@@ -10,22 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-import ssl
-import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import cast
-from urllib.parse import urlsplit
 
-K_KEEP_ALIVE_S = 4.0
-"""Below the 5 s after which SGLang's server closes an idle connection (SGLANG_TIMEOUT_KEEP_ALIVE)."""
-K_CONNECT_S = 3.0
 K_MAX_HEAD_BYTES = 65536
 K_MAX_BODY_BYTES = 256 << 20
 K_MAX_BUFFERED_BYTES = 1 << 20
 """Of a stream that nobody takes: then the server isn't read from."""
-K_MAX_IDLE = 1024
 _STATUS = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: [^\r\n]*)?")
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 
@@ -341,76 +334,3 @@ class Connection(asyncio.Protocol):
             await self._waiter
         finally:
             self._waiter = None
-
-
-class UpstreamPool:
-    """Kept connections to one server."""
-
-    def __init__(
-        self, url: str, headers: dict[str, str], *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        parts = urlsplit(url)
-        self._host = parts.hostname or ""
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._port = parts.port or (443 if self._tls else 80)
-        self._clock = clock
-        lines = [f"Host: {parts.netloc.rpartition('@')[2]}", "Accept-Encoding: identity"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self._head = ("\r\n".join(lines) + "\r\nContent-Length: ").encode("latin-1")
-        self._idle: list[Connection] = []
-        self._closed = False
-
-    async def post(self, path: str, body: bytes) -> Connection:
-        """The request on a connection; its answer hasn't begun. Raises NotConnected."""
-        connection = self._take() or await self._connect()
-        connection.send(
-            b"POST %b HTTP/1.1\r\n%b%d\r\n\r\n%b" % (path.encode("latin-1"), self._head, len(body), body)
-        )
-        return connection
-
-    def release(self, connection: Connection) -> None:
-        """Its exchange has ended, or is given up: then the connection is closed."""
-        if connection.reusable and not self._closed and len(self._idle) < K_MAX_IDLE:
-            connection.idle_since_s = self._clock()
-            self._idle.append(connection)
-        else:
-            connection.close()
-
-    def close(self) -> None:
-        self._closed = True
-        for connection in self._idle:
-            connection.close()
-        self._idle.clear()
-
-    def sweep(self) -> None:
-        """Close what has been idle for too long."""
-        oldest_s = self._clock() - K_KEEP_ALIVE_S
-        stale = [one for one in self._idle if one.lost or one.idle_since_s < oldest_s]
-        if stale:
-            self._idle = [one for one in self._idle if not one.lost and one.idle_since_s >= oldest_s]
-            for connection in stale:
-                connection.close()
-
-    def _take(self) -> Connection | None:
-        oldest_s = self._clock() - K_KEEP_ALIVE_S
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.reusable and connection.idle_since_s >= oldest_s:
-                return connection
-            connection.close()
-        return None
-
-    async def _connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(K_CONNECT_S):
-                _, connection = await loop.create_connection(
-                    Connection, self._host, self._port, ssl=self._tls
-                )
-        except TimeoutError:
-            raise NotConnected(
-                f"no connection to {self._host}:{self._port} within {K_CONNECT_S:g} s"
-            ) from None
-        except OSError as error:
-            raise NotConnected(f"{self._host}:{self._port}: {error.strerror or error}") from None
-        return connection

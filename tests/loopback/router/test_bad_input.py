@@ -259,7 +259,7 @@ def test_servers_that_lie_about_their_load_or_send_garbage_are_counted_and_harml
             east.load_body = b'{"loads": [{"num_waiting_uncached_tokens": 0}]}'
             handle.pending_tokens += 5000
             await s.settle(lambda: not handle.misses)
-            seen = handle.observe(s.router._clock(), 5.0)
+            seen = handle.observe(s.router.clock(), 5.0)
             assert seen.waiting_uncached_tokens == 5000
             handle.pending_tokens -= 5000
             metrics = await s.metrics()

@@ -315,7 +315,7 @@ def test_a_pumps_page_moves_the_links_estimate(stand: Any) -> None:
         try:
             link = {"source": "east", "target": "west", "status_url": f"http://127.0.0.1:{port}/links"}
             async with stand(links=[link]) as s:
-                clock = s.router._clock
+                clock = s.router.clock
                 await s.settle(lambda: not s.router.links.estimates(clock())[LinkId("east", "west")].up)
                 found = s.router.links.estimates(clock())[LinkId("east", "west")]
                 assert (found.rate_bps, found.rtt_s) == (3e6, 0.08)
