@@ -209,6 +209,12 @@ class StandInRole:
     supports_host_tensor_indices = True
 
 
+def forget_backend() -> None:
+    """Their classes are made on whatever stood for SGLang's when they were imported."""
+    for name in ("backend", "decode_side", "prefill_side"):
+        sys.modules.pop(f"prfaas.sglang.{name}", None)
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     names = {
@@ -223,11 +229,11 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     for name, thing in names.items():
         monkeypatch.setitem(vars(compat), name, thing)
     monkeypatch.delenv("PRFAAS_CONFIG", raising=False)
-    sys.modules.pop("prfaas.sglang.backend", None)
+    forget_backend()
     module = importlib.import_module("prfaas.sglang.backend")
     monkeypatch.setattr(module, "LocalPumpClient", FakePump)
     yield module
-    sys.modules.pop("prfaas.sglang.backend", None)
+    forget_backend()
 
 
 @pytest.fixture

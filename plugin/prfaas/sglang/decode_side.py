@@ -1,0 +1,140 @@
+"""The manager's work on a decode server: leases on pages, and what becomes of them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from prfaas.model.errors import PrfaasError
+from prfaas.sglang import compat, layout
+from prfaas.sglang.control import K_GRANT_TAG, K_NO_GRANT
+from prfaas.sglang.rooms import LeasedRoom, describe
+from prfaas.sglang.staging import Places
+
+logger = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    pass
+
+
+class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
+    """Part of PrfaasKVManager, which has what it uses: pump, leased, staging, verification, deadline_s."""
+
+    def build_receiver_registration_message(self) -> list[bytes]:
+        return [
+            *super().build_receiver_registration_message(),
+            K_GRANT_TAG,
+            layout.describe(self).to_bytes(),
+        ]
+
+    def build_receiver_metadata_message(self, **arguments: Any) -> list[bytes]:
+        """SGLang's message about a room's pages, with our lease on them."""
+        message: list[bytes] = super().build_receiver_metadata_message(**arguments)
+        if arguments["is_dummy"]:
+            return message
+        room = arguments["bootstrap_room"]
+        try:
+            return [*message, K_GRANT_TAG, *self._grant(room, arguments)]
+        except PrfaasError as error:
+            # SGLang sends the message whatever happens: the prefill side refuses it, with this reason, at
+            # once.
+            return [*message, K_GRANT_TAG, K_NO_GRANT + str(error).encode(), b""]
+
+    def _grant(self, room: int, arguments: dict[str, Any]) -> tuple[bytes, bytes]:
+        """The room's lease and, if its pages are staged, where; made at the first of its prefill ranks, the
+        same for the others."""
+        leased = self.leased.find(room)
+        if leased is None:
+            leased = self._lease(
+                room, arguments["kv_indices"], arguments["aux_index"], arguments["state_indices"]
+            )
+        places = b"" if leased.places is None else leased.places.to_bytes()
+        return leased.lease.grant.to_text().encode(), places
+
+    def _lease(
+        self, room: int, kv_indices: Any, aux_index: int | None, state_indices: list[Any] | None
+    ) -> LeasedRoom:
+        pages = layout.leased_pieces(self.kv_args, kv_indices, None, state_indices)
+        slot = layout.aux_pieces(self.kv_args, aux_index)
+        places, release = None, _nothing
+        if self.staging is not None and len(pages):
+            staging, total = self.staging, int(pages[:, 1].sum())
+            address = staging.take(total)
+            if address is None:
+                raise PrfaasError(
+                    f"decode server: no {total} bytes of staging free; {staging.free_bytes} are"
+                )
+            places, release = Places.laid_out(pages, address), lambda: staging.give(address)
+            pages = np.array([[address, total]], dtype=np.uint64)
+        generation = self.leased.next_generation()
+        self.verification.leased(room, generation, kv_indices, aux_index, state_indices)
+        try:
+            lease = self.pump.grant_lease(
+                room,
+                generation,
+                [(int(address), int(length)) for address, length in np.concatenate((pages, slot))],
+                self.deadline_s,
+                expected_sources=self.required_prefill_response_num_table.get(room, 1),
+            )
+        except PrfaasError:
+            release()
+            raise
+        leased = LeasedRoom(room, generation, lease, places, release)
+        self.leased.hold(leased)
+        lease.add_callback(lambda lease: self._landed(leased))
+        return leased
+
+    def _landed(self, leased: LeasedRoom) -> None:
+        """The pump's word on a lease: a part has arrived, or broken."""
+        room, broken = leased.room, leased.lease.failure
+        if broken is not None:
+            if self.leased.find(room) is leased:
+                self.record_failure(room, describe(broken.kind, broken.reason, broken.detail))
+                self.update_status(room, compat.KVPoll.Failed)
+        elif leased.lease.complete and self.leased.land(leased, lambda: self._settle(leased)):
+            self.update_status(room, compat.KVPoll.Success)
+
+    def _settle(self, leased: LeasedRoom) -> None:
+        """The lease has ended and nobody uses the pages yet."""
+        if leased.places is not None:
+            assert self.staging is not None
+            self.staging.copy_in(leased.places)
+        self.verification.landed(leased.room, leased.generation)
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """SGLang's, but a prefill server that doesn't match costs its own requests, not the decode
+        scheduler's life.
+        """
+        try:
+            return bool(super().try_ensure_parallel_info(bootstrap_addr))
+        except RuntimeError as error:
+            logger.error("prfaas: prefill server %s refused: %s", bootstrap_addr, error)
+            for room in list(self.addr_to_rooms_tracker[bootstrap_addr]):
+                self.record_failure(room, f"Aborted: prefill server {bootstrap_addr} refused: {error}")
+                self.update_status(room, compat.KVPoll.Failed)
+            return False
+
+    def apply_prefill_status(
+        self, *, bootstrap_room: int, status: int, prefill_rank: int, failure_reason: str | None = None
+    ) -> None:
+        """The sender's word. That it failed counts; that it has sent doesn't: landed is what `_landed`
+        says.
+        """
+        if status == compat.KVPoll.Success:
+            return
+        super().apply_prefill_status(
+            bootstrap_room=bootstrap_room,
+            status=status,
+            prefill_rank=prefill_rank,
+            failure_reason=failure_reason,
+        )
+
+    def is_abort_release_safe(self, bootstrap_room: int, required_acks: int) -> bool:
+        """SGLang would wait for each sender's word, or 30 s. Ending the lease is enough, and ours alone to
+        do.
+        """
+        self.leased.end(bootstrap_room)
+        return True
