@@ -345,8 +345,25 @@ class Door:
             out.enable_chunked_encoding()
         else:
             out.force_close()
-        await out.prepare(request)
+        try:
+            await self._stream(request, out, attempt, opened, outcome)
+        except ConnectionResetError as left:
+            # Nothing to be told to anybody, and nothing for the log: clients leave.
+            outcome.status, outcome.error = K_CLIENT_LEFT, str(left) or "the client left"
+        return out
+
+    async def _stream(
+        self,
+        request: web.Request,
+        out: web.StreamResponse,
+        attempt: Attempt,
+        opened: Opened,
+        outcome: Outcome,
+    ) -> None:
+        """From the first events to the end of the answer. Raises ConnectionResetError: the client left."""
+        assert opened.connection is not None
         stall_s = self._config.limits.client_stall_s
+        await out.prepare(request)
         await _write(request, out, opened.first, stall_s)
         relay = Relay(request, out, opened.connection, opened.cutter)
         cause = await relay.run(self._config.retry.stall_s, stall_s)
@@ -360,7 +377,6 @@ class Door:
             )
             await _write(request, out, event, stall_s)
         await out.write_eof()
-        return out
 
 
 async def _write(request: web.Request, out: web.StreamResponse, data: bytes, stall_s: float) -> None:

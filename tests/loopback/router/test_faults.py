@@ -238,20 +238,35 @@ def test_a_client_that_leaves_aborts_both_sides(stand: Any, stream: bool) -> Non
     asyncio.run(main())
 
 
-def test_a_client_that_leaves_in_mid_stream_aborts_decode(stand: Any) -> None:
+@pytest.mark.parametrize("flowing", [False, True])
+def test_a_client_that_leaves_in_mid_stream_aborts_decode_and_is_no_error(
+    stand: Any, caplog: Any, flowing: bool
+) -> None:
+    async def flow(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        out = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await out.prepare(request)
+        while True:
+            await out.write(fake.event(False, 0))
+            await asyncio.sleep(0.001)
+
     async def main() -> None:
         async with stand() as s:
             decode = s.servers["west-d"]
             decode.hold.clear()
+            decode.fault = flow if flowing else None
             async with aiohttp.ClientSession() as session:
                 body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
                 response = await session.post(s.url + "/v1/chat/completions", json=body)
                 assert await response.content.readany()
                 response.close()
-            await s.settle(lambda: decode.aborted and decode.broken_off)
+            await s.settle(lambda: decode.aborted)
             assert s.router.servers.get("west-d").in_flight == 0
+            metrics = await s.metrics()
+            key = 'prfaas_router_requests_total{endpoint="/v1/chat/completions",status="499"}'
+            assert metrics[key] == 1
 
     asyncio.run(main())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_refusals_on_every_path_are_429_and_dead_paths_503(stand: Any) -> None:
