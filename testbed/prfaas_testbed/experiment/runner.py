@@ -273,6 +273,9 @@ class Runner:
             limit_s = self.experiment.request_timeout_s
             to_plain = one_server_shots(requests, fleet.plain.url, self.real, limit_s)
             found, _, _ = self._send(net, fleet, to_plain, f"{control.name}-plain", quiet=True)
+            failed = [answer.error for answer in found if answer.error]
+            if failed:
+                raise PrfaasError(f"the plain server didn't answer a control's prompt: {failed[0]}")
             plain = {answer.id: answer for answer in found}
         answers, _, _ = self._send(net, fleet, shots, control.name, quiet=True)
         moved = read_moved(fleet.digests)
@@ -315,6 +318,8 @@ class Runner:
             if not quiet:
                 self.tell(f"{fleet.model.name}: {done} of {len(shots)} answered")
 
+        if not killed:
+            fleet.check_alive()
         try:
             client.start(shots)
             if timeline is not None:
