@@ -30,6 +30,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--emulation", choices=("native", "appliance"), help="instead of the first that works here"
     )
+    parser.add_argument(
+        "--wait-s", type=float, default=0.0, help="wait so long for another run to end (%(default)g)"
+    )
     parser.add_argument("--json", action="store_true", help="rows as one JSON object on stdout")
     parser.set_defaults(run=run)
 
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     def tell(text: str) -> None:
         sys.stderr.write(f"{text}\n")
 
-    with open_network(topology, workdir, tell, args.emulation) as net:
+    with open_network(topology, workdir, tell, args.emulation, args.wait_s) as net:
         tell("measuring each link …")
         watch = net.watch()
         rows = net.calibrate()

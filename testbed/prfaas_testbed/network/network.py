@@ -52,6 +52,7 @@ K_SITE_BUFFER_BYTES = (
 )  # the most TCP may hold a connection: well above any bandwidth-delay product here
 K_SAMPLE_EVERY_S = 0.1
 K_TRAFFIC_PORT = 5920
+K_CAPTURE_BLOCK_S = 1.2  # the kernel hands packets over in blocks, up to a second late; an end drops the last
 K_CONGESTION = "net.ipv4.tcp_allowed_congestion_control"
 K_NEEDED = {
     "mnexec": "mininet",
@@ -252,6 +253,7 @@ class Network:
                 raise MachineError(f"tcpdump at {site}: {said.strip() or 'did not start'}")
             yield
         finally:
+            time.sleep(K_CAPTURE_BLOCK_S)
             process.send_signal(signal.SIGINT)
             try:
                 process.communicate(timeout=5)

@@ -1,0 +1,49 @@
+import os
+import shutil
+
+import pytest
+
+from prfaas.config.topology import Impairments
+from prfaas.model.errors import MachineError, UsageError
+from prfaas_testbed.network import base
+from prfaas_testbed.network.appliance import Appliance
+from prfaas_testbed.network.native import Native
+from prfaas_testbed.network.network import check_machine
+
+
+def test_without_root_the_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(MachineError, match="needs root"):
+        check_machine()
+
+
+def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "mnexec" else f"/usr/bin/{name}")
+    with pytest.raises(MachineError, match="mnexec is missing; install Debian's package mininet"):
+        check_machine()
+
+
+def test_native_is_preferred_and_the_appliance_is_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Appliance, "missing", classmethod(lambda cls: None))
+    monkeypatch.setattr(Native, "missing", classmethod(lambda cls: None))
+    assert base.create().name == "native"
+    monkeypatch.setattr(Native, "missing", classmethod(lambda cls: "no netem"))
+    assert base.create().name == "appliance"
+
+
+def test_where_neither_works_both_reasons_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Appliance, "missing", classmethod(lambda cls: "no guest"))
+    monkeypatch.setattr(Native, "missing", classmethod(lambda cls: "no netem"))
+    with pytest.raises(MachineError, match="native: no netem; appliance: no guest"):
+        base.create()
+    with pytest.raises(MachineError, match="emulation native: no netem"):
+        base.create("native")
+    with pytest.raises(UsageError, match="there are: native, appliance"):
+        base.create("ns3")
+
+
+def test_a_link_beyond_the_appliance_s_reach_is_refused_with_the_way_out() -> None:
+    with pytest.raises(MachineError, match=r"link a->b: 1000 Mbit/s .* give the topology a scale\.factor"):
+        Appliance().check_reach({"a->b": Impairments(rate_mbps=1000)})
+    Appliance().check_reach({"a->b": Impairments(rate_mbps=200)})
