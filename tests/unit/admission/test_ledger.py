@@ -299,4 +299,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestLedger.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

@@ -117,4 +117,4 @@ class SharesMachine(RuleBasedStateMachine):
 
 
 TestShares = SharesMachine.TestCase
-TestShares.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestShares.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

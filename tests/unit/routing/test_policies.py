@@ -280,7 +280,7 @@ views = st.builds(
 
 @pytest.mark.parametrize("name", NAMES)
 @given(st.lists(st.tuples(views, snapshots(), st.integers(0, 4)), max_size=12), st.booleans(), st.booleans())
-@settings(max_examples=120)
+@settings(max_examples=80)
 def test_whatever_it_sees_it_answers_soundly(
     name: str, asked: list[tuple[RequestView, Snapshot, int]], movable: bool, shed: bool
 ) -> None:
@@ -337,7 +337,7 @@ def test_whatever_it_sees_it_answers_soundly(
     st.booleans(),
     st.floats(0.2, 1.5),
 )
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_no_request_is_lost_answered_twice_or_starved(
     fluid: ModuleType,
     name: str,
