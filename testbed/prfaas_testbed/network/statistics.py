@@ -63,7 +63,7 @@ class Chain:
 
 
 def binomial_interval(packets: int, probability: float) -> tuple[float, float]:
-    """Shares lost that independent losses of this probability give in 99.9% of all tries of so many packets."""
+    """Shares that 99.9% of all tries of so many packets lose, each independently with this probability."""
     probability = max(probability, K_UNPLANNED)
     if probability >= 1:
         return 1.0, 1.0

@@ -22,7 +22,8 @@ import sys, time
 from prfaas.config.topology import load_topology
 from prfaas_testbed.network import open_network
 with open_network(load_topology("hello"), sys.argv[1], wait_s=120) as net:
-    server = net.sites["east"].popen(["sh", "-c", "trap '' TERM; sleep 600 & wait; sleep 600"])
+    script = "exec > /dev/null 2>&1; trap '' TERM; sleep 600 & wait; sleep 600"  # lets go of our pipes
+    server = net.sites["east"].popen(["sh", "-c", script])
     sys.stdout.write(f"{server.pid}\\n"); sys.stdout.flush()
     time.sleep(600)
 """
