@@ -189,7 +189,7 @@ def test_edf_conserves_bytes_and_serves_by_deadline(
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """A link that really sends, by EDF at the promised rate or faster, under offers, falls, outages, releases."""
+    """A link that really sends, by EDF at the promised rate, under offers, falls, outages, releases."""
 
     @initialize(queue_limit=st.integers(0, 3))
     def start(self, queue_limit: int) -> None:
