@@ -75,7 +75,9 @@ def run(what: str, *command: str | Path, env: dict[str, str] | None = None) -> N
         ).returncode
     if status:
         tail = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()[-12:]
-        raise Lacking(f"{what}: {words[0]} ended with {status}; {log} has it all, its end:\n  " + "\n  ".join(tail))
+        raise Lacking(
+            f"{what}: {words[0]} ended with {status}; {log} has it all, its end:\n  " + "\n  ".join(tail)
+        )
     say(f"{what}: done in {time.monotonic() - started:.0f} s")
 
 
@@ -97,7 +99,9 @@ def once(stamp: Path, made_from: str, step: Callable[[], None]) -> None:
 def need_disk(free_bytes: int) -> None:
     free = shutil.disk_usage(K_ROOT).free
     if free < free_bytes:
-        raise Lacking(f"disk: {free / 2**30:.0f} GiB free under {K_ROOT}, {free_bytes / 2**30:.0f} GiB needed")
+        raise Lacking(
+            f"disk: {free / 2**30:.0f} GiB free under {K_ROOT}, {free_bytes / 2**30:.0f} GiB needed"
+        )
 
 
 def make_light() -> None:
@@ -108,16 +112,34 @@ def make_light() -> None:
         if not (K_LIGHT / "bin" / "python").exists():
             run("making .venv", sys.executable, "-m", "venv", K_LIGHT)
         run("installing uv", K_LIGHT / "bin" / "python", "-m", "pip", "install", "--quiet", K_UV)
-        run("installing the light environment (81 packages, about 0.4 GB)", *uv("pip", "install"),
-            "--python", K_LIGHT / "bin" / "python", "--require-hashes", "--no-deps", "-r", lock)
-        run("installing prfaas, editable", *uv("pip", "install"), "--python", K_LIGHT / "bin" / "python",
-            "--no-deps", "--editable", K_ROOT)
+        run(
+            "installing the light environment (81 packages, about 0.4 GB)",
+            *uv("pip", "install"),
+            "--python",
+            K_LIGHT / "bin" / "python",
+            "--require-hashes",
+            "--no-deps",
+            "-r",
+            lock,
+        )
+        run(
+            "installing prfaas, editable",
+            *uv("pip", "install"),
+            "--python",
+            K_LIGHT / "bin" / "python",
+            "--no-deps",
+            "--editable",
+            K_ROOT,
+        )
 
     light = digest(lock, K_ROOT / "pyproject.toml", K_UV)
     if dry():
         fresh = (K_LIGHT / ".made-from").exists() and (K_LIGHT / ".made-from").read_text() == light
-        say(".venv is ready" if fresh else
-            "would make .venv: 81 Python packages by requirements/light.lock, about 0.4 GB")
+        say(
+            ".venv is ready"
+            if fresh
+            else "would make .venv: 81 Python packages by requirements/light.lock, about 0.4 GB"
+        )
         return
     once(K_LIGHT / ".made-from", light, step)
 
@@ -130,7 +152,9 @@ def uv(*words: str) -> list[str | Path]:
 def missing_packages() -> list[str]:
     known = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *K_DEBIAN],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.splitlines()
     present = {line.split()[0] for line in known if line.endswith(" installed")}
     return [name for name in K_DEBIAN if name not in present]
@@ -138,23 +162,41 @@ def missing_packages() -> list[str]:
 
 def make_system() -> None:
     if not shutil.which("apt-get"):
-        raise Lacking("apt-get: the emulated network is set up on Debian 12 and its like; install "
-                      + ", ".join(K_DEBIAN) + " by hand elsewhere")
+        raise Lacking(
+            "apt-get: the emulated network is set up on Debian 12 and its like; install "
+            + ", ".join(K_DEBIAN)
+            + " by hand elsewhere"
+        )
     wanted = missing_packages()
     if dry():
         for name in wanted:
             say(f"would install Debian's {name}: {K_DEBIAN[name]}")
-        say("would change nothing else of the host; a run raises net.core.rmem_default and allows cubic and "
-            "bbr, and puts both back" if wanted else "Debian's packages are ready")
+        say(
+            "would change nothing else of the host; a run raises net.core.rmem_default and allows cubic and "
+            "bbr, and puts both back"
+            if wanted
+            else "Debian's packages are ready"
+        )
         return
     if not wanted:
         return
     if os.geteuid() != 0:
-        raise Lacking(f"root: Debian's {', '.join(wanted)} must be installed; run as root or install them first")
+        raise Lacking(
+            f"root: Debian's {', '.join(wanted)} must be installed; run as root or install them first"
+        )
     say("Debian's packages to install: " + ", ".join(f"{name} ({K_DEBIAN[name]})" for name in wanted))
     env = {"DEBIAN_FRONTEND": "noninteractive"}
     run("apt-get update", "apt-get", "update", "-q", env=env)
-    run("apt-get install (about 150 MB)", "apt-get", "install", "-y", "-q", "--no-install-recommends", *wanted, env=env)
+    run(
+        "apt-get install (about 150 MB)",
+        "apt-get",
+        "install",
+        "-y",
+        "-q",
+        "--no-install-recommends",
+        *wanted,
+        env=env,
+    )
 
 
 def make_sglang() -> None:
@@ -165,24 +207,54 @@ def make_sglang() -> None:
         need_disk(K_FREE_BYTES)
         if not python.exists():
             run("making .venv-sglang", sys.executable, "-m", "venv", "--without-pip", K_SGLANG)
-        run("installing SGLang 0.5.23 with torch (216 packages, 9.6 GB; minutes)", *uv("pip", "install"),
-            "--python", python, "--require-hashes", "--no-deps", "-r", lock)
-        run("installing prfaas beside it, editable", *uv("pip", "install"), "--python", python, "--no-deps",
-            "--editable", K_ROOT)
-        run("compiling its bytecode once", python, "-m", "compileall", "-q", "-j2",
-            "-x", "py312_intrinsics", K_SGLANG / "lib")  # torch ships one file that only Python 3.12 reads
+        run(
+            "installing SGLang 0.5.23 with torch (216 packages, 9.6 GB; minutes)",
+            *uv("pip", "install"),
+            "--python",
+            python,
+            "--require-hashes",
+            "--no-deps",
+            "-r",
+            lock,
+        )
+        run(
+            "installing prfaas beside it, editable",
+            *uv("pip", "install"),
+            "--python",
+            python,
+            "--no-deps",
+            "--editable",
+            K_ROOT,
+        )
+        run(
+            "compiling its bytecode once",
+            python,
+            "-m",
+            "compileall",
+            "-q",
+            "-j2",
+            "-x",
+            "py312_intrinsics",
+            K_SGLANG / "lib",
+        )  # torch ships one file that only Python 3.12 reads
 
     made_from = digest(lock, K_ROOT / "pyproject.toml")
     models = K_ROOT / "testbed" / "prfaas_testbed" / "instances" / "models.py"
     if dry():
         ready = (K_SGLANG / ".made-from").exists() and (K_SGLANG / ".made-from").read_text() == made_from
-        say(".venv-sglang is ready" if ready else
-            "would make .venv-sglang: 216 Python packages by requirements/sglang.lock (SGLang 0.5.23, torch), 9.6 GB")
+        say(
+            ".venv-sglang is ready"
+            if ready
+            else "would make .venv-sglang: SGLang 0.5.23 with torch, 216 packages by requirements/sglang.lock, 9.6 GB"
+        )
         say("would make tiny models with random weights under .cache/models, some MB, if they are not there")
         return
     once(K_SGLANG / ".made-from", made_from, step)
-    once(K_ROOT / ".cache" / "models.made-from", digest(models, made_from),
-         lambda: run("making the tiny models", python, models, K_ROOT / ".cache" / "models"))
+    once(
+        K_ROOT / ".cache" / "models.made-from",
+        digest(models, made_from),
+        lambda: run("making the tiny models", python, models, K_ROOT / ".cache" / "models"),
+    )
 
 
 K_STEPS: dict[str, tuple[Callable[[], None], ...]] = {

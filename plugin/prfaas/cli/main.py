@@ -1,7 +1,8 @@
 """`prfaas …`: finds the command, runs it, turns every error into one line and an exit status.
 
-A command is a module of this package with `register(subparsers)`, which adds a parser and sets its `run` default
-to a function (args) -> exit status. Other packages add commands by the entry-point group `prfaas.commands`.
+A command is a module of this package with `register(subparsers)`, which adds a parser and sets its `run`
+default to a function (args) -> exit status. Other packages add commands by the entry-point group
+`prfaas.commands`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _register_missing(subparsers: argparse._SubParsersAction, name: str, error: Exception) -> None:
+def _register_missing(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, error: Exception
+) -> None:
     command = subparsers.add_parser(name, help="needs the testbed: pip install 'prfaas[testbed]'")
     command.add_argument("rest", nargs=argparse.REMAINDER)
 

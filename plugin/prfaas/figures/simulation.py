@@ -88,7 +88,8 @@ def _links(rows: Repetition) -> dict[str, list[tuple[float, int]]]:
 def _mean(at_s: np.ndarray, value: np.ndarray, edges: np.ndarray) -> np.ndarray:
     total, _ = np.histogram(at_s, bins=edges, weights=value)
     count, _ = np.histogram(at_s, bins=edges)
-    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    mean: np.ndarray = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    return mean
 
 
 def _quantile(at_s: np.ndarray, value: np.ndarray, edges: np.ndarray, q: float) -> np.ndarray:

@@ -215,7 +215,7 @@ class Network:
         return list(found)
 
     def _capacities(self, pipes: list[Pipe], now: float) -> dict[Pipe, float]:
-        """Bytes a second of payload for pipes that share links among themselves alone: max-min, with ceilings.
+        """Bytes a second of payload for pipes that share links with no others: max-min, with ceilings.
 
         Progressive filling: the pipe that can have least gets that, and what is left goes to the others.
         """

@@ -41,7 +41,7 @@ class Settings:
     service_order: Literal["fcfs", "deadline"] = "fcfs"
     """Order in which prefill takes its queue."""
     homes: tuple[SiteId, ...] = ()
-    """Sites whose users the requests are, in turn: each is decoded at home. Empty: wherever the policy says."""
+    """Sites whose users the requests are, in turn: each is decoded at home. Empty: where the policy says."""
     timeout_s: float = math.inf
     """A request without a first token by then is answered with an error."""
 
@@ -135,7 +135,7 @@ class World:
     # The door.
 
     def snapshot(self, now: float, home: SiteId | None = None) -> Snapshot:
-        """What the door knows at `now`: all, or what lies around a home: itself and those with a way to it."""
+        """What the door knows at `now`: all, or a home's surroundings: itself and those with a way to it."""
         if now - self._sites_at_s >= self.settings.observe_every_s or not self._sites:
             self._sites_at_s = now
             self._sites = {site: self._observe(site, now) for site in self._by_site}

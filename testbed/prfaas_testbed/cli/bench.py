@@ -1,5 +1,4 @@
-"""`prfaas bench`: the engine beside its peers, over an emulated link that it makes itself, or over loopback.
-"""
+"""`prfaas bench`: the engine beside its peers, over an emulated link of its own, or over loopback."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ K_NOT_COMMANDS = ("main", "bench")  # bench is a command of `prfaas`, by its ent
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prfaas-testbed",
-        description="Several data centres on one Linux machine, with real delay, loss and faults between them.",
+        description="Several data centres on one Linux machine, with real delay, loss and faults.",
         allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
