@@ -41,6 +41,7 @@ K_TURN_BYTES = 2 << 20
 """Most bytes read or written in one turn."""
 K_QUEUE_MAX_BYTES = 8 << 20
 """A peer that doesn't read our answers to its own frames loses the stream."""
+K_PONG_BYTES = 16  # of a PING that its answer carries back: enough to tell it by, and no load on the way back
 K_UNSENT_FIRST_BYTES = 256 * 1024
 K_UNSENT_LEAST_BYTES = 64 * 1024
 K_UNSENT_SHARED_BYTES = 1 << 20
@@ -314,7 +315,7 @@ class Stream:
             self.state = State.READY
             self.handler.on_ready(self, now)
         elif header.type is FrameType.PING:
-            self.send_control(control_frame(self.version, FrameType.PONG, bytes(body)))
+            self.send_control(control_frame(self.version, FrameType.PONG, bytes(body[:K_PONG_BYTES])))
         else:
             self.handler.on_frame(self, header, body, now)
 
