@@ -31,6 +31,9 @@ K_FIRST_PORT = 30000
 K_PLAIN_PORT = 29000
 K_BOOTSTRAP_OFFSET = 1000
 K_CERTIFICATE_DAYS = 2.0
+# One prompt a prefill batch: else arrivals decide where a prompt is cut into chunks, bfloat16 rounds
+# otherwise for each cut, and two right servers can disagree about a token.
+K_SAME_CHUNKS = ("--prefill-max-requests", "1")
 K_MODELS_DIR = K_CHECKOUT / ".cache" / "models"
 
 
@@ -236,7 +239,7 @@ class Fleet:
         spec = ServerSpec(
             role=instance.role if instance.role != "collocated" else "plain",
             model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
-            bootstrap_port=bootstrap, config_path=config,
+            bootstrap_port=bootstrap, config_path=config, extra_args=K_SAME_CHUNKS,
         )  # fmt: skip
         server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))
         return Server(name, instance.site, instance.role, site.address, port, Real(server), bootstrap)
@@ -246,7 +249,7 @@ class Fleet:
         if "sglang" in self.experiment.kinds():
             spec = ServerSpec(
                 role="plain", model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name,
-                host=site.address, port=K_PLAIN_PORT,
+                host=site.address, port=K_PLAIN_PORT, extra_args=K_SAME_CHUNKS,
             )  # fmt: skip
             process: Process = Real(SglangServer(spec, self.folder / "plain.log", popen=_popen_of(site)))
         else:
