@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from prfaas.model.errors import UsageError
 
 K_STREAMS_IPERF3 = (1, 4, 8, 16, 32)
+K_PAYLOAD_BYTES, K_FRAME_BYTES = 1448, 1514
 K_MOST_LOSS = 0.3  # beyond this TCP hardly moves, and no measurement ends in time
 K_LOSS_FORM = re.compile(r"(?P<value>\d+(\.\d+)?([eE]-?\d+)?)(?P<percent>%?)(:burst=(?P<burst>\d+(\.\d+)?))?")
 
@@ -98,12 +99,18 @@ class Cell:
     def allowed_congestion_controls(self) -> tuple[str, ...]:
         return ("cubic",) if self.congestion_control == "cubic" else ("cubic", self.congestion_control)
 
+    @property
+    def ceiling_mbps(self) -> float | None:
+        """The most payload that TCP carries over the link: full frames at an MTU of 1500, with timestamps."""
+        return None if self.rate_mbps is None else self.rate_mbps * K_PAYLOAD_BYTES / K_FRAME_BYTES
+
     def parameters(self) -> dict[str, object]:
         """The cell as the columns of its rows."""
         return {
             "cell": self.name or self.label(),
             "rtt_ms": self.rtt_ms,
             "rate_mbps": self.rate_mbps,
+            "ceiling_mbps": self.ceiling_mbps,
             "loss": self.loss.fraction,
             "burst_packets": self.loss.burst_packets,
             "congestion_control": self.congestion_control,

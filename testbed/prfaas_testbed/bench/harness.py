@@ -57,10 +57,12 @@ def measure_cell(
     repetitions: int,
     limit_s: float,
     progress: Progress,
+    narrow: bool = False,
 ) -> list[Row]:
     """A row for each engine; one that fails keeps what it measured and says why under `errors`.
 
-    Raises MachineError when an engine lacks something here.
+    `narrow`: after the first round only prfaas, Mooncake and the best of the iperf3 rows go on, to spare
+    time. Raises MachineError when an engine lacks something here.
     """
     rows = [_empty_row(cell, engine) for engine in engines]
     try:
@@ -68,6 +70,8 @@ def measure_cell(
             _start(engine, place, cell, row, progress)
         for repetition in range(repetitions):
             for index in _turns(len(engines), repetition):
+                if narrow and repetition and not _goes_on(rows, index):
+                    continue
                 _measure(engines[index], rows[index], repetition, limit_s, progress)
     finally:
         for engine in engines:
@@ -88,12 +92,18 @@ def summary(rows: Iterable[Row]) -> list[Row]:
 def _compare(name: str, rows: list[Row]) -> Row:
     ours = next((row for row in rows if row["engine"] == "prfaas"), None)
     iperf3 = [row for row in rows if row["engine"] == "iperf3" and row["goodput_mbps"]]
-    mooncake = next((row for row in rows if row["engine"] == "mooncake" and row["goodput_mbps"]), None)
+    pools = [row for row in rows if row["engine"] == "mooncake" and row["goodput_mbps"]]
+    mooncake = max(pools, key=lambda row: median(row["goodput_mbps"]), default=None)
     best = max(iperf3, key=lambda row: median(row["goodput_mbps"]), default=None)
+    best_mbps = median(best["goodput_mbps"]) if best else None
+    if best_mbps is not None and rows[0]["ceiling_mbps"] is not None:
+        # Bytes that waited for a lost one before iperf3's window began count in it: at a long round trip and
+        # with loss it can report more than the link carries.
+        best_mbps = min(best_mbps, rows[0]["ceiling_mbps"])
     result: Row = {
         "cell": name,
         "prfaas_mbps": median(ours["goodput_mbps"]) if ours and ours["goodput_mbps"] else None,
-        "best_iperf3_mbps": median(best["goodput_mbps"]) if best else None,
+        "best_iperf3_mbps": best_mbps,
         "best_iperf3_streams": best["streams"] if best else None,
         "mooncake_mbps": median(mooncake["goodput_mbps"]) if mooncake else None,
     }
@@ -118,6 +128,17 @@ def _empty_row(cell: Cell, engine: Engine) -> Row:
         "samples": [],
         "errors": [],
     }
+
+
+def _goes_on(rows: Sequence[Row], index: int) -> bool:
+    """Whether a row is of those that get every repetition: the others' first figure has shown that they lose.
+    """
+    if rows[index]["engine"] != "iperf3":
+        return bool(rows[index]["engine"] != "nixl")
+    first = [
+        row["goodput_mbps"][0] if row["engine"] == "iperf3" and row["goodput_mbps"] else 0.0 for row in rows
+    ]
+    return first[index] > 0 and first[index] == max(first)
 
 
 def _turns(count: int, repetition: int) -> list[int]:

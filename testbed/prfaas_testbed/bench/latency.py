@@ -13,12 +13,11 @@ from prfaas_testbed.bench.harness import Progress, Row, median
 from prfaas_testbed.bench.places import Place
 
 K_REST_S = 2.0
-K_PAYLOAD_SHARE = 1448 / 1514  # of a full Ethernet frame: what TCP carries with timestamps at an MTU of 1500
 
 
 def ideal_s(size_bytes: int, cell: Cell) -> float:
     """One round trip and the bytes' own time on the link. Pure."""
-    return cell.rtt_s + size_bytes * 8 / ((cell.rate_mbps or 0.0) * 1e6 * K_PAYLOAD_SHARE)
+    return cell.rtt_s + size_bytes * 8 / ((cell.ceiling_mbps or float("inf")) * 1e6)
 
 
 def measure(

@@ -57,12 +57,12 @@ class Sizes:
         return cls(
             cells=named,
             repetitions=repetitions,
-            limit_s=4.0,
+            limit_s=3.5,
             streams_iperf3=None,
             matrix=tuple(full_matrix()) if whole_matrix else (),
-            loopback_bytes=2_000_000_000,
+            loopback_bytes=1_000_000_000,
             loopback_repetitions=repetitions,
-            host_s=5.0,
+            host_s=3.0,
             latency_bytes=(1_000_000, 4_000_000, 16_000_000),
             judge=True,
         )
@@ -94,10 +94,12 @@ def measure_cells(
     progress: Progress,
     streams_iperf3: Sequence[int] | None = None,
     coarse: bool = False,
+    narrow: bool = False,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of all cells, those over an emulated link in one network, and what their places say of themselves.
 
-    `coarse`: measure the peers that write segment by segment at K_COARSE_BYTES too. Raises MachineError.
+    `narrow`: see measure_cell. `coarse`: measure the peers that write segment by segment at K_COARSE_BYTES
+    too. Raises MachineError.
     """
     rows: list[Row] = []
     places: list[dict[str, Any]] = []
@@ -110,7 +112,13 @@ def measure_cells(
                 place.shape(cell)
                 engines = engines_for(cell, peers, streams_iperf3)
                 measured = measure_cell(
-                    place, cell, engines, repetitions=repetitions, limit_s=limit_s, progress=progress
+                    place,
+                    cell,
+                    engines,
+                    repetitions=repetitions,
+                    limit_s=limit_s,
+                    progress=progress,
+                    narrow=narrow,
                 )
                 if coarse and "mooncake" in peers:
                     large = cell.with_(segment_bytes=K_COARSE_BYTES, name=cell.name or cell.label())
@@ -118,7 +126,7 @@ def measure_cells(
                         engine for engine in engines_for(large, ["mooncake"]) if engine.name != "prfaas"
                     ]
                     measured += measure_cell(
-                        place, large, others, repetitions=repetitions, limit_s=limit_s, progress=progress
+                        place, large, others, repetitions=1, limit_s=limit_s, progress=progress
                     )
                 rows += measured
     for cell in cells:
@@ -159,6 +167,7 @@ def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> Non
         progress=progress,
         streams_iperf3=sizes.streams_iperf3,
         coarse=sizes.judge,
+        narrow=True,
     )
     _keep(record, rows, places)
     if sizes.judge:

@@ -17,7 +17,7 @@ from prfaas_testbed.bench.layout import Layout
 from prfaas_testbed.bench.places import Place
 from prfaas_testbed.bench.worker import Worker, WorkerError
 
-K_BATCH_S = 1.0  # a batch is about a second of the link, so that a time limit is kept on a lossy one
+K_BATCH_S = 0.5  # of the link a batch, so that a time limit is kept on a lossy one
 K_WARM_BYTES = 4_000_000
 K_WARM_S = 5.0
 K_LANDING_S = 30.0

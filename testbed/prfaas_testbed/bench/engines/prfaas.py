@@ -23,6 +23,7 @@ from prfaas_testbed.bench.worker import Worker, WorkerError, cpu_seconds, end_pr
 K_START_S = 20.0
 K_BATCH_S = 0.5  # three such batches are under way at a time
 K_WARM_S = 2.0
+K_WARM_RTTS = 75  # the engine looks at ten round trips before each change of its streams
 K_LANDING_S = 30.0
 K_LEAST_WARM_BYTES = 4_000_000
 WORKER = "prfaas_testbed.bench.engines.prfaas_worker"
@@ -102,7 +103,8 @@ class Prfaas(Engine):
         first = self.move(total_bytes=min(self._cell.total_bytes, K_LEAST_WARM_BYTES), limit_s=K_WARM_S)
         self.cold_mbps = first["bytes"] * 8e-6 / (first["ended_s"] - first["began_s"])
         if self._cell.emulated:
-            self.move(total_bytes=self._cell.total_bytes, limit_s=K_WARM_S)
+            warm_s = max(K_WARM_S, K_WARM_RTTS * self._cell.rtt_s)
+            self.move(total_bytes=1 << 40, limit_s=warm_s)
 
     def measure(self, limit_s: float) -> Sample:
         self._fill = self._fill % 255 + 1  # never what the receiver's pages hold from before
