@@ -1,0 +1,197 @@
+"""How engines are measured side by side, compared and judged: with engines that move nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prfaas.config.run import read_run
+from prfaas.model.errors import MachineError, UsageError
+from prfaas_testbed.bench import checks, harness, host, latency, table
+from prfaas_testbed.bench.cell import NAMED_CELLS, Cell
+from prfaas_testbed.bench.engines.base import Engine, Sample
+from prfaas_testbed.bench.harness import engines_for, measure_cell, summary
+from prfaas_testbed.bench.places import Loopback, Place
+from prfaas_testbed.bench.record import Record
+from prfaas_testbed.bench.worker import WorkerError
+
+CELL = NAMED_CELLS["wan-clean"]
+
+
+class Fake(Engine):
+    """Answers figures from a list; "fail" raises."""
+
+    def __init__(self, name: str, streams: int | None, figures: list[Any], log: list[str]) -> None:
+        self.name, self.streams = name, streams
+        self._figures, self._log = iter(figures), log
+        self.closed = 0
+
+    def start(self, place: Place, cell: Cell) -> None:
+        pass
+
+    def measure(self, limit_s: float) -> Sample:
+        self._log.append(f"{self.name}{self.streams or ''}")
+        figure = next(self._figures)
+        if figure == "fail":
+            raise WorkerError("it broke")
+        return Sample(figure, 1_000_000_000, 1.0, cpu_s=2.0)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class NeverStarts(Fake):
+    def start(self, place: Place, cell: Cell) -> None:
+        raise WorkerError("no")
+
+
+def measured(tmp_path: Path, engines: list[Engine], repetitions: int = 2, narrow: bool = False) -> list[Any]:
+    return measure_cell(
+        Loopback(tmp_path),
+        CELL,
+        engines,
+        repetitions=repetitions,
+        limit_s=1,
+        progress=lambda _: None,
+        narrow=narrow,
+    )
+
+
+def test_repetitions_of_engines_take_turns_in_a_changing_order(tmp_path: Path) -> None:
+    log: list[str] = []
+    engines: list[Engine] = [Fake("prfaas", None, [1, 2, 3], log), Fake("iperf3", 1, [4, 5, 6], log)]
+    rows = measured(tmp_path, engines, 3)
+    assert log == ["prfaas", "iperf31", "iperf31", "prfaas", "prfaas", "iperf31"]
+    assert [row["goodput_mbps"] for row in rows] == [[1, 2, 3], [4, 5, 6]]
+    assert rows[0]["samples"][0]["cpu_s_per_gb"] == 2.0
+    assert rows[0]["rtt_ms"] == 40
+
+
+def test_an_engine_that_fails_keeps_what_it_measured_and_all_are_closed(tmp_path: Path) -> None:
+    log: list[str] = []
+    engines = [Fake("prfaas", None, ["fail", 7], log), NeverStarts("mooncake", None, [], log)]
+    rows = measured(tmp_path, list(engines))
+    assert rows[0]["goodput_mbps"] == [7]
+    assert rows[0]["errors"] == ["it broke"]
+    assert rows[1]["goodput_mbps"] == []
+    assert rows[1]["errors"] == ["no"]
+    assert all(engine.closed for engine in engines)
+
+
+def test_narrowed_only_the_best_iperf3_goes_on(tmp_path: Path) -> None:
+    log: list[str] = []
+    engines: list[Engine] = [
+        Fake("prfaas", None, [1, 1, 1], log),
+        *(Fake("iperf3", streams, [streams] * 3, log) for streams in (1, 8, 4)),
+        Fake("nixl", None, [1, 1, 1], log),
+    ]
+    rows = measured(tmp_path, engines, 3, narrow=True)
+    assert [len(row["goodput_mbps"]) for row in rows] == [3, 1, 3, 1, 1]
+
+
+def row(engine: str, figures: list[float], streams: int | None = None, cell: Cell = CELL) -> dict[str, Any]:
+    return {"engine": engine, "streams": streams, **cell.parameters(), "goodput_mbps": figures, "samples": []}
+
+
+def test_the_summary_takes_the_best_iperf3_by_its_median() -> None:
+    rows = [
+        row("prfaas", [90]),
+        row("iperf3", [50, 200, 51], 1),
+        row("iperf3", [100, 99, 1], 8),
+        row("mooncake", [45]),
+    ]
+    (found,) = summary(rows)
+    assert (found["best_iperf3_streams"], found["best_iperf3_mbps"]) == (8, 99)
+    assert found["to_best_iperf3"] == pytest.approx(90 / 99, abs=1e-4)
+    assert found["to_mooncake"] == 2
+
+
+def test_a_figure_above_what_the_link_carries_is_bounded_by_it() -> None:
+    (found,) = summary([row("prfaas", [150]), row("iperf3", [250], 4)])
+    assert found["best_iperf3_mbps"] == pytest.approx(200 * 1448 / 1514)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "outcome"),
+    [("wan-clean", 95, "passed"), ("wan-clean", 94, "failed"), ("wan-loss", 94, "failed")],
+)
+def test_a_cell_passes_at_95_percent_of_the_best_iperf3(name: str, ours: float, outcome: str) -> None:
+    cell = NAMED_CELLS[name]
+    judged = checks.judge_wan(
+        [row("prfaas", [ours], cell=cell), row("iperf3", [100], 1, cell), row("mooncake", [20], cell=cell)]
+    )
+    assert judged[0]["outcome"] == outcome
+
+
+def test_mooncake_is_to_be_tripled_where_loss_is_high_and_only_cubic_allowed() -> None:
+    wanted = {}
+    for name in ("wan-clean", "wan-loss", "wan-loss-bbr", "wan-burst"):
+        cell = NAMED_CELLS[name]
+        judged = checks.judge_wan([row("prfaas", [50], cell=cell), row("mooncake", [20], cell=cell)])
+        wanted[name] = judged[1]["wanted"]
+    assert wanted == {
+        "wan-clean": "at least 1",
+        "wan-loss": "at least 3",
+        "wan-loss-bbr": "at least 1",
+        "wan-burst": "at least 1",
+    }
+
+
+def test_what_was_not_measured_fails_and_says_so() -> None:
+    check = checks.at_least("x", None, 1.0)
+    assert check["outcome"] == "failed"
+    assert check["reason"] == "not measured"
+
+
+def test_the_loop_is_judged_round_by_round_beside_its_own_quiet() -> None:
+    rounds = {"engine": "prfaas", "end": "sender", "goodput_mbps": [1, 1, 1]}
+    rounds |= {"quiet": [{"p99_ms": v} for v in (1, 5, 1)], "loaded": [{"p99_ms": v} for v in (1.5, 5.5, 9)]}
+    assert host.added_ms(rounds) == pytest.approx(0.5)
+    (check,) = host.judge([rounds])
+    assert check["outcome"] == "passed"
+
+
+def test_latency_is_judged_against_a_round_trip_and_the_bytes() -> None:
+    rows = [{"size_bytes": 1_000_000, "rest_s": 0.0, "ideal_s": 0.1, "sender_s": [0.104, 0.2, 0.1]}]
+    assert latency.judge(rows)[0]["outcome"] == "passed"
+    rows[0]["sender_s"] = [0.2, 0.2, 0.1]
+    assert latency.judge(rows)[0]["outcome"] == "failed"
+
+
+def test_unknown_peers_are_refused_and_stream_counts_make_a_row_each() -> None:
+    with pytest.raises(UsageError, match=r"found cake; known: iperf3"):
+        engines_for(CELL, ["cake"])
+    named = [(engine.name, engine.streams) for engine in engines_for(CELL, ["iperf3", "mooncake"])]
+    assert named == [("prfaas", None), ("mooncake", None), *(("iperf3", n) for n in (1, 4, 8, 16, 32))]
+    fixed = engines_for(CELL.with_(streams=2), ["iperf3"])
+    assert [engine.streams for engine in fixed] == [2, 2]
+
+
+def test_a_missing_peer_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
+    with pytest.raises(MachineError, match="apt-get install iperf3"):
+        harness.require_tools(["iperf3"])
+
+
+def test_a_record_is_a_run_that_reads_back(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    log: list[str] = []
+    record.rows = measured(tmp_path, [Fake("prfaas", None, [1.5, 2.5], log)])
+    record.checks = checks.judge_wan(record.rows)
+    record.add_place({"emulation": "appliance"})
+    record.write()
+    run = read_run(record.folder)
+    assert run.experiment == "bench"
+    assert run.emulation == "appliance"
+    assert [r.model_dump()["samples"][0]["seconds"] for r in run.repetitions] == [1.0, 1.0]
+    assert run.model_dump()["rows"][0]["goodput_mbps"] == [1.5, 2.5]
+
+
+def test_tables_have_a_line_a_row() -> None:
+    rows = [row("prfaas", [90, 80]), row("iperf3", [], 1)]
+    assert len(table.rows_table(rows).splitlines()) == 3
+    assert "85.0" in table.rows_table(rows)
+    assert len(table.summary_table(summary(rows)).splitlines()) == 2
+    assert "failed" in table.checks_table(checks.judge_wan(rows))
