@@ -245,7 +245,7 @@ def make_sglang() -> None:
         say(
             ".venv-sglang is ready"
             if ready
-            else "would make .venv-sglang: SGLang 0.5.23 with torch, 216 packages by requirements/sglang.lock, 9.6 GB"
+            else "would make .venv-sglang by requirements/sglang.lock: SGLang 0.5.23, torch, 9.6 GB"
         )
         say("would make tiny models with random weights under .cache/models, some MB, if they are not there")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 
 import numpy as np
@@ -246,8 +247,12 @@ def test_a_cancelled_transfer_ends_at_both_ends(pair):
     pumps, east, west = pair
     src, dst = pumps.memory(east, 1 << 24), pumps.memory(west, 1 << 24, fill=0)
     lease = lease_on(west, dst)
-    transfer = send_kv(east, lease.grant, [src.ctypes.data], [dst.ctypes.data], [1 << 24])
-    east.cancel(transfer)
+    os.kill(pumps.pid("west"), signal.SIGSTOP)  # or it may be through before it is cancelled
+    try:
+        transfer = send_kv(east, lease.grant, [src.ctypes.data], [dst.ctypes.data], [1 << 24])
+        east.cancel(transfer)
+    finally:
+        os.kill(pumps.pid("west"), signal.SIGCONT)
     assert transfer.outcome is not None
     assert transfer.outcome.reason is FailureReason.CANCELLED
     lease.revoke()
