@@ -142,7 +142,7 @@ def _say(row: dict[str, Any]) -> None:
     sys.stdout.write(
         f"{row.get('part', '')} {row['model']} {row['policy']} #{row['repetition']}: "
         f"{row['requests']} requests, {row.get('failed', 0)} failed, "
-        f"{figure('throughput_rps')} req/s answered, "
+        f"{figure('completion_rate_rps')} req/s answered while loaded, "
         f"{figure('offloaded_share', '.1%')} offloaded, egress {figure('egress_gbps')} Gbit/s, "
         f"TTFT mean {figure('ttft_mean_s')} p50 {figure('ttft_p50_s')} p90 {figure('ttft_p90_s')} "
         f"p99 {figure('ttft_p99_s')} s, within SLO {figure('within_slo', '.1%')}; "

@@ -14,9 +14,12 @@ K_BINS = 60
 
 
 def draw_simulation(run: Run, folder: Path, repetition: int = 0) -> list[Path]:
-    """One figure of four panels under one time axis; the paths written, none for a run without rows."""
+    """One figure of four panels under one time axis; the paths written.
+
+    None for a run without rows, nor for a set, whose parts have times of their own.
+    """
     rows = next((one for one in run.repetitions if one.index == repetition), None)
-    if rows is None or not rows.requests:
+    if rows is None or not rows.requests or run.parts:
         return []
     figure, (queue, links, share, ttft) = new_figure(4, 1, width=7.5, height=1.9, sharex=True)
     end_s = max(one.sent_s for one in rows.requests)
