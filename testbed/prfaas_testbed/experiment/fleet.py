@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -118,6 +119,8 @@ class Fleet:
             server.process.stop()
         for pump in self.pumps.values():
             pump.stop()
+        # Logs stay for who wants to know; private keys don't.
+        shutil.rmtree(self.folder / "keys", ignore_errors=True)
 
     def check_alive(self) -> None:
         for server in self.everything():
