@@ -40,6 +40,8 @@ class TcpLimits:
     congestion_available: tuple[str, ...]
     congestion_allowed: tuple[str, ...]
     congestion_default: str
+    slow_start_after_idle: bool
+    """net.ipv4.tcp_slow_start_after_idle: a connection that rested begins anew."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def read_tcp_limits() -> TcpLimits:
         congestion_available=tuple(_sysctl("net/ipv4/tcp_available_congestion_control").split()),
         congestion_allowed=tuple(_sysctl("net/ipv4/tcp_allowed_congestion_control").split()),
         congestion_default=_sysctl("net/ipv4/tcp_congestion_control").strip(),
+        slow_start_after_idle=_sysctl("net/ipv4/tcp_slow_start_after_idle").strip() == "1",
     )
 
 

@@ -53,6 +53,7 @@ def judge(facts: Facts, *, rate_mbps: float, rtt_ms: float) -> list[Finding]:
         _open_files(facts),
         _crc32c(facts),
         *congestion(facts.tcp),
+        idle(facts.tcp),
         *buffers(facts.tcp, rate_mbps=rate_mbps, rtt_ms=rtt_ms),
         _sglang(facts),
         _plugin(facts),
@@ -82,6 +83,16 @@ def buffers(tcp: TcpLimits, *, rate_mbps: float, rtt_ms: float, streams: int = 4
         state: State = "ok" if enough else "warn"
         found.append(Finding(name, state, detail, "" if enough else f"sysctl -w {sysctl.format(wanted)}"))
     return found
+
+
+def idle(tcp: TcpLimits) -> Finding:
+    """Whether a link that rested restarts warm under CUBIC (BBR does by itself)."""
+    if not tcp.slow_start_after_idle:
+        return Finding("idle", "ok", "connections that rested go on at their rate")
+    detail = (
+        "connections that rested start slowly again: the first transfer after a pause takes several RTT more"
+    )
+    return Finding("idle", "warn", detail, "sysctl -w net.ipv4.tcp_slow_start_after_idle=0")
 
 
 def congestion(tcp: TcpLimits) -> list[Finding]:

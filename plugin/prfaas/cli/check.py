@@ -110,6 +110,7 @@ def _examine(
     best_mbps = max((rate.goodput_bps for rate in rates), default=0.0) / 1e6
     wanted_mbps = args.rate_mbps or max(best_mbps, 1.0)
     findings += _findings.congestion(tcp)
+    findings.append(_findings.idle(tcp))
     findings += _findings.buffers(tcp, rate_mbps=round(wanted_mbps), rtt_ms=round(least_s * 1e3, 1))
     return findings, rates
 

@@ -123,8 +123,12 @@ class Emulated(Place):
         for link in self._network.links:
             self._network.apply(link, change_for(cell))
         for site in self._network.sites.values():
-            path = "/proc/sys/net/ipv4/tcp_congestion_control"
-            site.check(["sh", "-c", f"echo {cell.congestion_control} > {path}"])
+            # As `prfaas doctor` advises: a link that rested goes on at its rate. It is the same for every
+            # engine.
+            settings = (
+                f"echo {cell.congestion_control} > tcp_congestion_control; echo 0 > tcp_slow_start_after_idle"
+            )
+            site.check(["sh", "-ec", f"cd /proc/sys/net/ipv4; {settings}"])
 
     def popen(
         self,

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from prfaas.cli._facts import Facts, SglangFacts, TcpLimits
-from prfaas.cli._findings import Finding, buffers, congestion, judge, lines
+from prfaas.cli._findings import Finding, buffers, congestion, idle, judge, lines
 from prfaas.cli.main import main
 
 GOOD_TCP = TcpLimits(
@@ -19,6 +19,7 @@ GOOD_TCP = TcpLimits(
     congestion_available=("reno", "cubic", "bbr"),
     congestion_allowed=("reno", "cubic", "bbr"),
     congestion_default="cubic",
+    slow_start_after_idle=False,
 )
 GOOD = Facts(
     python=(3, 11, 7),
@@ -118,6 +119,11 @@ def test_congestion_control_that_only_root_may_use_names_the_list_to_set() -> No
     assert cubic.state == "ok"
     missing, _ = congestion(dataclasses.replace(tcp, congestion_available=("reno", "cubic")))
     assert missing.remedy.startswith("modprobe tcp_bbr && ")
+
+
+def test_a_kernel_that_forgets_a_rested_link_is_told_how_not_to() -> None:
+    found = idle(dataclasses.replace(GOOD_TCP, slow_start_after_idle=True))
+    assert (found.state, found.remedy) == ("warn", "sysctl -w net.ipv4.tcp_slow_start_after_idle=0")
 
 
 def test_lines_are_one_a_finding_and_aligned() -> None:
