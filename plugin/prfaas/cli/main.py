@@ -14,6 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from types import ModuleType
 
 import prfaas.cli
 from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, PrfaasError
@@ -21,14 +22,28 @@ from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, PrfaasError
 K_FROM_TESTBED = ("bench",)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def command_modules(package: ModuleType, argv: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """Names of the modules to load: the one command that `argv` begins with, or else all.
+
+    Each command brings packages of its own; a command shouldn't wait for those of all the others. `others`
+    are modules of the package that are no commands.
+    """
+    found = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    commands = [name for name in found if name not in ("main", *others) and not name.startswith("_")]
+    return [argv[0]] if argv and argv[0] in commands else commands
+
+
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of all commands, or of the one that `argv` names."""
     parser = argparse.ArgumentParser(
         prog="prfaas", description="Cross-datacentre prefill for SGLang.", allow_abbrev=False
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in sorted(info.name for info in pkgutil.iter_modules(prfaas.cli.__path__)):
-        if module != "main" and not module.startswith("_"):
-            importlib.import_module(f"prfaas.cli.{module}").register(subparsers)
+    modules = command_modules(prfaas.cli, argv)
+    for module in modules:
+        importlib.import_module(f"prfaas.cli.{module}").register(subparsers)
+    if argv and modules == [argv[0]]:
+        return parser
     found = {entry.name: entry for entry in entry_points(group="prfaas.commands")}
     for name in K_FROM_TESTBED:
         try:
@@ -72,7 +87,8 @@ def run_command(prog: str, parser: argparse.ArgumentParser, argv: Sequence[str] 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command("prfaas", build_parser(), argv)
+    words = sys.argv[1:] if argv is None else argv
+    return run_command("prfaas", build_parser(words), words)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,10 @@ class World:
         self.policy.on_dispatch(request=live.view, decision=decision, now=now)
         live.prefill, live.decode = prefill, decode
         live.link = (link_id.source, link_id.target) if link_id is not None else None
-        key = (decision.deadline_s or math.inf) if self.settings.service_order == "deadline" else 0.0
+        key = 0.0
+        if self.settings.service_order == "deadline":
+            due_s = decision.order_s if decision.order_s is not None else decision.deadline_s
+            key = math.inf if due_s is None else due_s
         live.prefill_job = Job(
             live,
             request.prompt_tokens,
