@@ -131,7 +131,7 @@ def _empty_row(cell: Cell, engine: Engine) -> Row:
 
 
 def _goes_on(rows: Sequence[Row], index: int) -> bool:
-    """Whether a row is of those that get every repetition: the others' first figure has shown that they lose."""
+    """Whether a row is of those that get every repetition: the others lose by their first figure."""
     if rows[index]["engine"] != "iperf3":
         return bool(rows[index]["engine"] != "nixl")
     first = [
