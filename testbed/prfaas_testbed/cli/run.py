@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     choice = load_experiment(args.experiment, K_TOPOLOGIES)
     if args.repetitions is not None and args.repetitions < 1:
         raise UsageError(f"--repetitions {args.repetitions}: at least 1")
-    folder = (args.out or K_RESULTS) / choice.name / stamp()
+    folder = ((args.out or K_RESULTS) / choice.name / stamp()).resolve()
     if isinstance(choice, ExperimentSet):
         record = run_set(choice, folder, args)
     else:
