@@ -112,6 +112,10 @@ class Pumps:
         self._clients.append(client)
         return client
 
+    @staticmethod
+    def until(condition: Callable[[], bool]) -> None:
+        wait_for(condition)
+
     def memory(self, client: LocalPumpClient, size_bytes: int, fill: int | None = None) -> np.ndarray:
         """Registered memory: random, or all `fill`."""
         array = np.random.default_rng(size_bytes).integers(0, 256, size_bytes, dtype=np.uint8)
