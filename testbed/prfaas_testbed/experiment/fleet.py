@@ -182,10 +182,10 @@ class Fleet:
                 keys.create_site(
                     folder, site, days=K_CERTIFICATE_DAYS, authority_days=K_CERTIFICATE_DAYS, now=now
                 )
+        # Its own as well: a site's prefill and decode servers meet at their one pump.
         for folder in folders.values():
             for other in folders.values():
-                if other != folder:
-                    keys.trust(folder, other / keys.K_AUTHORITY_CERTIFICATE)
+                keys.trust(folder, other / keys.K_AUTHORITY_CERTIFICATE)
 
     def _pump(self, site: str) -> dict[str, Any]:
         config: dict[str, Any] = {
