@@ -195,7 +195,9 @@ def require_tools(peers: Sequence[str]) -> None:
         raise MachineError("iperf3 is missing; apt-get install iperf3")
     for peer in peers:
         if peer in _POOLS and not _POOLS[peer].installed():
-            raise MachineError(f"{_POOLS[peer].distribution} is missing; pip install 'prfaas[baselines]'")
+            raise MachineError(
+                f"{_POOLS[peer].distribution} is missing; pip install {_POOLS[peer].distribution}"
+            )
 
 
 def installed_peers() -> list[str]:

@@ -53,7 +53,9 @@ def _register_transfer(actions: argparse._SubParsersAction[argparse.ArgumentPars
     load.add_argument("--contiguous", action="store_true", help="segments follow each other in memory")
     load.add_argument("--tls", action="store_true", help="mutual TLS (prfaas alone has it)")
     transfer.add_argument(
-        "--peers", default=",".join(harness.PEERS), help="beside prfaas (%(default)s); `none`"
+        "--peers",
+        default=",".join(harness.K_DEFAULT_PEERS),
+        help="beside prfaas (%(default)s); `none`; nixl where it is installed",
     )
     transfer.add_argument("--repetitions", type=int, default=2, help="of each engine (%(default)d)")
     transfer.add_argument(
@@ -121,7 +123,7 @@ def run_all(args: argparse.Namespace) -> int:
     unknown = [part for part in parts if part not in suite.PARTS]
     if unknown:
         raise UsageError(f"parts: found {', '.join(unknown)}; known: {', '.join(suite.PARTS)}")
-    harness.require_tools(harness.PEERS)
+    harness.require_tools(harness.K_DEFAULT_PEERS)
     record = suite.run_parts(
         parts,
         args.out,
