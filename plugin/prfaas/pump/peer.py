@@ -135,6 +135,12 @@ class Peer(Handler):
         """The smallest smoothed RTT of the open streams; 0 when unknown."""
         return min((s.info.rtt_s for s in self._streams.values() if s.info and s.info.rtt_s), default=0.0)
 
+    @property
+    def min_rtt_s(self) -> float:
+        """The shortest RTT that any open stream has seen; 0 when unknown."""
+        known = (s.info.min_rtt_s for s in self._streams.values() if s.info and s.info.min_rtt_s)
+        return min(known, default=0.0)
+
     def totals(self) -> Counters:
         """Counters of closed and open streams together."""
         total = Counters()
@@ -404,7 +410,8 @@ class Peer(Handler):
         wanted = self.count.observe(
             now, open_streams=self.n_ready, acked_bytes=totals.bytes_acked, sent_bytes=totals.tcp_bytes_sent,
             retransmitted_bytes=totals.retransmitted_bytes, rtt_s=self.rtt_s,
-            backlogged=self.sending.backlog_bytes > 0,
+            backlogged=self.sending.backlog_bytes > 0, min_rtt_s=self.min_rtt_s,
+            rate_driven=any(s.congestion_control == "bbr" for s in self._streams.values()),
         )  # fmt: skip
         if wanted > before:
             log.info("peer %s: %d streams, for %.2f%% loss", self.address, wanted, 100 * self.count.loss)

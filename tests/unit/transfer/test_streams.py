@@ -14,14 +14,17 @@ def drive(
     link_bps: float,
     loss: float,
     rtt_s: float = 0.04,
+    queue_s: float = 0.02,
+    **more: object,
 ):
-    """A link where each stream carries `per_stream_bps` until the link is full."""
+    """Each stream carries `per_stream_bps` until the link is full; then packets wait `queue_s`."""
     now = acked = sent = lost = 0.0
     history = []
     while now < seconds:
+        waits = queue_s if count.wanted * per_stream_bps >= link_bps else 0.0
         count.observe(
             now, open_streams=count.wanted, acked_bytes=int(acked), sent_bytes=int(sent),
-            retransmitted_bytes=int(lost), rtt_s=rtt_s, backlogged=True,
+            retransmitted_bytes=int(lost), rtt_s=rtt_s + waits, backlogged=True, min_rtt_s=rtt_s, **more,
         )  # fmt: skip
         rate = min(link_bps, count.wanted * per_stream_bps) / 8 * 0.25
         now, acked, sent, lost = now + 0.25, acked + rate, sent + rate * (1 + loss), lost + rate * loss
@@ -30,7 +33,8 @@ def drive(
 
 
 def test_without_loss_the_number_stays():
-    assert drive(StreamCount(2, 64), 20, 200e6, 200e6, 0.0)[-1] == 2
+    assert drive(StreamCount(2, 64), 20, 200e6, 200e6, 0.0, rtt_s=0.005)[-1] == 2
+    assert drive(StreamCount(2, 64), 20, 200e6, 200e6, 0.0)[-1] == 8
 
 
 def test_random_loss_brings_streams_until_the_link_is_full_within_seconds():
@@ -38,9 +42,27 @@ def test_random_loss_brings_streams_until_the_link_is_full_within_seconds():
     assert history[-1] * 4e6 >= 200e6 or history[-1] == 64
 
 
-def test_loss_of_the_links_own_queue_does_not_bring_streams_without_end():
-    history = drive(StreamCount(2, 64), 12, 200e6, 200e6, 0.001)
-    assert history[-1] <= 4
+def test_a_far_link_with_thin_loss_has_what_it_needs_within_three_steps():
+    history = drive(StreamCount(2, 64), 3, 6e6, 95e6, 0.001, rtt_s=0.08)
+    assert history[-1] == 16
+
+
+def test_loss_of_the_links_own_queue_does_not_bring_streams():
+    assert drive(StreamCount(2, 64), 60, 200e6, 200e6, 0.001)[-1] == 8
+    assert drive(StreamCount(2, 64), 60, 200e6, 200e6, 0.03, rtt_s=0.005)[-1] == 2
+
+
+def test_loss_without_a_queue_that_more_streams_do_not_mend_ends_after_two_steps():
+    history = drive(StreamCount(2, 64), 14, 200e6, 200e6, 0.001, rtt_s=0.005, queue_s=0.0)
+    assert history[-1] == 8
+
+
+def test_rate_driven_streams_stay_few_whatever_is_lost():
+    assert max(drive(StreamCount(2, 64), 30, 4e6, 200e6, 0.02, rate_driven=True)) == 4
+
+
+def test_a_number_that_is_prescribed_is_kept():
+    assert set(drive(StreamCount(3, 3), 30, 4e6, 200e6, 0.02)) == {3}
 
 
 def test_the_number_is_bounded():
@@ -56,7 +78,7 @@ def test_an_idle_link_changes_nothing():
             acked_bytes=0,
             sent_bytes=0,
             retransmitted_bytes=0,
-            rtt_s=0.04,
+            rtt_s=0.005,
             backlogged=False,
         )
     assert count.wanted == 3
