@@ -68,10 +68,12 @@ def _register_missing(
     command.set_defaults(run=run)
 
 
-def run_command(prog: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse and run; the one place where an exception becomes a line on stderr and a status."""
+def run_command(
+    prog: str, build: Callable[[Sequence[str]], argparse.ArgumentParser], argv: Sequence[str]
+) -> int:
+    """Load, parse and run; the one place where an exception becomes a line on stderr and a status."""
     try:
-        args = parser.parse_args(argv)
+        args = build(argv).parse_args(argv)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except PrfaasError as error:
@@ -88,7 +90,7 @@ def run_command(prog: str, parser: argparse.ArgumentParser, argv: Sequence[str] 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    return run_command("prfaas", build_parser(words), words)
+    return run_command("prfaas", build_parser, words)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    return run_command("prfaas-testbed", build_parser(words), words)
+    return run_command("prfaas-testbed", build_parser, words)
 
 
 if __name__ == "__main__":
