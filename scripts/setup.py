@@ -89,6 +89,11 @@ def digest(*parts: Path | str) -> str:
     return total.hexdigest()
 
 
+def packages(lock: Path) -> int:
+    """How many a lock names."""
+    return sum("==" in line for line in lock.read_text().splitlines())
+
+
 def once(stamp: Path, made_from: str, step: Callable[[], None]) -> None:
     if stamp.exists() and stamp.read_text() == made_from:
         return
@@ -113,7 +118,7 @@ def make_light() -> None:
             run("making .venv", sys.executable, "-m", "venv", K_LIGHT)
         run("installing uv", K_LIGHT / "bin" / "python", "-m", "pip", "install", "--quiet", K_UV)
         run(
-            "installing the light environment (81 packages, about 0.4 GB)",
+            f"installing the light environment ({packages(lock)} packages, about 0.5 GB)",
             *uv("pip", "install"),
             "--python",
             K_LIGHT / "bin" / "python",
@@ -138,7 +143,7 @@ def make_light() -> None:
         say(
             ".venv is ready"
             if fresh
-            else "would make .venv: 81 Python packages by requirements/light.lock, about 0.4 GB"
+            else f"would make .venv: {packages(lock)} Python packages by requirements/light.lock, about 0.5 GB"
         )
         return
     once(K_LIGHT / ".made-from", light, step)
@@ -208,7 +213,7 @@ def make_sglang() -> None:
         if not python.exists():
             run("making .venv-sglang", sys.executable, "-m", "venv", "--without-pip", K_SGLANG)
         run(
-            "installing SGLang 0.5.23 with torch (216 packages, 9.6 GB; minutes)",
+            f"installing SGLang 0.5.23 with torch ({packages(lock)} packages, 9.6 GB; minutes)",
             *uv("pip", "install"),
             "--python",
             python,
