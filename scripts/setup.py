@@ -118,7 +118,7 @@ def make_light() -> None:
             run("making .venv", sys.executable, "-m", "venv", K_LIGHT)
         run("installing uv", K_LIGHT / "bin" / "python", "-m", "pip", "install", "--quiet", K_UV)
         run(
-            f"installing the light environment ({packages(lock)} packages, about 0.5 GB)",
+            f"installing the light environment ({packages(lock)} packages, about 0.9 GB)",
             *uv("pip", "install"),
             "--python",
             K_LIGHT / "bin" / "python",
@@ -143,7 +143,7 @@ def make_light() -> None:
         say(
             ".venv is ready"
             if fresh
-            else f"would make .venv: {packages(lock)} Python packages by requirements/light.lock, about 0.5 GB"
+            else f"would make .venv by requirements/light.lock: {packages(lock)} packages, about 0.9 GB"
         )
         return
     once(K_LIGHT / ".made-from", light, step)
