@@ -48,7 +48,7 @@ class FaultConfig(Strict):
     corrupt_every_blocks: int = Field(0, ge=0)
     """Flip a byte of every n-th block after its checksum was taken; 0: never."""
     cut_every_blocks: int = Field(0, ge=0)
-    """Abort the stream after every n-th block sent on it; 0: never."""
+    """Abort the stream in the middle of every n-th block sent on it; 0: never."""
     pause_copy_s: float = Field(0.0, ge=0, le=5)
     """Pause half-way through every copy into a lease's pages."""
     drop_every_blocks: int = Field(0, ge=0)

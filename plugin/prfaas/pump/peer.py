@@ -275,6 +275,8 @@ class Peer(Handler):
         self.kick(now)
 
     def next_block(self, stream: Stream, now: float) -> int:
+        if stream.is_cut:
+            return 0
         desk = self.pump.desks.get(self.site)
         if desk is not None and (wait_s := desk.wait_s(now)) > 0:
             if not self._paced:
@@ -336,7 +338,9 @@ class Peer(Handler):
             counters.payload_bytes_sent += piece.payload_bytes
             counters.blocks_sent += 1
             if faults and faults.cut_every_blocks and self._blocks_sent % faults.cut_every_blocks == 0:
+                stream.cut(end // 2)
                 self.pump.loop.call_at(now + K_CUT_S, lambda when: stream.lose("cut by a test", when))
+                return 0
             return end
 
     def _resume(self, now: float) -> None:

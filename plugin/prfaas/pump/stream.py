@@ -7,6 +7,7 @@ at once; each turn is bounded, so that no stream keeps the others waiting.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import selectors
@@ -139,7 +140,7 @@ class Stream:
         self.proved_site = ""
         """The site of the peer's certificate; empty without TLS."""
         self.untrusted = ""
-        self.answered = False
+        self.answered = self.is_cut = False
         """Whether anybody was there at all."""
         self.opened_s = self.progress_s = now
         self.acked_bytes = 0
@@ -423,6 +424,14 @@ class Stream:
             return
         self.close(now)
         self.handler.on_lost(self, reason, now)
+
+    def cut(self, n_bytes: int) -> None:
+        """A fault to be tested against: the first bytes of out_buffer go out and no block after them, so that
+        the one in it has to be sent again.
+        """
+        self.is_cut = True
+        with contextlib.suppress(OSError):
+            self._sock.send(self.out_buffer.view[:n_bytes])
 
     def close(self, now: float) -> None:
         if self.closed:
