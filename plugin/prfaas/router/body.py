@@ -112,3 +112,24 @@ def with_fields(body: bytes, extra: dict[str, object]) -> bytes:
     head = body.rstrip()[:-1].rstrip()
     tail = msgspec.json.encode(extra)[1:]
     return head + (tail if head.endswith(b"{") else b"," + tail)
+
+
+def merge_prompt_logprobs(asked: Asked, answer: bytes, prefill: bytes | None) -> bytes:
+    """/generate's logprobs of the prompt exist at the prefill server alone: put them into decode's answer."""
+    if asked.endpoint is not Endpoint.GENERATE or not asked.fields.get("return_logprob") or prefill is None:
+        return answer
+    try:
+        ours: Any = msgspec.json.decode(answer)
+        theirs: Any = msgspec.json.decode(prefill)
+        for one, other in zip(_as_list(ours), _as_list(theirs), strict=True):
+            meta = one["meta_info"]
+            meta["input_token_logprobs"] = other["meta_info"]["input_token_logprobs"] + (
+                meta.get("input_token_logprobs") or []
+            )
+    except (msgspec.DecodeError, ValueError, KeyError, TypeError):
+        return answer
+    return msgspec.json.encode(ours)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import aiohttp
-import msgspec
 from aiohttp import web
 
 from prfaas.config.router import ApiKey, Model, RouterConfig
 from prfaas.router.attempt import Attempt, AttemptFailed, FailureKind, Opened, Route
-from prfaas.router.body import Asked, Endpoint, read_body, with_fields
+from prfaas.router.body import Asked, Endpoint, merge_prompt_logprobs, read_body, with_fields
 from prfaas.router.clients import Clients, Wishes
 from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded, error_event
+from prfaas.router.outcome import Outcome, answer_headers
 from prfaas.router.relay import Relay
 from prfaas.router.scheduler import Scheduler
 from prfaas.router.ticket import Ticket
@@ -34,31 +31,6 @@ K_DEFAULT_MODEL = "default"
 """What SGLang takes a request without a model to name."""
 K_CLIENT_LEFT = 499
 K_ROOMS = 1 << 62
-_UNPRINTABLE = re.compile(r"[^ -~]")
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How a request ended, for the event log."""
-
-    at_s: float
-    request: str
-    endpoint: str
-    tenant: str = ""
-    model: str = ""
-    status: int = 0
-    attempts: int = 0
-    site: str | None = None
-    reason: str = ""
-    prompt_tokens: int = 0
-    cached_tokens: int | None = None
-    predicted_cached_tokens: int | None = None
-    predicted_ttft_s: float | None = None
-    ttft_s: float | None = None
-    e2e_s: float = 0.0
-    error: str | None = None
-    failures: list[str] = field(default_factory=list)
-    event: str = "outcome"
 
 
 class Door:
@@ -107,7 +79,7 @@ class Door:
             outcome.status, outcome.error = error.status, error.message
             if isinstance(error, BadRequest):
                 self._metrics.refused_input.labels("client", str(error.code)).inc()
-            headers = error.headers | self._headers(outcome)
+            headers = error.headers | answer_headers(outcome)
             return web.Response(
                 status=error.status, body=error.body, content_type="application/json", headers=headers
             )
@@ -238,11 +210,13 @@ class Door:
             outcome.predicted_ttft_s = decision.predicted_ttft_s
             outcome.attempts = ticket.attempt + 1
             outcome.predicted_cached_tokens = ticket.cached.get(route.prefill.name) if route.prefill else None
+            room = self._rng.randrange(K_ROOMS)
+            outcome.room = room if route.prefill is not None else None
             attempt = Attempt(
                 asked,
                 route,
                 rid=f"{ticket.request_id}-{ticket.attempt:02d}",
-                room=self._rng.randrange(K_ROOMS),
+                room=room,
                 aborts=self.background,
                 clock=self._clock,
             )
@@ -311,18 +285,6 @@ class Door:
             equal = outcome.cached_tokens == outcome.predicted_cached_tokens
             self._metrics.cached_prediction.labels("equal" if equal else "different").inc()
 
-    def _headers(self, outcome: Outcome, wishes: Wishes | None = None) -> dict[str, str]:
-        headers = {"x-prfaas-request-id": outcome.request, "x-request-id": outcome.request}
-        if wishes is not None and wishes.correlation:
-            headers["x-request-id"] = wishes.correlation
-        if outcome.site is not None:
-            headers["x-prfaas-site"] = outcome.site
-            headers["x-prfaas-reason"] = _header_text(outcome.reason)
-            headers["x-prfaas-attempts"] = str(outcome.attempts)
-        if outcome.predicted_ttft_s is not None:
-            headers["x-prfaas-predicted-ttft-ms"] = f"{outcome.predicted_ttft_s * 1e3:.1f}"
-        return headers
-
     async def _answer(
         self,
         request: web.Request,
@@ -333,7 +295,7 @@ class Door:
         wishes: Wishes,
     ) -> web.StreamResponse:
         outcome.status = 200
-        headers = self._headers(outcome, wishes)
+        headers = answer_headers(outcome, wishes.correlation)
         if opened.connection is None:
             body = merge_prompt_logprobs(asked, opened.first, attempt.prefill_body)
             return web.Response(body=body, content_type=opened.content_type, headers=headers)
@@ -388,29 +350,3 @@ async def _write(request: web.Request, out: web.StreamResponse, data: bytes, sta
         if request.transport is not None:
             request.transport.abort()
         raise ConnectionResetError("the client takes nothing of its stream") from None
-
-
-def _header_text(text: str) -> str:
-    """Printable ASCII, short: a reason may hold names from outside."""
-    return _UNPRINTABLE.sub("?", text[:240])
-
-
-def merge_prompt_logprobs(asked: Asked, answer: bytes, prefill: bytes | None) -> bytes:
-    """/generate's logprobs of the prompt exist at the prefill server alone: put them into decode's answer."""
-    if asked.endpoint is not Endpoint.GENERATE or not asked.fields.get("return_logprob") or prefill is None:
-        return answer
-    try:
-        ours: Any = msgspec.json.decode(answer)
-        theirs: Any = msgspec.json.decode(prefill)
-        for one, other in zip(_as_list(ours), _as_list(theirs), strict=True):
-            meta = one["meta_info"]
-            meta["input_token_logprobs"] = other["meta_info"]["input_token_logprobs"] + (
-                meta.get("input_token_logprobs") or []
-            )
-    except (msgspec.DecodeError, ValueError, KeyError, TypeError):
-        return answer
-    return msgspec.json.encode(ours)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

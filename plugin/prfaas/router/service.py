@@ -27,12 +27,13 @@ from prfaas.config.router import CostFile, Model, RouterConfig, Tls
 from prfaas.model.errors import ConfigError, MachineError, PrfaasError
 from prfaas.router.application import Application
 from prfaas.router.clients import Clients
-from prfaas.router.door import Door, Outcome
+from prfaas.router.door import Door
 from prfaas.router.fleet import ServerHandle, ServerPool
 from prfaas.router.kv_events import KvEventReader
 from prfaas.router.link_status import LinkWatcher
 from prfaas.router.links import LinkBook
 from prfaas.router.loads import LoadPoller
+from prfaas.router.outcome import Outcome
 from prfaas.router.pages import record_row
 from prfaas.router.prefixes import PrefixBook
 from prfaas.router.scheduler import LinearCost, Scheduler

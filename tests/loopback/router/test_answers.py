@@ -13,6 +13,7 @@ import pytest
 def test_each_endpoint_answers_streaming_or_not(stand: Any) -> None:
     async def main() -> None:
         async with stand() as s:
+            rooms: list[int] = []
             for path, prompt in (
                 ("/v1/chat/completions", {}),
                 ("/v1/completions", {"prompt": "the quick"}),
@@ -24,7 +25,9 @@ def test_each_endpoint_answers_streaming_or_not(stand: Any) -> None:
                 assert headers["x-prfaas-site"] == "west"
                 assert headers["x-prfaas-reason"]
                 assert headers["x-prfaas-attempts"] == "1"
+                rooms.append(int(headers["x-prfaas-room"]))
                 status, headers, answer = await s.post(path, **prompt, stream=True)
+                rooms.append(int(headers["x-prfaas-room"]))
                 assert status == 200
                 assert answer.count("data: ") == 6
                 assert answer.endswith("data: [DONE]\n\n")
@@ -36,7 +39,8 @@ def test_each_endpoint_answers_streaming_or_not(stand: Any) -> None:
                 assert one["bootstrap_host"] == "127.0.0.1"
                 assert one["rid"] == other["rid"]
                 assert not one.get("stream")
-            assert len({one["bootstrap_room"] for one in prefills}) == 6
+            assert [one["bootstrap_room"] for one in prefills] == rooms
+            assert len(set(rooms)) == 6
             assert not s.servers["east-p"].seen
 
     asyncio.run(main())
