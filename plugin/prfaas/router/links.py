@@ -77,6 +77,8 @@ class LinkBook:
                 rtt_s=config.rtt_ms / 1e3,
                 reserved_bps=config.reserved_mbps * 1e6,
             )
+        elif found.rtt_s <= 0:  # not measured yet
+            found = replace(found, rtt_s=config.rtt_ms / 1e3)
         if now < state.down_until_s or (state.failures and state.probing):
             found = replace(found, up=False)
         return found
