@@ -45,6 +45,9 @@ class PolicyConfig(Strict):
     """`prices`: shed when the best path's TTFT exceeds this many times the time left."""
     price_gain: float = Field(default=3.0, gt=0)
     """`prices`: how strongly backlogs raise prices."""
+    service: Literal["arrival", "deadline"] = "arrival"
+    """In which order prefill instances take what waits. deadline: by the decision's order_s, which instances
+    must be able to keep; `prices` then reckons with it, and puts what can't be in time behind the rest."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicyConfig:

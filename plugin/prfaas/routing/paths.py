@@ -103,16 +103,19 @@ class PathFinder:
         home: SiteId,
         now: float,
         move_from: SiteId | None = None,
+        queue_s: float | None = None,
     ) -> PathPrediction:
         """Prefill at `source`, decode at `home`; first bring the prefix that `move_from` holds to `source`.
 
+        `queue_s` is the wait there, where it is known better than by the site's whole queue.
         What can't be done comes back as not feasible, with infinite times where they can't be told.
         """
         tokens = request.prompt_tokens
         site = snapshot.sites.get(source)
         costs = self.costs(source, request.model)
         why_not = self._site_trouble(site, source, request)
-        queue_s = self.queue_s(site, request.model, now) if site is not None else _INF
+        if queue_s is None:
+            queue_s = self.queue_s(site, request.model, now) if site is not None else _INF
         cached = request.cached_tokens.get(source, 0) if request.cached_tokens else 0
         if cached:
             cached = max(0, min(cached, tokens - 1))

@@ -3,20 +3,26 @@ path wins.
 
     cost = TTFT + weight · seconds late + price        (price: pricing.py)
 
+Where instances can serve by deadline (`service: deadline`), a path is looked at in two places of its queue:
+where its deadline puts it, at the cost of being late and of each that it makes late, and behind all that can
+still be in time (due.py).
+
 No threshold is given. The length from which requests go out is where both sides cost the same; it follows
 queues, bandwidth and roles by itself, and `get_log_data` shows it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
-from prfaas.model.ids import SiteId
+from prfaas.model.ids import RequestId, SiteId
 from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.answers import BookingPolicy
 from prfaas.routing.base import Fleet, register_policy
+from prfaas.routing.due import DueQueues
 from prfaas.routing.pricing import PriceList
 from prfaas.routing.tenants import TenantShares
 
@@ -25,6 +31,10 @@ K_THRESHOLD_GRID = (
     1 << 18,
     1.02,
 )  # tokens: first, last, ratio of lengths tried for the implied threshold
+
+K_BEHIND_S = 600.0  # s: what can't be in time is served as if it were due so much later: it can't starve
+K_MISS_S = 500.0  # s: what one more request too late costs, relative to delay
+K_MARGIN_S = 0.2  # s by which a prediction must keep a deadline
 
 
 @register_policy("prices")
@@ -35,11 +45,14 @@ class PricesPolicy(BookingPolicy):
         super().__init__(config, fleet)
         self.prices = PriceList(self.paths)
         self.tenants = TenantShares(config.tenant_weights)
+        self.due = DueQueues()
 
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
         paths = self.paths.all_paths(request, snapshot, now)
         if request.attempt == 0:
             self.prices.observe(paths, snapshot, now)
+        if self.config.service == "deadline":
+            return self._by_deadline(request, paths, snapshot, now)
         prices = self.prices.costs(paths, snapshot, self.config.price_gain, now)
         deadline_s = self.deadline_s(request)
         weight = self._weight(request)
@@ -70,8 +83,100 @@ class PricesPolicy(BookingPolicy):
             order_s=deadline_s + self.tenants.lag_s(request.tenant, now),
         )
 
+    def _by_deadline(
+        self, request: RequestView, paths: list[PathPrediction], snapshot: Snapshot, now: float
+    ) -> Decision:
+        """The path, and the place in its queue, at which fewest are late and others are delayed least.
+
+        A request may go behind all that can be in time: where it can't be itself, where it would make
+        another late, and where what it costs the others is more than being late costs. There it delays
+        nobody, so that it pays no price. Long prompts give way first, as they take most from the others.
+        """
+        deadline_s = self.deadline_s(request)
+        in_time_s, behind_s = (
+            deadline_s + self.tenants.lag_s(request.tenant, now),
+            deadline_s + K_BEHIND_S,
+        )
+        backlogs_s = {
+            path.prefill_site: path.queue_s * snapshot.sites[path.prefill_site].prefill_instances
+            for path in paths
+            if path.feasible
+        }
+        hoped_s = {
+            site: self.due.at(site).hoped_s(backlog_s) / snapshot.sites[site].prefill_instances
+            for site, backlog_s in backlogs_s.items()
+        }
+        prices = self.prices.costs(paths, snapshot, self.config.price_gain, now, hoped_s)
+        miss_s = K_MISS_S * self._weight(request)
+        best, best_order_s, best_cost = None, 0.0, math.inf
+        for path, price in zip(paths, prices, strict=True):
+            if not path.feasible:
+                continue
+            instances, queue = (
+                snapshot.sites[path.prefill_site].prefill_instances,
+                self.due.at(path.prefill_site),
+            )
+            backlog_s = backlogs_s[path.prefill_site]
+            for order_s in (behind_s, in_time_s):  # behind where both cost the same: it is late anyway
+                there = self._after(
+                    request, path, snapshot, queue.ahead_s(order_s, backlog_s) / instances, now
+                )
+                if order_s == behind_s:
+                    cost = there.ttft_s + miss_s
+                else:
+                    late = now + there.ttft_s + K_MARGIN_S > deadline_s
+                    delayed = queue.delayed(order_s, path.prefill_s, instances, backlog_s, now)
+                    cost = there.ttft_s + price + miss_s * late + K_MISS_S * len(delayed)
+                if cost < best_cost:
+                    object.__setattr__(there, "price", 0.0 if order_s == behind_s else price)
+                    best, best_order_s, best_cost = there, order_s, cost
+        if best is None:
+            return self.no_path(request, now, paths)
+        if self.config.shed and request.attempt == 0 and best_order_s == behind_s:
+            return self._shed(request, paths, deadline_s, now)
+        others = [path for path in paths if not _alike(path, best)]
+        why = _why(best, others) + (", behind all that can be in time" if best_order_s == behind_s else "")
+        return self.dispatch(
+            request, snapshot, now, best, others, why, deadline_s=deadline_s, order_s=best_order_s
+        )
+
+    def _after(
+        self, request: RequestView, path: PathPrediction, snapshot: Snapshot, queue_s: float, now: float
+    ) -> PathPrediction:
+        """The path with another wait."""
+        giver = None if path.cache_move is None else path.cache_move.source
+        return self.paths.predict(request, snapshot, path.prefill_site, path.decode_site, now, giver, queue_s)
+
+    def on_prefill_done(self, *, request: RequestId, now: float) -> None:
+        super().on_prefill_done(request=request, now=now)
+        self.due.drop(request)
+
+    def on_first_token(self, *, request: RequestId, now: float, cached_tokens: int | None = None) -> None:
+        super().on_first_token(request=request, now=now, cached_tokens=cached_tokens)
+        self.due.drop(request)
+
+    def on_refused(self, *, request: RequestId, reason: str, retry_after_s: float | None, now: float) -> None:
+        super().on_refused(request=request, reason=reason, retry_after_s=retry_after_s, now=now)
+        self.due.drop(request)
+
+    def on_failed(self, *, request: RequestId, site: SiteId, reason: str, now: float) -> None:
+        super().on_failed(request=request, site=site, reason=reason, now=now)
+        self.due.drop(request)
+
+    def on_finished(self, *, request: RequestId, now: float) -> None:
+        super().on_finished(request=request, now=now)
+        self.due.drop(request)
+
     def on_dispatch(self, *, request: RequestView, decision: Decision, now: float) -> None:
         super().on_dispatch(request=request, decision=decision, now=now)
+        chosen = decision.chosen
+        if self.config.service == "deadline" and chosen is not None:
+            order_s, due_s = decision.order_s, decision.deadline_s
+            assert order_s is not None  # decide sets both
+            assert due_s is not None
+            behind = order_s >= due_s + K_BEHIND_S
+            latest_s = math.inf if behind else due_s - chosen.prefill_s - chosen.tail_s - K_MARGIN_S
+            self.due.add(request.request, chosen.prefill_site, order_s, chosen.prefill_s, latest_s)
         if decision.chosen is not None:
             self.prices.on_dispatch(decision.chosen, now)
             self.tenants.on_work(request.tenant, decision.chosen.prefill_s, now)
@@ -139,6 +244,12 @@ class PricesPolicy(BookingPolicy):
             deadline_s=deadline_s,
             retry_after_s=max(0.1, soonest_s - left_s),
         )
+
+
+def _alike(one: PathPrediction, other: PathPrediction) -> bool:
+    return (one.prefill_site, one.decode_site, one.cache_move) == (
+        other.prefill_site, other.decode_site, other.cache_move,
+    )  # fmt: skip
 
 
 def _why(chosen: PathPrediction, paths: Sequence[PathPrediction]) -> str:

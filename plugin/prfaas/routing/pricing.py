@@ -104,9 +104,17 @@ class PriceList:
                 self._duals.solve(capacities)
 
     def costs(
-        self, paths: Sequence[PathPrediction], snapshot: Snapshot, gain: float, now: float
+        self,
+        paths: Sequence[PathPrediction],
+        snapshot: Snapshot,
+        gain: float,
+        now: float,
+        queues_s: Mapping[SiteId, float] | None = None,
     ) -> list[float]:
-        """Seconds of delay to others for each path (inf where it isn't feasible)."""
+        """Seconds of delay to others for each path (inf where it isn't feasible).
+
+        `queues_s` are the sites' queues that matter to others, where not all that waits does.
+        """
         uses: list[list[tuple[Resource, float]]] = []
         raw: dict[int, float] = {}
         for path in paths:
@@ -114,7 +122,8 @@ class PriceList:
             if path.feasible:
                 site = self._site(path, snapshot, now)
                 if site.number not in raw:
-                    raw[site.number] = site.raw_price(path.queue_s, now)
+                    queue_s = path.queue_s if queues_s is None else queues_s[path.prefill_site]
+                    raw[site.number] = site.raw_price(queue_s, now)
                 used.append((site, path.prefill_s / site.capacity))
                 for link_id, size in self._crossings(path):
                     link = self._link(link_id, snapshot, now)

@@ -115,6 +115,7 @@ def simulation_of(
         or Settings(
             door_site=experiment.router.site if experiment.router else None,
             timeout_s=experiment.request_timeout_s,
+            service_order="deadline" if chosen.service == "deadline" else "fcfs",
         ),
     )
     seed = experiment.seed * 1_000_003 + repetition

@@ -100,6 +100,7 @@ class Engine:
         self.backlog_tokens = 0
         self._queue: list[tuple[float, int, Job]] = []
         self._current: list[tuple[Job, int]] | None = None
+        self._step_ends_s = 0.0
         self._serial = 0
         self._unplaced: deque[tuple[Job, int, Callable[[Job, float], None]]] = deque()
         self._landed: deque[Job] = deque()
@@ -173,6 +174,17 @@ class Engine:
                 break
         self.release(job, now)
 
+    def ahead_s(self, key: float, now: float) -> float:
+        """Seconds until a job of this key would begin: the running step, and what is served before it."""
+        reached = dict(self._current or ())
+        ahead_s = max(0.0, self._step_ends_s - now) if self._current else 0.0
+        for other, _, job in self._queue:
+            if other <= key and not job.void:
+                done = reached.get(job, job.done)
+                ahead_s += self.profile.prefill_s(job.prompt_tokens, job.cached)
+                ahead_s -= self.profile.prefill_s(done, job.cached) if done > job.cached else 0.0
+        return ahead_s
+
     def _taken_s(self, job: Job) -> float:
         return self.profile.prefill_s(job.done, job.cached) if job.done > job.cached else 0.0
 
@@ -201,6 +213,7 @@ class Engine:
             self._catch_up(now)
         self._current = pieces
         self.busy_s += took_s
+        self._step_ends_s = now + took_s
         self._agenda.at(now + took_s, lambda at_s: self._end_step(pieces, took_s, at_s))
         if self.role == "collocated":
             self._plan_decode(now)

@@ -27,6 +27,8 @@ K_ATTEMPTS = 6  # a request that failed so often is answered with an error
 K_NO_DEADLINE_S = 600.0  # s, order of sending for requests without one
 K_TRANSFER_S = 60.0  # s after prefill by which a transfer must be through: what its ledger is asked for
 
+K_EQUALS = 1e-3  # what a second served later counts where instances are else alike
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -243,7 +245,8 @@ class World:
     def _dispatch(self, live: Live, decision: Decision, now: float) -> None:
         chosen, request = decision.chosen, live.request
         assert chosen is not None  # DISPATCH has a choice
-        prefill = self._pick_prefill(chosen.prefill_site, request)
+        key = self._key(decision)
+        prefill = self._pick_prefill(chosen.prefill_site, request, key, now)
         decode = (
             prefill
             if prefill is not None and prefill.role == "collocated" and not decision.offloaded
@@ -278,10 +281,6 @@ class World:
         self.policy.on_dispatch(request=live.view, decision=decision, now=now)
         live.prefill, live.decode = prefill, decode
         live.link = (link_id.source, link_id.target) if link_id is not None else None
-        key = 0.0
-        if self.settings.service_order == "deadline":
-            due_s = decision.order_s if decision.order_s is not None else decision.deadline_s
-            key = math.inf if due_s is None else due_s
         live.prefill_job = Job(
             live,
             request.prompt_tokens,
@@ -295,12 +294,22 @@ class World:
         )
         decode.reserve(live.decode_job, request.prompt_tokens + request.output_tokens, self._on_pages, now)
 
-    def _pick_prefill(self, site: SiteId, request: TimedRequest) -> Engine | None:
+    def _key(self, decision: Decision) -> float:
+        """Its place in an instance's queue; equal keys are served as they come."""
+        if self.settings.service_order == "fcfs":
+            return 0.0
+        due_s = decision.order_s if decision.order_s is not None else decision.deadline_s
+        return math.inf if due_s is None else due_s
+
+    def _pick_prefill(self, site: SiteId, request: TimedRequest, key: float, now: float) -> Engine | None:
         best, least_s = None, math.inf
         for engine in self._by_site.get(site, ()):
             if engine.role == "decode" or not engine.up or engine.draining:
                 continue
             cost_s = engine.backlog_s
+            if self.settings.service_order == "deadline":
+                # What is served later doesn't matter, but for equals.
+                cost_s = engine.ahead_s(key, now) + K_EQUALS * cost_s
             if request.block_ids:
                 cached = engine.cache.match(request.block_ids, request.prompt_tokens)
                 cost_s += engine.profile.prefill_s(request.prompt_tokens, cached)

@@ -279,12 +279,17 @@ views = st.builds(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(st.lists(st.tuples(views, snapshots(), st.integers(0, 4)), max_size=12), st.booleans(), st.booleans())
+@given(
+    st.lists(st.tuples(views, snapshots(), st.integers(0, 4)), max_size=12),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["arrival", "deadline"]),
+)
 @settings(max_examples=80)
 def test_whatever_it_sees_it_answers_soundly(
-    name: str, asked: list[tuple[RequestView, Snapshot, int]], movable: bool, shed: bool
+    name: str, asked: list[tuple[RequestView, Snapshot, int]], movable: bool, shed: bool, service: str
 ) -> None:
-    chosen = policy(name, movable=movable, shed=shed)
+    chosen = policy(name, movable=movable, shed=shed, service=service)
     now = 0.0
     for view, seen, then in asked:
         now = max(now, seen.now)
