@@ -1,0 +1,76 @@
+"""The claim's pieces by name, and the record that each leaves: all values of all repetitions."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prfaas.model.errors import UsageError
+from prfaas_testbed.claim import capacity
+from prfaas_testbed.claim.judge import Piece
+from prfaas_testbed.experiment.machine import commit, machine, versions
+
+PIECES: dict[str, Piece] = {piece.name: piece for piece in (capacity.PIECE,)}
+
+
+def piece(name: str) -> Piece:
+    """Raises UsageError for a name that isn't one."""
+    found = PIECES.get(name)
+    if found is None:
+        raise UsageError(f"no piece {name!r}; there are: {', '.join(PIECES)}")
+    return found
+
+
+def measure(name: str, repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run a piece; its record. `say` hears of progress. Raises UsageError for an unknown piece."""
+    chosen = piece(name)
+    started, begun = datetime.now(UTC), time.monotonic()
+    made = chosen.measure(repetitions, say)
+    return {
+        "piece": name,
+        "world": "simulator",
+        "commit": commit(),
+        "started": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "took_s": round(time.monotonic() - begun, 1),
+        "repetitions": repetitions,
+        "machine": machine(),
+        "versions": versions(),
+        **made,
+    }
+
+
+def write(record: dict[str, Any], folder: Path) -> Path:
+    """FOLDER/PIECE.json: a line a row, so that a change of one is a change of one line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {name: value for name, value in record.items() if name != "rows"}
+    rows = ",\n".join("  " + json.dumps(_rounded(row)) for row in record["rows"])
+    text = json.dumps(_rounded(head), indent=1)
+    path = folder / f"{record['piece']}.json"
+    path.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record that `write` wrote. Raises UsageError where it isn't one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: can't be read: {error}") from None
+    if not isinstance(found, dict) or found.get("piece") not in PIECES or "rows" not in found:
+        raise UsageError(f"{path}: not a record of the claim's pieces ({', '.join(PIECES)})")
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits are more than any of these figures has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return value

@@ -1,0 +1,77 @@
+"""results/claim/README.md and its figures, from the pieces' records and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prfaas.model.errors import UsageError
+from prfaas_testbed.claim.judge import Goal
+from prfaas_testbed.claim.pieces import PIECES, read
+
+K_WORLD = """\
+## What was run, on what, and what it can't show
+
+Everything below ran in the project's simulator, at scale 1, on virtual time: the policies, the link
+estimator, the ledger and the order of sending are the very objects that the router and the pump run;
+instances, engines' queues and links are models. Prefill takes a profile's time and whole chunks, decode a
+time a step by batch size, a link is a fluid with a round trip, a start-up and a ceiling by loss. The local
+cluster's profile and the decode batch are solved back from the report's own table 6, so that the plan's
+agreement with the published throughput is partly circular; the TTFTs, the shares and all that happens in
+queues are not.
+
+What this can't show: packet-level behaviour (what a stream reaches at a given loss and round trip, head-of-
+line blocking, retransmission), the CPU that 100 Gbit/s of sending, encrypting and checking costs, SGLang's
+own scheduler and its interference between prefill and decode, memory limits of a real KV pool, failures
+that are neither a dead link nor a dead server, and whether a served model's answers are right: those are
+measured on real SGLang servers and emulated links (`make testbed-run`), at a small scale, where rates are
+divided and round trips and loss are not. Whatever a scaled link shows of throughput holds only as far as
+the CPU isn't the limit. Seeds vary arrivals and lengths; they don't vary profiles, so the intervals (95 %,
+Student's t over repetitions) say nothing of a profile's error.
+"""
+
+
+def write_report(folder: Path) -> tuple[Path, list[Goal]]:
+    """README.md and figures/ of all records in `folder`; the path, and every goal.
+
+    Raises UsageError where there is no record.
+    """
+    records = [read(folder / f"{name}.json") for name in PIECES if (folder / f"{name}.json").is_file()]
+    if not records:
+        raise UsageError(f"{folder}: no record of a piece ({', '.join(f'{name}.json' for name in PIECES)})")
+    sections, judged = [], []
+    for record in records:
+        piece = PIECES[record["piece"]]
+        goals = piece.goals(record)
+        judged += [(piece, goal) for goal in goals]
+        pictures = "".join(
+            f"![{piece.title}](figures/{name})\n\n" for name in piece.draw(record, folder / "figures")
+        )
+        sections.append(
+            f"## {piece.title}\n\n{pictures}{_verdicts(goals)}\n{piece.tell(record)}\n"
+            f"Made by `prfaas-testbed claim run {piece.name}`: {record['repetitions']} repetitions, "
+            f"{record['took_s']:.0f} s on {record['machine'].get('cores', '?')} cores, commit "
+            f"`{record['commit'][:12]}`, {record['started']}. The experiments are "
+            f"`topologies/experiments/claim-{piece.name}*.yaml`; `prfaas simulate` plays each alone.\n"
+        )
+    reached = sum(goal.reached for _, goal in judged)
+    head = (
+        "# The claim, put to the test\n\n"
+        "Written from the records beside it by `prfaas-testbed claim report`; every value of every "
+        "repetition is in them, a row each. A figure is made again by the command under its section.\n\n"
+        f"{reached} of {len(judged)} goals are reached:\n\n"
+        + "".join(
+            f"- {'reached' if goal.reached else '**missed**'}: {goal.text}: {goal.found}\n"
+            for _, goal in judged
+        )
+    )
+    path = folder / "README.md"
+    path.write_text("\n".join([head, K_WORLD, *sections]).rstrip() + "\n", encoding="utf-8")
+    return path, [goal for _, goal in judged]
+
+
+def _verdicts(goals: list[Goal]) -> str:
+    lines = ["| goal | found | |", "| --- | --- | --- |"]
+    for goal in goals:
+        verdict = "reached" if goal.reached else "**missed**" + (f": {goal.why}" if goal.why else "")
+        lines.append(f"| {goal.text} | {goal.found} | {verdict} |")
+    return "\n".join(lines) + "\n"

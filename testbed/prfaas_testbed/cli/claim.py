@@ -1,0 +1,54 @@
+"""`prfaas-testbed claim run|report`: the claim's pieces in the simulator, and the report of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from prfaas.model.errors import EXIT_OK, UsageError
+
+K_FOLDER = Path(__file__).resolve().parents[3] / "results" / "claim"
+K_REPETITIONS = 5
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("claim", help="measure the claim's pieces, write the report")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    measure = commands.add_parser("run", help="measure pieces in the simulator; a JSON record each")
+    measure.add_argument("pieces", nargs="*", metavar="PIECE", help="all where none is named")
+    measure.add_argument("--repetitions", type=int, default=K_REPETITIONS, help="seeds a figure (5)")
+    measure.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    measure.set_defaults(run=run)
+    report = commands.add_parser("report", help="README.md and figures from the records")
+    report.add_argument("folder", type=Path, nargs="?", default=K_FOLDER, metavar="DIR")
+    report.set_defaults(run=write)
+
+
+def run(args: argparse.Namespace) -> int:
+    from prfaas_testbed.claim import pieces  # numpy, matplotlib: a second that other commands needn't wait
+
+    if args.repetitions < 1:
+        raise UsageError(f"--repetitions: found {args.repetitions}; at least 1")
+    names = args.pieces or list(pieces.PIECES)
+    for name in names:
+        pieces.piece(name)
+    for name in names:
+        record = pieces.measure(name, args.repetitions, lambda line: _say(f"  {line}\n"))
+        _say(f"{name}: {record['took_s']:.0f} s, {pieces.write(record, args.out)}\n")
+    return EXIT_OK
+
+
+def write(args: argparse.Namespace) -> int:
+    from prfaas_testbed.claim.report import write_report
+
+    path, goals = write_report(args.folder)
+    for goal in goals:
+        sys.stdout.write(f"{'reached' if goal.reached else 'missed '} {goal.text}: {goal.found}\n")
+    sys.stdout.write(f"{path}\n")
+    return EXIT_OK
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
