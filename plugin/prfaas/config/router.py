@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from prfaas.config.loading import Strict, load
-from prfaas.config.policy import PolicyConfig
+from prfaas.config.policy import PolicyConfig, SlowLoopConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -113,6 +113,11 @@ class Server(Strict):
     """Batch limit of a decode server; None: what it reports."""
     key_file: str | None = None
     """The server's --api-key, if it has one."""
+    convertible: bool = False
+    """The slow loop may change its role: it was started with --enable-pd-role-switch, and with a bootstrap
+    port of its own whatever its role."""
+    admin_key_file: str | None = None
+    """The server's --admin-api-key, if it has one: a change of role asks for it."""
 
     @field_validator("url")
     @classmethod
@@ -127,6 +132,10 @@ class Server(Strict):
         if self.role == "prefill" and self.bootstrap_port is None:
             raise ValueError(
                 f"{self.name}: a prefill server needs bootstrap_port (--disaggregation-bootstrap-port)"
+            )
+        if self.convertible and (self.role == "collocated" or self.bootstrap_port is None):
+            raise ValueError(
+                f"{self.name}: a convertible server prefills or decodes, and needs bootstrap_port for both"
             )
         return self
 
@@ -228,6 +237,24 @@ class Logs(Strict):
     """Last ones that /decisions shows."""
 
 
+class SlowLoop(SlowLoopConfig):
+    """The slow loop of each site that decodes; without this section there is none.
+
+    It plans from the traffic of late and, unless dry_run, sets the `paper` policy's threshold and converts
+    servers that are `convertible`. Where several routers serve the same servers, let one of them do it: the
+    others learn of changed roles from the servers' loads.
+    """
+
+    least_requests: Annotated[int, Field(ge=1)] = 100
+    """Requests of the last `window_s` without which nothing is planned."""
+    window_s: Positive = 600.0
+    """How far back the traffic counts that is planned for."""
+    decode_cuda_graph_memory_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """GPU memory that a server must have free to capture decode graphs when it turns to decode."""
+    switch_timeout_s: Positive = 120.0
+    """A server that hasn't answered by then is asked what it has become."""
+
+
 class RouterConfig(Strict):
     """The whole file."""
 
@@ -244,6 +271,7 @@ class RouterConfig(Strict):
     retry: Retry = Retry()
     loads: Loads = Loads()
     logs: Logs = Logs()
+    slow_loop: SlowLoop | None = None
     movable: bool = False
     """Cached prefixes can be brought to another site's prefill cache."""
     seed: int | None = None
@@ -260,6 +288,8 @@ class RouterConfig(Strict):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"{what} named twice: {', '.join(sorted(twice))}")
+        if self.slow_loop is not None and len(self.models) > 1:
+            raise ValueError("slow_loop plans for one model; a router of several can't have it")
         sites = {site.name for site in self.sites}
         models = {model.name for model in self.models}
         for link in self.links:
@@ -326,7 +356,12 @@ def load_router_config(path: Path | str) -> RouterConfig:
                         "cost": cost(site.cost),
                         "costs": {name: cost(one) for name, one in site.costs.items()},
                         "servers": tuple(
-                            server.model_copy(update={"key_file": optional(server.key_file)})
+                            server.model_copy(
+                                update={
+                                    "key_file": optional(server.key_file),
+                                    "admin_key_file": optional(server.admin_key_file),
+                                }
+                            )
                             for server in site.servers
                         ),
                     }

@@ -38,6 +38,7 @@ class Application:
             app.router.add_get(path, self._health)
         app.router.add_get("/metrics", self._metrics_page)
         app.router.add_get("/decisions", self._decisions)
+        app.router.add_get("/roles", self._roles)
         app.router.add_post("/reload", self._reload_asked)
         for path in ("/server_info", "/get_server_info", "/get_model_info", "/model_info"):
             app.router.add_get(path, self._server_info)
@@ -121,6 +122,10 @@ class Application:
     async def _decisions(self, request: web.Request) -> web.Response:
         self._administrator(request)
         return as_json(decisions_page(self._router.scheduler, request.query))
+
+    async def _roles(self, request: web.Request) -> web.Response:
+        self._administrator(request)
+        return as_json(self._router.roles.page())
 
     async def _reload_asked(self, request: web.Request) -> web.Response:
         self._administrator(request)

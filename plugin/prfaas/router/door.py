@@ -130,7 +130,9 @@ class Door:
             try:
                 outcome.ttft_s = self._clock() - began_s
                 self._told(attempt, ticket, outcome)
-                return await self._answer(request, asked, attempt, opened, outcome, wishes)
+                answer = await self._answer(request, asked, attempt, opened, outcome, wishes)
+                self._answered(attempt, opened, outcome, began_s)
+                return answer
             finally:
                 await attempt.close()
                 self._compare(attempt, ticket, outcome)
@@ -274,6 +276,13 @@ class Door:
         answer = attempt.prefill_answer
         self._scheduler.on_first_token(ticket, answer.cached_tokens if answer else None)
         self._metrics.ttft.labels(outcome.site or "").observe(outcome.ttft_s or 0.0)
+
+    def _answered(self, attempt: Attempt, opened: Opened, outcome: Outcome, began_s: float) -> None:
+        """To the last byte, or told why not."""
+        if outcome.error is None and attempt.route.prefill is not None and outcome.ttft_s is not None:
+            from_s = attempt.prefill_ended_s if opened.connection is None else began_s + outcome.ttft_s
+            outcome.decode_site = attempt.route.decode.site
+            outcome.decode_s = None if from_s is None else max(0.0, self._clock() - from_s)
 
     def _compare(self, attempt: Attempt, ticket: Ticket, outcome: Outcome) -> None:
         """Was the prefix prediction right?"""

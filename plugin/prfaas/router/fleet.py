@@ -26,6 +26,8 @@ class Reported:
     total_tokens: int | None = None
     max_running: int | None = None
     prefill_tokens_per_s: float | None = None
+    role: Role | None = None
+    """What it says it is; None where it doesn't say."""
 
 
 @dataclass(eq=False)
@@ -49,6 +51,10 @@ class ServerHandle:
     """Load polls in a row that brought nothing usable."""
     draining: bool = False
     """Left the configuration, or about to change role."""
+    converting: bool = False
+    """Its role is being changed by this router."""
+    broken: str = ""
+    """Why it can't serve until it has been restarted."""
     role: Role = Role.PREFILL
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -98,7 +104,7 @@ class ServerHandle:
             free_tokens=free,
             total_tokens=self.reported.total_tokens,
             max_running=limit,
-            healthy=now >= self.down_until_s,
+            healthy=now >= self.down_until_s and not self.broken,
             draining=self.draining,
         )
 

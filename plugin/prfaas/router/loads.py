@@ -17,6 +17,7 @@ import aiohttp
 import msgspec
 
 from prfaas.config.router import Loads
+from prfaas.model.observations import Role
 from prfaas.router.fleet import Reported, ServerHandle
 from prfaas.telemetry.router_metrics import RouterMetrics
 
@@ -29,6 +30,7 @@ K_SMOOTHING = 0.3
 
 
 class _Disagg(msgspec.Struct):
+    mode: str = ""
     prefill_bootstrap_queue_reqs: int = 0
     prefill_inflight_queue_reqs: int = 0
     decode_prealloc_queue_reqs: int = 0
@@ -77,7 +79,7 @@ def read_report(
     for load in loads:
         numbers = [value for value in msgspec.structs.astuple(load) if isinstance(value, int)]
         if load.disaggregation is not None:
-            numbers += msgspec.structs.astuple(load.disaggregation)
+            numbers += [one for one in msgspec.structs.astuple(load.disaggregation) if isinstance(one, int)]
         if not all(0 <= number <= K_MAX_COUNT for number in numbers):
             raise ReportError("a count below 0 or beyond reason")
     tokens = sum(load.total_prefill_uncached_tokens for load in loads)
@@ -105,9 +107,17 @@ def read_report(
             total_tokens=sum(load.max_total_num_tokens for load in loads) or None,
             max_running=limit or None,
             prefill_tokens_per_s=speed,
+            role=_role(loads),
         ),
         (tokens, busy_us),
     )
+
+
+def _role(loads: list[_Load]) -> Role | None:
+    """What all ranks say it is, where they say so and agree."""
+    modes = {load.disaggregation.mode if load.disaggregation is not None else "" for load in loads}
+    mode = modes.pop() if len(modes) == 1 else ""
+    return Role(mode) if mode in (Role.PREFILL, Role.DECODE) else None
 
 
 class LoadPoller:
@@ -161,12 +171,24 @@ class LoadPoller:
                 cause = "garbage"
         if cause is None:
             handle.misses = 0
+            self._follow_role()
             if handle.down_until_s > self._clock():
                 handle.down_until_s = -math.inf
                 self._on_news()
             return
         self._metrics.refused_input.labels("loads", cause).inc()
         handle.misses += 1
+        if cause == "connection" and handle.broken:
+            # Nobody is there any more: what comes back has been restarted.
+            handle.broken, handle.draining = "", False
         # Silence means down; a server that answers nonsense may still serve, and its requests will tell.
         if cause in ("timeout", "connection") and handle.misses >= K_MISSES_DOWN:
             handle.mark_down(self._clock(), self._cool_down_s())
+
+    def _follow_role(self) -> None:
+        """Its role may have been changed by another router, or by its restart."""
+        handle, role = self._handle, self._handle.reported.role
+        if role is None or role is handle.role or not handle.config.convertible or handle.converting:
+            return
+        handle.role = role
+        self._on_news()

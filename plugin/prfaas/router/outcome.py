@@ -28,6 +28,9 @@ class Outcome:
     predicted_ttft_s: float | None = None
     ttft_s: float | None = None
     e2e_s: float = 0.0
+    decode_site: str | None = None
+    decode_s: float | None = None
+    """Whole answers alone: from the first token (or prefill's end, where that can't be seen) to the last."""
     room: int | None = None
     """The last attempt's bootstrap room, by which pumps and servers know it; None where none was used."""
     error: str | None = None

@@ -67,6 +67,7 @@ def health_page(
                 "site": handle.site,
                 "role": handle.role,
                 "up": up[handle.name],
+                "draining": handle.draining,
                 "in_flight": handle.in_flight,
                 "load_age_s": None
                 if handle.reported.at_s < 0

@@ -36,6 +36,7 @@ from prfaas.router.loads import LoadPoller
 from prfaas.router.outcome import Outcome
 from prfaas.router.pages import record_row
 from prfaas.router.prefixes import PrefixBook
+from prfaas.router.roles import RoleKeeper
 from prfaas.router.scheduler import LinearCost, Scheduler
 from prfaas.router.ticket import Record
 from prfaas.router.tokens import OffLoop, PromptReader
@@ -90,6 +91,17 @@ class Router:
             on_record=self._on_record,
             on_decided=self.metrics.decide.observe,
         )
+        self.roles = RoleKeeper(
+            config,
+            self.servers,
+            self.metrics,
+            profiles=lambda found: {site.name: cost_profile(site.cost) for site in found.sites},
+            snapshot=lambda now: self.scheduler.snapshot(self.config.models[0].name, (), now),
+            policy=lambda: self.scheduler.policy,
+            clock=clock,
+            on_step=self._on_event,
+            on_news=self.scheduler.pen.wake,
+        )
         self.clients = Clients(config)
         self._off_loop = OffLoop(
             inline_bytes=config.limits.inline_bytes, threads=config.limits.tokenise_threads
@@ -143,12 +155,17 @@ class Router:
     def _on_record(self, record: Record) -> None:
         decision = record.decision
         self.metrics.decisions.labels(decision.policy, decision.action, record.site or "").inc()
+        self.roles.on_record(record)
         if self._log is not None:
             self._log.add(record_row(record))
 
     def _on_outcome(self, outcome: Outcome) -> None:
+        self.roles.on_outcome(outcome)
+        self._on_event(outcome)
+
+    def _on_event(self, event: object) -> None:
         if self._log is not None:
-            self._log.add(outcome)
+            self._log.add(event)
 
     # Life
 
@@ -159,6 +176,7 @@ class Router:
         self._zmq = zmq.asyncio.Context()
         self._adopt(self.config)
         self._spawn("", self._sweep())
+        self._spawn("", self.roles.run())
         if self._log is not None:
             self._spawn("", self._log.run())
         limits = self.config.limits
@@ -277,6 +295,7 @@ class Router:
                     load_certificates(self._tls, config.listen.tls)
                 # From here on nothing can fail: a policy is made before anything else is replaced.
                 self.scheduler.apply(config)
+                self.roles.apply(config)
             except PrfaasError:
                 self.metrics.reloads.labels("refused").inc()
                 raise

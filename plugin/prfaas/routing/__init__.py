@@ -22,6 +22,7 @@ from prfaas.routing.paper import PaperPolicy
 from prfaas.routing.prefix_index import IndexStatistics, PrefixIndex
 from prfaas.routing.prices import PricesPolicy
 from prfaas.routing.slow_loop import Proposal, SlowLoop, Stage, StageLoad, Step, StepKind
+from prfaas.routing.stages import StageMeter
 
 __all__ = [
     "AllBlocksCleared",
@@ -45,6 +46,7 @@ __all__ = [
     "SlowLoop",
     "Stage",
     "StageLoad",
+    "StageMeter",
     "Step",
     "StepKind",
     "block_hashes",

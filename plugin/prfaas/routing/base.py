@@ -89,6 +89,10 @@ class Policy(ABC):
         """It is answered or given up: forget it. Every dispatched request ends here, exactly once."""
         return None
 
+    def on_plan(self, *, home: SiteId, threshold_tokens: float, now: float) -> None:
+        """The slow loop's threshold for requests that `home` decodes; policies without one ignore it."""
+        return None
+
     def get_log_data(self) -> Mapping[str, float]:
         """The policy's inner figures (prices, backlogs, implied threshold), flat, for logs and figures."""
         return {}

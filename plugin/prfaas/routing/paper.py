@@ -30,6 +30,7 @@ class PaperPolicy(BookingPolicy):
 
     def __init__(self, config: PolicyConfig, fleet: Fleet) -> None:
         super().__init__(config, fleet)
+        self._planned: dict[SiteId, float] = {}  # t by home, where the slow loop has set it
         self._egress: dict[LinkId, tuple[float, float]] = {}  # (bits a second, as of)
 
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
@@ -49,7 +50,7 @@ class PaperPolicy(BookingPolicy):
         paths = [finder.predict(request, snapshot, source, home, now) for source in sources]
         local, away = paths[0], paths[1:]
         used = self._utilisation(snapshot, [path.link for path in away if path.feasible and path.link], now)
-        threshold = self._threshold(used)
+        threshold = self._threshold(used, home)
         caches = request.cached_tokens
         here = caches.get(home, 0)
         if not self._abundant(used):
@@ -76,14 +77,16 @@ class PaperPolicy(BookingPolicy):
         moved = self.paths.predict(request, snapshot, path.prefill_site, path.decode_site, now, giver)
         return moved if moved.feasible else path
 
-    def _threshold(self, used: float) -> float:
+    def _threshold(self, used: float, home: SiteId) -> float:
         config = self.config
+        threshold = self._planned.get(home, config.threshold_tokens)
         if config.raise_factor <= 1 or used <= config.raise_at:
-            return config.threshold_tokens
+            return threshold
         span = max(1e-9, 1 - config.raise_at)
-        return config.threshold_tokens * (
-            1 + (config.raise_factor - 1) * min(1.0, (used - config.raise_at) / span)
-        )
+        return threshold * (1 + (config.raise_factor - 1) * min(1.0, (used - config.raise_at) / span))
+
+    def on_plan(self, *, home: SiteId, threshold_tokens: float, now: float) -> None:
+        self._planned[home] = threshold_tokens
 
     def _abundant(self, used: float) -> bool:
         regime = self.config.regime

@@ -10,7 +10,8 @@ marked as such and nothing is expected to follow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -93,7 +94,7 @@ class SlowLoop:
         self.config = config
         self._wanted = 0
         self._agreed = 0
-        self._next_look_s = 0.0
+        self._next_look_s = -math.inf
         self._conversion: _Conversion | None = None
 
     @property
@@ -101,18 +102,24 @@ class SlowLoop:
         """The one instance that is being converted."""
         return None if self._conversion is None else self._conversion.instance
 
+    def due(self, now: float) -> bool:
+        """Whether `look` would look."""
+        return now >= self._next_look_s
+
     def look(
         self,
         site: SiteObservation,
         loads: Sequence[StageLoad],
         system: System,
         now: float,
+        convertible: Collection[InstanceId] | None = None,
     ) -> Proposal | None:
         """None between looks. Never proposes to take a role's last instance away.
 
-        `system` is as it is now, but for local_instances, which is counted from `site`.
+        `system` is as it is now, but for local_instances, which is counted from `site`. `convertible`:
+        instances that may change their role; None: all.
         """
-        if now < self._next_look_s or not loads:
+        if not self.due(now) or not loads:
             return None
         self._next_look_s = now + self.config.look_every_s
         binding = max(loads, key=lambda load: (load.utilisation, load.queue_s)).stage
@@ -135,15 +142,17 @@ class SlowLoop:
         self._agreed = self._agreed + 1 if wanted and wanted == self._wanted else int(bool(wanted))
         self._wanted = wanted
         giving = decodes if wanted > 0 else prefills
+        free = [one for one in giving if convertible is None or one.instance in convertible]
         if (
             target is None
             or here is None
             or not wanted
             or self._agreed < self.config.patience
             or len(giving) < 2
+            or not free
         ):
             return Proposal(binding, target, here, self._agreed)
-        one = min(giving, key=_busyness)
+        one = min(free, key=_busyness)
         role = Role.PREFILL if wanted > 0 else Role.DECODE
         split = f"{len(prefills)}/{len(decodes)}"
         reason = (

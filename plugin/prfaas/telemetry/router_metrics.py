@@ -117,6 +117,29 @@ class RouterMetrics:
         self.kv_events = Counter(
             "prfaas_router_kv_event_batches", "KV event batches taken in.", ["server"], registry=registry
         )
+        self.conversions = Counter(
+            "prfaas_router_conversions",
+            "Changes of a server's role, by site, new role and outcome.",
+            ["site", "role", "outcome"],
+            registry=registry,
+        )
+        self.conversion_seconds = Gauge(
+            "prfaas_router_conversion_seconds",
+            "The last change of a role, from its drain to its end.",
+            registry=registry,
+        )
+        self.planned_threshold = Gauge(
+            "prfaas_router_planned_threshold_tokens",
+            "The slow loop's threshold for the roles of now, by site that decodes.",
+            ["site"],
+            registry=registry,
+        )
+        self.stage_utilisation = Gauge(
+            "prfaas_router_stage_utilisation",
+            "Use of a stage up to the slow loop's last look, 0 to 1.",
+            ["site", "stage"],
+            registry=registry,
+        )
         self.log_dropped = Counter(
             "prfaas_router_log_lines_dropped",
             "Event log lines lost to a full disk or buffer.",

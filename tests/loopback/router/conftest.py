@@ -72,6 +72,11 @@ class Fake:
         """Requests whose connection the router closed before the answer."""
         self.load: dict[str, Any] = {"num_running_reqs": 0, "num_waiting_reqs": 0}
         self.load_body: bytes | None = None
+        self.tells_role = False
+        """Its load tells its role, as SGLang's does."""
+        self.switches: list[dict[str, Any]] = []
+        self.switch_answers: list[dict[str, Any] | None] = []
+        """What changes of role are answered, in order; then they succeed. None: cut, though it was done."""
         self.tokens = 5
         self.pause_s = 0.0
         self.hold = asyncio.Event()
@@ -86,6 +91,7 @@ class Fake:
             app.router.add_post(path, self._serve)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_get("/v1/loads", self._loads)
+        app.router.add_post("/pd_role_switch", self._switch)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port or self.port)
@@ -108,12 +114,26 @@ class Fake:
         self._runner = None
 
     async def _loads(self, request: web.Request) -> web.Response:
-        body = self.load_body or json.dumps({"loads": [self.load]}).encode()
+        load = self.load | ({"disaggregation": {"mode": self.role}} if self.tells_role else {})
+        body = self.load_body or json.dumps({"loads": [load]}).encode()
         return web.Response(body=body, content_type="application/json")
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.append((await request.json())["rid"])
         return web.Response()
+
+    async def _switch(self, request: web.Request) -> web.Response:
+        """SGLang's contract: 200, or 400 with a message and whether it is as it was."""
+        asked = await request.json()
+        self.switches.append(asked)
+        answer = self.switch_answers.pop(0) if self.switch_answers else {"success": True}
+        if answer is None or answer.get("success"):
+            self.role = asked["new_role"]
+        if answer is None:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        return web.json_response(answer, status=200 if answer.get("success") else 400)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
@@ -241,8 +261,10 @@ def stand(model_folder: Path) -> Callable[..., Any]:
             fake = servers[name] = Fake(role, rooms)
             await fake.start()
             server = {"name": name, "role": role, "url": f"http://127.0.0.1:{fake.port}"}
-            if role == "prefill":
+            if role == "prefill" or "slow_loop" in settings:
                 server["bootstrap_port"] = 1
+            if "slow_loop" in settings and name.startswith("west"):
+                server["convertible"] = True
             sites.setdefault(name.partition("-")[0], []).append(server)
         data: dict[str, Any] = {
             "listen": {"port": 0},
