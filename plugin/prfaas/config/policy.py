@@ -48,6 +48,11 @@ class PolicyConfig(Strict):
     service: Literal["arrival", "deadline"] = "arrival"
     """In which order prefill instances take what waits. deadline: by the decision's order_s, which instances
     must be able to keep; `prices` then reckons with it, and puts what can't be in time behind the rest."""
+    hold_above_s: float | None = Field(default=None, gt=0)
+    """Keep a request at the door while the prefill queue of the site chosen for it is longer than this, and
+    let it in by the decision's order_s: for servers that serve in order of arrival, as SGLang's do. None:
+    all is sent on at once. What is held is in no queue that predictions and prices know: a limit below
+    several prefill times costs more than the order gains."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PolicyConfig:

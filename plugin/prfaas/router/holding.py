@@ -1,11 +1,16 @@
-"""Requests that the policy keeps at the door: the most urgent ask again first when something was freed."""
+"""Requests that the policy keeps at the door, in order of service: the least `order` goes first.
+
+Requests that wait for the same thing (a model at a site) keep that order among themselves, whoever comes
+and whenever each asks again: `ahead` tells whether a request has to wait behind another.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
 import itertools
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 K_WAKE = 4
@@ -13,27 +18,68 @@ K_WAKE = 4
 that the first don't want still finds its taker, and 1,000 waiting requests don't all ask at once."""
 
 
+class Place:
+    """One request's stay, over all its waits."""
+
+    def __init__(self, pen: HoldingPen) -> None:
+        self._pen = pen
+        self.thing: Hashable = None
+        self.order: tuple[float, int] = (0.0, 0)
+
+    def at(self, thing: Hashable, order: float) -> None:
+        """What it waits for now, and its order among those that do."""
+        if self.order[1] and (self.thing, self.order[0]) == (thing, order):
+            return
+        self.leave()
+        self.thing, self.order = thing, (order, next(self._pen.serials))
+        insort(self._pen.queues.setdefault(thing, []), self.order)
+
+    def leave(self) -> None:
+        queue = self._pen.queues.get(self.thing)
+        if queue is not None:
+            at = bisect_left(queue, self.order)
+            if at < len(queue) and queue[at] == self.order:
+                del queue[at]
+            if not queue:
+                del self._pen.queues[self.thing]
+
+
 class HoldingPen:
     """A bounded set of waiting requests."""
 
     def __init__(self) -> None:
         self.held = 0
+        self.queues: dict[Hashable, list[tuple[float, int]]] = {}
+        """Orders of those that wait, by what they wait for."""
+        self.serials = itertools.count(1)
         self._heap: list[tuple[float, int, asyncio.Future[None]]] = []
-        self._order = itertools.count()
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self) -> Iterator[Place]:
         """One request's stay, over all its waits."""
         self.held += 1
+        place = Place(self)
         try:
-            yield
+            yield place
         finally:
             self.held -= 1
+            place.leave()
 
-    async def wait(self, urgency_s: float, timeout_s: float) -> None:
-        """Until woken, or the time is up. Smaller urgency wakes first."""
+    def ahead(self, thing: Hashable, order: float, place: Place | None = None) -> bool:
+        """Whether another waits for `thing` that comes before `order` (and before `place`, if in the pen)."""
+        queue = self.queues.get(thing)
+        if not queue:
+            return False
+        mine = place.order if place is not None and place.thing == thing and place.order[1] else None
+        if mine is not None and mine[0] == order:
+            return queue[0] < mine
+        first = queue[1] if queue[0] == mine and len(queue) > 1 else queue[0]
+        return first != mine and first[0] <= order
+
+    async def wait(self, order: float, timeout_s: float) -> None:
+        """Until woken, or the time is up. The least order wakes first."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._heap, (urgency_s, next(self._order), future))
+        heapq.heappush(self._heap, (order, next(self.serials), future))
         try:
             async with asyncio.timeout(timeout_s):
                 await future

@@ -20,7 +20,7 @@ from prfaas.model.observations import RequestView, SiteObservation, Snapshot
 from prfaas.router.attempt import AttemptFailed, FailureKind, Route, Side
 from prfaas.router.errors import NoPath, Overloaded
 from prfaas.router.fleet import ServerHandle, ServerPool, least_loaded, least_running
-from prfaas.router.holding import HoldingPen
+from prfaas.router.holding import HoldingPen, Place
 from prfaas.router.links import LinkBook
 from prfaas.router.ticket import Record, Ticket
 from prfaas.router.tokens import Prompt
@@ -134,7 +134,7 @@ class Scheduler:
     async def route(self, ticket: Ticket) -> Route:
         """Where the next attempt goes. Waits while the policy holds it. Raises Overloaded or NoPath."""
         ticket.cached = self._prefixes.cached_tokens(ticket.model, ticket.prompt)
-        held = False
+        place: Place | None = None
         with ExitStack() as stay:
             while True:
                 now = self._clock()
@@ -142,12 +142,16 @@ class Scheduler:
                     self._view(ticket), self.snapshot(ticket.model, ticket.failed_servers, now), now
                 )
                 self._on_decided(self._clock() - now)
-                if decision.action is Action.DISPATCH:
+                order = _order(decision, ticket)
+                thing = (ticket.model, decision.prefill_site)
+                # A retry doesn't queue again: it has waited, and paid with a failure.
+                behind = ticket.attempt == 0 and self.pen.ahead(thing, order, place)
+                if decision.action is Action.DISPATCH and not behind:
                     route = self._servers_for(ticket, decision, now)
                     if route is not None:
                         self._dispatched(ticket, decision, route, now)
-                        if held:
-                            self.pen.wake(1)
+                        if place is not None:
+                            self.pen.wake()
                         return route
                     # The policy's picture is older than ours: not this site again.
                     site = decision.prefill_site
@@ -157,7 +161,7 @@ class Scheduler:
                         )
                     ticket.failed_sites.add(site)
                     continue
-                if decision.action is not Action.HOLD:
+                if decision.action not in (Action.HOLD, Action.DISPATCH):
                     ticket.decision = decision
                     self._record(ticket, decision, None)
                     raise self._refusal(decision)
@@ -165,15 +169,16 @@ class Scheduler:
                     raise Overloaded(
                         f"Held for too long: {decision.reason}", retry_after_s=self._retry_after_s
                     )
-                if not held:
+                if place is None:
                     if self.pen.held >= self._config.limits.max_held:
                         raise Overloaded("Too many requests are waiting.", retry_after_s=self._retry_after_s)
-                    held = True
-                    stay.enter_context(self.pen.place())
+                    place = stay.enter_context(self.pen.place())
+                    self._record(ticket, decision, None)
+                place.at(thing, order)
                 wait_s = K_HOLD_STEP_S
                 if decision.until_s is not None:
                     wait_s = min(wait_s, max(0.001, decision.until_s - now))
-                await self.pen.wait(decision.deadline_s or ticket.arrived_s, wait_s)
+                await self.pen.wait(order, wait_s)
 
     def _refusal(self, decision: Decision) -> Exception:
         retry_after_s = decision.retry_after_s or self._retry_after_s
@@ -355,6 +360,13 @@ class Scheduler:
             ticket.policy.on_finished(request=ticket.request_id, now=self._clock())
             ticket.policy = None
         self.pen.wake()
+
+
+def _order(decision: Decision, ticket: Ticket) -> float:
+    """Order of service at the door: smaller first."""
+    if decision.order_s is not None:
+        return decision.order_s
+    return decision.deadline_s if decision.deadline_s is not None else ticket.arrived_s
 
 
 def _least_blamed(ticket: Ticket, handles: list[ServerHandle]) -> list[ServerHandle]:

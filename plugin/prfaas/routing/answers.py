@@ -69,7 +69,25 @@ class BookingPolicy(Policy):
         deadline_s: float | None = None,
         order_s: float | None = None,
     ) -> Decision:
-        """The decision to send it on `chosen`."""
+        """The decision to send it on `chosen`, or to hold it until the queue there is short enough."""
+        if deadline_s is None:
+            deadline_s = self.deadline_s(request)
+        if self.config.hold_above_s is not None and request.attempt == 0:
+            over_s = self._queue_s(request, snapshot, chosen, now) - self.config.hold_above_s
+            if over_s > 0:
+                return Decision(
+                    request=request.request,
+                    policy=self.name,
+                    at_s=now,
+                    action=Action.HOLD,
+                    reason=f"held: {over_s:.2f} s too much before {chosen.label}; {reason}",
+                    chosen=chosen,
+                    alternatives=tuple(path for path in paths if path is not chosen),
+                    deadline_s=deadline_s,
+                    order_s=order_s,
+                    threshold_tokens=threshold_tokens,
+                    until_s=now + over_s,
+                )
         costs = self.paths.costs(chosen.prefill_site, request.model)
         return Decision(
             request=request.request,
@@ -81,10 +99,17 @@ class BookingPolicy(Policy):
             alternatives=tuple(path for path in paths if path is not chosen),
             prefill_instance=prefill_instance(request, snapshot, chosen, costs),
             decode_instance=decode_instance(snapshot, chosen),
-            deadline_s=self.deadline_s(request) if deadline_s is None else deadline_s,
+            deadline_s=deadline_s,
             order_s=order_s,
             threshold_tokens=threshold_tokens,
         )
+
+    def _queue_s(self, request: RequestView, snapshot: Snapshot, chosen: PathPrediction, now: float) -> float:
+        """The whole wait at the site, whatever place in its queue was predicted; 0 where it has none."""
+        site = snapshot.sites.get(chosen.prefill_site)
+        if site is None or site.prefill_instances <= 0:
+            return 0.0
+        return self.paths.queue_s(site, request.model, now)
 
     def no_path(self, request: RequestView, now: float, paths: Sequence[PathPrediction]) -> Decision:
         """Nothing that could serve it is alive."""

@@ -91,6 +91,32 @@ def test_what_is_shed_held_too_long_or_too_many_to_hold_is_429_and_no_path_503(s
     asyncio.run(main())
 
 
+def test_requests_wait_at_the_door_for_a_long_queue_and_are_let_in_by_their_deadlines(stand: Any) -> None:
+    async def main() -> None:
+        async with stand(policy={"name": "homogeneous", "hold_above_s": 0.5}) as s:
+            queued = s.servers["west-p"].load
+            queued["num_waiting_uncached_tokens"] = 5000
+            west = s.router.servers.get("west-p")
+            await s.settle(lambda: west.reported.waiting_uncached_tokens == 5000)
+            asking = []
+            for number, within_ms in enumerate((50_000, 20_000, 40_000, 30_000)):
+                headers = {"x-prfaas-first-token-ms": str(within_ms)}
+                asking.append(asyncio.ensure_future(s.post(headers=headers)))
+                await s.settle(lambda number=number: s.router.scheduler.pen.held == number + 1)
+            assert not s.servers["west-p"].seen
+            held = [one.request for one in s.router.scheduler.records]
+            queued["num_waiting_uncached_tokens"] = 0
+            answers = await asyncio.gather(*asking)
+            assert [status for status, _, _ in answers] == [200] * 4
+            sent = [
+                one.request for one in s.router.scheduler.records if one.decision.action is Action.DISPATCH
+            ]
+            assert sent == [held[place] for place in (1, 3, 2, 0)]
+            assert s.router.scheduler.pen.queues == {}
+
+    asyncio.run(main())
+
+
 def test_a_failed_attempt_and_the_end_are_each_told_once(stand: Any) -> None:
     async def main() -> None:
         async with stand(**K_SETTINGS) as s:

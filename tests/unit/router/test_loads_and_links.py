@@ -103,6 +103,31 @@ def test_a_link_that_failed_rests_then_one_request_tries_it_and_the_rest_grows()
     assert links.estimates(26.3)[K_LINK].up
 
 
+def test_who_waits_for_the_same_thing_keeps_its_order() -> None:
+    pen = HoldingPen()
+    assert not pen.ahead("west", 1.0)
+    with pen.place() as late, pen.place() as soon, pen.place() as elsewhere:
+        late.at("west", 9.0)
+        soon.at("west", 5.0)
+        elsewhere.at("east", 1.0)
+        assert pen.ahead("west", 9.0, late)
+        assert not pen.ahead("west", 5.0, soon)
+        assert pen.ahead("west", 7.0), "a newcomer waits behind the more urgent"
+        assert pen.ahead("west", 5.0), "and behind its equals"
+        assert not pen.ahead("west", 4.0)
+        assert not pen.ahead("north", 100.0)
+        with pen.place() as equal:
+            equal.at("west", 5.0)
+            assert pen.ahead("west", 5.0, equal)
+            assert not pen.ahead("west", 5.0, soon)
+            assert not pen.ahead("west", 4.0, equal), "its order has become more urgent since"
+        soon.at("east", 5.0)
+        assert not pen.ahead("west", 9.0, late)
+        assert pen.ahead("east", 5.0, soon)
+    assert pen.queues == {}
+    assert pen.held == 0
+
+
 def test_the_most_urgent_wake_first_and_those_that_left_are_forgotten() -> None:
     async def main() -> None:
         pen, woken = HoldingPen(), []

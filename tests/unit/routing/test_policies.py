@@ -202,6 +202,32 @@ def test_a_tenant_above_its_share_waits_behind_and_comes_back() -> None:
     assert ask(chosen, 20_000, alone, tenant="new").order_s is not None
 
 
+def test_a_long_queue_keeps_requests_at_the_door_but_not_those_that_failed_before() -> None:
+    chosen = policy("homogeneous", hold_above_s=2.0)
+    assert ask(chosen, 20_000, snapshot(backlog_s=5.9)).action is Action.DISPATCH
+    full = snapshot(backlog_s=9.0, now=10.0)  # 3 s for each of three instances
+    held = ask(chosen, 20_000, full)
+    assert (held.action, held.prefill_site) == (Action.HOLD, "west")
+    assert held.until_s == pytest.approx(11.0)
+    assert held.deadline_s is not None
+    assert "1.00 s too much before west" in held.reason
+    assert ask(chosen, 20_000, full, attempt=1).action is Action.DISPATCH
+    assert ask(policy("homogeneous"), 20_000, full).action is Action.DISPATCH
+
+
+def test_holding_at_the_door_serves_more_in_time_where_servers_serve_in_order_of_arrival(
+    fluid: ModuleType,
+) -> None:
+    """Near its limit, at 100 Gbit/s; too small a limit would hide the queues that prices follow."""
+    within = {}
+    for hold_above_s in (None, 4.0):
+        world = fluid.Fluid(fluid.make_policy("prices", hold_above_s=hold_above_s), 100.0)
+        outcome = world.run(fluid.make_jobs(1500, 3.0, seed=3, burst=2.0))
+        assert len(outcome.ttfts()) == 1500
+        within[hold_above_s] = outcome.within_slo()
+    assert within[4.0] > within[None] + 0.03
+
+
 def test_several_sites_and_homes_each_find_their_way() -> None:
     sites = {
         "west": SiteObservation("west", 0.0, 2, 4, prefill_backlog_s=40.0),
@@ -341,6 +367,7 @@ def test_whatever_it_sees_it_answers_soundly(
     st.integers(1, 5),
     st.booleans(),
     st.floats(0.2, 1.5),
+    st.sampled_from([None, 0.5, 5.0]),
 )
 @settings(max_examples=20)
 def test_no_request_is_lost_answered_twice_or_starved(
@@ -352,6 +379,7 @@ def test_no_request_is_lost_answered_twice_or_starved(
     prfaas: int,
     by_deadline: bool,
     rps: float,
+    hold_above_s: float | None,
 ) -> None:
     """Random sizes, rates and outages; the harness asserts that nothing is answered twice."""
     rng = random.Random(seed)
@@ -359,7 +387,7 @@ def test_no_request_is_lost_answered_twice_or_starved(
     for _ in range(rng.randrange(4)):
         steps.append((steps[-1][0] + rng.uniform(1, 60), rng.choice([0.0, gbps, gbps / 10])))
     steps.append((steps[-1][0] + 30.0, gbps))
-    made = fluid.make_policy(name)
+    made = fluid.make_policy(name, hold_above_s=hold_above_s)
     world = fluid.Fluid(made, steps, local=local, prfaas=prfaas, by_deadline=by_deadline)
     jobs = fluid.make_jobs(80, rps, seed=seed, burst=2.0)
     outcome = world.run(jobs)
