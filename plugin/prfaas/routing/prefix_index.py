@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 from prfaas.model.errors import UsageError
 from prfaas.model.ids import InstanceId, ModelId
@@ -62,21 +63,25 @@ class _Table:
         self.by_bit: dict[int, InstanceId] = {}
         self.live = 0
         """Bits of servers as they are now; others are stale."""
+        self.hybrid = 0
+        """Those among them that need a state."""
         self._next_bit = 1
         self._stale_bits = 0
         self._stale_blocks = 0
         self._shared: dict[int, int] = {}
 
-    def take_bit(self, holder: InstanceId) -> int:
+    def take_bit(self, holder: InstanceId, hybrid: bool) -> int:
         bit, self._next_bit = self._next_bit, self._next_bit << 1
         self.by_bit[bit] = holder
         self.live |= bit
+        self.hybrid |= bit if hybrid else 0
         return bit
 
     def retire_bit(self, bit: int, blocks: int) -> None:
         """Its holder had so many blocks; they stay as stale entries until the next sweep."""
         del self.by_bit[bit]
         self.live &= ~bit
+        self.hybrid &= ~bit
         self._stale_bits += 1
         self._stale_blocks += blocks
 
@@ -91,8 +96,10 @@ class _Table:
     def sweep(self, holders: Iterable[_Holder]) -> None:
         """Numbers the bits anew from 0 and drops what only stale bits held."""
         moves: dict[int, int] = {}
+        self.hybrid = 0
         for place, holder in enumerate(holders):
             moves[holder.bit] = holder.bit = 1 << place
+            self.hybrid |= holder.bit if holder.hybrid else 0
         old, self._shared = self._shared, {}
         translate = {
             mask: self.share(sum(new for before, new in _moved(mask & self.live, moves))) for mask in old
@@ -142,7 +149,7 @@ class PrefixIndex:
             raise UsageError(f"server {holder!r}: model {model!r} is unknown to the index")
         if holder in self._holders:
             raise UsageError(f"server {holder!r} is in the index already")
-        self._holders[holder] = _Holder(model, table.take_bit(holder), hybrid, states_limit)
+        self._holders[holder] = _Holder(model, table.take_bit(holder, hybrid), hybrid, states_limit)
 
     def remove_holder(self, holder: InstanceId) -> None:
         """It left. Unknown servers are ignored."""
@@ -156,7 +163,7 @@ class PrefixIndex:
         if known is None or (known.blocks == 0 and not known.states):
             return
         self._retire(known)
-        known.bit = self._tables[known.model].take_bit(holder)
+        known.bit = self._tables[known.model].take_bit(holder, known.hybrid)
 
     def apply(self, holder: InstanceId, events: Iterable[KvEvent]) -> None:
         """A server's events, in order. Those of servers that aren't in the index are ignored."""
@@ -197,18 +204,18 @@ class PrefixIndex:
             return {}
         # The last token is always computed, so that the block it ends isn't reused.
         most = min(len(hashes), (prompt_tokens - 1) // table.block_tokens)
-        depths = self._depths(table, hashes, most)
+        # Most holders of a table have nothing of a given prompt: its first block sorts them out.
+        there = table.masks.get(hashes[0], 0) & table.live if most > 0 else 0
+        if not there:
+            return {}
+        block_tokens, by_bit = table.block_tokens, table.by_bit
         usable: dict[InstanceId, int] = {}
-        hybrid: list[tuple[InstanceId, _Holder, int]] = []
-        for bit, depth in depths:
-            name = table.by_bit[bit]
-            holder = self._holders[name]
-            if holder.hybrid:
-                hybrid.append((name, holder, depth))
-            else:
-                usable[name] = depth * table.block_tokens
-        if hybrid:
-            usable.update(self._state_lengths(table, hashes, hybrid))
+        if there & table.hybrid:
+            for bit, length in self._state_lengths(table, hashes, most, there & table.hybrid):
+                usable[by_bit[bit]] = length * block_tokens
+        if there & ~table.hybrid:
+            for bit, depth in self._depths(table, hashes, most, there & ~table.hybrid):
+                usable[by_bit[bit]] = depth * block_tokens
         return usable
 
     def statistics(self) -> IndexStatistics:
@@ -220,15 +227,15 @@ class PrefixIndex:
         )
 
     @staticmethod
-    def _depths(table: _Table, hashes: Sequence[int], most: int) -> list[tuple[int, int]]:
-        """(bit, blocks) for each holder of at least one block, by bisection.
+    def _depths(table: _Table, hashes: Sequence[int], most: int, bits: int) -> list[tuple[int, int]]:
+        """(bit, blocks) for each of `bits`, which are holders of the first block, by bisection.
 
         A server evicts a block after all that extend it, so that what it holds of a chain is a beginning of
         it: log2(blocks) steps for each different depth.
         """
         depths: list[tuple[int, int]] = []
         get = table.masks.get
-        todo = [(0, most, table.live)]  # holders of these bits have between low and high blocks
+        todo = [(1, most, bits)]  # holders of these bits have between low and high blocks
         while todo:
             low, high, bits = todo.pop()
             if low < high:
@@ -238,7 +245,7 @@ class PrefixIndex:
                     todo.append((middle, high, there))
                 if there != bits:
                     todo.append((low, middle - 1, bits & ~there))
-            elif low:
+            else:
                 while bits:
                     bit = bits & -bits
                     bits ^= bit
@@ -246,21 +253,25 @@ class PrefixIndex:
         return depths
 
     @staticmethod
-    def _state_lengths(
-        table: _Table, hashes: Sequence[int], hybrid: list[tuple[InstanceId, _Holder, int]]
-    ) -> dict[InstanceId, int]:
-        """Longest length with a state, within the blocks that the holder has."""
-        states = table.states
-        deepest = max(depth for _, _, depth in hybrid)
-        saved = [
-            (place + 1, states[block]) for place, block in enumerate(hashes[:deepest]) if block in states
-        ]
-        found: dict[InstanceId, int] = {}
-        for name, holder, depth in hybrid:
-            for length, mask in reversed(saved):
-                if length <= depth and mask & holder.bit:
-                    found[name] = length * table.block_tokens
-                    break
+    def _state_lengths(table: _Table, hashes: Sequence[int], most: int, bits: int) -> list[tuple[int, int]]:
+        """(bit, blocks) for each of `bits` that has a state along the chain: its longest.
+
+        Whoever has the block of a state has all before it.
+        """
+        states, masks = table.states, table.masks
+        found: list[tuple[int, int]] = []
+        # All in C: of hundreds of blocks hardly any has a state.
+        saved = list(compress(range(most), map(states.__contains__, hashes)))
+        for place in reversed(saved):
+            block = hashes[place]
+            there = states[block] & masks.get(block, 0) & bits
+            while there:
+                bit = there & -there
+                there ^= bit
+                bits ^= bit
+                found.append((bit, place + 1))
+            if not bits:
+                break
         return found
 
     def _store(self, table: _Table, known: _Holder, hashes: list[int]) -> None:
