@@ -2,8 +2,9 @@
 
 A linear programme over bins of time. It knows all arrivals beforehand, may interrupt a prefill and go on at
 any instance, may split one between paths, may serve a part of a request and count that part, may send bytes
-before they exist, and never lacks a decode slot: everything a real policy can do is among that, so no policy
-does better, and the best one may do worse. Bins round in its favour.
+before they exist, may let a request decode before it is prefilled, and needn't decode what comes too late:
+everything a real policy can do is among that, so no policy does better, and the best one may do worse. Bins
+round in its favour.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Job:
     """To send if it goes out."""
     tail_s: float = 0.0
     """From the end of an offloaded prefill to its first token, at the least: half a round trip."""
+    decode_s: float = 0.0
+    """How long it holds a decode slot, from its first token on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class Resources:
     prfaas_instances: int
     """N_prfaas."""
     egress_bps: float
+    decode_slots: int | None = None
+    """N_d · BS_max; None: as many as it takes."""
 
 
 class _Programme:
@@ -104,14 +109,20 @@ def clairvoyant_bound(jobs: Sequence[Job], resources: Resources, bin_s: float = 
     prfaas = [programme.new_row(resources.prfaas_instances * bin_s) for _ in range(bins)]
     # Megabytes, so that all rows are of like size.
     link = [programme.new_row(resources.egress_bps / 8e6 * bin_s) for _ in range(bins)]
+    slots = resources.decode_slots
+    decode = [] if slots is None else [programme.new_row(float(slots)) for _ in range(bins)]
     out_columns: list[int] = []
     for job in jobs:
         whole = programme.new_row(1.0)
+        # What is prefilled joins a batch, at the latest when its first token is due.
+        joined = programme.new_row(0.0) if decode else None
         if job.arrival_s + job.local_s <= job.deadline_s and resources.local_instances:
             for place, room_s in _bins(job.arrival_s, job.deadline_s, start_s, bin_s):
                 column = programme.variable(1 / job.local_s, room_s)
                 programme.add(whole, column, 1 / job.local_s)
                 programme.add(local[place], column, 1.0)
+                if joined is not None:
+                    programme.add(joined, column, 1 / job.local_s)
         ready_s = job.deadline_s - job.tail_s
         if job.arrival_s + job.prfaas_s <= ready_s and resources.prfaas_instances:
             sent = programme.new_row(0.0)
@@ -121,10 +132,19 @@ def clairvoyant_bound(jobs: Sequence[Job], resources: Resources, bin_s: float = 
                 out_columns.append(column)
                 programme.add(whole, column, 1 / job.prfaas_s)
                 programme.add(prfaas[place], column, 1.0)
+                if joined is not None:
+                    programme.add(joined, column, 1 / job.prfaas_s)
                 programme.add(sent, column, megabytes / job.prfaas_s)
                 carried = programme.variable(0.0, math.inf)
                 programme.add(sent, carried, -1.0)
                 programme.add(link[place], carried, 1.0)
+        if joined is not None:
+            for place, _ in _bins(job.arrival_s, job.deadline_s, start_s, bin_s):
+                column = programme.variable(0.0, 1.0)
+                programme.add(joined, column, -1.0)
+                # Of the bins, those that it surely holds from end to end, wherever in `place` it joined.
+                for held in range(place + 1, min(bins, place + int(job.decode_s / bin_s))):
+                    programme.add(decode[held], column, 1.0)
     if not programme.gain:
         return Bound(len(jobs), 0.0, 0.0)
     matrix = csr_array(

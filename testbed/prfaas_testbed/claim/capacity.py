@@ -114,9 +114,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
                 abs(off) <= K_WITHIN,
             )
         )
-    chain = [
-        mean(column(data["rows"], "completion_rps", system=one, mode="saturated")) for one in K_SYSTEMS[:4]
-    ]
+    chain = [mean(column(data["rows"], "rate_rps", system=one, mode="slo")) for one in K_SYSTEMS[:4]]
     found.append(
         Goal(
             "the chain's order within the SLO: collocated < homogeneous < naive < the report's policy",
@@ -251,7 +249,7 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
     bars.plot(
         [spot - 0.19 for spot, _ in shown], [v for _, v in shown], "x", color="black", label="published"
     )
-    bars.set_xticks(place, [series(one).label.replace(" ", "\n") for one in K_SYSTEMS])
+    bars.set_xticks(place, [series(one).label for one in K_SYSTEMS], rotation=25, ha="right")
     bars.set(ylabel="req/s", title="What each system carries", ylim=(0, 1.3 * max(planned)))
     bars.legend(loc="upper left", ncols=2)
     for system in K_SYSTEMS:
@@ -270,8 +268,8 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
             **series(system).kwargs(),
         )  # fmt: skip
         drawn += [[system, f"TTFT P90 at {rate_rps:g} req/s", one.value, one.half] for rate_rps, one in known]
-    late.set(xlabel="Offered, req/s", ylabel="TTFT P90, s", title="With queues", yscale="log")
-    late.legend()
+    late.set(xlabel="Offered, req/s", ylabel="TTFT P90, s", title="With queues", ylim=(0, None))
+    late.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     paths = save(figure, folder, "capacity", ["system", "figure", "mean", "half of the 95% interval"], drawn)
     return [path.name for path in paths if path.suffix == ".png"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -133,26 +133,32 @@ def uncached_tokens(requests: Sequence[TimedRequest], profile: Profile) -> np.nd
     return found
 
 
+def allowances_s(requests: Sequence[TimedRequest], uncached: np.ndarray, profile: Profile) -> np.ndarray:
+    """Seconds from arrival within which each first token is due."""
+    alone_s = [
+        profile.prefill_s(one.prompt_tokens, one.prompt_tokens - int(fresh))
+        for one, fresh in zip(requests, uncached, strict=True)
+    ]
+    return K_BASE_S + K_PREFILL_FACTOR * np.array(alone_s)
+
+
 def play(
     experiment: Experiment,
     repetition: int,
     *,
     requests: Sequence[TimedRequest] | None = None,
     policy: PolicyConfig | None = None,
+    prepare: Callable[[Simulation], None] | None = None,
 ) -> Outcome:
-    """One run to its end."""
+    """One run to its end; `prepare` sees it before it begins."""
     if requests is None:
         requests = requests_of(experiment, repetition)
     profile = local_profile(experiment)
     uncached = uncached_tokens(requests, profile)
-    alone_s = np.array(
-        [
-            profile.prefill_s(one.prompt_tokens, one.prompt_tokens - int(fresh))
-            for one, fresh in zip(requests, uncached, strict=True)
-        ]
-    )
     simulation = simulation_of(
         experiment, K_TOPOLOGIES, repetition=repetition, policy=policy, requests=requests, sample=False
     )
+    if prepare is not None:
+        prepare(simulation)
     record = simulation.run()
-    return Outcome(requests, uncached, K_BASE_S + K_PREFILL_FACTOR * alone_s, record, simulation)
+    return Outcome(requests, uncached, allowances_s(requests, uncached, profile), record, simulation)

@@ -76,3 +76,14 @@ def test_no_real_policy_beats_the_bound_and_more_of_anything_raises_it(seed: int
     assert clairvoyant_bound(jobs, Resources(3, 2, 1e12)).within >= bound.within - 1e-6
     # Finer bins can only tighten.
     assert clairvoyant_bound(jobs, resources, bin_s=0.25).within <= bound.within + 1e-6
+
+
+def test_decode_slots_bound_what_can_begin() -> None:
+    # Four at once, of which two slots can take two in time: each is held for 10 s.
+    jobs = [Job(0.0, 4.0, 0.5, math.inf, 1e6, decode_s=10.0) for _ in range(4)]
+    free = Resources(4, 0, 1e9)
+    assert clairvoyant_bound(jobs, free).within == pytest.approx(4)
+    held = Resources(4, 0, 1e9, decode_slots=2)
+    assert clairvoyant_bound(jobs, held).within == pytest.approx(2)
+    short = [Job(0.0, 4.0, 0.5, math.inf, 1e6, decode_s=0.5) for _ in range(4)]
+    assert clairvoyant_bound(short, held).within == pytest.approx(4)
