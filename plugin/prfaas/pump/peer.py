@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from prfaas.config.pump import is_loopback, split_address
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
-from prfaas.pump import tcpinfo
+from prfaas.pump import gauges, tcpinfo
 from prfaas.pump.memory import Gone, OwnerMemory, Withdrawn
+from prfaas.pump.packing import Packer
 from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Counters, Handler, Stream, W
+from prfaas.pump.tcpinfo import TcpInfo
 from prfaas.transfer.frames import (
-    K_HEADER_BYTES,
     FrameType,
     Header,
     Hello,
@@ -29,13 +30,13 @@ from prfaas.transfer.frames import (
     Refuse,
     Window,
     agree_version,
-    checksum,
     decode_acks,
     decode_message,
     message_frame,
 )
-from prfaas.transfer.segments import Plan, encode_table
+from prfaas.transfer.segments import Plan
 from prfaas.transfer.sending import Failed, SendEvent, Sending
+from prfaas.transfer.spread import by_room, little_left
 from prfaas.transfer.streams import StreamCount, block_bytes_for
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ K_UNTRUSTED_TRIES = 3
 K_UNSENT_S = 0.06
 K_CUT_S = 0.02
 K_HEDGE_S = 0.1
+K_ROOM_S = 0.002
+"""How often streams whose windows were full are looked at while little is left to send."""
 _serial = itertools.count(1)
 
 
@@ -75,8 +78,9 @@ class Peer(Handler):
         self._first_failure_s: float | None = None
         self._refused = False
         self._untrusted = 0
-        self._keep_warm = self._paced = False
-        self._blocks_sent = 0
+        self._keep_warm = self._paced = self._looking = False
+        self._windows_bytes = 0
+        self._packer = Packer(pump.config.faults)
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
         self.alive = True
@@ -133,13 +137,10 @@ class Peer(Handler):
     @property
     def rtt_s(self) -> float:
         """The smallest smoothed RTT of the open streams; 0 when unknown."""
-        return min((s.info.rtt_s for s in self._streams.values() if s.info and s.info.rtt_s), default=0.0)
+        return gauges.rtt_s(self._infos())
 
-    @property
-    def min_rtt_s(self) -> float:
-        """The shortest RTT that any open stream has seen; 0 when unknown."""
-        known = (s.info.min_rtt_s for s in self._streams.values() if s.info and s.info.min_rtt_s)
-        return min(known, default=0.0)
+    def _infos(self) -> list[TcpInfo]:
+        return [s.info for s in self._streams.values() if s.info is not None]
 
     def totals(self) -> Counters:
         """Counters of closed and open streams together."""
@@ -151,11 +152,28 @@ class Peer(Handler):
 
     def kick(self, now: float) -> None:
         """Let every stream that can take something have a turn."""
-        for stream in list(self._streams.values()):
+        able = [s for s in self._streams.values() if s.ready and not s.waiting_to_write]
+        if able and self._little_left():
+            able = by_room({s: s.room_bytes() for s in able})
+        for stream in able:
+            if not self.sending.backlog_bytes and not self.sending.can_double(now):
+                return
             if stream.ready and not stream.waiting_to_write:
-                if not self.sending.backlog_bytes and not self.sending.can_double(now):
-                    return
                 stream.on_ready(W, now)
+        if self.sending.backlog_bytes and self._little_left():
+            self._look_again(now)
+
+    def _little_left(self) -> bool:
+        return little_left(self.sending.backlog_bytes, self._windows_bytes)
+
+    def _look_again(self, now: float) -> None:
+        if not self._looking:
+            self._looking = True
+            self.pump.loop.call_at(now + K_ROOM_S, self._look)
+
+    def _look(self, now: float) -> None:
+        self._looking = False
+        self.kick(now)
 
     def close(self, now: float) -> None:
         self.alive = False
@@ -277,6 +295,9 @@ class Peer(Handler):
     def next_block(self, stream: Stream, now: float) -> int:
         if stream.is_cut:
             return 0
+        if self._little_left() and stream.room_bytes() <= 0:
+            self._look_again(now)
+            return 0
         desk = self.pump.desks.get(self.site)
         if desk is not None and (wait_s := desk.wait_s(now)) > 0:
             if not self._paced:
@@ -291,53 +312,16 @@ class Peer(Handler):
                 desk.spent(draw.payload_bytes)
             memory, guard, _ = self._sources[draw.transfer_id]
             piece = self.sending.plan(draw.transfer_id).block(draw.block_id)
-            table = encode_table(piece.destination, stream.version)
-            buffer, at = stream.out_buffer, 0
-            if draw.open_first:
-                opening = self.sending.opening(draw.transfer_id, now)
-                frame = message_frame(stream.version, FrameType.OPEN, opening, draw.transfer_id)
-                at = len(frame)
-                buffer.view[:at] = frame
-            body_at = at + K_HEADER_BYTES
-            payload_at = body_at + len(table)
-            end = payload_at + piece.payload_bytes
+            opening = self.sending.opening(draw.transfer_id, now) if draw.open_first else None
             try:
-                memory.read(guard, piece.source, buffer.address + payload_at)
+                end = self._packer.pack(stream, draw, opening, piece, memory, guard)
             except Withdrawn:
                 self.cancel(draw.transfer_id, FailureReason.CANCELLED, "the source was withdrawn", now)
                 continue
             except Gone as error:
                 self.cancel(draw.transfer_id, FailureReason.SOURCE_GONE, str(error), now)
                 continue
-            buffer.view[body_at:payload_at] = table
-            self._blocks_sent += 1
-            faults = self.pump.config.faults
-            if faults and faults.drop_every_blocks and self._blocks_sent % faults.drop_every_blocks == 0:
-                buffer.view[payload_at:end] = bytes(piece.payload_bytes)
-            crc = checksum(buffer.view[body_at:end])
-            header = Header(
-                stream.version,
-                FrameType.BLOCK,
-                0,
-                end - body_at,
-                len(table),
-                draw.transfer_id,
-                draw.block_id,
-                crc,
-            )
-            buffer.view[at:body_at] = header.to_bytes()
-            if (
-                faults
-                and faults.corrupt_every_blocks
-                and self._blocks_sent % faults.corrupt_every_blocks == 0
-            ):
-                buffer.view[end - 1] ^= 0x55
-            counters = stream.counters
-            counters.control_bytes_sent += at
-            counters.framing_bytes_sent += K_HEADER_BYTES + len(table)
-            counters.payload_bytes_sent += piece.payload_bytes
-            counters.blocks_sent += 1
-            if faults and faults.cut_every_blocks and self._blocks_sent % faults.cut_every_blocks == 0:
+            if self._packer.cuts_here():
                 stream.cut(end // 2)
                 self.pump.loop.call_at(now + K_CUT_S, lambda when: stream.lose("cut by a test", when))
                 return 0
@@ -380,6 +364,7 @@ class Peer(Handler):
         for stream in self.streams:
             self._check(stream, now)
         busy = len(self.sending) > 0
+        self._windows_bytes = gauges.windows_bytes(self._infos())
         self._observe(now)
         self.sending.hedge_after_s = 1.5 * self.rtt_s + K_HEDGE_S
         since_s = self._first_failure_s
@@ -409,12 +394,12 @@ class Peer(Handler):
             stream.lose(f"nothing was acknowledged for {now - stream.progress_s:.1f} s", now)
 
     def _observe(self, now: float) -> None:
-        totals = self.totals()
+        totals, infos = self.totals(), self._infos()
         before = self.count.wanted
         wanted = self.count.observe(
             now, open_streams=self.n_ready, acked_bytes=totals.bytes_acked, sent_bytes=totals.tcp_bytes_sent,
-            retransmitted_bytes=totals.retransmitted_bytes, rtt_s=self.rtt_s,
-            backlogged=self.sending.backlog_bytes > 0, min_rtt_s=self.min_rtt_s,
+            retransmitted_bytes=totals.retransmitted_bytes, rtt_s=gauges.mean_rtt_s(infos),
+            backlogged=self.sending.backlog_bytes > 0, min_rtt_s=gauges.min_rtt_s(infos),
             rate_driven=any(s.congestion_control == "bbr" for s in self._streams.values()),
         )  # fmt: skip
         if wanted > before:

@@ -397,6 +397,10 @@ class Stream:
         c.tcp_bytes_received = info.received_bytes
         c.segments_out, c.segments_in = info.segments_out, info.segments_in
 
+    def room_bytes(self) -> int:
+        """What it carries within a round trip besides what its kernel has already."""
+        return tcpinfo.room_bytes(self._sock)
+
     def set_congestion_control(self, wanted: str) -> None:
         """By what the path is, as far as the handshake has shown it."""
         rtt_s = self.info.min_rtt_s if self.info else 0.0

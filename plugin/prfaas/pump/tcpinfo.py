@@ -8,6 +8,8 @@ import socket
 import struct
 from dataclasses import dataclass
 
+from prfaas.transfer import spread
+
 K_TCP_NOTSENT_LOWAT = 25
 K_LONG_PATH_S = 0.002
 _U32 = struct.Struct("<I")
@@ -61,6 +63,27 @@ def parse(data: bytes) -> TcpInfo:
         segments_out=_u32(data, 136),
         segments_in=_u32(data, 140),
     )
+
+
+def parse_room(data: bytes) -> int:
+    """Bytes that the stream carries within a round trip besides what it has (transfer/spread.py)."""
+    mss = _u32(data, 16)
+    unacked, sacked, lost, retransmitted = (_u32(data, at) for at in (24, 28, 32, 36))
+    return spread.room_bytes(
+        cwnd_bytes=_u32(data, 80) * mss,
+        pacing_bytes_per_s=_u64(data, 104),
+        rtt_s=_u32(data, 68) / 1e6,
+        in_flight_bytes=(unacked - sacked - lost + retransmitted) * mss,
+        unsent_bytes=_u32(data, 144),
+    )
+
+
+def room_bytes(sock: socket.socket) -> int:
+    """See parse_room; 0 when the socket can't say (closed)."""
+    try:
+        return parse_room(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+    except OSError:
+        return 0
 
 
 def read(sock: socket.socket) -> TcpInfo | None:

@@ -3,7 +3,8 @@
 One loss-driven stream carries about MSS/RTT * 1.22/sqrt(p) (Mathis et al., 1997), so a link with loss p
 that isn't congestion needs more of them. A far peer has K_FAR_STREAMS from the start, for each step costs
 ten round trips there. While there is a backlog and packets are lost the number is doubled (fourfold above
-0.5% loss), until packets wait in a queue: then the link is full, and the loss is its own. Two steps that
+0.5% loss, by half from K_FINE_FROM on), until packets wait in a queue: then the link is full, and the loss
+is its own. Two steps that
 bring less than K_GAIN more goodput although nothing waits end it too (two, for new streams take their time);
 the number then stays, to be tried again after K_RETRY_S. Streams once opened stay open: they are warm.
 
@@ -26,6 +27,7 @@ K_QUEUE_SHARE = 0.15
 K_FAR_S = 0.01
 K_FAR_STREAMS = 8
 K_FAR_RATE_DRIVEN = 4
+K_FINE_FROM = 16
 K_FRUITLESS = 2
 K_LONG_PATH_S = 0.002
 """On a shorter path a lost packet is mended at once, and more streams are only more work."""
@@ -51,7 +53,7 @@ class StreamCount:
         self, now: float, *, open_streams: int, acked_bytes: int, sent_bytes: int, retransmitted_bytes: int,
         rtt_s: float, backlogged: bool, min_rtt_s: float = 0.0, rate_driven: bool = False,
     ) -> int:  # fmt: skip
-        """Totals over all streams since the start, the least smoothed and the least round trip of any (0:
+        """Totals over all streams since the start, the mean smoothed and the least round trip of any (0:
         unknown), whether the streams are rate-driven and whether more waits to be sent; the number wanted.
         """
         if (min_rtt_s or rtt_s) >= K_FAR_S:
@@ -97,7 +99,8 @@ class StreamCount:
             self._before_bps = None
             return
         self._before_bps = self.goodput_bps
-        self.wanted = min(self._maximum, self.wanted * (4 if self.loss > K_LOSS_HIGH else 2))
+        factor = 1.5 if self.wanted >= K_FINE_FROM else 4 if self.loss > K_LOSS_HIGH else 2
+        self.wanted = min(self._maximum, int(self.wanted * factor))
 
 
 def block_bytes_for(rate_per_stream_bps: float, rtt_s: float, most_bytes: int) -> int:

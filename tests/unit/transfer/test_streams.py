@@ -47,6 +47,11 @@ def test_a_far_link_with_thin_loss_has_what_it_needs_within_three_steps():
     assert history[-1] == 16
 
 
+def test_many_streams_grow_by_half_and_end_near_what_the_link_needs():
+    history = drive(StreamCount(2, 64), 10, 7e6, 190e6, 0.001)
+    assert sorted(set(history)) == [8, 16, 24, 36]
+
+
 def test_loss_of_the_links_own_queue_does_not_bring_streams():
     assert drive(StreamCount(2, 64), 60, 200e6, 200e6, 0.001)[-1] == 8
     assert drive(StreamCount(2, 64), 60, 200e6, 200e6, 0.03, rtt_s=0.005)[-1] == 2

@@ -1,0 +1,33 @@
+"""Figures of a peer's streams together, from what the kernel says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prfaas.pump.tcpinfo import K_LONG_PATH_S, TcpInfo
+
+
+def rtt_s(infos: Sequence[TcpInfo]) -> float:
+    """The smallest smoothed round trip; 0 when unknown."""
+    return min((i.rtt_s for i in infos if i.rtt_s), default=0.0)
+
+
+def min_rtt_s(infos: Sequence[TcpInfo]) -> float:
+    """The shortest round trip that any has seen; 0 when unknown."""
+    return min((i.min_rtt_s for i in infos if i.min_rtt_s), default=0.0)
+
+
+def mean_rtt_s(infos: Sequence[TcpInfo]) -> float:
+    """The smoothed round trip in the mean, each by its window; 0 when unknown."""
+    known = [i for i in infos if i.rtt_s]
+    packets = sum(i.cwnd_packets for i in known)
+    return sum(i.rtt_s * i.cwnd_packets for i in known) / packets if packets else 0.0
+
+
+def windows_bytes(infos: Sequence[TcpInfo]) -> int:
+    """What the windows of all hold; 0 on a short path or with one stream, where there is nothing to spread
+    (transfer/spread.py).
+    """
+    if len(infos) < 2 or min_rtt_s(infos) < K_LONG_PATH_S:
+        return 0
+    return sum(i.cwnd_packets * i.mss_bytes for i in infos)

@@ -1,0 +1,36 @@
+"""Which streams carry a transfer's last blocks, or all of a small one's.
+
+While much waits, a stream takes whatever its kernel lets it queue. With little left that would hand all of it
+to the stream that is asked first, which then needs several round trips for what the windows of all together
+carry in one. So then a stream takes a block only while its congestion window has room for it, the one with
+the most room first, and what no window has room for waits here, for whichever opens first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
+K_WINDOWS = 2.0
+"""Little is left when it is less than so many windows of all streams: about as many round trips."""
+
+S = TypeVar("S", bound=Hashable)
+
+
+def little_left(backlog_bytes: int, windows_bytes: int) -> bool:
+    """Whether what waits is to be spread by room. `windows_bytes`: of all streams together; 0: unknown."""
+    return 0 < backlog_bytes < K_WINDOWS * windows_bytes
+
+
+def room_bytes(
+    *, cwnd_bytes: int, pacing_bytes_per_s: float, rtt_s: float, in_flight_bytes: int, unsent_bytes: int
+) -> int:
+    """What a stream carries within a round trip besides what it has already; not positive when something
+    waits there. Its window binds a loss-driven stream, its pace one that is driven by rate.
+    """
+    return int(min(cwnd_bytes, pacing_bytes_per_s * rtt_s)) - in_flight_bytes - unsent_bytes
+
+
+def by_room(rooms_bytes: Mapping[S, int]) -> list[S]:
+    """Those with room, the most first; equals in their order."""
+    return sorted((s for s, room in rooms_bytes.items() if room > 0), key=lambda s: -rooms_bytes[s])

@@ -1,0 +1,48 @@
+"""The last blocks go where a window has room; a large backlog goes wherever a stream takes it."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prfaas.pump import tcpinfo
+from prfaas.transfer.spread import K_WINDOWS, by_room, little_left, room_bytes
+
+
+def test_little_is_left_below_two_windows_of_all_streams():
+    assert little_left(1, 1000)
+    assert little_left(int(K_WINDOWS * 1000) - 1, 1000)
+    assert not little_left(int(K_WINDOWS * 1000), 1000)
+    assert not little_left(0, 1000)
+    assert not little_left(10**9, 0)
+
+
+def test_what_is_in_flight_or_waits_in_the_kernel_takes_room():
+    window = {"cwnd_bytes": 100_000, "pacing_bytes_per_s": 1e12, "rtt_s": 0.04}
+    assert room_bytes(**window, in_flight_bytes=0, unsent_bytes=0) == 100_000
+    assert room_bytes(**window, in_flight_bytes=60_000, unsent_bytes=0) == 40_000
+    assert room_bytes(**window, in_flight_bytes=100_000, unsent_bytes=20_000) == -20_000
+
+
+def test_a_rate_driven_stream_is_bound_by_its_pace():
+    room = room_bytes(
+        cwnd_bytes=1_000_000, pacing_bytes_per_s=5e6, rtt_s=0.04, in_flight_bytes=50_000, unsent_bytes=0
+    )
+    assert room == 150_000
+
+
+@given(st.dictionaries(st.integers(), st.integers(-(1 << 40), 1 << 40), max_size=64))
+def test_the_most_room_comes_first_and_those_without_not_at_all(rooms):
+    order = by_room(rooms)
+    assert set(order) == {stream for stream, room in rooms.items() if room > 0}
+    assert all(rooms[a] >= rooms[b] for a, b in itertools.pairwise(order))
+
+
+def test_the_kernels_words_are_read_where_they_lie():
+    data = bytearray(256)
+    for at, value in ((16, 1000), (24, 30), (28, 5), (32, 4), (36, 2), (68, 40_000), (80, 100), (144, 7000)):
+        data[at : at + 4] = value.to_bytes(4, "little")
+    data[104:112] = (10**9).to_bytes(8, "little")
+    assert tcpinfo.parse_room(bytes(data)) == 100_000 - 23_000 - 7000
