@@ -54,7 +54,7 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
         for step in steps:
             requests = _requests(experiment, step, repetition)
             stepped = experiment.model_copy(update={"timeline": _timeline(step)})
-            for name in ("prices-arrival", "prices", "paper"):
+            for name in ("prices-arrival", "paper"):
                 found = play(stepped, repetition, requests=requests, policy=_policy(name))
                 rows.append(_judged(found, step, {**label, "policy": name}))
             tried = [
@@ -125,7 +125,7 @@ def _policy(name: str) -> PolicyConfig:
     """The report's at its fixed threshold, or ours."""
     if name == "paper":
         return PolicyConfig(name="paper", regime="scarce")
-    return PolicyConfig(name="prices", service="deadline" if name == "prices" else "arrival")
+    return PolicyConfig(name="prices")
 
 
 def _told(
@@ -210,7 +210,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
         mean(column(data["rows"], "first_tokens_rps", policy="prices-arrival", step=place))
         for place in range(len(steps))
     ]
-    mine = [row for row in data["rows"] if row["policy"] in ("prices", "prices-arrival")]
+    mine = [row for row in data["rows"] if row["policy"] == "prices-arrival"]
     split = [_of_optimum(data, step) for step in steps[:-1]]
     least = min(row["first_tokens"] for row in mine)
     return [
@@ -252,7 +252,7 @@ def tell(data: dict[str, Any]) -> str:
                 f"{step['planned_rps']:.2f}",
                 *(
                     mean(column(rows, "first_tokens_rps", policy=name, **wanted)).text()
-                    for name in ("paper", "best threshold", "prices-arrival", "prices")
+                    for name in ("paper", "best threshold", "prices-arrival")
                 ),
                 _against(data, "prices-arrival", place).text(3),
                 *(
@@ -262,7 +262,7 @@ def tell(data: dict[str, Any]) -> str:
             ]
         )
     head = [
-        "step", "plan", "t fixed, 19.4K", "best t", "ours, as they come", "ours, by deadline",
+        "step", "plan", "t fixed, 19.4K", "best t", "ours",
         "ours / best t",
         "P90 TTFT, best t", "P90 TTFT, ours",
     ]  # fmt: skip
@@ -283,8 +283,8 @@ a run of its own: two minutes at the bandwidth before, at {K_LESS:g} of what the
 step with more arrivals than can be carried, so that there is always work; TTFTs are those of an overload.
 *Best t* is the report's policy whose threshold is set, at the moment of the change, to the best of
 {", ".join(f"{factor:g}" for factor in K_FACTORS)} times the plan's for the new bandwidth: it knows what ours
-has to find out. Judged is ours in order of arrival, as the threshold is: by deadline, short prompts go first
-in an overload, which answers more requests and isn't a better use of the link.
+has to find out. Ours serves in order of arrival here, as the threshold does: by deadline, short prompts go
+first in an overload, which answers more requests and isn't a better use of the link.
 
 Role conversion itself isn't simulated. With the split that the plan finds best for each bandwidth held from
 the start, ours carries, of the full optimum by plan: {splits}.

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import UsageError
-from prfaas_testbed.claim import bandwidth, bursts, capacity
+from prfaas_testbed.claim import bandwidth, bursts, capacity, links
 from prfaas_testbed.claim.judge import Piece
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
-PIECES: dict[str, Piece] = {piece.name: piece for piece in (capacity.PIECE, bursts.PIECE, bandwidth.PIECE)}
+PIECES: dict[str, Piece] = {
+    piece.name: piece for piece in (capacity.PIECE, bursts.PIECE, bandwidth.PIECE, links.PIECE)
+}
 
 
 def piece(name: str) -> Piece:
