@@ -205,6 +205,7 @@ class _Face:
             "total_prefill_uncached_tokens": scheduler.prefilled_tokens,
             "total_prefill_busy_us": int(scheduler.prefill_busy_s * 1e6),
             "max_running_requests": scheduler.max_batch,
+            "disaggregation": {"mode": "null" if scheduler.role == "collocated" else scheduler.role},
         }
         stamp = datetime.now(UTC).isoformat()
         return web.json_response({"timestamp": stamp, "version": "profiled", "loads": [row]})
