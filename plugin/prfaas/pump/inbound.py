@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from prfaas.model.errors import RemoteProtocolError
 from prfaas.model.transfer import FailureReason
+from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.memory import Gone, Withdrawn
-from prfaas.pump.stream import Counters, Handler, Stream, W
+from prfaas.pump.stream import Stream, W
 from prfaas.transfer.frames import (
     FrameType,
     Header,

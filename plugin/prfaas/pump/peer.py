@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -18,9 +17,11 @@ from prfaas.config.pump import is_loopback, split_address
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import gauges, tcpinfo
+from prfaas.pump.backoff import Backoff
+from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.memory import Gone, OwnerMemory, Withdrawn
 from prfaas.pump.packing import Packer
-from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Counters, Handler, Stream, W
+from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Stream, W
 from prfaas.pump.tcpinfo import TcpInfo
 from prfaas.transfer.frames import (
     FrameType,
@@ -36,7 +37,7 @@ from prfaas.transfer.frames import (
 )
 from prfaas.transfer.segments import Plan
 from prfaas.transfer.sending import Failed, SendEvent, Sending
-from prfaas.transfer.spread import by_room, little_left
+from prfaas.transfer.spread import Allowance, by_room, little_left
 from prfaas.transfer.streams import StreamCount, block_bytes_for
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ log = logging.getLogger(__name__)
 K_TICK_S = 0.1
 K_CONNECT_S = 3.0
 K_HANDSHAKE_S = 5.0
-K_BACKOFF_FIRST_S = 0.05
-K_BACKOFF_MOST_S = 1.0
 K_REFUSED_S = 10.0
 K_UNTRUSTED_TRIES = 3
 K_UNSENT_S = 0.06
@@ -73,13 +72,11 @@ class Peer(Handler):
         self._sources: dict[int, tuple[OwnerMemory, tuple[int, int], Callable[[SendEvent], None]]] = {}
         self._streams: dict[int, Stream] = {}
         self._names: dict[Stream, int] = {}
-        self._next_dial_s = now
-        self._failures = 0
-        self._first_failure_s: float | None = None
-        self._refused = False
+        self._backoff = Backoff(now)
         self._untrusted = 0
         self._keep_warm = self._paced = self._looking = False
         self._windows_bytes = 0
+        self._allowance = Allowance()
         self._packer = Packer(pump.config.faults)
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
@@ -154,14 +151,21 @@ class Peer(Handler):
         """Let every stream that can take something have a turn."""
         able = [s for s in self._streams.values() if s.ready and not s.waiting_to_write]
         if able and self._little_left():
-            able = by_room({s: s.room_bytes() for s in able})
+            able = self._with_room(able, now)
         for stream in able:
             if not self.sending.backlog_bytes and not self.sending.can_double(now):
                 return
             if stream.ready and not stream.waiting_to_write:
                 stream.on_ready(W, now)
-        if self.sending.backlog_bytes and self._little_left():
+        if self.sending.backlog_bytes and self.n_ready and self._little_left():
             self._look_again(now)
+
+    def _with_room(self, able: list[Stream], now: float) -> list[Stream]:
+        for stream in able:
+            stream.sample(now)
+        self._windows_bytes = gauges.windows_bytes(self._infos())
+        self._allowance.refill(now, self._windows_bytes, gauges.mean_rtt_s(self._infos()))
+        return by_room({s: s.room_bytes() for s in able})
 
     def _little_left(self) -> bool:
         return little_left(self.sending.backlog_bytes, self._windows_bytes)
@@ -184,11 +188,11 @@ class Peer(Handler):
     # Dialling
 
     def _dial(self, now: float) -> None:
-        if not self.alive or now < self._next_dial_s:
+        if not self.alive or now < self._backoff.next_s:
             return
         # One connection tries a peer that doesn't answer; the others follow when it does.
         missing = self.count.wanted - len(self._streams)
-        if self._failures and not self.n_ready:
+        if self._backoff.failures and not self.n_ready:
             missing = min(missing, 1 - len(self._streams))
         for _ in range(missing):
             self._dial_one(now)
@@ -220,12 +224,7 @@ class Peer(Handler):
 
     def _dial_failed(self, reason: str, *, refused: bool, now: float) -> None:
         self.last_error = reason
-        self._refused = refused
-        self._failures += 1
-        if self._first_failure_s is None:
-            self._first_failure_s = now
-        pause_s = min(K_BACKOFF_MOST_S, K_BACKOFF_FIRST_S * 2 ** min(self._failures, 10))
-        self._next_dial_s = now + pause_s * random.uniform(0.75, 1.25)
+        self._backoff.failed(now, refused=refused)
 
     # Handler
 
@@ -259,9 +258,8 @@ class Peer(Handler):
         stream.sample(now)
         stream.set_congestion_control(self.pump.config.congestion_control)
         stream.set_unsent(K_UNSENT_S, max(1, self.n_ready))
-        self._failures = self._untrusted = 0
-        self._first_failure_s = None
-        self._next_dial_s = now
+        self._untrusted = 0
+        self._backoff.succeeded(now)
         self.counters.streams_opened += 1
         self._dial(now)
 
@@ -295,7 +293,8 @@ class Peer(Handler):
     def next_block(self, stream: Stream, now: float) -> int:
         if stream.is_cut:
             return 0
-        if self._little_left() and stream.room_bytes() <= 0:
+        spread = self._little_left()
+        if spread and not (self._allowance.open and stream.room_bytes() > 0):
             self._look_again(now)
             return 0
         desk = self.pump.desks.get(self.site)
@@ -310,6 +309,8 @@ class Peer(Handler):
                 return 0
             if desk is not None:
                 desk.spent(draw.payload_bytes)
+            if spread:
+                self._allowance.spent(draw.payload_bytes)
             memory, guard, _ = self._sources[draw.transfer_id]
             piece = self.sending.plan(draw.transfer_id).block(draw.block_id)
             opening = self.sending.opening(draw.transfer_id, now) if draw.open_first else None
@@ -343,7 +344,7 @@ class Peer(Handler):
             self.last_error = reason
             log.info("peer %s: a stream was lost: %s", self.address, reason)
             if not self.n_ready:
-                self._next_dial_s = max(self._next_dial_s, now + K_BACKOFF_FIRST_S)
+                self._backoff.wait(now)
         else:
             self._dial_failed(reason, refused=stream.answered or "refused" in reason, now=now)
         self._dial(now)
@@ -367,16 +368,9 @@ class Peer(Handler):
         self._windows_bytes = gauges.windows_bytes(self._infos())
         self._observe(now)
         self.sending.hedge_after_s = 1.5 * self.rtt_s + K_HEDGE_S
-        since_s = self._first_failure_s
-        if (
-            busy
-            and self._refused
-            and not self.n_ready
-            and since_s is not None
-            and now - since_s > K_REFUSED_S
-        ):
+        if busy and not self.n_ready and self._backoff.refused_s(now) > K_REFUSED_S:
             self._fail_all(FailureReason.PEER_UNREACHABLE, self.last_error, now)
-        if busy or (self._keep_warm and self._failures < 10):
+        if busy or (self._keep_warm and self._backoff.failures < 10):
             self._dial(now)
         self.kick(now)
         self.pump.loop.call_at(now + (K_TICK_S if busy else 5 * K_TICK_S), self._tick)

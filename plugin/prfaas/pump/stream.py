@@ -8,17 +8,15 @@ at once; each turn is bounded, so that no stream keeps the others waiting.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import selectors
 import socket
 import ssl
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from enum import Enum
 
 from prfaas.model.errors import RemoteProtocolError
 from prfaas.pump import tcpinfo
+from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.loop import Loop
 from prfaas.pump.memory import Buffer
 from prfaas.transfer.frames import (
@@ -58,71 +56,6 @@ class State(Enum):
     HELLO = "hello"
     READY = "ready"
     CLOSED = "closed"
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """Bytes of one or of many streams, by what they are. Payload and framing are those of blocks."""
-
-    blocks_received: int = 0
-    blocks_sent: int = 0
-    bytes_acked: int = 0
-    control_bytes_received: int = 0
-    control_bytes_sent: int = 0
-    corrupt_blocks: int = 0
-    framing_bytes_received: int = 0
-    framing_bytes_sent: int = 0
-    payload_bytes_received: int = 0
-    payload_bytes_sent: int = 0
-    retransmitted_bytes: int = 0
-    segments_in: int = 0
-    segments_out: int = 0
-    streams_lost: int = 0
-    streams_opened: int = 0
-    tcp_bytes_received: int = 0
-    tcp_bytes_sent: int = 0
-
-    def add(self, other: Counters) -> None:
-        for name, value in other.as_dict().items():
-            setattr(self, name, getattr(self, name) + value)
-
-    def as_dict(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
-
-
-class Handler(ABC):
-    """What owns streams and understands their frames."""
-
-    @abstractmethod
-    def check_certificate(self, certificate: Mapping[str, object]) -> str:
-        """The site it proves. Raises RemoteProtocolError for one that isn't welcome."""
-
-    @abstractmethod
-    def our_hello(self, stream: Stream) -> Hello: ...
-
-    @abstractmethod
-    def on_hello(self, stream: Stream, hello: Hello) -> int:
-        """The peer's first frame; the version agreed on. Raises RemoteProtocolError."""
-
-    @abstractmethod
-    def on_frame(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
-        """A control frame. Raises RemoteProtocolError, which ends the stream."""
-
-    @abstractmethod
-    def on_block(self, stream: Stream, header: Header, body: memoryview, address: int, now: float) -> None:
-        """A block whose checksum is right; its table is the start of `body`, which lies at `address`."""
-
-    @abstractmethod
-    def next_block(self, stream: Stream, now: float) -> int:
-        """Put the next block, after its OPEN if need be, into stream.out_buffer and answer the bytes; 0:
-        nothing to send.
-        """
-
-    @abstractmethod
-    def on_ready(self, stream: Stream, now: float) -> None: ...
-
-    @abstractmethod
-    def on_lost(self, stream: Stream, reason: str, now: float) -> None: ...
 
 
 class Stream:

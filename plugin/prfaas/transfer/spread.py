@@ -1,9 +1,13 @@
-"""Which streams carry a transfer's last blocks, or all of a small one's.
+"""Which streams carry a transfer's last blocks, or all of a small one's, and how fast they are handed out.
 
 While much waits, a stream takes whatever its kernel lets it queue. With little left that would hand all of it
 to the stream that is asked first, which then needs several round trips for what the windows of all together
 carry in one. So then a stream takes a block only while its congestion window has room for it, the one with
 the most room first, and what no window has room for waits here, for whichever opens first.
+
+All windows at once are a burst of a whole round trip's bytes, which overflows queues before the link that the
+link itself would have kept up with. So they are handed out at K_PACE of the rate that the windows allow,
+K_BURST_BYTES at a time.
 """
 
 from __future__ import annotations
@@ -11,8 +15,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
-K_WINDOWS = 2.0
+K_WINDOWS = 1.0
 """Little is left when it is less than so many windows of all streams: about as many round trips."""
+
+K_PACE = 1.25
+K_BURST_BYTES = 512 * 1024
 
 S = TypeVar("S", bound=Hashable)
 
@@ -34,3 +41,27 @@ def room_bytes(
 def by_room(rooms_bytes: Mapping[S, int]) -> list[S]:
     """Those with room, the most first; equals in their order."""
     return sorted((s for s, room in rooms_bytes.items() if room > 0), key=lambda s: -rooms_bytes[s])
+
+
+class Allowance:
+    """Bytes that may be handed out now: a bucket that fills at the pace."""
+
+    def __init__(self) -> None:
+        self._bytes = float(K_BURST_BYTES)
+        self._at_s: float | None = None
+
+    def refill(self, now: float, windows_bytes: int, rtt_s: float) -> None:
+        """Time has passed; all windows hold so much, and turn over in a round trip (0: unknown)."""
+        since_s = 0.0 if self._at_s is None else now - self._at_s
+        self._at_s = now
+        pace = K_PACE * windows_bytes / rtt_s if rtt_s > 0 else float("inf")
+        more = pace * since_s if since_s > 0 else 0.0
+        self._bytes = min(float(K_BURST_BYTES), self._bytes + more)
+
+    @property
+    def open(self) -> bool:
+        """Whether a block may go; it may be larger than what is left, and the next waits the longer."""
+        return self._bytes > 0
+
+    def spent(self, sent_bytes: int) -> None:
+        self._bytes -= sent_bytes

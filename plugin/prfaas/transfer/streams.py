@@ -43,6 +43,7 @@ class StreamCount:
         self._acked = 0
         self._sent = 0
         self._lost = 0
+        self._queue_s = 0.0
         self._before_bps: float | None = None
         self._resume_s = 0.0
         self._fruitless = 0
@@ -66,24 +67,30 @@ class StreamCount:
         if self._since_s is None:
             self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
         assert self._since_s is not None
+        self._queue_s = max(self._queue_s, rtt_s - (min_rtt_s or rtt_s))
         elapsed_s = now - self._since_s
         if elapsed_s < max(K_SETTLE_S, K_SETTLE_RTT * rtt_s):
             return self.wanted
         sent = max(sent_bytes - self._sent, 1)
         self.loss = max(0.0, (retransmitted_bytes - self._lost) / sent)
         self.goodput_bps = 8.0 * (acked_bytes - self._acked) / elapsed_s
+        queue_s = self._queue_s
         self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
-        self._decide(now, rtt_s, min_rtt_s or rtt_s, rate_driven)
+        self._decide(now, rtt_s, queue_s, min_rtt_s or rtt_s, rate_driven)
         return self.wanted
 
     def _restart(self, now: float, acked: int, sent: int, lost: int) -> None:
         self._since_s, self._acked, self._sent, self._lost = now, acked, sent, lost
+        self._queue_s = 0.0
 
-    def _decide(self, now: float, rtt_s: float, min_rtt_s: float, rate_driven: bool) -> None:
-        full = rtt_s - min_rtt_s > max(K_QUEUE_S, K_QUEUE_SHARE * min_rtt_s)
-        if self._before_bps is not None and self.goodput_bps < self._before_bps * K_GAIN:
+    def _decide(self, now: float, rtt_s: float, queue_s: float, min_rtt_s: float, rate_driven: bool) -> None:
+        # A queue that overflowed was long at some time since the last look, however short it is now.
+        full = queue_s > max(K_QUEUE_S, K_QUEUE_SHARE * min_rtt_s)
+        if full:
+            self._fruitless = 0
+        elif self._before_bps is not None and self.goodput_bps < self._before_bps * K_GAIN:
             self._fruitless += 1
-            if full or self._fruitless >= K_FRUITLESS:
+            if self._fruitless >= K_FRUITLESS:
                 self._before_bps, self._resume_s, self._fruitless = None, now + K_RETRY_S, 0
                 return
         else:

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prfaas.pump import tcpinfo
-from prfaas.transfer.spread import K_WINDOWS, by_room, little_left, room_bytes
+from prfaas.transfer.spread import (
+    K_BURST_BYTES,
+    K_PACE,
+    K_WINDOWS,
+    Allowance,
+    by_room,
+    little_left,
+    room_bytes,
+)
 
 
 def test_little_is_left_below_two_windows_of_all_streams():
@@ -38,6 +46,38 @@ def test_the_most_room_comes_first_and_those_without_not_at_all(rooms):
     order = by_room(rooms)
     assert set(order) == {stream for stream, room in rooms.items() if room > 0}
     assert all(rooms[a] >= rooms[b] for a, b in itertools.pairwise(order))
+
+
+@given(st.lists(st.floats(0, 0.01), min_size=20, max_size=200))
+def test_blocks_are_handed_out_at_the_pace_whenever_the_loop_looks(pauses_s):
+    allowance, now, handed = Allowance(), 100.0, 0
+    for pause_s in pauses_s:
+        allowance.refill(now, windows_bytes=1_000_000, rtt_s=0.04)
+        while allowance.open:
+            allowance.spent(65536)
+            handed += 65536
+        now += pause_s
+    most = K_BURST_BYTES + 65536 + K_PACE * 25e6 * sum(pauses_s)
+    assert K_BURST_BYTES <= handed <= most
+
+
+def test_an_allowance_does_not_pile_up_over_a_rest():
+    allowance = Allowance()
+    allowance.refill(0.0, 1_000_000, 0.04)
+    allowance.refill(60.0, 1_000_000, 0.04)
+    handed = 0
+    while allowance.open:
+        allowance.spent(16384)
+        handed += 16384
+    assert handed == K_BURST_BYTES
+
+
+def test_a_pace_that_is_unknown_holds_nothing_back_after_any_pause():
+    allowance = Allowance()
+    allowance.refill(0.0, 0, 0.0)
+    allowance.spent(10**9)
+    allowance.refill(0.001, 0, 0.0)
+    assert allowance.open
 
 
 def test_the_kernels_words_are_read_where_they_lie():
