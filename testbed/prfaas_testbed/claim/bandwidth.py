@@ -34,7 +34,6 @@ K_MORE = {
 K_MORE_ELSE = 1.0  # a narrow link carries some twentieth less than the plan says, for its headers
 K_GRACE_S = 30.0
 K_JUDGED = 1100  # completions a step, by plan, beyond the grace
-K_FACTORS = (0.85, 1.0, 1.15)  # of the planned threshold: the best of these is what ours is held against
 K_GOAL = 0.95
 K_NEVER = 1e9  # tokens: a threshold that nothing exceeds
 
@@ -50,25 +49,31 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     steps = _steps(system)
     rows: list[dict[str, Any]] = []
     for repetition in range(repetitions):
-        label = {"repetition": repetition, "seed": experiment.seed}
-        for step in steps:
-            requests = _requests(experiment, step, repetition)
-            stepped = experiment.model_copy(update={"timeline": _timeline(step)})
-            for name in ("prices-arrival", "paper"):
-                found = play(stepped, repetition, requests=requests, policy=_policy(name))
-                rows.append(_judged(found, step, {**label, "policy": name}))
-            tried = [
-                _judged(_told(stepped, repetition, requests, step, factor), step, label)
-                for factor in K_FACTORS
-            ]
-            rows.append({**max(tried, key=lambda row: row["first_tokens_rps"]), "policy": "best threshold"})
-            rows.append(_converted(experiment, step, repetition, label))
+        rows += repeat(experiment, steps, repetition)
         mine = [row for row in rows if row["repetition"] == repetition]
         ours, best = (
             column(mine, "first_tokens_rps", policy=name) for name in ("prices-arrival", "best threshold")
         )
         say(f"#{repetition}: " + ", ".join(f"{a:.2f}/{b:.2f}" for a, b in zip(ours, best, strict=True)))
     return {"steps": steps, "rows": rows}
+
+
+def repeat(
+    experiment: Experiment, steps: Sequence[dict[str, float]], repetition: int
+) -> list[dict[str, Any]]:
+    """One repetition of all steps."""
+    rows: list[dict[str, Any]] = []
+    label = {"repetition": repetition, "seed": experiment.seed}
+    for step in steps:
+        requests = _requests(experiment, step, repetition)
+        stepped = experiment.model_copy(update={"timeline": _timeline(step)})
+        ours = play(stepped, repetition, requests=requests, policy=_policy("prices-arrival"))
+        rows.append(_judged(ours, step, {**label, "policy": "prices-arrival"}))
+        told = _told(stepped, repetition, requests, step)
+        rows.append(_judged(told, step, {**label, "policy": "best threshold"}))
+    # The last step is the first bandwidth again, and the best split for it the same.
+    rows += [_converted(experiment, step, repetition, label) for step in steps[:-1]]
+    return rows
 
 
 def _steps(system: System) -> list[dict[str, float]]:
@@ -133,7 +138,6 @@ def _told(
     repetition: int,
     requests: Sequence[TimedRequest],
     step: dict[str, float],
-    factor: float,
 ) -> Outcome:
     """The report's policy, given the threshold for the bandwidth at the moment that it changes."""
 
@@ -144,7 +148,7 @@ def _told(
             policy.config = policy.config.model_copy(update={"threshold_tokens": threshold})
 
         tell(step["before_threshold_tokens"])
-        agenda.at(K_BEFORE_S, lambda _: tell(factor * step["threshold_tokens"]))
+        agenda.at(K_BEFORE_S, lambda _: tell(step["threshold_tokens"]))
 
     return play(experiment, repetition, requests=requests, policy=_policy("paper"), prepare=prepare)
 
@@ -252,7 +256,7 @@ def tell(data: dict[str, Any]) -> str:
                 f"{step['planned_rps']:.2f}",
                 *(
                     mean(column(rows, "first_tokens_rps", policy=name, **wanted)).text()
-                    for name in ("paper", "best threshold", "prices-arrival")
+                    for name in ("best threshold", "prices-arrival")
                 ),
                 _against(data, "prices-arrival", place).text(3),
                 *(
@@ -262,7 +266,7 @@ def tell(data: dict[str, Any]) -> str:
             ]
         )
     head = [
-        "step", "plan", "t fixed, 19.4K", "best t", "ours",
+        "step", "plan", "best t", "ours",
         "ours / best t",
         "P90 TTFT, best t", "P90 TTFT, ours",
     ]  # fmt: skip
@@ -281,10 +285,10 @@ def tell(data: dict[str, Any]) -> str:
 First tokens a second, from 30 s after a step to its end, at 3 prefill and 5 decode instances. Each step is
 a run of its own: two minutes at the bandwidth before, at {K_LESS:g} of what the plan carries there, then the
 step with more arrivals than can be carried, so that there is always work; TTFTs are those of an overload.
-*Best t* is the report's policy whose threshold is set, at the moment of the change, to the best of
-{", ".join(f"{factor:g}" for factor in K_FACTORS)} times the plan's for the new bandwidth: it knows what ours
-has to find out. Ours serves in order of arrival here, as the threshold does: by deadline, short prompts go
-first in an overload, which answers more requests and isn't a better use of the link.
+*Best t* is the report's policy whose threshold is set, at the moment of the change, to the plan's best for
+the new bandwidth: it knows what ours has to find out. Ours serves in order of arrival here, as the threshold
+does: by deadline, short prompts go first in an overload, which answers more requests and isn't a better use
+of the link.
 
 Role conversion itself isn't simulated. With the split that the plan finds best for each bandwidth held from
 the start, ours carries, of the full optimum by plan: {splits}.
@@ -299,7 +303,7 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
     count = len(steps)
     place = np.arange(count)
     drawn: list[list[Any]] = []
-    looks = (("paper", "t fixed at 19.4K", "#56B4E9"),
+    looks = (
              ("best threshold", "best t for each bandwidth", "#009E73"),
              ("prices-arrival", "ours, as they come", "#D55E00"))  # fmt: skip
     for shift, (name, label, colour) in enumerate(looks):
@@ -307,7 +311,7 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
             mean(column(data["rows"], "first_tokens_rps", policy=name, step=one)) for one in range(len(steps))
         ]
         axis.bar(
-            place + 0.27 * (shift - 1), [one.value for one in means], 0.26, label=label, color=colour,
+            place + 0.4 * (shift - 0.5), [one.value for one in means], 0.38, label=label, color=colour,
             yerr=[one.half for one in means], error_kw={"linewidth": 1.0},
         )  # fmt: skip
         drawn += [[step["gbps"], name, one.value, one.half] for step, one in zip(steps, means, strict=True)]
