@@ -25,6 +25,7 @@ K_STEPS = (8, 60)  # gradient steps when little, and when much, has changed
 K_STEP = (0.3, 0.01)  # first and last of those when much has changed; the latter always, otherwise
 K_NONE = 1e-9  # stands for a capacity of 0
 K_MOVED = 0.2  # share of a capacity that is much
+K_AFTER = 64  # requests after which those kept have surely been solved for once more
 K_SMOOTH = 0.9  # of the last average of ν kept at each step
 K_LEAST = 1e-4  # ν never falls below: a resource must be able to come back
 K_NEVER = 1e12  # seconds: cost of a path that a request doesn't have
@@ -47,6 +48,8 @@ class DualPrices:
         self._parent: list[int] = []
         self._seen: set[tuple[int, ...]] = set()
         self._count = 0
+        self._fresh_at = 0
+        """The count at which all requests kept have come since a capacity last moved by much."""
         self._options = 1
         self._site = np.zeros((K_WINDOW, 1), dtype=np.int64)
         self._prefill_s = np.full((K_WINDOW, 1), K_NEVER)
@@ -87,7 +90,11 @@ class DualPrices:
             self._nu = np.concatenate([old, np.full(size - len(old), 1.0 / size)])
             self._mean = np.concatenate([self._mean, np.full(size - len(old), 1.0 / size)])
         first, last = K_STEP
-        much = self.moved(capacity)
+        if self.moved(capacity):
+            self._fresh_at = self._count + K_WINDOW
+        # Requests that came while a link was down know no path over it: small steps would lead back only
+        # in thousands of requests.
+        much = self._count <= self._fresh_at + K_AFTER
         sizes = np.geomspace(first, last, K_STEPS[1]) if much else np.full(K_STEPS[0], last)
         self._capacity = now
         group = np.asarray([self._root(index) for index in range(size)])
