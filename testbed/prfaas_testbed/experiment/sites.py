@@ -30,6 +30,17 @@ K_SENT = (
     "streams_opened",
     "streams_lost",
 )
+# What one end of a connection counts, and what the other calls the same bytes.
+K_OTHER_END = {
+    "payload_bytes_sent": "payload_bytes_received",
+    "payload_bytes_received": "payload_bytes_sent",
+    "framing_bytes_sent": "framing_bytes_received",
+    "control_bytes_sent": "control_bytes_received",
+    "tcp_bytes_sent": "tcp_bytes_received",
+    "segments_out": "segments_in",
+    "streams_opened": "streams_opened",
+    "streams_lost": "streams_lost",
+}
 
 
 def pump_stats(sites: Sequence[Site], configs: Sequence[Path]) -> list[dict[str, Any]]:
@@ -112,11 +123,23 @@ def frames_of(net: Network, site: str) -> dict[str, int]:
 
 
 def pump_sent(stats: dict[str, Any]) -> dict[str, int]:
-    """What a pump's connections sent, by its own counters and TCP_INFO; both directions of dialling."""
+    """What a pump's connections to other sites sent, by its own counters and TCP_INFO; both directions of
+    dialling.
+
+    A site's own servers may meet at its pump, which then dials itself: that crosses no WAN. The dialling end
+    is a peer of the pump's own site and is left out; the accepting end is one of many in `inbound`, so what
+    it did is taken off as the dialling end saw it.
+    """
     total = dict.fromkeys(K_SENT, 0)
-    for row in [*stats["peers"], stats["inbound"]]:
+    own = stats.get("site")
+    peers = [row for row in stats["peers"] if own is None or row.get("site") != own]
+    for row in [*peers, stats["inbound"]]:
         for name in total:
             total[name] += int(row.get(name, 0))
+    for row in stats["peers"]:
+        if own is not None and row.get("site") == own:
+            for name, mirrored in K_OTHER_END.items():
+                total[name] -= int(row.get(mirrored, 0))
     return total
 
 

@@ -43,6 +43,24 @@ def test_a_site_that_sends_is_explained_by_payload_framing_headers_and_the_rest(
     assert row["wan_bytes"] == 10_000
 
 
+def test_what_a_pump_sends_to_its_own_site_is_no_wan_traffic() -> None:
+    wan = {"site": "west", "payload_bytes_sent": 9000, "control_bytes_sent": 70, "tcp_bytes_sent": 9200,
+           "segments_out": 10}  # fmt: skip
+    own = {"site": "east", "payload_bytes_sent": 500, "tcp_bytes_sent": 550, "segments_out": 3,
+           "retransmitted_bytes": 5, "control_bytes_received": 40, "tcp_bytes_received": 60,
+           "segments_in": 2}  # fmt: skip
+    # The accepting end of its own connection, and one of a peer that dialled.
+    inbound = {"payload_bytes_received": 500 + 1000, "control_bytes_sent": 40 + 30,
+               "tcp_bytes_sent": 60 + 35, "segments_out": 2 + 4}  # fmt: skip
+    found = pump_sent({"site": "east", "peers": [wan, own], "inbound": inbound})
+    assert found["payload_bytes_sent"] == 9000
+    assert found["payload_bytes_received"] == 1000
+    assert found["control_bytes_sent"] == 70 + 30
+    assert found["tcp_bytes_sent"] == 9200 + 35
+    assert found["segments_out"] == 10 + 4
+    assert found["retransmitted_bytes"] == 0
+
+
 def test_what_the_link_lost_was_sent_as_well() -> None:
     after = state(1, payload_bytes_sent=1)
     after["wan_losses"] = 2
