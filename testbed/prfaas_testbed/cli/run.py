@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import sys
 import time
@@ -25,6 +26,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="results go to DIR/EXPERIMENT/STAMP (default: results)"
     )
+    parser.add_argument(
+        "--parts", metavar="GLOB[,GLOB]", help="only these parts of a set, for example 'metro-*,*-cut'"
+    )
     parser.add_argument("--repetitions", type=int, metavar="N", help="instead of the file's own number")
     parser.add_argument(
         "--wait",
@@ -41,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     choice = load_experiment(args.experiment, K_TOPOLOGIES)
     if args.repetitions is not None and args.repetitions < 1:
         raise UsageError(f"--repetitions {args.repetitions}: at least 1")
+    if args.parts is not None:
+        choice = with_parts(choice, args.parts)
     folder = ((args.out or K_RESULTS) / choice.name / stamp()).resolve()
     if isinstance(choice, ExperimentSet):
         record = run_set(choice, folder, args)
@@ -55,6 +61,23 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write("\n".join(lines) + "\n")
     tell(f"results: {folder}")
     return exit_status(record.checks)
+
+
+def with_parts(choice: Experiment | ExperimentSet, globs: str) -> ExperimentSet:
+    """The set with the parts that any of the comma-separated globs matches. Raises UsageError for a single
+    experiment and for a glob that matches nothing."""
+    if not isinstance(choice, ExperimentSet):
+        raise UsageError(f"--parts {globs}: {choice.name} is a single experiment, it has no parts")
+    names = [part.name for part in choice.parts]
+    wanted: set[str] = set()
+    for glob in globs.split(","):
+        found = fnmatch.filter(names, glob)
+        if not found:
+            raise UsageError(
+                f"--parts {glob}: no part of {choice.name} matches; there are: {', '.join(names)}"
+            )
+        wanted.update(found)
+    return choice.model_copy(update={"parts": [part for part in choice.parts if part.name in wanted]})
 
 
 def run_one(experiment: Experiment, folder: Path, args: argparse.Namespace) -> Run:
