@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prfaas.config.run import EventRow, LinkRow, RequestRow, Row, Run
+from prfaas.config.run import CalibrationRow, EventRow, LinkRow, RequestRow, Row, Run
 
 
 def field(row: Row, name: str, default: object = None) -> object:
@@ -65,5 +65,5 @@ class View:
     def controls(self) -> list[Row]:
         return [row for row in self.run.controls if self._ours(row)]
 
-    def calibration(self) -> list[Row]:
+    def calibration(self) -> list[CalibrationRow]:
         return [row for row in self.run.calibration if self._ours(row)]

@@ -138,6 +138,34 @@ def test_calibration_that_missed_shows() -> None:
     assert found["calibrated_share"] == ("failed", 0.0)
 
 
+def calibration(direction: str, inside: bool, **fields: object) -> CalibrationRow:
+    row = {
+        "link": direction, "direction": direction, "wanted_rtt_ms": 40, "measured_rtt_ms": 40.1,
+        "wanted_rate_mbps": 100, "measured_rate_mbps": 99, "wanted_loss": 0, "measured_loss": 0,
+        "inside": inside,
+    }  # fmt: skip
+    return CalibrationRow.model_validate({**row, **fields})
+
+
+def test_the_second_calibration_of_a_direction_is_the_one_that_counts() -> None:
+    checks: list[dict[str, object]] = [{"name": "calibrated_share", "at_least": 1}]
+    rows = [calibration("a->b", False), calibration("b->a", True), calibration("a->b", True, attempt=2)]
+    assert outcome(run_of([], checks, calibration=rows))["calibrated_share"] == ("passed", 1.0)
+    rows.append(calibration("b->a", False, attempt=2))
+    assert outcome(run_of([], checks, calibration=rows))["calibrated_share"] == ("failed", 0.5)
+
+
+def test_one_part_s_calibration_is_not_another_s() -> None:
+    checks: dict[str, object] = {"checks": [{"name": "calibrated_share", "at_least": 1}]}
+    rows = [calibration("a->b", True, part="good"), calibration("a->b", False, part="bad")]
+    run = run_of(
+        [], [], calibration=rows, parts=["good", "bad"], definition={"parts": {"good": checks, "bad": checks}}
+    )
+    found = outcome(run)
+    assert found["good/calibrated_share"] == ("passed", 1.0)
+    assert found["bad/calibrated_share"] == ("failed", 0.0)
+
+
 def test_a_metric_that_nobody_knows_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"checks\.speed\.metric: found 'speed'; known: .*ttft_p50_s"):
         require_known([CheckSpec(name="speed", at_least=1)], "f.yaml")
