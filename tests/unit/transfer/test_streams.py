@@ -43,7 +43,7 @@ def test_random_loss_brings_streams_until_the_link_is_full_within_seconds():
 
 
 def test_a_far_link_with_thin_loss_has_what_it_needs_within_three_steps():
-    history = drive(StreamCount(2, 64), 3, 6e6, 95e6, 0.001, rtt_s=0.08)
+    history = drive(StreamCount(2, 64), 3, 6e6, 95e6, 0.001, rtt_s=0.08, queue_s=0.04)
     assert history[-1] == 16
 
 
