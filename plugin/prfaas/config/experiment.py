@@ -263,6 +263,10 @@ class Experiment(Strict):
             raise ValueError("prefill and decode instances come together")
         return self
 
+    def ordered(self) -> bool:
+        """Whether prefill instances serve by the router's order instead of that of arrival."""
+        return self.router is not None and self.router.policy.service == "deadline"
+
     def kinds(self) -> set[str]:
         return {instance.kind for instance in self.instances}
 

@@ -116,6 +116,9 @@ class Server(Strict):
     convertible: bool = False
     """The slow loop may change its role: it was started with --enable-pd-role-switch, and with a bootstrap
     port of its own whatever its role."""
+    ordered: bool = False
+    """It was started with --enable-priority-scheduling, and serves what waits by the order that the router
+    decided on: each request takes that along as its `priority`, a client's own being replaced."""
     admin_key_file: str | None = None
     """The server's --admin-api-key, if it has one: a change of role asks for it."""
 
@@ -288,6 +291,13 @@ class RouterConfig(Strict):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"{what} named twice: {', '.join(sorted(twice))}")
+        if self.policy.service == "deadline":
+            plain = sorted(one.name for _, one in self.servers() if one.role != "decode" and not one.ordered)
+            if plain:
+                raise ValueError(
+                    "policy.service: deadline is for servers that keep the router's order; start them with "
+                    f"--enable-priority-scheduling and say `ordered: true`: {', '.join(plain)}"
+                )
         if self.slow_loop is not None and len(self.models) > 1:
             raise ValueError("slow_loop plans for one model; a router of several can't have it")
         sites = {site.name for site in self.sites}

@@ -71,6 +71,8 @@ class Route:
     prefill: ServerHandle | None
     prefill_tokens: int = 0
     """Uncached tokens that prefill will have to compute, by prediction."""
+    priority: int | None = None
+    """For servers that are `ordered`: the greater goes first."""
 
 
 @dataclass(slots=True)
@@ -149,8 +151,11 @@ class Attempt:
         if route.prefill is not None:
             host, port = route.prefill.config.bootstrap
             extra |= {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": room}
-        self._decode_body = with_fields(asked.body, extra)
-        self._prefill_body = with_fields(asked.body, self._prefill_fields(extra))
+        self._decode_body = with_fields(asked.body, extra | self._order_fields(route.decode))
+        self._prefill_body = b""
+        if route.prefill is not None:
+            fields = self._prefill_fields(extra) | self._order_fields(route.prefill)
+            self._prefill_body = with_fields(asked.body, fields)
         self._prefill_task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._answered = False
@@ -164,6 +169,10 @@ class Attempt:
         if "stream_options" in self._asked.fields:
             quiet["stream_options"] = None
         return extra | quiet
+
+    def _order_fields(self, server: ServerHandle) -> dict[str, object]:
+        ordered = server.config.ordered and self.route.priority is not None
+        return {"priority": self.route.priority} if ordered else {}
 
     async def open(self, timeout_s: float, answer_s: float) -> Opened:
         """The first token within timeout_s. Raises AttemptFailed or BadRequest.

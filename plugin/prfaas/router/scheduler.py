@@ -256,12 +256,20 @@ class Scheduler:
         if prefill.role == "collocated":
             if decision.chosen.decode_site != decision.chosen.prefill_site:
                 return None
-            return Route(decode=prefill, prefill=None, prefill_tokens=tokens)
+            return Route(prefill, None, tokens, self._priority(decision, ticket, now))
         decodes = [one for one in decodes if one.role == "decode"]
         wanted = decision.decode_instance
         decode = next((one for one in decodes if one.name == wanted), None)
         decode = decode or least_running(_least_blamed(ticket, decodes), now, max_age_s)
-        return None if decode is None else Route(decode=decode, prefill=prefill, prefill_tokens=tokens)
+        if decode is None:
+            return None
+        return Route(decode, prefill, tokens, self._priority(decision, ticket, now))
+
+    def _priority(self, decision: Decision, ticket: Ticket, now: float) -> int:
+        """The order of service as SGLang's priority: the negative of a time of day in ms, which several
+        routers of synchronised clocks have in common.
+        """
+        return -round(1e3 * (_order(decision, ticket) - now + self._wall_clock()))
 
     def _dispatched(self, ticket: Ticket, decision: Decision, route: Route, now: float) -> None:
         ticket.decision, ticket.policy = decision, self.policy

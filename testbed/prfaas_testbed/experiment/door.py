@@ -69,6 +69,7 @@ def _server(server: Server, experiment: Experiment) -> dict[str, Any]:
     row: dict[str, Any] = {"name": server.name, "role": server.role, "url": server.url}
     if server.role == "prefill":
         row["bootstrap_port"] = server.bootstrap_port
+    row["ordered"] = experiment.ordered() and server.role != "decode"
     if "profiled" in experiment.kinds():
         first = server.port + K_EVENTS_OFFSET
         row["kv_events"] = {

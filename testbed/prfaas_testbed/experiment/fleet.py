@@ -35,6 +35,7 @@ K_CERTIFICATE_DAYS = 2.0
 # One prompt a prefill batch: else arrivals decide where a prompt is cut into chunks, bfloat16 rounds
 # otherwise for each cut, and two right servers can disagree about a token.
 K_SAME_CHUNKS = ("--prefill-max-requests", "1")
+K_BY_PRIORITY = ("--enable-priority-scheduling", "--disable-priority-preemption")
 K_MODELS_DIR = K_CHECKOUT / ".cache" / "models"
 
 
@@ -220,6 +221,7 @@ class Fleet:
             "transfers_log": str(self.digests / f"{name}.jsonl"),
             "transfer_timeout_s": self.experiment.request_timeout_s,
             "fault": self.fault if instance.role == "prefill" else None,
+            "priority_scheduling": self.experiment.ordered(),
         }  # fmt: skip
         config = write_json(self.folder / f"{name}.yaml", settings)
         process = Program(
@@ -242,7 +244,8 @@ class Fleet:
         spec = ServerSpec(
             role=instance.role if instance.role != "collocated" else "plain",
             model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
-            bootstrap_port=bootstrap, config_path=config, extra_args=K_SAME_CHUNKS,
+            bootstrap_port=bootstrap, config_path=config,
+            extra_args=(*K_SAME_CHUNKS, *(K_BY_PRIORITY if self.experiment.ordered() else ())),
         )  # fmt: skip
         server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))
         return Server(name, instance.site, instance.role, site.address, port, Real(server), bootstrap)

@@ -253,7 +253,9 @@ def stand(model_folder: Path) -> Callable[..., Any]:
     """A context manager: `async with stand(roles, **settings) as s`. Sites are the names' first part."""
 
     @asynccontextmanager
-    async def build(roles: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[Stand]:
+    async def build(
+        roles: dict[str, str] | None = None, *, ordered: bool = False, **settings: Any
+    ) -> AsyncIterator[Stand]:
         rooms = Rooms()
         servers: dict[str, Fake] = {}
         sites: dict[str, list[dict[str, Any]]] = {}
@@ -263,6 +265,8 @@ def stand(model_folder: Path) -> Callable[..., Any]:
             server = {"name": name, "role": role, "url": f"http://127.0.0.1:{fake.port}"}
             if role == "prefill" or "slow_loop" in settings:
                 server["bootstrap_port"] = 1
+            if ordered:
+                server["ordered"] = role != "decode"
             if "slow_loop" in settings and name.startswith("west"):
                 server["convertible"] = True
             sites.setdefault(name.partition("-")[0], []).append(server)
@@ -286,13 +290,15 @@ def stand(model_folder: Path) -> Callable[..., Any]:
         def read() -> RouterConfig:
             return check(data, RouterConfig, "test.yaml")
 
-        router = Router(read(), reread=read)
+        router = None
         try:
+            router = Router(read(), reread=read)
             host, port = await router.start()
             async with aiohttp.ClientSession() as session:
                 yield Stand(router, f"http://{host}:{port}", servers, session, data)
         finally:
-            await router.stop()
+            if router is not None:
+                await router.stop()
             for fake in servers.values():
                 fake.hold.set()
                 await fake.stop()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision
+from prfaas.model.errors import ConfigError
 from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing import Fleet, create_policy, policy_names, register_policy
 from prfaas.routing.base import Policy
@@ -113,6 +117,35 @@ def test_requests_wait_at_the_door_for_a_long_queue_and_are_let_in_by_their_dead
             ]
             assert sent == [held[place] for place in (1, 3, 2, 0)]
             assert s.router.scheduler.pen.queues == {}
+
+    asyncio.run(main())
+
+
+def test_servers_that_keep_an_order_are_told_it_and_the_others_get_what_the_client_said(stand: Any) -> None:
+    async def main() -> None:
+        async with stand(ordered=True) as s:
+            for within_ms in (50_000, 20_000, 40_000):
+                headers = {"x-prfaas-first-token-ms": str(within_ms)}
+                assert (await s.post(headers=headers, priority=7))[0] == 200
+            late, soon, middle = (one["priority"] for one in s.servers["west-p"].seen)
+            assert soon > middle > late
+            # A time of day in ms, so that several routers mean the same by it.
+            assert abs(-soon / 1e3 - time.time() - 20) < 15
+            assert {one["priority"] for one in s.servers["west-d"].seen} == {7}
+        async with stand() as s:
+            await s.post()
+            assert "priority" not in s.servers["west-p"].seen[0]
+
+    asyncio.run(main())
+
+
+def test_service_by_deadline_is_refused_where_a_server_doesnt_keep_an_order(stand: Any) -> None:
+    async def main() -> None:
+        with pytest.raises(ConfigError, match="west-p"):
+            async with stand(policy={"name": "prices", "service": "deadline"}):
+                pass
+        async with stand(ordered=True, policy={"name": "prices", "service": "deadline"}) as s:
+            assert (await s.post())[0] == 200
 
     asyncio.run(main())
 

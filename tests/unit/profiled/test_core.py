@@ -65,6 +65,16 @@ def test_a_second_request_shares_the_chunk_that_the_first_leaves_room_in() -> No
     assert done["b"] == done["c"] == pytest.approx(0.14)
 
 
+def test_what_waits_is_taken_by_priority_and_what_has_begun_first() -> None:
+    scheduler = Scheduler(profile(), "prefill")
+    for place, (name, priority) in enumerate(
+        [("begun", 0), ("late", 1), ("soon", 3), ("tie", 3), ("then", 2)]
+    ):
+        scheduler.offer(name, range(1000 * place, 1000 * place + 150), 1, 0.0, priority=priority)
+    ended = [e.id for e in run_out(scheduler) if isinstance(e, ChunkDone) and e.final]
+    assert ended == ["begun", "soon", "tie", "then", "late"]
+
+
 def test_a_cached_prefix_is_not_computed_again() -> None:
     scheduler = Scheduler(profile(), "prefill")
     scheduler.offer("a", range(160), 1, 0.0)

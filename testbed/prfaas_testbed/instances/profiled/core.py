@@ -1,7 +1,8 @@
 """The scheduler of a profiled instance: queueing, chunked prefill, batched decode and a bounded pool; pure.
 
 One compute unit does one step at a time: a prefill step of at most `chunk_tokens` over the queue in order,
-or a decode step of the whole batch. As in SGLang, waiting prefill goes first. Time is whatever the caller
+or a decode step of the whole batch. As in SGLang, waiting prefill goes first, a greater priority before a
+smaller, and a prefill that has begun before all others. Time is whatever the caller
 passes as `now`; steps that ended in between are completed at their own times, so a late caller doesn't
 stretch them.
 
@@ -68,6 +69,8 @@ class _Job:
     reserved: int = 0
     pinned: Pins = field(default_factory=list)
     granted: bool = False
+    priority: int = 0
+    begun: bool = False
 
 
 class Scheduler:
@@ -96,7 +99,9 @@ class Scheduler:
 
     # What the shell tells.
 
-    def offer(self, id: str, tokens: Sequence[int], max_new: int, now: float) -> list[Event]:
+    def offer(
+        self, id: str, tokens: Sequence[int], max_new: int, now: float, priority: int = 0
+    ) -> list[Event]:
         """A request has come (for a prefill server: and its receiver is known). Refuses what can never
         fit."""
         if id in self._jobs:
@@ -107,9 +112,9 @@ class Scheduler:
             raise LocalProtocolError(
                 f"{len(tokens)} + {max_new} tokens will never fit a pool of {self.pool_tokens}"
             )
-        job = _Job(id, tuple(tokens), max_new)
+        job = _Job(id, tuple(tokens), max_new, priority=priority)
         self._jobs[id] = job
-        self._waiting.append(job)
+        _enqueue(self._waiting, job)
         return self.advance(now)
 
     def landed(self, id: str, now: float) -> list[Event]:
@@ -189,7 +194,7 @@ class Scheduler:
         return 0 if self.role == "prefill" else max_new
 
     def _grant(self, now: float, events: list[Event]) -> None:
-        """Rooms are given in order of arrival: a large request isn't starved by small ones behind it."""
+        """Rooms are given in the queue's order: a large request isn't starved by small ones behind it."""
         while self._waiting:
             job = self._waiting[0]
             cached = self.cache.match(job.tokens)
@@ -208,7 +213,7 @@ class Scheduler:
             job.done = cached
             self.reserved_tokens += need
             if self.role != "decode":
-                self._prefilling.append(job)
+                _enqueue(self._prefilling, job)
             events.append(Granted(job.id, now, cached))
 
     def _start(self, now: float, events: list[Event]) -> None:
@@ -224,6 +229,7 @@ class Scheduler:
                     break
                 last = min(len(job.tokens), job.done + left)
                 pieces.append((job, job.done, last))
+                job.begun = True
                 took_s += self._chunk_s(job, job.done, last)
                 left -= last - job.done
             self.prefill_busy_s += took_s
@@ -270,3 +276,11 @@ class Scheduler:
         if final:
             # It holds its pages until the shell releases it, but no place in the batch.
             del self._running[job.id]
+
+
+def _enqueue(queue: deque[_Job], job: _Job) -> None:
+    """Behind all of its priority or a greater one, and behind what has begun."""
+    at = len(queue)
+    while at > 0 and queue[at - 1].priority < job.priority and not queue[at - 1].begun:
+        at -= 1
+    queue.insert(at, job)

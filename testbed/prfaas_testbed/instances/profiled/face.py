@@ -32,6 +32,7 @@ class Asked:
         room, host, port = (body.get(f"bootstrap_{name}") for name in ("room", "host", "port"))
         self.room = int(room) if room is not None else None
         self.peer = (str(host), int(port)) if host is not None and port is not None else None
+        self.priority = int(body.get("priority") or 0)
         self.usage = bool((body.get("stream_options") or {}).get("include_usage"))
         try:
             self.tokens, self.max_new = self._prompt(body, encode)
@@ -101,7 +102,9 @@ class _Face:
     def answer(self, kind: str) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             asked = Asked(await request.json(), kind, self._encode)
-            outputs = self._instance.serve(asked.rid, asked.tokens, asked.max_new, asked.room, asked.peer)
+            outputs = self._instance.serve(
+                asked.rid, asked.tokens, asked.max_new, asked.room, asked.peer, asked.priority
+            )
             async with aclosing(outputs):
                 try:
                     return await (

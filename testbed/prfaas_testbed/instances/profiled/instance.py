@@ -68,6 +68,7 @@ class Instance:
         self._sender, self._receiver, self._publisher, self._clock = sender, receiver, publisher, clock
         self.scheduler = self._fresh(settings.role)
         self._queues: dict[str, asyncio.Queue[Event]] = {}
+        self._priorities: dict[str, int] = {}
         self._grants: dict[int, asyncio.Future[_Grant]] = {}
         self._notes: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._wake = asyncio.Event()
@@ -112,13 +113,21 @@ class Instance:
     # A request.
 
     async def serve(
-        self, rid: str, tokens: Sequence[int], max_new: int, room: int | None, peer: tuple[str, int] | None
+        self,
+        rid: str,
+        tokens: Sequence[int],
+        max_new: int,
+        room: int | None,
+        peer: tuple[str, int] | None,
+        priority: int = 0,
     ) -> AsyncGenerator[Output, None]:
         """Answers as they grow. Whatever ends the iteration early (a client that left) releases
         everything."""
         if rid in self._queues:
             raise Refused(f"request {rid} is here already", 400)
         self._queues[rid] = asyncio.Queue()
+        if self.settings.priority_scheduling:
+            self._priorities[rid] = priority
         task = asyncio.current_task()
         if task is not None:
             self._tasks[rid] = task
@@ -137,6 +146,7 @@ class Instance:
                     yield output
         finally:
             self._queues.pop(rid, None)
+            self._priorities.pop(rid, None)
             self._tasks.pop(rid, None)
             keep = self.scheduler.role != "decode" or self.settings.decode_cache
             self._deliver(self.scheduler.release(rid, self._clock(), keep=keep))
@@ -356,7 +366,9 @@ class Instance:
 
     def _offer(self, rid: str, tokens: Sequence[int], max_new: int) -> None:
         try:
-            self._deliver(self.scheduler.offer(rid, tokens, max_new, self._clock()))
+            self._deliver(
+                self.scheduler.offer(rid, tokens, max_new, self._clock(), self._priorities.get(rid, 0))
+            )
         except LocalProtocolError as error:
             raise Refused(str(error), 400) from None
 

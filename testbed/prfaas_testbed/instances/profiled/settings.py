@@ -28,6 +28,8 @@ class Settings(Strict):
     scale: Annotated[float, Field(ge=1)] = 1
     """KV bytes are divided by this."""
     limits: Limits = Limits()
+    priority_scheduling: bool = False
+    """What waits for prefill is taken by its `priority`, as with SGLang's --enable-priority-scheduling."""
     decode_cache: bool = False
     """A decode instance keeps prefixes too, and is sent only what it lacks."""
     pump: Path | None = None
