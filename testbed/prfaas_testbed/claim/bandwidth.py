@@ -290,6 +290,10 @@ the new bandwidth: it knows what ours has to find out. Ours serves in order of a
 does: by deadline, short prompts go first in an overload, which answers more requests and isn't a better use
 of the link.
 
+One timeline of all steps, with a backlog kept through them, was tried first, once, at 1.1 of capacity: ours
+then carried 0.82 of a threshold that is told the bandwidth at 2 Gbit/s and 0.90 at 0. A backlog taken along
+from the steps before is mixed into those two figures; they were not pursued, and aren't in the record.
+
 Role conversion itself isn't simulated. With the split that the plan finds best for each bandwidth held from
 the start, ours carries, of the full optimum by plan: {splits}.
 """

@@ -78,12 +78,14 @@ def _best(rows: list[dict[str, Any]], part: str, mode: str, field: str) -> list[
 def _against(rows: list[dict[str, Any]], part: str) -> tuple[Mean, Mean]:
     """Ours beyond capacity, as a share of the best's rate; and what it has more within the SLO below."""
     ours = column(rows, "first_tokens_rps", part=part, mode="beyond", policy="prices-arrival")
-    kept = column(rows, "within_slo", part=part, mode="within", policy="prices")
+    return ratios(ours, _best(rows, part, "beyond", "first_tokens_rps")), _more(rows, part, "prices")
+
+
+def _more(rows: list[dict[str, Any]], part: str, policy: str) -> Mean:
+    """Share of the requests within the SLO, less the best other's."""
+    kept = column(rows, "within_slo", part=part, mode="within", policy=policy)
     best = _best(rows, part, "within", "within_slo")
-    return (
-        ratios(ours, _best(rows, part, "beyond", "first_tokens_rps")),
-        mean(a - b for a, b in zip(kept, best, strict=True)),
-    )
+    return mean(a - b for a, b in zip(kept, best, strict=True))
 
 
 def _parts(data: dict[str, Any]) -> list[str]:
@@ -92,6 +94,7 @@ def _parts(data: dict[str, Any]) -> list[str]:
 
 def goals(data: dict[str, Any]) -> list[Goal]:
     found = {part: _against(data["rows"], part) for part in _parts(data)}
+    as_they_come = {part: _more(data["rows"], part, "prices-arrival") for part in _parts(data)}
     mine = [row for row in data["rows"] if row["policy"] in K_OURS]
     lost, failed = sum(row["lost"] for row in mine), sum(row["failed"] for row in mine)
     return [
@@ -102,9 +105,14 @@ def goals(data: dict[str, Any]) -> list[Goal]:
         ),
         Goal(
             "at 0.85 of the clean link's capacity, ours has at least as many requests within the SLO as the "
-            "best policy for each condition",
+            "best policy for each condition, served by deadline",
             "; ".join(f"{part} {kept.value:+.1%}" for part, (_, kept) in found.items()),
             all(kept.value >= 0 for _, kept in found.values()),
+        ),
+        Goal(
+            "the same, served as they come",
+            "; ".join(f"{part} {kept.value:+.1%}" for part, kept in as_they_come.items()),
+            all(kept.value >= 0 for kept in as_they_come.values()),
         ),
         Goal(
             "no request lost, none answered with an error",

@@ -48,7 +48,7 @@ def write_report(folder: Path) -> tuple[Path, list[Goal]]:
         )
         sections.append(
             f"## {piece.title}\n\n{pictures}{_verdicts(goals)}\n{piece.tell(record)}\n"
-            f"Made by `prfaas-testbed claim run {piece.name}`: {record['repetitions']} repetitions, "
+            f"Made again by `prfaas-testbed claim run {piece.name}`: {record['repetitions']} repetitions, "
             f"{record['took_s']:.0f} s on {record['machine'].get('cores', '?')} cores, commit "
             f"`{record['commit'][:12]}`, {record['started']}. The experiments are "
             f"`topologies/experiments/claim-{piece.name}*.yaml`; `prfaas simulate` plays each alone.\n"
