@@ -41,6 +41,8 @@ K_ATTACH_S = 10.0
 K_RESTART_PAUSE_S = 0.1
 K_READ_BYTES = 1 << 18
 K_ROOMS_UNDER_WAY = 65536
+K_TOLD_AGAIN = (m.Register, m.Grant, m.Submit)
+"""What every new pump is told anyway, of all that stands then: said twice, it would be refused."""
 
 
 class LocalPumpClient(PumpClient):
@@ -67,7 +69,8 @@ class LocalPumpClient(PumpClient):
         self._selector.register(self._wake_in, selectors.EVENT_READ)
         self._sock: socket.socket | None = None
         try:
-            self._attached = self._attach()
+            self._sock, self._attached = self._attach()
+            self._selector.register(self._sock, selectors.EVENT_READ)
         except BaseException:
             self._free()
             raise
@@ -259,9 +262,13 @@ class LocalPumpClient(PumpClient):
     # The control socket
 
     def _send(self, message: m.Message) -> None:
-        """Under the lock. What the socket can't take now, the thread sends."""
+        """Under the lock. What the socket can't take now, the thread sends; what is said while there is no
+        pump, the next one hears.
+        """
         if self._closed:
             raise PrfaasError("the pump client is closed")
+        if self._sock is None and isinstance(message, K_TOLD_AGAIN):
+            return
         self._out += m.encode(message)
         if not self._flush():
             os.write(self._wake_out, b"x")
@@ -281,8 +288,8 @@ class LocalPumpClient(PumpClient):
             return True
         return True
 
-    def _attach(self) -> m.Attached:
-        """Join a pump; self._sock is set when it has answered. Raises MachineError."""
+    def _attach(self) -> tuple[socket.socket, m.Attached]:
+        """Join a pump: its connection and its answer. Raises MachineError."""
         sock = (
             launch.connect_or_start(self._config)
             if self._may_start
@@ -309,9 +316,7 @@ class LocalPumpClient(PumpClient):
             sock.close()
             raise MachineError(answer.error if isinstance(answer, m.Refused) else "the pump answers nonsense")
         sock.setblocking(False)
-        self._sock = sock
-        self._selector.register(sock, selectors.EVENT_READ)
-        return answer
+        return sock, answer
 
     def _run(self) -> None:
         inbox = m.Inbox()
@@ -411,7 +416,7 @@ class LocalPumpClient(PumpClient):
         """The pump died: join or start another and tell it all that is under way. Deadlines still hold."""
         self._expire()
         try:
-            attached = self._attach()
+            sock, attached = self._attach()
         except MachineError as error:
             if not self._alone:
                 log.warning("no pump: %s", error)
@@ -420,8 +425,10 @@ class LocalPumpClient(PumpClient):
             return
         self._alone = False
         now = time.monotonic()
+        self._selector.register(sock, selectors.EVENT_READ)
         with self._lock:
-            self._attached = attached
+            # At once with the retelling: what another thread says from here on comes after it.
+            self._sock, self._attached = sock, attached
             regions = self._registered.regions
             if regions:
                 self._out += m.encode(_register(next(self._serials), regions))

@@ -47,8 +47,8 @@ def landed(src, dst):
     return np.array_equal(src[:half], dst[half:]) and np.array_equal(src[half:], dst[:half])
 
 
-def lease_on(client, array, deadline_s=60.0):
-    return client.grant_lease(1, 0, [(array.ctypes.data, len(array))], deadline_s)
+def lease_on(client, array, deadline_s=60.0, room=1):
+    return client.grant_lease(room, 0, [(array.ctypes.data, len(array))], deadline_s)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,49 @@ def test_a_pump_killed_in_the_middle_is_replaced_and_the_transfer_completes(pump
     # The client found the new pump by itself, and goes on with it.
     again = lease_on(west, dst)
     assert send_all(east, again.grant, src, dst).wait(K_WAIT_S).ok
+
+
+@pytest.mark.parametrize("killed", ["east", "west"])
+def test_what_is_granted_and_submitted_while_a_pump_is_away_is_told_to_the_next_one_once(pumps, killed):
+    size, n_each = 1 << 18, 4
+    started = {
+        "east": pumps.start("east", block_bytes=16384),
+        "west": pumps.start("west", faults={"pause_copy_s": 0.01}),
+    }
+    clients = {name: pumps.client(config) for name, config in started.items()}
+    east, west = clients["east"], clients["west"]
+    rooms = iter(range(1, 1000))
+
+    def send_some():
+        begun = []
+        for _ in range(n_each):
+            room = next(rooms)
+            src, dst = pumps.memory(east, size + room * 16), pumps.memory(west, size + room * 16, fill=0)
+            lease = lease_on(west, dst, room=room)
+            begun.append((lease, send_all(east, lease.grant, src, dst), src, dst))
+        return begun
+
+    before = send_some()
+    pumps.until(lambda: any(dst.any() for *_, dst in before))
+    assert any(sent.outcome is None for _, sent, _, _ in before)
+    lost_pid = clients[killed].pump_pid
+    pumps.kill(killed)
+    just_after = send_some()
+    # The client tries to join again for as long as the pump is away: it has noticed, and goes on asking.
+    pumps.until(lambda: clients[killed]._alone)
+    away = send_some()
+    pumps.start(killed, listen=clients[killed].address, block_bytes=16384)
+    back = send_some()
+    pumps.until(lambda: clients[killed].pump_pid != lost_pid)
+    joined = send_some()
+    for lease, sent, src, dst in before + just_after + away + back + joined:
+        outcome = sent.wait(K_WAIT_S)
+        assert outcome is not None
+        assert outcome.ok, outcome
+        assert lease.wait(K_WAIT_S), lease.failure and lease.failure.detail
+        assert lease.failure is None
+        assert landed(src, dst)
+    assert "refused" not in pumps.log(killed)
 
 
 def test_a_pump_that_stays_dead_fails_the_transfers_to_it_with_a_reason(pumps):
