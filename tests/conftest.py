@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -17,6 +18,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 K_TIMEOUT_S = {"unit": 20, "loopback": 60, "network": 180, "sglang": 600, "gpu": 600}
 K_TESTS = Path(__file__).parent
+
+
+# A shell that starts a run in the background has it ignore Ctrl-C, and so would every program that tests start
+# and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Refuse(MetaPathFinder):
