@@ -20,8 +20,8 @@ K_TIMEOUT_S = {"unit": 20, "loopback": 60, "network": 180, "sglang": 600, "gpu":
 K_TESTS = Path(__file__).parent
 
 
-# A shell that starts a run in the background has it ignore Ctrl-C, and so would every program that tests start
-# and interrupt.
+# A shell that starts a run in the background has it ignore Ctrl-C, and so would every program that tests
+# start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
