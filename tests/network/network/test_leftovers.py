@@ -25,7 +25,8 @@ with open_network(load_topology("hello"), sys.argv[1], wait_s=120) as net:
     script = "exec > /dev/null 2>&1; trap '' TERM; sleep 600 & wait; sleep 600"  # lets go of our pipes
     server = net.sites["east"].popen(["sh", "-c", script])
     sys.stdout.write(f"{server.pid}\\n"); sys.stdout.flush()
-    time.sleep(600)
+    while True:
+        time.sleep(0.1)  # a signal that comes just before a sleep is seen after it
 """
 
 
