@@ -6,8 +6,10 @@ A test that ends a server starts its own; the ones here serve all others.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,20 +20,25 @@ import yaml
 
 from prfaas_testbed.instances.models import K_MODELS, TinyModel
 from prfaas_testbed.instances.sglang_client import Pair
-from prfaas_testbed.instances.sglang_server import K_CHECKOUT, ServerSpec, SglangServer
+from prfaas_testbed.instances.sglang_server import K_CHECKOUT, K_SAME_CHUNKS, ServerSpec, SglangServer
 
 K_HOST = "127.0.0.1"
+K_PORTS = (20000, 28000)
 K_ZERO_ROOM, K_DROP_ROOM = 7_000_000_000_001, 7_000_000_000_002
 """Requests with these rooms are the controls: the prefill server damages their KV."""
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on now. All are bound at once, so that they differ."""
-    sockets = [socket.create_server((K_HOST, 0)) for _ in range(n)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Ports that nobody has now, and that no outgoing connection takes in the minute that a server needs to
+    bind them: the kernel gives those from 32768 on.
+    """
+    found: list[int] = []
+    while len(found) < n:
+        port = random.randrange(*K_PORTS)
+        with contextlib.suppress(OSError), socket.create_server((K_HOST, port)):
+            if port not in found:
+                found.append(port)
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def start_servers(
             port=ports[role],
             bootstrap_port=ports["bootstrap"],
             config_path=config,
-            extra_args=options.get(f"{role}_args", ()),
+            extra_args=(*K_SAME_CHUNKS, *options.get(f"{role}_args", ())),
         )
         servers[role] = SglangServer(spec, directory / f"{role}.log")
     try:
@@ -128,7 +135,9 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     stop(started)
 
 
-def lone_spec(model_name: str, directory: Path, **changes: Any) -> ServerSpec:
+def lone_spec(
+    model_name: str, directory: Path, *, extra_args: Sequence[str] = (), **changes: Any
+) -> ServerSpec:
     """A prefill server on ports of its own, for a test that starts it itself. All that runs is stopped."""
     stop_running()
     directory.mkdir()
@@ -141,6 +150,7 @@ def lone_spec(model_name: str, directory: Path, **changes: Any) -> ServerSpec:
         port=port,
         bootstrap_port=bootstrap_port,
         config_path=write_config(directory),
+        extra_args=(*K_SAME_CHUNKS, *extra_args),
         **changes,
     )
 
@@ -148,5 +158,5 @@ def lone_spec(model_name: str, directory: Path, **changes: Any) -> ServerSpec:
 @pytest.fixture(scope="session")
 def start_own() -> SimpleNamespace:
     """For tests that end servers: `start(model, directory, roles, **options)`, `stop(servers)` and
-    `spec(model, directory, **changes)` of a prefill server alone."""
-    return SimpleNamespace(start=start_servers, stop=stop, spec=lone_spec)
+    `spec(model, directory, **changes)` of a prefill server alone; `ports(n)` that are free."""
+    return SimpleNamespace(start=start_servers, stop=stop, spec=lone_spec, ports=free_ports)

@@ -21,7 +21,7 @@ from prfaas_testbed.experiment.machine import K_CHECKOUT
 from prfaas_testbed.experiment.servers import Process, Program, Progress, Real, Server
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_MODELS, TinyModel
-from prfaas_testbed.instances.sglang_server import ServerSpec, SglangServer
+from prfaas_testbed.instances.sglang_server import K_BY_PRIORITY, K_SAME_CHUNKS, ServerSpec, SglangServer
 
 if TYPE_CHECKING:
     from prfaas_testbed.network import Network, Site
@@ -32,10 +32,6 @@ K_FIRST_PORT = 30000
 K_PLAIN_PORT = 29000
 K_BOOTSTRAP_OFFSET = 1000
 K_CERTIFICATE_DAYS = 2.0
-# One prompt a prefill batch: else arrivals decide where a prompt is cut into chunks, bfloat16 rounds
-# otherwise for each cut, and two right servers can disagree about a token.
-K_SAME_CHUNKS = ("--prefill-max-requests", "1")
-K_BY_PRIORITY = ("--enable-priority-scheduling", "--disable-priority-preemption")
 K_MODELS_DIR = K_CHECKOUT / ".cache" / "models"
 
 

@@ -49,6 +49,11 @@ K_CPU_ARGS = (
     "--disable-overlap-schedule", "--sleep-on-idle", "--skip-server-warmup", "--mem-fraction-static", "0.4",
     "--max-running-requests", "8", "--dtype", "bfloat16",
 )  # fmt: skip
+K_SAME_CHUNKS = ("--prefill-max-requests", "1")
+"""One prompt a prefill batch: else arrivals decide where a prompt is cut into chunks, bfloat16 rounds
+otherwise for each cut, and two right servers can disagree about a token. For all that are compared."""
+K_BY_PRIORITY = ("--enable-priority-scheduling", "--disable-priority-preemption")
+"""What waits is served by its priority; what runs isn't pushed out."""
 K_CPU_ENV = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",

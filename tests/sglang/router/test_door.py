@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from prfaas.router.service import Router
 from prfaas_testbed.instances.sglang_client import generate, prompt_of
 from prfaas_testbed.instances.sglang_server import (
     K_CHECKOUT,
+    K_SAME_CHUNKS,
     ServerSpec,
     SglangServer,
     build_environment,
@@ -38,14 +38,6 @@ K_LONG, K_SHORT = 700, 60  # tokens
 K_OUTPUT = 12
 
 
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.create_server((K_HOST, 0)) for _ in range(n)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @dataclass
 class Sites:
     """The router's configuration over running servers, and the one in east."""
@@ -56,9 +48,9 @@ class Sites:
 
 
 @pytest.fixture(scope="module")
-def sites(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+def sites(servers: Any, start_own: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
     folder = tmp_path_factory.mktemp("east")
-    port, bootstrap, events, replay = free_ports(4)
+    port, bootstrap, events, replay = start_own.ports(4)
     pump = {"site": "east", "control_socket": str(folder / "pump.sock"), "idle_exit_s": 20}
     path = folder / "prfaas.yaml"
     path.write_text(yaml.safe_dump({"pump": pump}))
@@ -78,7 +70,7 @@ def sites(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Si
             port=port,
             bootstrap_port=bootstrap,
             config_path=path,
-            extra_args=("--kv-events-config", json.dumps(published)),
+            extra_args=(*K_SAME_CHUNKS, "--kv-events-config", json.dumps(published)),
         ),
         folder / "east.log",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ import pytest
 from prfaas.config.loading import check
 from prfaas.config.router import RouterConfig
 from prfaas.router.service import Router
-from prfaas_testbed.experiment.fleet import K_BY_PRIORITY
 from prfaas_testbed.instances.sglang_client import prompt_of
-from prfaas_testbed.instances.sglang_server import SglangServer
+from prfaas_testbed.instances.sglang_server import K_BY_PRIORITY, SglangServer
 
-K_HOST = "127.0.0.1"
 K_ONE_AT_A_TIME = ("--max-running-requests", "1")
 
 
@@ -28,8 +25,7 @@ K_ONE_AT_A_TIME = ("--max-running-requests", "1")
     not os.environ.get("PRFAAS_LONG_TESTS"), reason="a server of its own, a minute: set PRFAAS_LONG_TESTS=1"
 )
 def test_what_waits_at_a_real_server_is_served_by_deadline(start_own: Any, tmp_path: Path) -> None:
-    with socket.create_server((K_HOST, 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = start_own.ports(1)
     base = start_own.spec("dense", tmp_path / "server", extra_args=(*K_BY_PRIORITY, *K_ONE_AT_A_TIME))
     spec = replace(base, role="plain", port=port, bootstrap_port=None)
     server = {"name": "west-s", "role": "collocated", "url": spec.url, "ordered": True}

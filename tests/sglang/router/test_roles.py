@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +26,6 @@ K_SWITCH_ARGS = ("--enable-pd-role-switch", "--disaggregation-decode-retraction-
 K_WITHIN_S = 90.0
 
 
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.create_server((K_HOST, 0)) for _ in range(n)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(
     not os.environ.get("PRFAAS_LONG_TESTS"), reason="three more servers, minutes: set PRFAAS_LONG_TESTS=1"
@@ -44,7 +35,7 @@ def test_a_server_turns_to_prefill_and_back_as_the_traffic_asks(start_own: Any, 
     roles = {"west-p": "prefill", "west-d": "decode", "west-e": "decode"}
     servers, rows = [], []
     for name, role in roles.items():
-        port, bootstrap = free_ports(2)
+        port, bootstrap = start_own.ports(2)
         spec = replace(base, role=role, port=port, bootstrap_port=bootstrap)
         servers.append(SglangServer(spec, tmp_path / f"{name}.log"))
         rows.append(

@@ -16,6 +16,7 @@ from prfaas_testbed.instances.sglang_client import Answer, generate, get, loads,
 
 K_LOGPROB_BOUND = 0.05
 K_OUTPUT_TOKENS = 16
+K_LENGTHS = (20, 512, 2048, 6000)
 K_AUX_BYTES = 1600
 K_ZERO_ROOM, K_DROP_ROOM = 7_000_000_000_001, 7_000_000_000_002
 
@@ -60,20 +61,7 @@ def idle(servers: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("servers", "length"),
-    [
-        (model, length)
-        for model in ("dense", "hybrid", "mla", "window")
-        for length in (20, 512, 2048, 6000)
-        # SGLang's windowed attention on CPU takes prompts of one chunk: 6000 would be the case before again.
-        if (model, length) != ("window", 6000)
-    ],
-    indirect=["servers"],
-)
-def test_tokens_and_logprobs_equal_a_plain_servers_cold_and_with_prefills_cache_warm(
-    servers: Any, length: int
-) -> None:
+def equals_plain_cold_and_warm(servers: Any, length: int) -> None:
     model = servers.model
     seed, length = length, min(length, model.longest_prompt_tokens - 100)
     prompt = prompt_of(length, seed)
@@ -105,6 +93,15 @@ def test_tokens_and_logprobs_equal_a_plain_servers_cold_and_with_prefills_cache_
             "state": model.state_bytes,
             "aux": K_AUX_BYTES,
         }
+
+
+# Stacked, so that pytest sees which tests share a model's servers.
+@pytest.mark.parametrize("length", K_LENGTHS)
+@pytest.mark.parametrize("servers", ["dense", "hybrid", "mla"], indirect=True)
+def test_tokens_and_logprobs_equal_a_plain_servers_cold_and_with_prefills_cache_warm(
+    servers: Any, length: int
+) -> None:
+    equals_plain_cold_and_warm(servers, length)
 
 
 def test_eight_requests_at_once_each_get_their_own_answer(servers: Any) -> None:
@@ -177,3 +174,11 @@ def test_both_servers_are_healthy_after_all_of_it(servers: Any) -> None:
     for server in (servers.plain, servers.prefill, servers.decode):
         server.check_alive()
         assert get(f"{server.url}/health")[0] == 200
+
+
+# Last, so that its servers don't come between another model's tests. SGLang's windowed attention on CPU takes
+# prompts of one chunk: 6000 would be the case before again.
+@pytest.mark.parametrize("length", K_LENGTHS[:-1])
+@pytest.mark.parametrize("servers", ["window"], indirect=True)
+def test_a_windowed_models_tokens_and_logprobs_equal_a_plain_servers(servers: Any, length: int) -> None:
+    equals_plain_cold_and_warm(servers, length)
