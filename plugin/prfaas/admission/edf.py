@@ -2,7 +2,8 @@
 
 For transfers whose bytes exist already, EDF meets every deadline exactly when, for each deadline D, the
 bytes due by D fit between now and D. Bytes that prefill makes later are taken as K_PIECES equal pieces,
-each existing from the end of its part of the interval; then the schedule itself is played (preemptive EDF
+each existing from the end of its part of the interval (one piece when they come into being at one instant);
+then the schedule itself is played (preemptive EDF
 is optimal on one resource).
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 K_PIECES = 4  # parts that bytes still being made are taken in
 K_EPSILON_S = 1e-9  # s, rounding
@@ -82,11 +84,22 @@ def _play(todo: list[Promise], rate_bps: float, now: float) -> dict[Hashable, fl
             left[rank] = 1
             continue
         start_s = max(now, one.first_s)
+        if start_s >= one.ready_s:  # all at one instant: pieces would be served one after the other anyway
+            pieces.append((one.ready_s, rank, seconds))
+            left[rank] = 1
+            continue
         part_s = (one.ready_s - start_s) / K_PIECES
         pieces += [(start_s + part_s * (k + 1), rank, seconds / K_PIECES) for k in range(K_PIECES)]
         left[rank] = K_PIECES
     pieces.sort()
     done: dict[Hashable, float] = {}
+    if all(before[1] <= after[1] for before, after in pairwise(pieces)):
+        # What comes into being first is due first: nothing is ever preempted.
+        at_s = now
+        for exists_s, rank, seconds in pieces:
+            at_s = max(at_s, exists_s) + seconds
+            done[todo[rank].transfer] = at_s
+        return done
     ready: list[tuple[int, float]] = []
     at_s, index = now, 0
     while index < len(pieces) or ready:

@@ -17,7 +17,7 @@ others, so that what is admitted later can't push it out again, and the shell is
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from prfaas.admission.edf import K_EPSILON_S, Promise, due_before, finish_times, first_broken
@@ -27,6 +27,7 @@ from prfaas.model.ids import LinkId
 
 K_ANEW = 1.1  # a second promise allows this much more than predicted, or the least lag would break it again
 K_SOONEST_RETRY_S = 0.05  # s, lower bound of retry_after_s
+K_ROUNDING_S = 1e-6  # s by which a promise's slack is understated, against rounding
 K_DOWN_RETRY_S = 1.0  # s, retry_after_s while the link is down
 
 
@@ -95,10 +96,17 @@ class Ledger:
         self._refusals: dict[RefusalReason, int] = dict.fromkeys(RefusalReason, 0)
         self._broken = 0
         self._serial = 0
+        self._kept_until_s = -float("inf")
+        """Until then no promise can turn out broken, unless the capacity changes or another is made.
+
+        Starting the same work d seconds later ends each part of it at most d seconds later, and less work
+        ends no later: so the least slack of the last full look, counted from that look, bounds it.
+        """
 
     def set_capacity(self, capacity_bps: float, *, now: float) -> list[LedgerEvent]:
         """The link's promisable rate is another one from now on; 0 while it is down."""
         self._rate_bps = max(0.0, capacity_bps)
+        self._kept_until_s = -float("inf")
         return self.poll(now)
 
     def offer(
@@ -215,7 +223,18 @@ class Ledger:
         for one in together:
             if done[one.transfer] > one.deadline_s + K_EPSILON_S:
                 return None
+        self._looked(done, together, now)
         return done[new.transfer]
+
+    def _looked(self, done: Mapping[Hashable, float], promises: Iterable[Promise], now: float) -> None:
+        """All are kept as of `now`: remember for how long that surely holds."""
+        slack_s = float("inf")
+        for one in promises:
+            if one.deadline_s == float("inf"):  # the next look gives it a date
+                slack_s = -float("inf")
+                break
+            slack_s = min(slack_s, one.deadline_s - done[one.transfer])
+        self._kept_until_s = now + slack_s - K_ROUNDING_S
 
     def _alone_s(self, one: Promise) -> float:
         return one.remaining_bytes * 8 / self._rate_bps if self._rate_bps > 0 else 0.0
@@ -227,6 +246,8 @@ class Ledger:
         return max(K_SOONEST_RETRY_S, over_s)
 
     def _break(self, now: float) -> list[LedgerEvent]:
+        if now <= self._kept_until_s:
+            return []
         events: list[LedgerEvent] = []
         held = self._held.values()
         if self._rate_bps > 0:
@@ -240,6 +261,8 @@ class Ledger:
                 victim.late = True
                 self._broken += 1
             events.append(self._promise_anew(victim, now))
+        if self._rate_bps > 0:
+            self._looked(finish_times(held, self._rate_bps, now), held, now)
         return events
 
     def _promise_anew(self, one: Promise, now: float) -> PromiseBroken:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prfaas.admission import Admitted, Expired, Ledger, Promise, PromiseBroken, finish_times
-from prfaas.admission.edf import first_broken
+from prfaas.admission.edf import K_PIECES, first_broken
 from prfaas.model.decisions import RefusalReason, Verdict
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.ids import LinkId
@@ -186,6 +186,108 @@ def test_edf_conserves_bytes_and_serves_by_deadline(
         first = min(promises, key=lambda one: (one.deadline_s, one.serial))
         own_s = first.remaining_bytes * 8 / rate
         assert done[first.transfer] <= max(now, first.ready_s) + own_s + 1e-6
+
+
+def played(promises: list[Promise], rate_bps: float, now: float) -> dict[int, float]:
+    """EDF without any short cut: always K_PIECES pieces, always the most urgent that exists."""
+    todo = sorted(promises, key=lambda one: (one.deadline_s, one.serial))
+    pieces = []
+    for rank, one in enumerate(todo):
+        start_s = max(now, one.first_s)
+        part_s = max(0.0, one.ready_s - start_s) / K_PIECES
+        seconds = one.remaining_bytes * 8 / rate_bps / K_PIECES
+        pieces += [[start_s + part_s * (k + 1) if one.ready_s > now else now, rank, seconds]
+                   for k in range(K_PIECES)]  # fmt: skip
+    at_s, done = now, {}
+    while pieces:
+        at_s = max(at_s, min(piece[0] for piece in pieces))
+        piece = min((piece for piece in pieces if piece[0] <= at_s), key=lambda piece: piece[1])
+        until_s = min((other[0] for other in pieces if other[0] > at_s), default=float("inf"))
+        if at_s + piece[2] > until_s:
+            piece[2] -= until_s - at_s
+            at_s = until_s
+            continue
+        at_s += piece[2]
+        pieces.remove(piece)
+        done[todo[piece[1]].transfer] = at_s
+    return done
+
+
+@given(jobs, st.floats(0.5, 20), st.floats(0, 5), st.booleans(), st.booleans())
+def test_the_short_cuts_of_edf_give_the_schedule_that_is_played_in_full(
+    listed: list[tuple[int, float, float, float]], rate_mbps: float, now: float, at_once: bool, in_turn: bool
+) -> None:
+    promises = [
+        Promise(
+            k,
+            size * 1e5,
+            first + making + 60 if in_turn else deadline,
+            first + making if at_once else first,
+            first + making,
+            k,
+        )
+        for k, (size, deadline, first, making) in enumerate(listed)
+    ]
+    rate = rate_mbps * 1e6
+    assert finish_times(promises, rate, now) == pytest.approx(played(promises, rate, now), abs=1e-6)
+
+
+class PlainLedger(Ledger):
+    """Goes through all promises at every poll."""
+
+    def poll(self, now: float) -> list:
+        self._kept_until_s = -float("inf")
+        return super().poll(now)
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["offer", "offer", "offer", "progress", "release", "capacity", "poll"]),
+        st.integers(0, 40),  # hundred KB, or which transfer
+        st.one_of(st.floats(0.1, 15), st.just(float("inf"))),  # until the deadline
+        st.floats(0, 4),  # until the first byte
+        st.floats(0, 4),  # making
+        st.sampled_from([0.0, 0.0, 0.01, 0.5, 3.0]),  # time that passes before
+        st.sampled_from([0.0, 2e6, 8e6, 8e6, 16e6]),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=300)
+@given(steps, st.integers(0, 3))
+def test_a_ledger_that_skips_needless_looks_says_the_same_as_one_that_never_does(
+    listed: list[tuple[str, int, float, float, float, float, float]], queue_limit: int
+) -> None:
+    quick, plain = Ledger(LINK, 8e6, queue_limit=queue_limit), PlainLedger(LINK, 8e6, queue_limit=queue_limit)
+    now = 0.0
+    for serial, (what, size, within_s, first_s, making_s, passed_s, rate_bps) in enumerate(listed):
+        now += passed_s
+        told = []
+        for link in (quick, plain):
+            held = sorted(link._held)
+            known = sorted([*link._held, *link._waiting])
+            if what == "offer":
+                first = now + first_s
+                told.append(
+                    link.offer(
+                        serial, size * 10**5, now + within_s, now=now, first_s=first, ready_s=first + making_s
+                    )
+                )
+            elif what == "progress" and held:
+                transfer = held[size % len(held)]
+                left = int(link._held[transfer].remaining_bytes * making_s / 4)
+                told.append(link.on_progress(transfer, left, now=now))
+            elif what == "release" and known:
+                told.append(link.release(known[size % len(known)], now=now))
+            elif what == "capacity":
+                told.append(link.set_capacity(rate_bps, now=now))
+            else:
+                told.append(link.poll(now))
+        assert told[0] == told[1]
+        assert quick._held == plain._held
+        assert quick._waiting == plain._waiting
+        assert quick.statistics() == plain.statistics()
 
 
 class LedgerMachine(RuleBasedStateMachine):
