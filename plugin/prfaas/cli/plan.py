@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-K_TOPOLOGIES = Path("topologies")
+K_TOPOLOGIES = Path(__file__).resolve().parents[3] / "topologies"
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

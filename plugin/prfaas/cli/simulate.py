@@ -21,6 +21,7 @@ from prfaas.figures.simulation import draw_simulation
 from prfaas.model.errors import UsageError
 from prfaas.simulator.build import repetition_rows, simulation_of
 from prfaas.simulator.chrome_trace import chrome_trace
+from prfaas.simulator.coverage import extrapolations
 from prfaas.simulator.scale import completion_rate_rps
 
 K_ROOT = Path(__file__).resolve().parents[3]
@@ -119,6 +120,7 @@ def _simulate(
                 "events": simulation.world.agenda.events,
                 "took_s": round(took_s, 3),
                 "unsupported": simulation.unsupported,
+                "extrapolated": extrapolations(simulation.world),
             }
             found.append(row)
             target = repetitions.setdefault(
@@ -150,6 +152,8 @@ def _say(row: dict[str, Any]) -> None:
     )
     for line in row["unsupported"]:
         sys.stdout.write(f"  not simulated: {line}\n")
+    for line in row["extrapolated"]:
+        sys.stdout.write(f"  extrapolated: {line}\n")
 
 
 def _commit() -> str:

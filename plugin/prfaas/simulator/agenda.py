@@ -17,11 +17,27 @@ class Agenda:
         """Handled so far."""
         self._heap: list[tuple[float, int, Call]] = []
         self._serial = 0
+        self._background = 0
 
     def at(self, at_s: float, call: Call) -> None:
         """`call(now)` at `at_s`. There is no cancelling: a caller whose plan changed ignores the call."""
         self._serial += 1
         heapq.heappush(self._heap, (max(at_s, self.now), self._serial, call))
+
+    def at_in_background(self, at_s: float, call: Call) -> None:
+        """As `at`, for what only watches: while nothing else is planned, nothing goes on."""
+        self._background += 1
+
+        def watch(now: float) -> None:
+            self._background -= 1
+            call(now)
+
+        self.at(at_s, watch)
+
+    @property
+    def foreground(self) -> int:
+        """Calls planned that aren't in the background."""
+        return len(self._heap) - self._background
 
     def run(self, until_s: float = float("inf")) -> None:
         """Handle everything up to `until_s`."""

@@ -28,6 +28,7 @@ from prfaas.workload.generate import timed_requests
 from prfaas.workload.requests import TimedRequest
 
 K_SAMPLE_S = 0.1  # link rows, as the testbed's
+K_STUCK_S = 60.0  # s, longer than it takes to believe a link down
 K_MOST_SAMPLES = 20_000  # a long run is sampled more coarsely
 
 
@@ -40,14 +41,23 @@ class Simulation:
     horizon_s: float
 
     def run(self, progress: Callable[[float, int], None] | None = None) -> Record:
-        """To the end of all requests. `progress(now, done)` is called now and then."""
-        world = self.world
-        if progress is None:
-            world.agenda.run()
-        else:
-            while world.live or not world.exhausted:
-                world.agenda.run(world.agenda.now + max(1.0, self.horizon_s / 50))
-                progress(world.agenda.now, len(world.record))
+        """To the end of all requests. `progress(now, done)` is called now and then.
+
+        Links that are believed down are probed for ever: when for K_STUCK_S nothing else happens, what is
+        still under way is recorded as failed, unfinished.
+        """
+        world, agenda = self.world, self.world.agenda
+        stuck_since_s: float | None = None
+        while world.live or not world.exhausted:
+            agenda.run(agenda.now + max(1.0, self.horizon_s / 50))
+            if progress is not None:
+                progress(agenda.now, len(world.record))
+            if agenda.foreground:
+                stuck_since_s = None
+            elif stuck_since_s is None:
+                stuck_since_s = agenda.now
+            elif agenda.now - stuck_since_s >= K_STUCK_S:
+                world.abandon(agenda.now)
         return world.record
 
 
@@ -147,9 +157,9 @@ def _sample(world: World, every_s: float) -> None:
             )
         world.record.log_rows.append((now, dict(world.policy.get_log_data())))
         if world.live or not world.exhausted:
-            world.agenda.at(now + every_s, look)
+            world.agenda.at_in_background(now + every_s, look)
 
-    world.agenda.at(every_s, look)
+    world.agenda.at_in_background(every_s, look)
 
 
 def repetition_rows(record: Record, model: str, index: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class WatchedLink:
         if not self._ticking:
             self._ticking = True
             self._sent_before = self.pipe.sent_bytes
-            self._agenda.at(now + K_OBSERVE_S, self._tick)
+            self._agenda.at_in_background(now + K_OBSERVE_S, self._tick)
 
     def _tick(self, now: float) -> None:
         pipe, estimator = self.pipe, self.estimator
@@ -80,6 +80,6 @@ class WatchedLink:
             if pipe.up:
                 self._probe_bytes = estimator.probe_bytes(now)
         if backlog > 0 or pipe.transfers or not self.estimate.up:
-            self._agenda.at(now + K_OBSERVE_S, self._tick)
+            self._agenda.at_in_background(now + K_OBSERVE_S, self._tick)
         else:
             self._ticking = False

@@ -444,6 +444,12 @@ class World:
         else:
             self._retry(live, site, reason, now)
 
+    def abandon(self, now: float) -> None:
+        """Nothing will happen any more: what is under way ends as failed."""
+        for live in list(self.live.values()):
+            self._withdraw(live, now)
+            self._end(live, now, "unfinished")
+
     def _link_went_down(self, pipe: Pipe, now: float) -> None:
         self.record.event(now, f"link {pipe.source}->{pipe.target} believed down")
         ends = (pipe.source, pipe.target)

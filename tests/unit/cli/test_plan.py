@@ -117,3 +117,11 @@ def test_an_empty_trace_and_an_impossible_slo_in_the_file_name_their_field(
         file.write("slo: {rate_rps: 3, ttft_s: 1}\n")
     assert main(["plan", str(case)]) == 2
     assert "slo.ttft_s: found 1.0; no number of instances" in capsys.readouterr().err
+
+
+def test_traces_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(K_CASES / "conversation_trace.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["throughput_rps"] > 0

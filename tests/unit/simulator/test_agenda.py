@@ -24,3 +24,14 @@ def test_run_until_stops_there_and_goes_on_later() -> None:
     assert (seen, agenda.now) == ([1.0], 2.0)
     agenda.run()
     assert seen == [1.0, 3.0]
+
+
+def test_what_only_watches_is_told_from_what_goes_on() -> None:
+    agenda, seen = Agenda(), []
+    agenda.at_in_background(1.0, seen.append)
+    agenda.at(2.0, seen.append)
+    assert agenda.foreground == 1
+    agenda.run(1.5)
+    assert (seen, agenda.foreground) == ([1.0], 1)
+    agenda.run()
+    assert (seen, agenda.foreground) == ([1.0, 2.0], 0)

@@ -12,7 +12,9 @@ import prfaas.routing
 from prfaas.config.experiment import Experiment
 from prfaas.config.topology import Topology
 from prfaas.simulator.build import Simulation, simulation_of
+from prfaas.simulator.coverage import extrapolations
 from prfaas.simulator.record import Record
+from prfaas.simulator.world import Settings
 
 K_TOPOLOGIES = Path(prfaas.routing.__file__).parents[3] / "topologies"
 K_TOPOLOGY = Topology.model_validate(
@@ -148,6 +150,45 @@ def test_a_dead_link_sends_its_requests_elsewhere_and_none_is_lost() -> None:
     assert_whole(world, record, 150)
     assert any("down" in text for _, text in record.events)
     assert {row["site"] for row in rows(record)} >= {"east"}
+
+
+def test_a_link_that_stays_down_does_not_keep_the_run_from_ending() -> None:
+    cut = [{"do": "set_link", "at_s": 20, "link": "east->west", "set": {"down": True}}]
+    record = simulation(router=policy("naive"), timeline=cut).run()
+    assert sorted(record.index) == list(range(150))
+    told = []
+    again = simulation(router=policy("naive"), timeline=cut).run(lambda now, done: told.append(done))
+    assert rows(again) == rows(record)
+    assert told[-1] == 150
+
+
+def test_what_can_never_end_is_reported_as_unfinished() -> None:
+    """Nobody watches this link and no request has a deadline: only the run's own end is left."""
+    cut = [{"do": "set_link", "at_s": 20, "link": "east->west", "set": {"down": True}}]
+    world = simulation_of(
+        experiment(router=policy("naive"), timeline=cut),
+        K_TOPOLOGIES,
+        topology=K_TOPOLOGY,
+        settings=Settings(),
+        sample=True,
+    )
+    for link in world.world.links.values():
+        link._went_down = lambda pipe, now: None
+    record = world.run()
+    assert_whole(world, record, 150)
+    assert {row["error"] for row in rows(record)} >= {"unfinished"}
+
+
+def test_lengths_beyond_a_profile_are_told() -> None:
+    world = simulation()
+    world.run()
+    assert extrapolations(world.world) == []
+    long = experiment().workload.model_dump() | {"input_tokens": 200_000, "requests": 5}
+    world = simulation(router=policy("naive"), workload=long)
+    world.run()
+    (line,) = extrapolations(world.world)
+    assert line.startswith("5 of 5 prompts at east lie outside ")
+    assert "1t-hybrid-h200" in line
 
 
 def test_a_killed_prefill_instance_costs_time_and_not_requests() -> None:
