@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prfaas.model.errors import UsageError
+from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.claim import bandwidth, bursts, capacity, links
 from prfaas_testbed.claim.judge import Piece
 from prfaas_testbed.experiment.machine import commit, machine, versions
@@ -45,14 +46,31 @@ def measure(name: str, repetitions: int, say: Callable[[str], None]) -> dict[str
     }
 
 
+def check_folder(folder: Path) -> None:
+    """Before minutes are spent on what couldn't be kept. Raises UsageError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {folder}: can't be written to: {error.strerror}") from None
+
+
 def write(record: dict[str, Any], folder: Path) -> Path:
-    """FOLDER/PIECE.json: a line a row, so that a change of one is a change of one line."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """FOLDER/PIECE.json: a line a row, so that a change of one changes one line. The record before stays
+    until this one is whole. Raises MachineError where it can't be written (a full disk).
+    """
     head = {name: value for name, value in record.items() if name != "rows"}
     rows = ",\n".join("  " + json.dumps(_rounded(row)) for row in record["rows"])
     text = json.dumps(_rounded(head), indent=1)
     path = folder / f"{record['piece']}.json"
-    path.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise MachineError(f"{path}: can't be written: {error.strerror}") from None
     return path
 
 

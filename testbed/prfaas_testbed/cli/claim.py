@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     names = args.pieces or list(pieces.PIECES)
     for name in names:
         pieces.piece(name)
+    pieces.check_folder(args.out)
     for name in names:
         record = pieces.measure(name, args.repetitions, lambda line: _say(f"  {line}\n"))
         _say(f"{name}: {record['took_s']:.0f} s, {pieces.write(record, args.out)}\n")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prfaas.config.experiment import Experiment
-from prfaas.model.errors import UsageError
+from prfaas.model.errors import MachineError, UsageError
 from prfaas.workload.requests import TimedRequest
 from prfaas_testbed.claim import bandwidth, bursts, capacity, pieces, runs
 from prfaas_testbed.claim.judge import column, mean, ratios, table
@@ -181,6 +181,21 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         write_report(tmp_path / "empty")
     with pytest.raises(UsageError, match="no piece"):
         pieces.piece("nothing")
+
+
+def test_a_folder_that_cant_be_written_to_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="can't be written to"):
+        pieces.check_folder(tmp_path / "file" / "claim")
+    pieces.check_folder(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_record_that_cant_be_written_is_one_error_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    (tmp_path / "links.json").mkdir()
+    with pytest.raises(MachineError, match=r"links\.json"):
+        pieces.write({"piece": "links", "rows": []}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["links.json"]
 
 
 def test_the_steps_know_their_plans_and_their_requests_come_in_order() -> None:
