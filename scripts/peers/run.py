@@ -165,8 +165,9 @@ def main() -> int:
         json.dumps({"stamp": stamp, "rows": rows + unsupported}, indent=1) + "\n"
     )
     sys.stdout.write(table(rows + unsupported))
-    ours = [row for row in rows if row["backend"] == "prfaas"]
-    return 0 if all(row["outcome"] == "passed" for row in ours) else 1
+    # A peer beside ours is a control, which may fall short; alone, it is what was asked about.
+    judged = [row for row in rows if row["backend"] == "prfaas"] or rows
+    return 0 if all(row["outcome"] == "passed" for row in judged) else 1
 
 
 if __name__ == "__main__":
