@@ -258,7 +258,7 @@ class Owner:
             # Nobody keeps promises on that link: what comes may go.
             self.send(m.OfferNews(message.key, "admitted", finish_in_s=None))
             return
-        key = f"{self.token.hex()}/{message.key}"
+        key = self._ledger_key(message.key)
         self.offers[message.key] = Promised(desk, message.size_bytes)
         body = {
             "size_bytes": message.size_bytes,
@@ -269,10 +269,16 @@ class Owner:
         }  # fmt: skip
         desk.offer(key, body, lambda _, what: self.send(m.OfferNews(message.key, **what)), now)
 
+    def _ledger_key(self, key: str) -> str:
+        """What the ledger knows an offer by. Its host may still hold what a pump before this one asked for
+        the same server: that runs out by itself, and must not make this pump's question a duplicate.
+        """
+        return f"{self.pump.boot.hex()[:8]}/{self.token.hex()}/{key}"
+
     def _release(self, key: str, now: float) -> None:
         offer = self.offers.pop(key, None)
         if offer is not None:
-            offer.desk.release(f"{self.token.hex()}/{key}", now)
+            offer.desk.release(self._ledger_key(key), now)
 
     def tell_progress(self, now: float) -> None:
         """Let the ledger know what is still to come of the transfers it has promised."""
@@ -286,7 +292,7 @@ class Owner:
             offer = self.offers.get(key)
             if offer is not None:
                 left = max(0, offer.left_bytes - acked_bytes)
-                offer.desk.progress(f"{self.token.hex()}/{key}", left, now)
+                offer.desk.progress(self._ledger_key(key), left, now)
 
     def _ended(self, event: SendEvent) -> None:
         self.transfers.pop(event.transfer_id, None)
@@ -297,7 +303,7 @@ class Owner:
             if event.transfer_id in self.closing or not isinstance(event, Completed):
                 self._release(key, now)
             else:
-                offer.desk.progress(f"{self.token.hex()}/{key}", offer.left_bytes, now)
+                offer.desk.progress(self._ledger_key(key), offer.left_bytes, now)
         self.closing.discard(event.transfer_id)
         ok = isinstance(event, Completed)
         reason, detail = ("", "") if isinstance(event, Completed) else (event.reason.value, event.detail)

@@ -1,27 +1,25 @@
 """One peer that we send to: its streams, which are opened once, kept, and replaced when they are lost.
 
-The peer may be away: a lost stream is dialled again after a growing, bounded pause, for as long as transfers
-wait and their deadlines allow. Only a peer that refuses every connection for `K_REFUSED_S`, or whose
-certificate is wrong, fails its transfers earlier.
+The peer may be away: it is dialled again (pump/dialling.py) for as long as transfers wait and their deadlines
+allow. Only a peer that refuses every connection, or whose certificate is wrong, fails its transfers earlier.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from prfaas.config.pump import is_loopback, split_address
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
-from prfaas.pump import gauges, tcpinfo
-from prfaas.pump.backoff import Backoff
+from prfaas.pump import gauges
+from prfaas.pump.dialling import Dialling, NotAllowed
 from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.memory import Gone, OwnerMemory, Withdrawn
 from prfaas.pump.packing import Packer
-from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Stream, W
+from prfaas.pump.spreading import Spreading
+from prfaas.pump.stream import Stream, W
 from prfaas.pump.tcpinfo import TcpInfo
 from prfaas.transfer.frames import (
     FrameType,
@@ -37,7 +35,6 @@ from prfaas.transfer.frames import (
 )
 from prfaas.transfer.segments import Plan
 from prfaas.transfer.sending import Failed, SendEvent, Sending
-from prfaas.transfer.spread import Allowance, by_room, little_left
 from prfaas.transfer.streams import StreamCount, block_bytes_for
 
 if TYPE_CHECKING:
@@ -48,14 +45,9 @@ log = logging.getLogger(__name__)
 K_TICK_S = 0.1
 K_CONNECT_S = 3.0
 K_HANDSHAKE_S = 5.0
-K_REFUSED_S = 10.0
-K_UNTRUSTED_TRIES = 3
 K_UNSENT_S = 0.06
 K_CUT_S = 0.02
 K_HEDGE_S = 0.1
-K_ROOM_S = 0.002
-"""How often streams whose windows were full are looked at while little is left to send."""
-_serial = itertools.count(1)
 
 
 class Peer(Handler):
@@ -68,15 +60,11 @@ class Peer(Handler):
         self.counters = Counters()
         self.count = StreamCount(pump.config.min_streams, pump.config.max_streams)
         self.boot: bytes | None = None
-        self.last_error = ""
         self._sources: dict[int, tuple[OwnerMemory, tuple[int, int], Callable[[SendEvent], None]]] = {}
         self._streams: dict[int, Stream] = {}
-        self._names: dict[Stream, int] = {}
-        self._backoff = Backoff(now)
-        self._untrusted = 0
-        self._keep_warm = self._paced = self._looking = False
-        self._windows_bytes = 0
-        self._allowance = Allowance()
+        self._dialling = Dialling(pump.loop, pump.trust, address, self, now)
+        self._spreading = Spreading(pump.loop, self.kick)
+        self._keep_warm = self._paced = False
         self._packer = Packer(pump.config.faults)
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
@@ -128,6 +116,10 @@ class Peer(Handler):
         return sum(s.ready for s in self._streams.values())
 
     @property
+    def last_error(self) -> str:
+        return self._dialling.last_error
+
+    @property
     def streams(self) -> list[Stream]:
         return list(self._streams.values())
 
@@ -151,33 +143,19 @@ class Peer(Handler):
         """Let every stream that can take something have a turn."""
         able = [s for s in self._streams.values() if s.ready and not s.waiting_to_write]
         if able and self._little_left():
-            able = self._with_room(able, now)
+            for stream in able:
+                stream.sample(now)
+            able = self._spreading.with_room(able, self._infos(), now)
         for stream in able:
             if not self.sending.backlog_bytes and not self.sending.can_double(now):
                 return
             if stream.ready and not stream.waiting_to_write:
                 stream.on_ready(W, now)
         if self.sending.backlog_bytes and self.n_ready and self._little_left():
-            self._look_again(now)
-
-    def _with_room(self, able: list[Stream], now: float) -> list[Stream]:
-        for stream in able:
-            stream.sample(now)
-        self._windows_bytes = gauges.windows_bytes(self._infos())
-        self._allowance.refill(now, self._windows_bytes, gauges.mean_rtt_s(self._infos()))
-        return by_room({s: s.room_bytes() for s in able})
+            self._spreading.look_again(now)
 
     def _little_left(self) -> bool:
-        return little_left(self.sending.backlog_bytes, self._windows_bytes)
-
-    def _look_again(self, now: float) -> None:
-        if not self._looking:
-            self._looking = True
-            self.pump.loop.call_at(now + K_ROOM_S, self._look)
-
-    def _look(self, now: float) -> None:
-        self._looking = False
-        self.kick(now)
+        return self._spreading.little_left(self.sending.backlog_bytes)
 
     def close(self, now: float) -> None:
         self.alive = False
@@ -185,46 +163,17 @@ class Peer(Handler):
             stream.close(now)
         self._streams.clear()
 
-    # Dialling
-
     def _dial(self, now: float) -> None:
-        if not self.alive or now < self._backoff.next_s:
-            return
-        # One connection tries a peer that doesn't answer; the others follow when it does.
-        missing = self.count.wanted - len(self._streams)
-        if self._backoff.failures and not self.n_ready:
-            missing = min(missing, 1 - len(self._streams))
-        for _ in range(missing):
-            self._dial_one(now)
-
-    def _dial_one(self, now: float) -> None:
-        host, port = split_address(self.address)
-        tls = self.pump.trust.context(server=False)
-        if tls is None and not self.pump.trust.plaintext_allowed(host):
-            self._fail_all(
-                FailureReason.PEER_UNTRUSTED, f"{host}: plaintext is for loopback only (allow_plaintext)", now
-            )
+        if not self.alive:
             return
         try:
-            family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            self._dial_failed(str(error), refused=False, now=now)
+            new = self._dialling.dial(
+                wanted=self.count.wanted, n_open=len(self._streams), n_ready=self.n_ready, now=now
+            )
+        except NotAllowed as error:
+            self._fail_all(FailureReason.PEER_UNTRUSTED, str(error), now)
             return
-        sock.setblocking(False)
-        tcpinfo.prepare(sock, K_UNSENT_FIRST_BYTES)
-        code = sock.connect_ex(target)
-        if code not in (0, 11, 115):
-            sock.close()
-            self._dial_failed(f"connect: error {code}", refused=True, now=now)
-            return
-        serial = next(_serial)
-        stream = Stream(self.pump.loop, sock, self, serial, dialled=True, tls=tls, now=now)
-        self._streams[serial] = stream
-
-    def _dial_failed(self, reason: str, *, refused: bool, now: float) -> None:
-        self.last_error = reason
-        self._backoff.failed(now, refused=refused)
+        self._streams.update((stream.index, stream) for stream in new)
 
     # Handler
 
@@ -258,8 +207,7 @@ class Peer(Handler):
         stream.sample(now)
         stream.set_congestion_control(self.pump.config.congestion_control)
         stream.set_unsent(K_UNSENT_S, max(1, self.n_ready))
-        self._untrusted = 0
-        self._backoff.succeeded(now)
+        self._dialling.succeeded(now)
         self.counters.streams_opened += 1
         self._dial(now)
 
@@ -294,8 +242,8 @@ class Peer(Handler):
         if stream.is_cut:
             return 0
         spread = self._little_left()
-        if spread and not (self._allowance.open and stream.room_bytes() > 0):
-            self._look_again(now)
+        if spread and not self._spreading.may_take(stream):
+            self._spreading.look_again(now)
             return 0
         desk = self.pump.desks.get(self.site)
         if desk is not None and (wait_s := desk.wait_s(now)) > 0:
@@ -310,7 +258,7 @@ class Peer(Handler):
             if desk is not None:
                 desk.spent(draw.payload_bytes)
             if spread:
-                self._allowance.spent(draw.payload_bytes)
+                self._spreading.spent(draw.payload_bytes)
             memory, guard, _ = self._sources[draw.transfer_id]
             piece = self.sending.plan(draw.transfer_id).block(draw.block_id)
             opening = self.sending.opening(draw.transfer_id, now) if draw.open_first else None
@@ -336,17 +284,13 @@ class Peer(Handler):
         was_ready = self.boot is not None and stream.peer_site != ""
         self._drop(stream.index, stream)
         self.counters.streams_lost += 1
-        if stream.untrusted:
-            self._untrusted += 1
-            if self._untrusted >= K_UNTRUSTED_TRIES:
-                self._fail_all(FailureReason.PEER_UNTRUSTED, stream.untrusted, now)
+        if stream.untrusted and self._dialling.untrusted():
+            self._fail_all(FailureReason.PEER_UNTRUSTED, stream.untrusted, now)
         if was_ready:
-            self.last_error = reason
             log.info("peer %s: a stream was lost: %s", self.address, reason)
-            if not self.n_ready:
-                self._backoff.wait(now)
+            self._dialling.lost(reason, last=not self.n_ready, now=now)
         else:
-            self._dial_failed(reason, refused=stream.answered or "refused" in reason, now=now)
+            self._dialling.failed(reason, refused=stream.answered or "refused" in reason, now=now)
         self._dial(now)
         self.kick(now)
 
@@ -365,12 +309,12 @@ class Peer(Handler):
         for stream in self.streams:
             self._check(stream, now)
         busy = len(self.sending) > 0
-        self._windows_bytes = gauges.windows_bytes(self._infos())
+        self._spreading.measure(self._infos())
         self._observe(now)
         self.sending.hedge_after_s = 1.5 * self.rtt_s + K_HEDGE_S
-        if busy and not self.n_ready and self._backoff.refused_s(now) > K_REFUSED_S:
+        if busy and not self.n_ready and self._dialling.is_refused(now):
             self._fail_all(FailureReason.PEER_UNREACHABLE, self.last_error, now)
-        if busy or (self._keep_warm and self._backoff.failures < 10):
+        if busy or (self._keep_warm and self._dialling.worth_warming):
             self._dial(now)
         self.kick(now)
         self.pump.loop.call_at(now + (K_TICK_S if busy else 5 * K_TICK_S), self._tick)

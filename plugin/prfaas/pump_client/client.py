@@ -7,58 +7,46 @@ to that thread. Bytes of a transfer never pass through this process: the pump re
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import os
 import secrets
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 from numpy.typing import ArrayLike
 
 from prfaas.config.pump import PumpConfig
-from prfaas.model.decisions import Verdict
 from prfaas.model.errors import LocalProtocolError, MachineError, PrfaasError
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
-from prfaas.pump_client import launch
 from prfaas.pump_client import messages as m
-from prfaas.pump_client.base import Arrival, Offer, PumpClient, Region, Transfer
+from prfaas.pump_client.base import Offer, PumpClient, Region, Transfer
 from prfaas.pump_client.guard import GuardTable
+from prfaas.pump_client.joining import Joining
 from prfaas.pump_client.lease import LocalLease
+from prfaas.pump_client.standing import K_TOLD_AGAIN, Standing, register_message
 from prfaas.transfer.segments import Ranges, as_u64, iov
 
 log = logging.getLogger(__name__)
 
-K_PR_SET_PTRACER = 0x59616D61
-K_ATTACH_S = 10.0
+K_ANSWER_S = 10.0
 K_RESTART_PAUSE_S = 0.1
 K_READ_BYTES = 1 << 18
 K_ROOMS_UNDER_WAY = 65536
-K_TOLD_AGAIN = (m.Register, m.Grant, m.Submit)
-"""What every new pump is told anyway, of all that stands then: said twice, it would be refused."""
 
 
 class LocalPumpClient(PumpClient):
     """See PumpClient. `open` is the way to make one."""
 
     def __init__(self, config: PumpConfig, name: str, *, start: bool) -> None:
-        self._config, self._name, self._may_start = config, name, start
-        self._token = secrets.token_bytes(16)
+        self._joining = Joining(config, name, start=start)
         self._guards = GuardTable()
-        self._probe = ctypes.create_string_buffer(secrets.token_bytes(16), 16)
-        self._registered = Ranges()
         self._lock = threading.RLock()
-        self._transfers: dict[int, tuple[Transfer, m.Submit, float]] = {}
-        self._leases: dict[int, LocalLease] = {}
-        self._replies: dict[int, tuple[threading.Event, list[m.Reply]]] = {}
-        self._offers: dict[str, Offer] = {}
+        self._standing = Standing(self._lock, self._guards)
         self._counts: dict[tuple[int, str], int] = {}
         self._serials = itertools.count(1)
         self._ids = itertools.count(secrets.randbits(31) << 32 | 1)
@@ -69,7 +57,7 @@ class LocalPumpClient(PumpClient):
         self._selector.register(self._wake_in, selectors.EVENT_READ)
         self._sock: socket.socket | None = None
         try:
-            self._sock, self._attached = self._attach()
+            self._sock, self._attached = self._joining.join(self._guards.fd)
             self._selector.register(self._sock, selectors.EVENT_READ)
         except BaseException:
             self._free()
@@ -96,28 +84,28 @@ class LocalPumpClient(PumpClient):
 
     @property
     def session_id(self) -> str:
-        return f"{self.address}#{self._token.hex()}"
+        return f"{self.address}#{self._joining.token.hex()}"
 
     # Memory and leases
 
     def register(self, regions: Sequence[Region]) -> None:
         with self._lock:
-            self._registered.add(regions)
-            self._send(_register(next(self._serials), regions))
+            self._standing.registered.add(regions)
+            self._send(register_message(next(self._serials), regions))
 
     def deregister(self, addresses: Sequence[int]) -> None:
         with self._lock:
-            self._registered.remove(addresses)
+            self._standing.registered.remove(addresses)
             serial = next(self._serials)
-            event, _ = self._expect(serial)
+            question = self._standing.add_question(serial)
             self._send(m.Deregister(serial, as_u64(list(addresses)).tobytes()))
-        event.wait(K_ATTACH_S)
+        question.wait(K_ANSWER_S)
 
     def grant_lease(
         self, room: int, generation: int, regions: Sequence[Region], deadline_s: float, *,
         expected_sources: int = 1, site: str = "",
     ) -> LocalLease:  # fmt: skip
-        if not self._registered.holds_all(Ranges(regions)):
+        if not self._standing.registered.holds_all(Ranges(regions)):
             raise LocalProtocolError("a lease on memory that isn't registered")
         slot, word = self._guards.take()
         rows = iov([a for a, _ in regions], [n for _, n in regions])
@@ -136,7 +124,7 @@ class LocalPumpClient(PumpClient):
         )
         lease = LocalLease(self.revoke, grant, message, expected_sources, time.monotonic() + deadline_s)
         with self._lock:
-            self._leases[message.lease_id] = lease
+            self._standing.add_lease(lease)
             self._send(message)
         return lease
 
@@ -145,7 +133,7 @@ class LocalPumpClient(PumpClient):
         lease.revoked = True
         self._guards.withdraw(lease.message.guard_slot, lease.message.guard_word)
         with self._lock:
-            if self._leases.pop(lease.message.lease_id, None) is not None:
+            if self._standing.drop_lease(lease):
                 self._send(m.Revoke(lease.message.lease_id))
         lease.wake()
 
@@ -201,18 +189,19 @@ class LocalPumpClient(PumpClient):
             grant.window_bytes, kind.value, deadline_s, src, dst, size, slot, word, index, count, source,
             grant.site, offer,
         )  # fmt: skip
-        self._transfers[transfer.transfer_id] = (transfer, message, time.monotonic() + deadline_s)
+        self._standing.add_transfer(transfer, message)
         self._send(message)
         return transfer
 
     def cancel(self, transfer: Transfer) -> None:
         with self._lock:
-            entry = self._transfers.get(transfer.transfer_id)
-            if entry is not None:
+            message = self._standing.submitted(transfer)
+            if message is not None:
                 self._send(m.Cancel(transfer.transfer_id))
-        if entry is not None:
-            self._guards.withdraw(entry[1].guard_slot, entry[1].guard_word)
-            self._end(transfer.transfer_id, Outcome(False, FailureReason.CANCELLED, "by this server"))
+        if message is not None:
+            self._guards.withdraw(message.guard_slot, message.guard_word)
+            outcome = Outcome(False, FailureReason.CANCELLED, "by this server")
+            self._standing.end(transfer.transfer_id, outcome)
 
     def offer(
         self, site: str, size_bytes: int, deadline_s: float, *,
@@ -221,13 +210,14 @@ class LocalPumpClient(PumpClient):
     ) -> Offer:  # fmt: skip
         with self._lock:
             offer = Offer(str(next(self._serials)), site)
-            self._offers[offer.key] = offer
-            self._send(m.Offer(offer.key, site, size_bytes, deadline_s, first_in_s, ready_in_s, may_queue))
+            message = m.Offer(offer.key, site, size_bytes, deadline_s, first_in_s, ready_in_s, may_queue)
+            self._standing.add_offer(offer, message)
+            self._send(message)
         return offer
 
     def release(self, offer: Offer) -> None:
         with self._lock:
-            if self._offers.pop(offer.key, None) is not None:
+            if self._standing.drop_offer(offer):
                 self._send(m.Release(offer.key))
 
     def prepare(self, address: str) -> None:
@@ -237,27 +227,12 @@ class LocalPumpClient(PumpClient):
     def stats(self, timeout_s: float = 5.0) -> dict[str, object]:
         with self._lock:
             serial = next(self._serials)
-            event, replies = self._expect(serial)
+            question = self._standing.add_question(serial)
             self._send(m.AskStats(serial))
-        event.wait(timeout_s)
-        if not replies:
+        reply = question.wait(timeout_s)
+        if reply is None:
             raise PrfaasError("the pump doesn't answer")
-        return replies[0].body
-
-    def _expect(self, serial: int) -> tuple[threading.Event, list[m.Reply]]:
-        entry: tuple[threading.Event, list[m.Reply]] = (threading.Event(), [])
-        self._replies[serial] = entry
-        return entry
-
-    def _end(self, transfer_id: int, outcome: Outcome) -> None:
-        with self._lock:
-            entry = self._transfers.pop(transfer_id, None)
-        if entry is not None:
-            transfer, message, _ = entry
-            if message.count or not outcome.ok:
-                self._offers.pop(message.offer, None)
-            self._guards.withdraw(message.guard_slot, message.guard_word)
-            transfer.end(outcome)
+        return reply.body
 
     # The control socket
 
@@ -287,36 +262,6 @@ class LocalPumpClient(PumpClient):
             # The thread sees the end of the connection as well, and tells all to the next pump.
             return True
         return True
-
-    def _attach(self) -> tuple[socket.socket, m.Attached]:
-        """Join a pump: its connection and its answer. Raises MachineError."""
-        sock = (
-            launch.connect_or_start(self._config)
-            if self._may_start
-            else launch.connect(self._config.control_path)
-        )
-        if sock is None:
-            raise MachineError(f"no pump answers at {self._config.control_path}")
-        try:
-            sock.settimeout(K_ATTACH_S)
-            pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-            # Under Yama's ptrace_scope 1 the pump may touch our memory only by our leave.
-            ctypes.CDLL(None).prctl(K_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
-            hello = m.Attach(
-                m.K_CONTROL_VERSION, self._name, self._token, ctypes.addressof(self._probe), self._probe.raw
-            )
-            data = m.encode(hello)
-            sent = socket.send_fds(sock, [data], [self._guards.fd])
-            sock.sendall(data[sent:])
-            answer = _first_answer(sock)
-        except OSError as error:
-            sock.close()
-            raise MachineError(f"the pump at {self._config.control_path} doesn't answer: {error}") from None
-        if not isinstance(answer, m.Attached):
-            sock.close()
-            raise MachineError(answer.error if isinstance(answer, m.Refused) else "the pump answers nonsense")
-        sock.setblocking(False)
-        return sock, answer
 
     def _run(self) -> None:
         inbox = m.Inbox()
@@ -352,7 +297,7 @@ class LocalPumpClient(PumpClient):
             return False
         for body in inbox.feed(data):
             try:
-                self._handle(m.decode_to_server(body))
+                self._standing.hear(m.decode_to_server(body))
             except msgspec.MsgspecError as error:
                 log.error("the pump sends what isn't a message: %s", error)
                 return False
@@ -361,62 +306,20 @@ class LocalPumpClient(PumpClient):
                 log.exception("a callback failed")
         return True
 
-    def _handle(self, message: m.ToServer) -> None:
-        match message:
-            case m.Ended():
-                reason = FailureReason(message.reason) if message.reason else None
-                self._end(
-                    message.transfer_id,
-                    Outcome(
-                        message.ok, reason, message.detail, message.payload_bytes, message.resent_blocks,
-                        message.elapsed_s,
-                    ),
-                )  # fmt: skip
-            case m.Arrived():
-                with self._lock:
-                    lease = self._leases.get(message.lease_id)
-                if lease is not None:
-                    lease.arrived(
-                        Arrival(
-                            message.transfer_id, message.kind, message.index, message.count, message.source,
-                            message.payload_bytes, message.ok, message.reason, message.detail,
-                        )
-                    )  # fmt: skip
-            case m.Reply():
-                with self._lock:
-                    entry = self._replies.pop(message.serial, None)
-                if entry is not None:
-                    entry[1].append(message)
-                    entry[0].set()
-                elif message.error:
-                    log.warning("the pump refused: %s", message.error)
-            case m.OfferNews():
-                with self._lock:
-                    offer = self._offers.get(message.key)
-                    if offer is not None and message.verdict == Verdict.REFUSED.value:
-                        del self._offers[message.key]
-                if offer is not None:
-                    offer.alone = message.alone
-                    offer.hear(message.verdict, message.reason, message.retry_after_s, message.finish_in_s)
-            case m.Refused():
-                log.warning("the pump ends the connection: %s", message.error)
-
     def _detach(self) -> None:
         with self._lock:
             sock, self._sock = self._sock, None
             self._out.clear()
-            for event, _ in self._replies.values():
-                event.set()
-            self._replies.clear()
+            self._standing.drop_questions()
         if sock is not None:
             self._selector.unregister(sock)
             sock.close()
 
     def _reattach(self) -> None:
         """The pump died: join or start another and tell it all that is under way. Deadlines still hold."""
-        self._expire()
+        self._standing.expire()
         try:
-            sock, attached = self._attach()
+            sock, attached = self._joining.join(self._guards.fd)
         except MachineError as error:
             if not self._alone:
                 log.warning("no pump: %s", error)
@@ -424,35 +327,20 @@ class LocalPumpClient(PumpClient):
             self._selector.select(K_RESTART_PAUSE_S)
             return
         self._alone = False
-        now = time.monotonic()
         self._selector.register(sock, selectors.EVENT_READ)
         with self._lock:
             # At once with the retelling: what another thread says from here on comes after it.
             self._sock, self._attached = sock, attached
-            regions = self._registered.regions
-            if regions:
-                self._out += m.encode(_register(next(self._serials), regions))
-            for lease in self._leases.values():
-                lease.message.deadline_s = max(0.0, lease.expires_s - now)
-                self._out += m.encode(lease.message)
-            for _, message, deadline in self._transfers.values():
-                message.deadline_s = max(0.0, deadline - now)
-                self._out += m.encode(message)
+            self._out += self._standing.told_again(next(self._serials))
+            n_transfers = len(self._standing.transfers)
             self._flush()
-        log.warning("the pump had gone; another is at work (%d transfers go on)", len(self._transfers))
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        with self._lock:
-            late = [key for key, (_, _, deadline) in self._transfers.items() if deadline <= now]
-        for key in late:
-            self._end(key, Outcome(False, FailureReason.PUMP_LOST, "no pump until the deadline"))
+        log.warning("the pump had gone; another is at work (%d transfers go on)", n_transfers)
 
     def close(self) -> None:
         with self._lock:
             if self._closed:
                 return
-            leases, transfers = list(self._leases.values()), [t for t, _, _ in self._transfers.values()]
+            leases, transfers = self._standing.leases, self._standing.transfers
         for lease in leases:
             self.revoke(lease)
         for transfer in transfers:
@@ -461,7 +349,7 @@ class LocalPumpClient(PumpClient):
             self._closed = True
         os.write(self._wake_out, b"x")
         if threading.current_thread() is not self._thread:
-            self._thread.join(K_ATTACH_S)
+            self._thread.join(K_ANSWER_S)
         self._detach()
         self._free()
 
@@ -478,23 +366,3 @@ class LocalPumpClient(PumpClient):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _first_answer(sock: socket.socket) -> m.ToServer:
-    """The pump's first message. The pump says nothing more until it is asked, so nothing is left over."""
-    inbox = m.Inbox()
-    while True:
-        data = sock.recv(65536)
-        if not data:
-            raise ConnectionError("it closed the connection")
-        bodies = inbox.feed(data)
-        if bodies:
-            try:
-                return m.decode_to_server(bodies[0])
-            except msgspec.MsgspecError as error:
-                raise ConnectionError(str(error)) from None
-
-
-def _register(serial: int, regions: Sequence[Region]) -> m.Register:
-    rows = np.array(regions, dtype=np.uint64).reshape(-1, 2)
-    return m.Register(serial, rows[:, 0].tobytes(), rows[:, 1].tobytes())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -113,6 +116,40 @@ def test_a_pump_whose_ledger_is_away_promises_against_its_floor_alone(pumps):
     small = other.offer("west", 100_000, 2.0)
     assert small.wait(K_WAIT_S) is Verdict.ADMITTED
     assert small.alone
+
+
+def test_what_a_pump_did_not_decide_is_asked_again_of_the_next_one_with_the_time_left(pumps):
+    east = pumps.client(pumps.start("east", links=link()))
+    # At 80 Mbit/s 45 s of the 60, and 20 more: not both. Neither is near what it could be alone.
+    admitted, queued = (east.offer("west", size, 60.0) for size in (450_000_000, 200_000_000))
+    assert admitted.wait(K_WAIT_S) is Verdict.ADMITTED
+    assert queued.wait(K_WAIT_S) is Verdict.QUEUED
+    # A stopped pump takes what is said to it, and says nothing.
+    pid = pumps.pid("east")
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    asked = east.offer("west", 10_000_000, 60.0)
+    given_up = east.offer("west", 10_000_000, 60.0)
+    too_late = east.offer("west", 1_000, 0.2)
+    asked_at = time.monotonic()
+    pumps.kill("east")
+    wait_for(lambda: east._alone)
+    while_away = east.offer("west", 10_000_000, 60.0)
+    east.release(given_up)
+    # The next pump comes only when there is no time left for this one.
+    time.sleep(max(0.0, asked_at + 0.3 - time.monotonic()))
+    assert {o.verdict for o in (asked, given_up, too_late, while_away)} == {None}
+    pumps.start("east", links=link())
+    assert asked.wait(K_WAIT_S) is Verdict.ADMITTED
+    assert while_away.wait(K_WAIT_S) is Verdict.ADMITTED
+    assert too_late.wait(K_WAIT_S) is Verdict.REFUSED
+    assert too_late.reason is RefusalReason.DEADLINE_PASSED
+    wait_for(lambda: queued.verdict is Verdict.ADMITTED)
+    # Each was asked once, and what had been decided not again.
+    held = status(east)
+    assert (held["admitted"], held["queued"], held["promised_bytes"]) == (3, 0, 220_000_000)
+    assert held["refusals"] == {"deadline-passed": 1}
+    assert given_up.verdict is None
 
 
 def test_another_sites_pump_gets_no_share(pumps):
