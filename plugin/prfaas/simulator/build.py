@@ -151,7 +151,7 @@ def _sample(world: World, every_s: float) -> None:
             sent[ends] = pipe.sent_bytes
             if moved or backlog:
                 world.record.link_rows.append((now, f"{ends[0]}->{ends[1]}", round(moved), round(backlog)))
-        for site, seen in world.snapshot(now).sites.items():
+        for site, seen in world.outlook.snapshot(now).sites.items():
             world.record.engine_rows.append(
                 (now, site, seen.prefill_backlog_s, seen.decode_running, seen.decode_waiting)
             )

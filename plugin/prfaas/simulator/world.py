@@ -10,24 +10,23 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from prfaas.model.decisions import Action, Decision, Verdict
 from prfaas.model.ids import LinkId, SiteId
-from prfaas.model.observations import LinkEstimate, RequestView, SiteObservation, Snapshot
+from prfaas.model.observations import RequestView
 from prfaas.routing.base import Policy
 from prfaas.simulator.agenda import Agenda
+from prfaas.simulator.choosing import ServiceOrder, pick_decode, pick_prefill, queue_key
 from prfaas.simulator.engine import Engine, Job
 from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.network import Network, Pipe, Transfer
+from prfaas.simulator.observing import Outlook
 from prfaas.simulator.record import Record
 from prfaas.workload.requests import TimedRequest
 
 K_ATTEMPTS = 6  # a request that failed so often is answered with an error
 K_NO_DEADLINE_S = 600.0  # s, order of sending for requests without one
 K_TRANSFER_S = 60.0  # s after prefill by which a transfer must be through: what its ledger is asked for
-
-K_EQUALS = 1e-3  # what a second served later counts where instances are else alike
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Settings:
     """How old what the door knows of the sites' load may be (a router polls); 0: always exact."""
     admission: bool = True
     """Whether the links' ledgers are asked before a transfer starts."""
-    service_order: Literal["fcfs", "deadline"] = "fcfs"
+    service_order: ServiceOrder = "fcfs"
     """Order in which prefill takes its queue."""
     homes: tuple[SiteId, ...] = ()
     """Sites whose users the requests are, in turn: each is decoded at home. Empty: where the policy says."""
@@ -71,7 +70,7 @@ class Live:
 
 
 class World:
-    """Runs one workload through one policy. Build it with simulator.build.world_of."""
+    """Runs one workload through one policy. Build it with simulator.build.simulation_of."""
 
     def __init__(
         self,
@@ -95,13 +94,7 @@ class World:
             for ends, pipe in network.pipes.items()
         }
         network.on_activity = lambda pipe, now: self.links[LinkId(pipe.source, pipe.target)].wake(now)
-        self._sites: dict[SiteId, SiteObservation] = {}
-        self._sites_at_s = -math.inf
-        self._around: dict[SiteId, dict[SiteId, SiteObservation]] = {}
-        self._estimates: dict[LinkId, LinkEstimate] = {}
-        for link_id, link in self.links.items():
-            self._estimates[link_id] = link.estimate
-            link.told = self._estimates
+        self.outlook = Outlook(self._by_site, self.links, settings.homes, settings.observe_every_s)
         self._requests: Iterator[TimedRequest] = iter(())
         self.exhausted = True
         """No further arrivals."""
@@ -136,83 +129,11 @@ class World:
 
     # The door.
 
-    def snapshot(self, now: float, home: SiteId | None = None) -> Snapshot:
-        """What the door knows at `now`: all, or a home's surroundings: itself and those with a way to it."""
-        if now - self._sites_at_s >= self.settings.observe_every_s or not self._sites:
-            self._sites_at_s = now
-            self._sites = {site: self._observe(site, now) for site in self._by_site}
-            self._around = {
-                home: {
-                    site: seen
-                    for site, seen in self._sites.items()
-                    if site == home or (site, home) in self.network.pipes
-                }
-                for home in self.settings.homes
-            }
-        return Snapshot(now, self._sites if home is None else self._around[home], self._estimates)
-
-    def _observe(self, site: SiteId, now: float) -> SiteObservation:
-        prefills = decodes = running = waiting = slots = 0
-        backlog_s = 0.0
-        for engine in self._by_site[site]:
-            if not engine.up or engine.draining:
-                continue
-            if engine.role != "decode":
-                prefills += 1
-                backlog_s += engine.backlog_s
-            if engine.role != "prefill":
-                decodes += 1
-                running += engine.running
-                waiting += engine.waiting
-                slots += engine.max_batch
-        return SiteObservation(
-            site,
-            now,
-            prefill_instances=prefills,
-            decode_instances=decodes,
-            prefill_backlog_s=backlog_s,
-            decode_running=running,
-            decode_waiting=waiting,
-            decode_slots=slots,
-        )
-
-    def _home(self, request: TimedRequest) -> SiteId | None:
-        homes = self.settings.homes
-        return homes[request.index % len(homes)] if homes else None
-
-    def _view(self, live: Live) -> RequestView:
-        request = live.request
-        cached: dict[SiteId, int] = {}
-        if request.block_ids:
-            for site, engines in self._by_site.items():
-                best = max(
-                    (
-                        engine.cache.match(request.block_ids, request.prompt_tokens)
-                        for engine in engines
-                        if engine.role != "decode" and engine.up
-                    ),
-                    default=0,
-                )
-                if best:
-                    cached[site] = best
-        return RequestView(
-            str(request.index),
-            request.prompt_tokens,
-            request.arrival_s,
-            home=self._home(request),
-            cached_tokens=cached,
-            output_tokens=request.output_tokens,
-            tenant=request.tenant,
-            slo_class=request.slo_class,
-            excluded=live.excluded,
-            attempt=live.attempt,
-        )
-
     def _door(self, live: Live, now: float) -> None:
         if live.over:
             return
-        live.view = view = self._view(live)
-        decision = self.policy.decide(view, self.snapshot(now, view.home), now)
+        live.view = view = self.outlook.view(live.request, live.excluded, live.attempt)
+        decision = self.policy.decide(view, self.outlook.snapshot(now, view.home), now)
         live.decision = decision
         if decision.action is Action.DISPATCH:
             self._dispatch(live, decision, now)
@@ -245,12 +166,13 @@ class World:
     def _dispatch(self, live: Live, decision: Decision, now: float) -> None:
         chosen, request = decision.chosen, live.request
         assert chosen is not None  # DISPATCH has a choice
-        key = self._key(decision)
-        prefill = self._pick_prefill(chosen.prefill_site, request, key, now)
+        order = self.settings.service_order
+        key = queue_key(decision, order)
+        prefill = pick_prefill(self._by_site.get(chosen.prefill_site, ()), request, key, order, now)
         decode = (
             prefill
             if prefill is not None and prefill.role == "collocated" and not decision.offloaded
-            else self._pick_decode(chosen.decode_site)
+            else pick_decode(self._by_site.get(chosen.decode_site, ()))
         )
         if prefill is None or decode is None:
             self._retry(live, chosen.prefill_site, "no instance is up", now, dispatched=False)
@@ -293,40 +215,6 @@ class World:
             live, request.prompt_tokens, request.output_tokens, on_join=self._on_join, on_done=self._on_done
         )
         decode.reserve(live.decode_job, request.prompt_tokens + request.output_tokens, self._on_pages, now)
-
-    def _key(self, decision: Decision) -> float:
-        """Its place in an instance's queue; equal keys are served as they come."""
-        if self.settings.service_order == "fcfs":
-            return 0.0
-        due_s = decision.order_s if decision.order_s is not None else decision.deadline_s
-        return math.inf if due_s is None else due_s
-
-    def _pick_prefill(self, site: SiteId, request: TimedRequest, key: float, now: float) -> Engine | None:
-        best, least_s = None, math.inf
-        for engine in self._by_site.get(site, ()):
-            if engine.role == "decode" or not engine.up or engine.draining:
-                continue
-            cost_s = engine.backlog_s
-            if self.settings.service_order == "deadline":
-                # What is served later doesn't matter, but for equals.
-                cost_s = engine.ahead_s(key, now) + K_EQUALS * cost_s
-            if request.block_ids:
-                cached = engine.cache.match(request.block_ids, request.prompt_tokens)
-                cost_s += engine.profile.prefill_s(request.prompt_tokens, cached)
-            if engine.role == "collocated" and engine.running + engine.waiting >= engine.max_batch:
-                cost_s += 1e3  # no place in its batch: only if all are so
-            if cost_s < least_s:
-                best, least_s = engine, cost_s
-        return best
-
-    def _pick_decode(self, site: SiteId) -> Engine | None:
-        best, least = None, math.inf
-        for engine in self._by_site.get(site, ()):
-            if engine.role != "prefill" and engine.up and not engine.draining:
-                load = (engine.assigned + engine.waiting) / engine.max_batch
-                if load < least:
-                    best, least = engine, load
-        return best
 
     def _on_pages(self, job: Job, now: float) -> None:
         """The decode side has room: prefill may start, once it has heard."""
@@ -461,7 +349,7 @@ class World:
         engine = self.engines[name]
         engine.kill(now)
         self.record.event(now, f"{name} killed")
-        self._sites_at_s = -math.inf
+        self.outlook.forget_sites()
         for live in [one for one in self.live.values() if engine in (one.prefill, one.decode)]:
             if live.decode is engine or live.first_token_s is None:
                 self.fail(live, f"{name} died", now)

@@ -1,0 +1,56 @@
+"""Which of a site's instances takes a request, and the request's place in that instance's queue."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+from prfaas.model.decisions import Decision
+from prfaas.simulator.engine import Engine
+from prfaas.workload.requests import TimedRequest
+
+K_EQUALS = 1e-3  # what a second served later counts where instances are else alike
+
+ServiceOrder = Literal["fcfs", "deadline"]
+
+
+def queue_key(decision: Decision, order: ServiceOrder) -> float:
+    """Its place in an instance's queue; equal keys are served as they come."""
+    if order == "fcfs":
+        return 0.0
+    due_s = decision.order_s if decision.order_s is not None else decision.deadline_s
+    return math.inf if due_s is None else due_s
+
+
+def pick_prefill(
+    engines: Iterable[Engine], request: TimedRequest, key: float, order: ServiceOrder, now: float
+) -> Engine | None:
+    """The instance that would be through with it soonest; None if none takes prefills."""
+    best, least_s = None, math.inf
+    for engine in engines:
+        if engine.role == "decode" or not engine.up or engine.draining:
+            continue
+        cost_s = engine.backlog_s
+        if order == "deadline":
+            # What is served later doesn't matter, but for equals.
+            cost_s = engine.ahead_s(key, now) + K_EQUALS * cost_s
+        if request.block_ids:
+            cached = engine.cache.match(request.block_ids, request.prompt_tokens)
+            cost_s += engine.profile.prefill_s(request.prompt_tokens, cached)
+        if engine.role == "collocated" and engine.running + engine.waiting >= engine.max_batch:
+            cost_s += 1e3  # no place in its batch: only if all are so
+        if cost_s < least_s:
+            best, least_s = engine, cost_s
+    return best
+
+
+def pick_decode(engines: Iterable[Engine]) -> Engine | None:
+    """The instance whose batch is least full; None if none decodes."""
+    best, least = None, math.inf
+    for engine in engines:
+        if engine.role != "prefill" and engine.up and not engine.draining:
+            load = (engine.assigned + engine.waiting) / engine.max_batch
+            if load < least:
+                best, least = engine, load
+    return best

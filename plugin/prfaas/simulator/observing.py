@@ -1,0 +1,111 @@
+"""What the door of a simulated system knows: of its sites, its links, and of the request before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from prfaas.model.ids import LinkId, SiteId
+from prfaas.model.observations import LinkEstimate, RequestView, SiteObservation, Snapshot
+from prfaas.simulator.engine import Engine
+from prfaas.simulator.links import WatchedLink
+from prfaas.workload.requests import TimedRequest
+
+
+class Outlook:
+    """The door's view. Of the sites' load it is up to `every_s` old, as a polling router's; of links, as
+    fresh as their reports.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[SiteId, Sequence[Engine]],
+        links: Mapping[LinkId, WatchedLink],
+        homes: Sequence[SiteId],
+        every_s: float,
+    ) -> None:
+        self._engines, self._homes, self._every_s = sites, homes, every_s
+        self._ways = frozenset((link.source, link.target) for link in links)
+        self._sites: dict[SiteId, SiteObservation] = {}
+        self._sites_at_s = -math.inf
+        self._around: dict[SiteId, dict[SiteId, SiteObservation]] = {}
+        self._estimates: dict[LinkId, LinkEstimate] = {}
+        for link_id, link in links.items():
+            self._estimates[link_id] = link.estimate
+            link.told = self._estimates
+
+    def snapshot(self, now: float, home: SiteId | None = None) -> Snapshot:
+        """What the door knows at `now`: all, or a home's surroundings: itself and those with a way to it."""
+        if now - self._sites_at_s >= self._every_s or not self._sites:
+            self._sites_at_s = now
+            self._sites = {site: self._observe(site, now) for site in self._engines}
+            self._around = {
+                home: {
+                    site: seen
+                    for site, seen in self._sites.items()
+                    if site == home or (site, home) in self._ways
+                }
+                for home in self._homes
+            }
+        return Snapshot(now, self._sites if home is None else self._around[home], self._estimates)
+
+    def forget_sites(self) -> None:
+        """The sites' load is looked at anew for the next request, however lately it was."""
+        self._sites_at_s = -math.inf
+
+    def view(self, request: TimedRequest, excluded: frozenset[SiteId], attempt: int) -> RequestView:
+        """The request as the policy sees it at this attempt."""
+        return RequestView(
+            str(request.index),
+            request.prompt_tokens,
+            request.arrival_s,
+            home=self._homes[request.index % len(self._homes)] if self._homes else None,
+            cached_tokens=self._cached(request),
+            output_tokens=request.output_tokens,
+            tenant=request.tenant,
+            slo_class=request.slo_class,
+            excluded=excluded,
+            attempt=attempt,
+        )
+
+    def _observe(self, site: SiteId, now: float) -> SiteObservation:
+        prefills = decodes = running = waiting = slots = 0
+        backlog_s = 0.0
+        for engine in self._engines[site]:
+            if not engine.up or engine.draining:
+                continue
+            if engine.role != "decode":
+                prefills += 1
+                backlog_s += engine.backlog_s
+            if engine.role != "prefill":
+                decodes += 1
+                running += engine.running
+                waiting += engine.waiting
+                slots += engine.max_batch
+        return SiteObservation(
+            site,
+            now,
+            prefill_instances=prefills,
+            decode_instances=decodes,
+            prefill_backlog_s=backlog_s,
+            decode_running=running,
+            decode_waiting=waiting,
+            decode_slots=slots,
+        )
+
+    def _cached(self, request: TimedRequest) -> dict[SiteId, int]:
+        """Tokens of its prompt that the best instance of each site has, where any has some."""
+        cached: dict[SiteId, int] = {}
+        if request.block_ids:
+            for site, engines in self._engines.items():
+                best = max(
+                    (
+                        engine.cache.match(request.block_ids, request.prompt_tokens)
+                        for engine in engines
+                        if engine.role != "decode" and engine.up
+                    ),
+                    default=0,
+                )
+                if best:
+                    cached[site] = best
+        return cached
