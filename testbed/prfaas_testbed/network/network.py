@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from prfaas.config.topology import Impairments, LinkChange, Topology
 from prfaas.model.errors import MachineError, UsageError
@@ -34,44 +30,20 @@ from prfaas_testbed.network.ports import (
     reset_lines,
 )
 from prfaas_testbed.network.router import RouterAgent, RouterError, Sample
-from prfaas_testbed.network.state import (
-    K_TMP_PREFIX,
-    Lock,
-    Record,
-    checkout,
-    clean_up,
-    read_sysctl,
-    state_file,
+from prfaas_testbed.network.state import Record, checkout
+from prfaas_testbed.network.sysctls import (
+    K_FORWARD,
+    allow_congestion_controls,
+    quiet_sysctls,
+    site_sysctls,
 )
 from prfaas_testbed.network.tc import differences, qdisc_commands
 from prfaas_testbed.network.traffic import CrossTraffic, Kind
 
 K_WAN = "wan"
-K_SITE_BUFFER_BYTES = (
-    32 * 2**20
-)  # the most TCP may hold a connection: well above any bandwidth-delay product here
 K_SAMPLE_EVERY_S = 0.1
 K_TRAFFIC_PORT = 5920
 K_CAPTURE_BLOCK_S = 1.2  # the kernel hands packets over in blocks, up to a second late; an end drops the last
-K_CONGESTION = "net.ipv4.tcp_allowed_congestion_control"
-K_NEEDED = {
-    "mnexec": "mininet",
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "ss": "iproute2",
-    "ethtool": "ethtool",
-    "nft": "nftables",
-    "iperf3": "iperf3",
-    "ping": "iputils-ping",
-    "tcpdump": "tcpdump",
-    "unshare": "util-linux",
-}
-_FORWARD = (
-    "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 0 > /proc/sys/net/ipv4/conf/all/send_redirects; "
-    "echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter; echo 0 > /proc/sys/net/ipv4/icmp_ratelimit; "
-    "[ ! -d /proc/sys/net/ipv6 ] || echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; exec ip -batch -"
-)
-
 Progress = Callable[[str], None]
 
 
@@ -150,7 +122,7 @@ class Network:
             self._wan.check(["ip", "link", "set", devices[name], "arp", "off", "mtu", str(mtu), "up"])
         self._agent = self._emulator.start(self.plan, self._wan, devices, self._record, folder)
         for node in self.plan.nodes:
-            self._agent.run(node, ["sh", "-c", _FORWARD], self.plan.node_lines[node])
+            self._agent.run(node, ["sh", "-c", K_FORWARD], self.plan.node_lines[node])
             if node in self.sites:
                 # Merged packets would be lost, delayed and counted as one.
                 self._agent.run(node, ["ethtool", "-K", "site", "gro", "off"])
@@ -341,119 +313,3 @@ def site_lines(device: str, site: SiteAddress, mtu_bytes: int) -> list[str]:
         f"neigh replace {site.gateway} lladdr {site.gateway_mac} dev {device} nud permanent",
         f"route add default via {site.gateway}",
     ]
-
-
-def quiet_sysctls(more: str) -> str:
-    return f"[ ! -d /proc/sys/net/ipv6 ] || echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; {more}"
-
-
-def site_sysctls() -> str:
-    """Of the site's own namespace: room for long fat links, and no memory of earlier connections."""
-    return quiet_sysctls(
-        f"echo 4096 131072 {K_SITE_BUFFER_BYTES} > /proc/sys/net/ipv4/tcp_rmem; "
-        f"echo 4096 65536 {K_SITE_BUFFER_BYTES} > /proc/sys/net/ipv4/tcp_wmem; "
-        "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save; "
-        "echo cubic > /proc/sys/net/ipv4/tcp_congestion_control || true; "
-        "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range"
-    )
-
-
-def allow_congestion_controls(record: Record) -> list[str]:
-    """Let sites use CUBIC and BBR, where the kernel has them. Returns what is allowed then."""
-    allowed = read_sysctl(K_CONGESTION).split()
-    offered = read_sysctl("net.ipv4.tcp_available_congestion_control").split()
-    more = [name for name in ("cubic", "bbr") if name in offered and name not in allowed]
-    if more:
-        record.raise_sysctl(K_CONGESTION, " ".join([*allowed, *more]))
-    return [*allowed, *more]
-
-
-def check_machine() -> None:
-    """Raises MachineError for what this machine lacks: root, or a program, with the package that has it."""
-    if os.geteuid() != 0:
-        raise MachineError("an emulated network needs root: run it with sudo")
-    for program, package in K_NEEDED.items():
-        if shutil.which(program) is None:
-            raise MachineError(
-                f"{program} is missing; install Debian's package {package}, or run `make setup`"
-            )
-
-
-def recover(lock: Lock, progress: Progress) -> None:
-    """Clean up after a run that was killed, in this checkout or in the one that last held the lock."""
-    for path in {state_file(), Path(lock.previous_state) if lock.previous_state else state_file()}:
-        for line in clean_up(path, grace_s=0.5):
-            progress(f"left by a killed run, now gone: {line}")
-
-
-@contextmanager
-def open_network(
-    topology: Topology,
-    workdir: str | os.PathLike[str],
-    progress: Progress | None = None,
-    emulation: str | None = None,
-    wait_s: float = 0.0,
-) -> Iterator[Network]:
-    """Bring `topology` up, and take it down whatever happens inside.
-
-    `workdir` (made if missing) is seen by the sites under its own path, as the checkout is. `emulation`
-    forces `native` or `appliance`; another run is waited for up to `wait_s`. Raises MachineError when this
-    machine lacks something or another run holds it.
-    """
-    tell = progress or (lambda text: None)
-    check_machine()
-    workdir = Path(workdir).resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
-    with terminated_as_interrupt():
-        lock = Lock(topology.name, wait_s)
-        try:
-            recover(lock, tell)
-            record = Record(state_file())
-            folder = Path(tempfile.mkdtemp(prefix=K_TMP_PREFIX))
-            record.folder(folder)
-            net = Network(topology, workdir, tell, record)
-            try:
-                net.bring_up(emulation, folder)
-                yield net
-            finally:
-                with undisturbed():
-                    try:
-                        net.close()
-                    finally:
-                        clean_up(state_file())
-        finally:
-            lock.release()
-
-
-@contextmanager
-def terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, with everything cleaned up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        if before is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Taking down is not interrupted half way: a second Ctrl-C waits the seconds it needs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

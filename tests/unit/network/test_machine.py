@@ -8,7 +8,7 @@ from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.network import base
 from prfaas_testbed.network.appliance import Appliance
 from prfaas_testbed.network.native import Native
-from prfaas_testbed.network.network import check_machine
+from prfaas_testbed.network.opening import check_machine
 
 
 def test_without_root_the_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,122 @@
+"""Opening an emulated network, one at a time on a machine, and taking it down whatever happens inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from prfaas.config.topology import Topology
+from prfaas.model.errors import MachineError
+from prfaas_testbed.network.network import Network, Progress
+from prfaas_testbed.network.state import K_TMP_PREFIX, Lock, Record, clean_up, state_file
+
+K_NEEDED = {
+    "mnexec": "mininet",
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "ss": "iproute2",
+    "ethtool": "ethtool",
+    "nft": "nftables",
+    "iperf3": "iperf3",
+    "ping": "iputils-ping",
+    "tcpdump": "tcpdump",
+    "unshare": "util-linux",
+}
+
+
+def check_machine() -> None:
+    """Raises MachineError for what this machine lacks: root, or a program, with the package that has it."""
+    if os.geteuid() != 0:
+        raise MachineError("an emulated network needs root: run it with sudo")
+    for program, package in K_NEEDED.items():
+        if shutil.which(program) is None:
+            raise MachineError(
+                f"{program} is missing; install Debian's package {package}, or run `make setup`"
+            )
+
+
+def recover(lock: Lock, progress: Progress) -> None:
+    """Clean up after a run that was killed, in this checkout or in the one that last held the lock."""
+    for path in {state_file(), Path(lock.previous_state) if lock.previous_state else state_file()}:
+        for line in clean_up(path, grace_s=0.5):
+            progress(f"left by a killed run, now gone: {line}")
+
+
+@contextmanager
+def open_network(
+    topology: Topology,
+    workdir: str | os.PathLike[str],
+    progress: Progress | None = None,
+    emulation: str | None = None,
+    wait_s: float = 0.0,
+) -> Iterator[Network]:
+    """Bring `topology` up, and take it down whatever happens inside.
+
+    `workdir` (made if missing) is seen by the sites under its own path, as the checkout is. `emulation`
+    forces `native` or `appliance`; another run is waited for up to `wait_s`. Raises MachineError when this
+    machine lacks something or another run holds it.
+    """
+    tell = progress or (lambda text: None)
+    check_machine()
+    workdir = Path(workdir).resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with terminated_as_interrupt():
+        lock = Lock(topology.name, wait_s)
+        try:
+            recover(lock, tell)
+            record = Record(state_file())
+            folder = Path(tempfile.mkdtemp(prefix=K_TMP_PREFIX))
+            record.folder(folder)
+            net = Network(topology, workdir, tell, record)
+            try:
+                net.bring_up(emulation, folder)
+                yield net
+            finally:
+                with undisturbed():
+                    try:
+                        net.close()
+                    finally:
+                        clean_up(state_file())
+        finally:
+            lock.release()
+
+
+@contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, with everything cleaned up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Taking down is not interrupted half way: a second Ctrl-C waits the seconds it needs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
