@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prfaas.model.errors import LocalProtocolError
@@ -128,6 +128,12 @@ def test_a_late_caller_does_not_stretch_the_steps() -> None:
     assert chunks == pytest.approx([0.1, 0.2, 0.25])
 
 
+@example(
+    [(1, 1, 0.0), (1, 1, 0.0), (2, 1, 0.0), (2, 1, 0.0), (3, 1, 0.0), (7, 1, 0.0), (300, 5, 0.0)],
+    320,
+    False,
+    7,
+)
 @given(
     st.lists(st.tuples(st.integers(1, 300), st.integers(1, 5), st.floats(0, 2)), min_size=1, max_size=12),
     st.integers(320, 1000),

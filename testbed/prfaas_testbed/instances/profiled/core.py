@@ -198,23 +198,32 @@ class Scheduler:
         while self._waiting:
             job = self._waiting[0]
             cached = self.cache.match(job.tokens)
-            # A tail that is reused becomes part of a block of its own later.
-            shared = cached // self.cache.block_tokens * self.cache.block_tokens
-            need = len(job.tokens) - shared + self._new_tokens(job.max_new)
-            pinned = self.cache.pin(job.tokens, cached)
-            lacking = self.reserved_tokens + self.cache.used_tokens + need - self.pool_tokens
-            if lacking > 0:
-                lacking -= self.cache.evict(lacking)
-            if lacking > 0:
-                self.cache.unpin(pinned)
-                return
+            if not self._make_room(job, cached):
+                # With nobody left to wait for, what it would reuse is what it lacks room for: it does without.
+                alone = self.reserved_tokens == 0
+                if not (cached and alone and self._make_room(job, 0)):
+                    return
             self._waiting.popleft()
-            job.cached, job.reserved, job.pinned, job.granted = cached, need, pinned, True
-            job.done = cached
-            self.reserved_tokens += need
             if self.role != "decode":
                 _enqueue(self._prefilling, job)
-            events.append(Granted(job.id, now, cached))
+            events.append(Granted(job.id, now, job.cached))
+
+    def _make_room(self, job: _Job, cached: int) -> bool:
+        """Reserve what it needs if it reuses so many tokens, at the cost of what is cached for others."""
+        # A tail that is reused becomes part of a block of its own later.
+        shared = cached // self.cache.block_tokens * self.cache.block_tokens
+        need = len(job.tokens) - shared + self._new_tokens(job.max_new)
+        pinned = self.cache.pin(job.tokens, cached)
+        lacking = self.reserved_tokens + self.cache.used_tokens + need - self.pool_tokens
+        if lacking > 0:
+            lacking -= self.cache.evict(lacking)
+        if lacking > 0:
+            self.cache.unpin(pinned)
+            return False
+        job.cached = job.done = cached
+        job.reserved, job.pinned, job.granted = need, pinned, True
+        self.reserved_tokens += need
+        return True
 
     def _start(self, now: float, events: list[Event]) -> None:
         if self._step is not None:
