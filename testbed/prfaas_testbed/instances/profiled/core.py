@@ -199,7 +199,7 @@ class Scheduler:
             job = self._waiting[0]
             cached = self.cache.match(job.tokens)
             if not self._make_room(job, cached):
-                # With nobody left to wait for, what it would reuse is what it lacks room for: it does without.
+                # Nobody is left to wait for: what it would reuse is what it lacks room for.
                 alone = self.reserved_tokens == 0
                 if not (cached and alone and self._make_room(job, 0)):
                     return
