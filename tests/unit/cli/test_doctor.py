@@ -59,7 +59,7 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
         ({"python": (3, 10, 0)}, "python", "lacking", "3.11"),
         ({"cores": 1}, "cores", "warn", "2 or more"),
         ({"memory_bytes": 4 << 30}, "memory", "warn", "8 GiB"),
-        ({"disk_free_bytes": 10**9}, "disk", "warn", "free 25 GB"),
+        ({"disk_free_bytes": 10**9}, "disk", "warn", "free 15 GB"),
         ({"shared_memory_free_bytes": 64 << 20}, "shm", "warn", "remount,size="),
         ({"open_files": 1024}, "open files", "warn", "ulimit -n 65536"),
         ({"crc32c_in_hardware": False}, "crc32c", "warn", "SSE 4.2"),
