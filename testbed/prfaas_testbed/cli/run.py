@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.run import Run, stamp, write_run
-from prfaas.model.errors import PrfaasError, UsageError
+from prfaas.model.errors import UsageError
 from prfaas_testbed.experiment.before import check_before
 from prfaas_testbed.experiment.checks import exit_status, judge
 from prfaas_testbed.experiment.machine import K_RESULTS, K_TOPOLOGIES
@@ -29,6 +29,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--parts", metavar="GLOB[,GLOB]", help="only these parts of a set, for example 'metro-*,*-cut'"
     )
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR",
+        help="go on with the set's run in DIR: run what is missing, was stopped by the machine or is defined "
+        "otherwise now; what ended stands, passed or not",
+    )  # fmt: skip
+    parser.add_argument(
+        "--for", dest="for_s", type=float, metavar="S",
+        help="begin no part of a set later than this; --resume runs the others another time",
+    )  # fmt: skip
     parser.add_argument("--repetitions", type=int, metavar="N", help="instead of the file's own number")
     parser.add_argument(
         "--wait",
@@ -47,7 +56,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--repetitions {args.repetitions}: at least 1")
     if args.parts is not None:
         choice = with_parts(choice, args.parts)
-    folder = ((args.out or K_RESULTS) / choice.name / stamp()).resolve()
+    if not isinstance(choice, ExperimentSet) and (args.resume or args.for_s is not None):
+        raise UsageError(f"--resume and --for are for sets: {choice.name} is a single experiment")
+    if args.resume and args.out:
+        raise UsageError("--resume DIR goes on in DIR: --out would be another place")
+    folder = (args.resume or (args.out or K_RESULTS) / choice.name / stamp()).resolve()
     if isinstance(choice, ExperimentSet):
         record = run_set(choice, folder, args)
     else:
@@ -115,36 +128,21 @@ def draw(folder: Path) -> None:
 
 
 def run_set(choice: ExperimentSet, folder: Path, args: argparse.Namespace) -> Run:
-    """All parts, one after the other, in one record."""
-    from prfaas_testbed.experiment.record import join_parts
+    """All parts, one after the other, in one record that is written after each."""
+    from prfaas_testbed.experiment.sets import SetRun, real_conduct
 
     parts = list(parts_of(choice, K_TOPOLOGIES))
+    if args.repetitions is not None:
+        parts = [(n, e.model_copy(update={"repetitions": args.repetitions})) for n, e in parts]
     for name, experiment in parts:
         check_before(experiment, f"part {name}")
-    records: list[tuple[str, Run]] = []
-    stopped: dict[str, str] = {}
-    for i, (name, experiment) in enumerate(parts):
-        tell(f"part {i + 1} of {len(parts)}: {name}")
-        if args.repetitions is not None:
-            experiment = experiment.model_copy(update={"repetitions": args.repetitions})
-        topology, results = check_before(experiment, f"part {name}"), Results()
-        record = record_of(experiment, topology)
-        try:
-            Runner(experiment, topology, folder / name, results, tell, args.wait).run()
-        except PrfaasError as error:
-            # The other parts can still be had; this one counts as failed.
-            tell(f"part {name} was stopped: {error}")
-            stopped[name] = str(error)
-        results.into(record)
-        records.append((name, record))
-        for line in check_lines(judge(record)):
-            tell(f"{name} {line}")
-    whole = join_parts(choice, records)
-    whole.model_extra["stopped_parts"] = stopped  # type: ignore[index]
-    whole.checks = judge(whole)
-    write_run(whole, folder)
+    whole = SetRun(choice, parts, folder, tell)
+    if args.resume is not None:
+        whole.resume()
+    budget_s = choice.wall_time_s if args.for_s is None else min(args.for_s, choice.wall_time_s)
+    record = whole.go(real_conduct(folder, tell, args.wait), budget_s)
     draw(folder)
-    return whole
+    return record
 
 
 def tell(line: str) -> None:

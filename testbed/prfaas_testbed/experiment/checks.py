@@ -50,7 +50,8 @@ def judge(run: Run) -> list[CheckRow]:
     rows: list[CheckRow] = []
     parts = run.definition.get("parts")
     if isinstance(parts, dict):
-        stopped = (run.model_extra or {}).get("stopped_parts") or {}
+        extra = run.model_extra or {}
+        stopped = extra.get("stopped_parts") or {}
         for part, definition in parts.items():
             if part in stopped:
                 rows.append(
@@ -65,6 +66,13 @@ def judge(run: Run) -> list[CheckRow]:
             specs = [CheckSpec.model_validate(spec) for spec in definition.get("checks", [])]
             require_known(specs, f"part {part}")
             rows += [judge_one(View(run, part), spec, f"{part}/{spec.name}") for spec in specs]
+        missing = [part for part in extra.get("parts_planned") or [] if part not in parts]
+        rows += [
+            CheckRow(
+                name=f"{part}/ran", outcome="failed", value=None, wanted="to its end", reason="not run yet"
+            )
+            for part in missing
+        ]
         return rows
     specs = [CheckSpec.model_validate(spec) for spec in run.definition.get("checks", [])]
     require_known(specs, run.experiment)

@@ -60,6 +60,10 @@ class TooBusy(MachineError):
     """The machine can't emulate the network faithfully while it runs the load."""
 
 
+class CalibrationMissed(PrfaasError):
+    """The network isn't as the file asks for, so the load was not run."""
+
+
 @dataclass
 class Results:
     """What a run has gathered so far; also what a run that was stopped has."""
@@ -140,7 +144,9 @@ class Runner:
             )
         missed = network_verdict(rows)
         if missed:
-            raise PrfaasError(f"the network isn't as asked for, the load was not run: {' | '.join(missed)}")
+            raise CalibrationMissed(
+                f"the network isn't as asked for, the load was not run: {' | '.join(missed)}"
+            )
 
     def one_model(self, net: Network, model: ModelChoice) -> None:
         folder = self.folder / "work" / model.name

@@ -1,0 +1,192 @@
+"""A set of experiments in one record, part by part; an interrupted one goes on where it was.
+
+After every part the whole record is written again, so what a run has at any moment can be resumed:
+
+    missing                     run
+    stopped by the machine      run again   (too busy, a port taken, a calibration missed)
+    made by another definition  run again   (the file was edited since)
+    ended, or the system's fault stopped it   kept, whatever it says: nothing is run until it passes
+
+Each part keeps its own start, commit, machine and load under `part_runs`, with the attempts before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prfaas.config.experiment import Experiment, ExperimentSet
+from prfaas.config.run import Repetition, Row, Run, read_run, write_run
+from prfaas.model.errors import MachineError, PrfaasError, UsageError
+from prfaas_testbed.experiment.before import check_before
+from prfaas_testbed.experiment.checks import judge
+from prfaas_testbed.experiment.record import record_of
+from prfaas_testbed.experiment.runner import CalibrationMissed, Progress, Results, Runner
+from prfaas_testbed.experiment.table import check_lines
+from prfaas_testbed.experiment.view import field
+
+K_OWN = ("started", "commit", "versions", "machine", "emulation", "scale")
+"""What each part of a set says for itself."""
+K_ROWS = ("calibration", "baseline", "controls", "void")
+
+Conduct = Callable[[str, Experiment, Results], None]
+"""Runs one part and fills its results; raises PrfaasError when it can't."""
+
+
+def by_machine(error: PrfaasError) -> bool:
+    """Whether it was the machine that failed, and not the system under test."""
+    return isinstance(error, MachineError | CalibrationMissed)
+
+
+class SetRun:
+    """One set's record as it grows."""
+
+    def __init__(
+        self, choice: ExperimentSet, parts: Sequence[tuple[str, Experiment]], folder: Path, tell: Progress
+    ) -> None:
+        self._parts, self._folder, self._tell = dict(parts), folder, tell
+        self._choice = choice
+        self.record: Run | None = None
+
+    def resume(self) -> None:
+        """Take what the folder holds. Raises UsageError where that isn't a run of this set."""
+        record = read_run(self._folder)
+        if record.experiment != self._choice.name or "part_runs" not in (record.model_extra or {}):
+            raise UsageError(
+                f"--resume {self._folder}: holds a run of {record.experiment}, and not one of the set "
+                f"{self._choice.name} that can go on"
+            )
+        self.record = record
+
+    @property
+    def part_runs(self) -> dict[str, dict[str, Any]]:
+        return {} if self.record is None else (self.record.model_extra or {})["part_runs"]
+
+    def why_run(self, name: str) -> str | None:
+        """Why this part has to be run; None where what is recorded stands."""
+        done = self.part_runs.get(name)
+        if done is None:
+            return "not run yet"
+        assert self.record is not None
+        if self.record.definition["parts"][name] != _definition(self._parts[name]):
+            return "its definition has changed"
+        if done.get("stopped") and done.get("stopped_by") == "machine":
+            return f"stopped by the machine: {done['stopped']}"
+        return None
+
+    def go(self, conduct: Conduct, budget_s: float = float("inf")) -> Run:
+        """Run what is to be run, beginning no part when `budget_s` are over; the record so far."""
+        began_s = time.monotonic()
+        waiting = [(name, why) for name in self._parts if (why := self.why_run(name)) is not None]
+        for i, (name, why) in enumerate(waiting):
+            if time.monotonic() - began_s > budget_s:
+                self._tell(f"{len(waiting) - i} parts are left for another time")
+                break
+            self._tell(f"part {i + 1} of {len(waiting)}: {name} ({why})")
+            self._one(name, conduct)
+        if self.record is None:
+            raise UsageError(f"{self._choice.name}: nothing was run")
+        return self.record
+
+    def _one(self, name: str, conduct: Conduct) -> None:
+        experiment, results = self._parts[name], Results()
+        record = record_of(experiment, check_before(experiment, f"part {name}"))
+        began_s = time.monotonic()
+        own: dict[str, Any] = {}
+        try:
+            conduct(name, experiment, results)
+        except PrfaasError as error:
+            # The other parts can still be had; this one counts as failed.
+            self._tell(f"part {name} was stopped: {error}")
+            own = {"stopped": str(error), "stopped_by": "machine" if by_machine(error) else "system"}
+        results.into(record)
+        own = {
+            **record.model_dump(mode="json", include=set(K_OWN)),
+            "topology": (record.model_extra or {})["topology"],
+            "wall_s": round(time.monotonic() - began_s, 1),
+            **own,
+        }
+        before = self.part_runs.get(name)
+        if before is not None:
+            brief = {key: before[key] for key in ("started", "commit", "stopped") if key in before}
+            own["attempts_before"] = [*before.get("attempts_before", []), brief]
+        self.record = with_part(self.record, self._choice, list(self._parts), name, record, own)
+        self.record.checks = judge(self.record)
+        write_run(self.record, self._folder)
+        for line in check_lines([row for row in self.record.checks if row.name.startswith(f"{name}/")]):
+            self._tell(line)
+
+
+def real_conduct(folder: Path, tell: Progress, wait_s: float) -> Conduct:
+    """Each part on an emulated network of its own."""
+
+    def conduct(name: str, experiment: Experiment, results: Results) -> None:
+        topology = check_before(experiment, f"part {name}")
+        Runner(experiment, topology, folder / name, results, tell, wait_s).run()
+
+    return conduct
+
+
+def with_part(
+    whole: Run | None,
+    choice: ExperimentSet,
+    order: Sequence[str],
+    name: str,
+    record: Run,
+    own: dict[str, Any],
+) -> Run:
+    """The record with the rows of one part in place of those it had; rows carry their part, and repetition i
+    holds every part's i-th."""
+    if whole is None:
+        whole = record.model_copy(
+            update={
+                "experiment": choice.name, "description": choice.description, "parts": [],
+                "definition": {"parts": {}}, "repetitions": [], **{rows: [] for rows in K_ROWS},
+            }
+        )  # fmt: skip
+        whole.__pydantic_extra__ = {"part_runs": {}, "stopped_parts": {}, "parts_planned": list(order)}
+    extra: dict[str, Any] = whole.model_extra or {}
+    planned = list(dict.fromkeys([*order, *extra["parts_planned"]]))
+    extra["parts_planned"] = planned
+    extra["part_runs"][name] = own
+    extra["stopped_parts"].pop(name, None)
+    if "stopped" in own:
+        extra["stopped_parts"][name] = own["stopped"]
+    whole.definition["parts"][name] = record.definition
+    # The file's order, whatever was run when.
+    whole.parts = [part for part in planned if part in extra["part_runs"]]
+    whole.definition["parts"] = {part: whole.definition["parts"][part] for part in whole.parts}
+    for kind in K_ROWS:
+        kept = [row for row in getattr(whole, kind) if field(row, "part") != name]
+        setattr(whole, kind, kept + [_marked(row, name) for row in getattr(record, kind)])
+    indices = {r.index: r for r in whole.repetitions}
+    for repetition in record.repetitions:
+        indices.setdefault(repetition.index, Repetition(index=repetition.index))
+    fresh = {repetition.index: repetition for repetition in record.repetitions}
+    for index, target in indices.items():
+        for kind in ("requests", "links", "events"):
+            kept = [row for row in getattr(target, kind) if field(row, "part") != name]
+            new = getattr(fresh[index], kind) if index in fresh else []
+            setattr(target, kind, kept + [_marked(row, name) for row in new])
+    whole.repetitions = [indices[i] for i in sorted(indices)]
+    runs = extra["part_runs"].values()
+    # The record begins with its first part; of many commits it says that there are many.
+    whole.started = min(run["started"] for run in runs)
+    commits = sorted({run["commit"] for run in runs})
+    whole.commit = commits[0] if len(commits) == 1 else ",".join(commit[:12] for commit in commits)
+    whole.scale = max(run["scale"] for run in runs)
+    emulations = {run["emulation"] for run in runs}
+    whole.emulation = "appliance" if "appliance" in emulations else next(iter(emulations))
+    extra["wall_s"] = round(sum(run["wall_s"] for run in runs), 1)
+    return whole
+
+
+def _definition(experiment: Experiment) -> dict[str, Any]:
+    return experiment.model_dump(mode="json", exclude_defaults=True)
+
+
+def _marked(row: Any, part: str) -> Any:
+    assert isinstance(row, Row)
+    return type(row).model_validate({**row.model_dump(), "part": part})

@@ -1,0 +1,130 @@
+"""A set's record grows part by part, and an interrupted set goes on where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
+from prfaas.config.run import EventRow, RequestRow, read_run, write_run
+from prfaas.model.errors import MachineError, PrfaasError, UsageError
+from prfaas_testbed.cli.main import main
+from prfaas_testbed.cli.run import with_parts
+from prfaas_testbed.experiment.checks import judge
+from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.runner import CalibrationMissed, Results
+from prfaas_testbed.experiment.sets import SetRun, by_machine
+
+K_PARTS = "metro-flap,metro-cut,two-sites-cut"  # in the file's order
+
+
+class Conductor:
+    """Says which parts were run, and fails those it is told to."""
+
+    def __init__(self, failing: dict[str, BaseException] | None = None) -> None:
+        self.ran: list[str] = []
+        self.failing = failing or {}
+
+    def __call__(self, name: str, experiment: Experiment, results: Results) -> None:
+        self.ran.append(name)
+        if name in self.failing:
+            raise self.failing[name]
+        row = {"id": "r0", "model": "toy", "prompt_tokens": 1, "run": len(self.ran)}
+        results.repetition(0).requests.append(RequestRow.model_validate(row))
+        results.repetition(0).events.append(EventRow(at_s=0.0, event="load"))
+
+
+def a_set(folder: Path, parts: str = K_PARTS, resume: bool = False) -> SetRun:
+    matrix = load_experiment("matrix", K_TOPOLOGIES)
+    assert isinstance(matrix, ExperimentSet)
+    chosen = with_parts(matrix, parts)
+    found = SetRun(chosen, list(parts_of(chosen, K_TOPOLOGIES)), folder, lambda line: None)
+    if resume:
+        found.resume()
+    return found
+
+
+def test_a_record_holds_every_part_that_ended_even_when_the_run_was_interrupted(tmp_path: Path) -> None:
+    interrupted = Conductor({"metro-cut": KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        a_set(tmp_path).go(interrupted)
+    record = read_run(tmp_path)
+    assert record.parts == ["metro-flap"]
+    missing = {row.name: row.reason for row in judge(record) if row.name.endswith("/ran")}
+    assert missing == {"metro-cut/ran": "not run yet", "two-sites-cut/ran": "not run yet"}
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == ["metro-cut", "two-sites-cut"]
+    record = read_run(tmp_path)
+    assert record.parts == ["metro-flap", "metro-cut", "two-sites-cut"]
+    assert len(record.repetitions) == 1
+    assert [row.model_extra["part"] for row in record.repetitions[0].requests] == record.parts  # type: ignore[index]
+
+
+def test_what_the_machine_stopped_runs_again_and_what_the_system_failed_stands(tmp_path: Path) -> None:
+    first = Conductor(
+        {
+            "metro-flap": MachineError("too busy"),
+            "metro-cut": PrfaasError("a server died"),
+            "two-sites-cut": CalibrationMissed("rate"),
+        }
+    )
+    a_set(tmp_path).go(first)
+    assert first.ran == ["metro-flap", "metro-cut", "two-sites-cut"]
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == ["metro-flap", "two-sites-cut"]
+    extra = read_run(tmp_path).model_extra
+    assert extra is not None
+    assert extra["stopped_parts"] == {"metro-cut": "a server died"}
+    (before,) = extra["part_runs"]["metro-flap"]["attempts_before"]
+    assert before["stopped"] == "too busy"
+    assert {"started", "commit", "machine", "wall_s"} <= extra["part_runs"]["metro-flap"].keys()
+
+
+def test_a_part_whose_definition_changed_runs_again_and_its_old_rows_go(tmp_path: Path) -> None:
+    a_set(tmp_path).go(Conductor())
+    record = read_run(tmp_path)
+    record.definition["parts"]["metro-cut"]["seed"] = 7
+    write_run(record, tmp_path)
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == ["metro-cut"]
+    rows = read_run(tmp_path).repetitions[0].requests
+    assert sorted(str(row.model_extra["part"]) for row in rows) == sorted(K_PARTS.split(","))  # type: ignore[index]
+
+
+def test_no_part_begins_when_the_time_is_over_and_more_parts_may_join_later(tmp_path: Path) -> None:
+    first = Conductor()
+    with pytest.raises(UsageError, match="nothing was run"):
+        a_set(tmp_path).go(first, budget_s=-1)
+    assert first.ran == []
+    a_set(tmp_path, "metro-flap").go(first)
+    again = Conductor()
+    whole = a_set(tmp_path, "metro-flap,two-sites-cut", resume=True)
+    whole.go(again)
+    assert again.ran == ["two-sites-cut"]
+    assert read_run(tmp_path).parts == ["metro-flap", "two-sites-cut"]
+
+
+def test_another_run_can_t_be_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such run"):
+        a_set(tmp_path, resume=True)
+    a_set(tmp_path).go(Conductor())
+    record = read_run(tmp_path)
+    record.experiment = "other"
+    write_run(record, tmp_path)
+    with pytest.raises(UsageError, match="holds a run of other"):
+        a_set(tmp_path, resume=True)
+
+
+def test_resume_is_for_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "hello", "--resume", str(tmp_path)]) == 2
+    assert "hello is a single experiment" in capsys.readouterr().err
+
+
+def test_a_missed_calibration_is_the_machine_s_fault_and_a_dead_server_isn_t() -> None:
+    assert by_machine(CalibrationMissed("rate"))
+    assert by_machine(MachineError("a port is taken"))
+    assert not by_machine(PrfaasError("a server died"))
