@@ -86,6 +86,7 @@ class LedgerHost:
     def offer(self, pump: str, key: str, body: dict[str, Any], news: News, now: float) -> dict[str, Any]:
         """A transfer asks for its place; the ledger's answer. `news` hears what becomes of it later."""
         self._seen_s.setdefault(pump, now)
+        self._supersede(key, now)
         first_in_s, ready_in_s = float(body.get("first_in_s", 0.0)), float(body.get("ready_in_s", 0.0))
         decision = self.ledger.offer(
             key, int(body["size_bytes"]), now + float(body["deadline_s"]), now=now, first_s=now + first_in_s,
@@ -94,6 +95,14 @@ class LedgerHost:
         if decision.verdict is not Verdict.REFUSED:
             self._tell[key] = (pump, news)
         return decision_body(decision)
+
+    def _supersede(self, key: str, now: float) -> None:
+        """A pump started anew asks again for what the one before it was promised (its part of the key): that
+        place is given up for this question.
+        """
+        _, _, asked = key.partition("/")
+        for before in [k for k in self._tell if asked and k != key and k.partition("/")[2] == asked]:
+            self.release(before, now)
 
     def progress(self, key: str, remaining_bytes: int, now: float) -> None:
         if self.ledger.holds(key) is Verdict.ADMITTED:
@@ -164,6 +173,9 @@ class LinkDesk:
         self._serial = 0
         self._asked: dict[int, tuple[float, str]] = {}
         self._answered_s = -math.inf
+        self._started_s = now
+        self._early: dict[str, tuple[dict[str, Any], News, float]] = {}
+        """Offers that wait for the ledger's first answer, and since when."""
         self._before = (0, 0, 0, 0)
         self._at_s = now
         self._tokens_bytes = 0.0
@@ -214,6 +226,9 @@ class LinkDesk:
 
     def offer(self, key: str, body: dict[str, Any], news: News, now: float) -> None:
         """Ask for a transfer's place. `news` hears the decision, and whatever changes it."""
+        if self._just_started(now):
+            self._early[key] = body, news, now
+            return
         self._news[key] = news
         if self.host is not None:
             news(key, self.host.offer(self.name, key, body, news, now))
@@ -227,6 +242,17 @@ class LinkDesk:
             )
             news(key, {**decision_body(decision), "alone": True})
 
+    def _just_started(self, now: float) -> bool:
+        """Whether this pump hasn't had the time yet to reach the ledger, which will most likely answer."""
+        never = self.host is None and self._answered_s == -math.inf
+        return never and now - self._started_s < K_SILENT_S
+
+    def _offer_early(self, now: float) -> None:
+        """Ask for what waited for the ledger's first answer, which has come or doesn't."""
+        early, self._early = self._early, {}
+        for key, (body, news, since_s) in early.items():
+            self.offer(key, {**body, "deadline_s": body["deadline_s"] - (now - since_s)}, news, now)
+
     def progress(self, key: str, remaining_bytes: int, now: float) -> None:
         if self.host is not None:
             self.host.progress(key, remaining_bytes, now)
@@ -236,6 +262,7 @@ class LinkDesk:
     def release(self, key: str, now: float) -> None:
         """The transfer is over or given up; unknown ones are ignored."""
         self._news.pop(key, None)
+        self._early.pop(key, None)
         if self.host is not None:
             self.host.release(key, now)
         elif key in self._remote:
@@ -313,6 +340,7 @@ class LinkDesk:
             log.warning("link %s: %s", self.link, body["error"])
             return
         self._answered_s = now
+        self._offer_early(now)
         share: Any = body.get("share")
         if share:
             self._holder.on_share(Share(link=self.link, **share), asked_s=asked_s)
@@ -337,6 +365,8 @@ class LinkDesk:
                 self._host_peer(now).prepare(now)
                 fields = {k: v for k, v in asdict(seen).items() if k not in ("link", "at_s")}
                 self._ask({"op": "report", "seen": fields, "demand_bps": demand_bps}, "", now)
+                if self._early and not self._just_started(now):
+                    self._offer_early(now)
                 for serial in [n for n, (at_s, _) in self._asked.items() if now - at_s > 5.0]:
                     del self._asked[serial]
         self.pump.loop.call_at(now + K_TICK_S, self._tick)

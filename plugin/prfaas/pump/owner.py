@@ -9,11 +9,12 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
+from prfaas.model.decisions import Verdict
 from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump.memory import Gone, OwnerMemory
@@ -267,11 +268,17 @@ class Owner:
             "ready_in_s": message.ready_in_s,
             "may_queue": message.may_queue,
         }  # fmt: skip
-        desk.offer(key, body, lambda _, what: self.send(m.OfferNews(message.key, **what)), now)
+        desk.offer(key, body, lambda _, what: self._offer_news(message.key, what), now)
+
+    def _offer_news(self, key: str, what: dict[str, Any]) -> None:
+        """How an offer stands now. Nobody asks about a refused one again."""
+        self.send(m.OfferNews(key, **what))
+        if what["verdict"] == Verdict.REFUSED.value:
+            self._release(key, self.pump.loop.now())
 
     def _ledger_key(self, key: str) -> str:
         """What the ledger knows an offer by. Its host may still hold what a pump before this one asked for
-        the same server: that runs out by itself, and must not make this pump's question a duplicate.
+        the same server: that must not make this pump's question a duplicate (see LedgerHost.offer).
         """
         return f"{self.pump.boot.hex()[:8]}/{self.token.hex()}/{key}"
 

@@ -65,7 +65,8 @@ class Offer:
     reason.
 
     A queued one is admitted later by itself, or refused; an admitted one may be told that it will be late
-    (`late`).
+    (`late`). Admitted is for good: when the pump that keeps the promise is lost, and the next one has no
+    room for it, that makes it late as well.
     """
 
     def __init__(self, key: str, site: str) -> None:
@@ -96,7 +97,8 @@ class Offer:
     def hear(self, verdict: str, reason: str, retry_after_s: float | None, finish_in_s: float | None) -> None:
         """For the client: the ledger's word."""
         with self._changed:
-            self.late = verdict == "late"
+            admitted = self.verdict is Verdict.ADMITTED
+            self.late = verdict == "late" or (admitted and verdict != Verdict.ADMITTED.value)
             if not self.late:
                 self.verdict = Verdict(verdict)
                 self.reason = RefusalReason(reason) if reason else None

@@ -41,17 +41,19 @@ class _Asked:
     message: m.Offer
     at_s: float
     """When it was first asked: the message's times count from then."""
+    acked_bytes: int = 0
+    """Of its transfers that have ended."""
 
     @property
-    def undecided(self) -> bool:
-        """What is queued has a place in the ledger of the pump that queued it, and none in the next one."""
-        return self.offer.verdict in (None, Verdict.QUEUED)
+    def left_bytes(self) -> int:
+        return max(0, self.message.size_bytes - self.acked_bytes)
 
     def again(self, now: float) -> m.Offer:
-        """The same question, with the time left."""
+        """The same question, with the bytes and the time left."""
         since_s, first = now - self.at_s, self.message
         return msgspec.structs.replace(
             first,
+            size_bytes=self.left_bytes,
             deadline_s=max(0.0, first.deadline_s - since_s),
             first_in_s=max(0.0, first.first_in_s - since_s),
             ready_in_s=max(0.0, first.ready_in_s - since_s),
@@ -135,8 +137,11 @@ class Standing:
         """A transfer is over. One that has ended already is ignored."""
         with self._lock:
             sent = self._transfers.pop(transfer_id, None)
-            if sent is not None and (sent.message.count or not outcome.ok):
-                self._offers.pop(sent.message.offer, None)
+            asked = self._offers.get(sent.message.offer) if sent is not None else None
+            if sent is not None and asked is not None:
+                asked.acked_bytes += outcome.payload_bytes
+                if sent.message.count or not outcome.ok:
+                    del self._offers[sent.message.offer]
         if sent is not None:
             self._guards.withdraw(sent.message.guard_slot, sent.message.guard_word)
             sent.transfer.end(outcome)
@@ -205,8 +210,11 @@ class Standing:
             lease.message.deadline_s = max(0.0, lease.expires_s - now)
             out += m.encode(lease.message)
         # A transfer's offer goes before it, so that the ledger which takes the one shrinks with the other.
-        for asked in self._offers.values():
-            if asked.undecided:
+        # What was admitted has its place in the ledger of the pump that admitted it, maybe not in the next
+        # one's: it is asked for again, before what only waited.
+        asked_again = sorted(self._offers.values(), key=lambda x: x.offer.verdict is not Verdict.ADMITTED)
+        for asked in asked_again:
+            if asked.left_bytes:
                 out += m.encode(asked.again(now))
         for sent in self._transfers.values():
             sent.message.deadline_s = max(0.0, sent.deadline_s - now)

@@ -144,12 +144,51 @@ def test_what_a_pump_did_not_decide_is_asked_again_of_the_next_one_with_the_time
     assert while_away.wait(K_WAIT_S) is Verdict.ADMITTED
     assert too_late.wait(K_WAIT_S) is Verdict.REFUSED
     assert too_late.reason is RefusalReason.DEADLINE_PASSED
-    wait_for(lambda: queued.verdict is Verdict.ADMITTED)
-    # Each was asked once, and what had been decided not again.
+    # Each was asked once. What had been admitted has its place again, and leaves none to what was queued.
+    wait_for(lambda: (status(east)["admitted"], status(east)["queued"]) == (3, 1))
     held = status(east)
-    assert (held["admitted"], held["queued"], held["promised_bytes"]) == (3, 0, 220_000_000)
+    assert held["promised_bytes"] == 470_000_000
     assert held["refusals"] == {"deadline-passed": 1}
     assert given_up.verdict is None
+    assert admitted.verdict is Verdict.ADMITTED
+    assert not admitted.late
+    assert queued.verdict is Verdict.QUEUED
+    east.release(admitted)
+    wait_for(lambda: queued.verdict is Verdict.ADMITTED)
+    assert status(east)["promised_bytes"] == 220_000_000
+
+
+def test_what_was_admitted_is_late_when_the_next_pumps_ledger_has_no_room_for_it(pumps):
+    east = pumps.client(pumps.start("east", links=link()))
+    offer = east.offer("west", 9_000_000, 20.0)
+    assert offer.wait(K_WAIT_S) is Verdict.ADMITTED
+    pumps.kill("east")
+    wait_for(lambda: east._alone)
+    pumps.start("east", links=link(admission={"nominal_bps": 1e6}))
+    wait_for(lambda: offer.late)
+    assert offer.verdict is Verdict.ADMITTED
+    assert status(east)["admitted"] == 0
+
+
+def test_a_pump_started_anew_moves_its_promises_at_the_keeper_and_holds_none_twice(pumps):
+    keeper = pumps.client(pumps.start("east", links=link()))
+    second = {"site": "east", "links": link(host=keeper.address, admission={"share_ttl_s": 30.0})}
+    other = pumps.client(pumps.start("other", **second))
+    wait_for(lambda: status(other)["reachable"])
+    # 45 s of the 60: there is no room for it twice.
+    offer = other.offer("west", 450_000_000, 60.0)
+    assert offer.wait(K_WAIT_S) is Verdict.ADMITTED
+    assert not offer.alone
+    lost = other.pump_pid
+    pumps.kill("other")
+    pumps.start("other", **second)
+    wait_for(lambda: other.pump_pid != lost)
+    wait_for(lambda: status(other)["reachable"])
+    assert offer.verdict is Verdict.ADMITTED
+    held = status(keeper)
+    assert (held["admitted"], held["queued"]) == (1, 0)
+    assert held["promised_bytes"] == 450_000_000
+    assert not offer.late
 
 
 def test_another_sites_pump_gets_no_share(pumps):
