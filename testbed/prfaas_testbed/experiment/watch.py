@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prfaas.config.run import EventRow, LinkRow
+from prfaas_testbed.experiment.cost import Spent, cost_rows, spent
 from prfaas_testbed.experiment.fleet import K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.sites import account, frames_of, pump_sent, pump_stats
 
@@ -45,24 +46,28 @@ class Observer:
         self._net, self._fleet = net, fleet
         self._before: dict[str, dict[str, Any]] = {}
         self._watch: Watch | None = None
+        self._spent: dict[str, Spent] = {}
         self.began_s = 0.0
 
     def begin(self) -> None:
         self._net.count_ports({"pump": [K_PUMP_PORT]})
         self._before = self._state()
+        self._spent = spent(self._fleet)
         self.began_s = time.monotonic()
         self._watch = self._net.watch()
 
     def end(self, zero_s: float) -> tuple[list[LinkRow], list[EventRow], str | None]:
-        """Link rows, the events `watch` and `accounting`, and why the repetition is void (None: valid)."""
+        """Link rows; events `watch`, `cost` and `accounting`; why the repetition is void (None: valid)."""
         assert self._watch is not None
         time.sleep(K_SETTLE_S)
         ended_s = time.monotonic()
+        costs = cost_rows(self._spent, spent(self._fleet), ended_s - self.began_s, round(ended_s - zero_s, 3))
         health = self._watch.verdict()
         samples = self._net.samples(self.began_s, ended_s)
         at_s = round(ended_s - zero_s, 3)
         row = {**health.as_row(), "unplanned_drops": sum(health.unplanned_drops.values())}
         events = [EventRow.model_validate({"at_s": at_s, "event": "watch", **row})]
+        events += costs
         for site, after in self._state().items():
             row = account(self._before[site], after)
             events.append(EventRow.model_validate({"at_s": at_s, "event": "accounting", "site": site, **row}))
