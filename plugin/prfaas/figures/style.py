@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 K_MARKERS = "osD^vPX*"
 K_DPI = 150
+K_KINDS = ("png", "svg", "csv")
 K_RC: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -88,18 +89,27 @@ def new_figure(
 
 
 def save(
-    figure: Figure, folder: Path, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
+    figure: Figure,
+    folder: Path,
+    name: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    kinds: Sequence[str] = K_KINDS,
 ) -> list[Path]:
     """Write NAME.png, NAME.svg and NAME.csv, the last with the numbers that are drawn; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
+    paths = [folder / f"{name}.{kind}" for kind in kinds]
     # Lay out once, not once a file: it is most of the time.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    figure.savefig(paths[0], dpi=K_DPI, metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"Date": None})
-    with paths[2].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(["" if value is None else value for value in row] for row in rows)
+    for path in paths:
+        if path.suffix == ".png":
+            figure.savefig(path, dpi=K_DPI, metadata={"Software": None})
+        elif path.suffix == ".svg":
+            figure.savefig(path, metadata={"Date": None})
+        else:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows(["" if value is None else value for value in row] for row in rows)
     return paths

@@ -29,12 +29,13 @@ def summary_lines(run: Run) -> list[str]:
     if run.parts:
         lines = []
         for part in run.parts:
-            lines += [f"{part}:", *_block(View(run, part))]
+            lines += [f"{part}:", *block(View(run, part))]
         return lines
-    return _block(View(run))
+    return block(View(run))
 
 
-def _block(view: View) -> list[str]:
+def block(view: View) -> list[str]:
+    """The models of one experiment, or of one part of a set."""
     models = list(dict.fromkeys(row.model for row in view.requests()))
     columns: list[tuple[str, View, list[RequestRow]]] = []
     for model in models:

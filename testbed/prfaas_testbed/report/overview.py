@@ -7,14 +7,22 @@ from pathlib import Path
 import numpy as np
 
 from prfaas.config.run import Run
-from prfaas.figures import new_figure, numbered, save
+from prfaas.figures import K_KINDS, new_figure, numbered, save
 from prfaas_testbed.experiment.view import View
 from prfaas_testbed.report.figures import first_links_and_events, first_requests, mark
 
 K_BIN_S = 1.0
 
 
-def draw_overview(run: Run, folder: Path, part: str | None, model: str, name: str) -> list[Path]:
+def draw_overview(
+    run: Run,
+    folder: Path,
+    part: str | None,
+    model: str,
+    name: str,
+    title: str = "",
+    kinds: tuple[str, ...] = K_KINDS,
+) -> list[Path]:
     """Three panels over one time axis: the links, requests open and failing, time to first token."""
     view = View(run, part)
     links, events = first_links_and_events(view, model)
@@ -29,7 +37,7 @@ def draw_overview(run: Run, folder: Path, part: str | None, model: str, name: st
         bits, _ = np.histogram(times, edges, weights=np.array([row.bytes * 8.0 for row in points]))
         if bits.sum() > 0.01 * sum(row.bytes * 8 for row in links) and place < 8:
             network.stairs(bits / K_BIN_S / 1e6, edges, color=numbered(place, link).colour, label=link)
-    network.set(ylabel="link, Mbit/s", ylim=(0, None), title=f"{part + ': ' if part else ''}{model}")
+    network.set(ylabel="link, Mbit/s", ylim=(0, None), title=title or f"{part + ': ' if part else ''}{model}")
     network.legend(loc="upper right", ncols=4)
     ends = sorted(edge for row in requests for edge in ((row.sent_s, 1), (row.sent_s + (row.e2e_s or 0), -1)))
     system.step([at for at, _ in ends], np.cumsum([step for _, step in ends]), where="post", color="#444444")
@@ -43,4 +51,4 @@ def draw_overview(run: Run, folder: Path, part: str | None, model: str, name: st
     for ax in (network, system, ttft):
         mark(ax, events, labels=ax is network)
     rows = [[event.at_s, event.event] for event in events]
-    return save(figure, folder, name, ["at_s", "event"], rows)
+    return save(figure, folder, name, ["at_s", "event"], rows, kinds)
