@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from prfaas.model.ids import InstanceId, LinkId, PolicyName, RequestId, SiteId
+from prfaas.model.values import value
 
 
 class Action(StrEnum):
@@ -17,7 +17,7 @@ class Action(StrEnum):
     NO_PATH = "no-path"  # answer 503: nothing that could serve it is alive
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CacheMove:
     """Bring a prefix to where it is needed before (and while) prefill runs there."""
 
@@ -31,7 +31,7 @@ class CacheMove:
         return LinkId(self.source, self.target)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PathPrediction:
     """One way to serve a request, with what it would take.
 
@@ -70,7 +70,7 @@ class PathPrediction:
         return self.prefill_site if self.cache_move is None else f"{self.prefill_site}+move"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Decision:
     """Where one request goes, and why. `chosen` is set for DISPATCH, and for HOLD where there is a plan."""
 
@@ -140,7 +140,7 @@ class RefusalReason(StrEnum):
     BAD_REQUEST = "bad-request"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AdmissionDecision:
     """The ledger's answer."""
 

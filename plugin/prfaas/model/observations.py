@@ -10,7 +10,7 @@ Snapshot                               everything at one moment
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 
 from prfaas.model.ids import (
@@ -23,6 +23,7 @@ from prfaas.model.ids import (
     SiteId,
     TenantId,
 )
+from prfaas.model.values import value
 
 
 class Role(StrEnum):
@@ -33,7 +34,7 @@ class Role(StrEnum):
     COLLOCATED = "collocated"  # both, in one engine
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LinkObservation:
     """What was seen on one link during one interval, by one sender or summed over all of a pump's streams."""
 
@@ -61,7 +62,7 @@ class LinkObservation:
     """Who saw it; several senders on one link are summed by the estimator."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LinkEstimate:
     """What is believed of one link at `at_s`."""
 
@@ -87,7 +88,7 @@ class LinkEstimate:
         return max(0.0, self.rate_bps - self.reserved_bps) if self.up else 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class InstanceObservation:
     """Load of one instance, as it last reported it (SGLang: /v1/loads)."""
 
@@ -123,7 +124,7 @@ class InstanceObservation:
         return self.healthy and not self.draining and self.role is not Role.PREFILL
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SiteObservation:
     """One site (for one model), summed over its instances. Build it by `of`, or give the sums directly."""
 
@@ -166,7 +167,7 @@ class SiteObservation:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RequestView:
     """One request, as far as routing needs to know it."""
 
@@ -196,7 +197,7 @@ class RequestView:
     attempt: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Snapshot:
     """All that is known at one moment. Mappings are read, never kept: a shell may reuse and update them."""
 
