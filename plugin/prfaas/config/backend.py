@@ -40,6 +40,17 @@ class BackendFaults(Strict):
     """The same for single requests, by their bootstrap room."""
 
 
+class AdmissionConfig(Strict):
+    """How a prefill server asks for a request's place on a link whose pump keeps a ledger (`links:`)."""
+
+    within_s: float | None = Field(default=None, gt=0, le=3600)
+    """How soon a request's bytes must be across, from when its pages were granted: what can't be is refused.
+    Default: deadline_s.
+    """
+    may_queue: bool = True
+    """Whether a request that must wait for others may, before its prefill; if not, it is refused at once."""
+
+
 class BackendConfig(Strict):
     """One SGLang server's side of the backend."""
 
@@ -55,6 +66,7 @@ class BackendConfig(Strict):
     """Host memory for that, pinned where CUDA is: on a decode server it holds all requests that are
     crossing.
     """
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     verify: VerifyConfig | None = None
     faults: BackendFaults | None = None
 

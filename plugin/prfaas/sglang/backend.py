@@ -26,6 +26,7 @@ from prfaas.config.backend import K_ENVIRONMENT, BackendConfig, load_backend_con
 from prfaas.model.errors import PrfaasError
 from prfaas.pump_client import LocalPumpClient
 from prfaas.sglang import compat
+from prfaas.sglang.asking import AskedRooms
 from prfaas.sglang.decode_side import DecodeSide
 from prfaas.sglang.planning import RecordingEngine
 from prfaas.sglang.prefill_side import PrefillSide
@@ -67,7 +68,15 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
         self.doomed = Remembered()
         self.refused_sessions: dict[str, str] = {}
         self.leased = LeasedRooms()
-        self.sending = SendingRooms(self.pump, f"rank {self._prefill_unique_rank()}", self._sent)
+        self.asked = AskedRooms(
+            self.pump,
+            config.admission.within_s or config.deadline_s,
+            config.admission.may_queue,
+            self._let_go,
+            self._refuse_room,
+        )
+        source = f"rank {self._prefill_unique_rank()}"
+        self.sending = SendingRooms(self.pump, source, self._sent, self.asked.offer_of)
         logger.info(
             "prfaas: %s rank at %s, session %s",
             self.disaggregation_mode.value,
@@ -107,11 +116,18 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
     # Both sides: status
 
     def update_status(self, bootstrap_room: int, status: Any) -> None:
-        """SGLang's, and: a room that fails stops sending, and its lease ends, now."""
-        super().update_status(bootstrap_room, status)
+        """SGLang's, and: prefill isn't scheduled before the links have places for its bytes; a room that
+        fails stops sending, and its lease ends, now.
+        """
         poll = compat.KVPoll
+        if status == poll.WaitingForInput and (
+            bootstrap_room in self.doomed or self.asked.hold(bootstrap_room)
+        ):
+            return
+        super().update_status(bootstrap_room, status)
         if status == poll.Failed:
             if self.disaggregation_mode == compat.DisaggregationMode.PREFILL:
+                self.asked.end(bootstrap_room)
                 self.sending.cancel(bootstrap_room, "the room failed")
                 self._forget_places(bootstrap_room)
             else:
@@ -148,6 +164,7 @@ class PrfaasKVSender(compat.MooncakeKVSender):  # type: ignore[misc]
     """Without CUDA there is no pinned memory to ask for."""
 
     def clear(self) -> None:
+        self.kv_mgr.asked.end(self.bootstrap_room)
         self.kv_mgr.sending.cancel(self.bootstrap_room, "the request ended")
         super().clear()
 

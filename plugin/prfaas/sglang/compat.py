@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 K_VERSION = "0.5.23"
 K_BACKEND = "prfaas"
 K_GET_KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
+K_PREPARE_ABORT = "sglang.srt.disaggregation.utils.prepare_abort"
+K_HANDLE_ABORT = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason"
+K_SERVE_HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 _COMMON = "sglang.srt.disaggregation.common.conn"
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
@@ -68,7 +71,7 @@ K_ENTRANCE: tuple[TouchPoint, ...] = (
         "HookRegistry",
         methods={"register": ("target", "hook", "hook_type")},
     ),
-    TouchPoint("sglang.srt.plugins.hook_registry", "HookType", members=("AROUND",)),
+    TouchPoint("sglang.srt.plugins.hook_registry", "HookType", members=("AROUND", "BEFORE")),
 )
 
 K_ENTRANCE_UTILS: tuple[TouchPoint, ...] = (
@@ -181,9 +184,27 @@ K_BACKEND_POINTS: tuple[TouchPoint, ...] = (
         ),
     ),
     TouchPoint("sglang.srt.utils.network", "get_local_ip_auto"),
+    TouchPoint(
+        "sglang.srt.disaggregation.utils", "prepare_abort", parameters=("req", "error_message", "status_code")
+    ),
+    TouchPoint(
+        "sglang.srt.managers.schedule_batch", "FINISH_ABORT",
+        methods={"__init__": ("message", "status_code", "err_type"), "to_json": ()},
+    ),
 )  # fmt: skip
 
-_NAMES = {point.name: point for point in (*K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS)}
+# What a refused request's answer is made by; checked in the process that serves HTTP.
+K_HTTP_POINTS: tuple[TouchPoint, ...] = (
+    TouchPoint(
+        "sglang.srt.managers.tokenizer_manager",
+        "TokenizerManager",
+        methods={"_handle_abort_finish_reason": ("out", "state", "is_stream")},
+    ),
+    TouchPoint("sglang.srt.entrypoints.http_server", "_setup_and_run_http_server"),
+    TouchPoint("sglang.srt.entrypoints.http_server", "app", members=("add_middleware",)),
+)
+
+_NAMES = {point.name: point for point in (*K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS, *K_HTTP_POINTS)}
 
 
 def __getattr__(name: str) -> Any:
@@ -209,15 +230,18 @@ def check(points: Iterable[TouchPoint], found_version: str | None = None) -> Non
             )
 
 
-def check_backend() -> None:
-    """All points at once, the version too. Raises SglangMoved."""
+def check_backend(with_http: bool = True) -> None:
+    """All points at once, the version too; `with_http`: those of the process that serves HTTP as well, which
+    needs its modules. Raises SglangMoved.
+    """
     version = installed_version()
     if version != K_VERSION:
         raise SglangMoved(
             f"prfaas is made for SGLang {K_VERSION}, this is {version}; "
             f"install sglang=={K_VERSION} or a prfaas made for {version}"
         )
-    check((*K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS), version)
+    http = K_HTTP_POINTS if with_http else ()
+    check((*K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS, *http), version)
 
 
 def installed_version() -> str:

@@ -41,24 +41,25 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
         except PrfaasError as error:
             # SGLang sends the message whatever happens: the prefill side refuses it, with this reason, at
             # once.
-            return [*message, K_GRANT_TAG, K_NO_GRANT + str(error).encode(), b""]
+            return [*message, K_GRANT_TAG, K_NO_GRANT + str(error).encode(), b"", b""]
 
-    def _grant(self, room: int, arguments: dict[str, Any]) -> tuple[bytes, bytes]:
-        """The room's lease and, if its pages are staged, where; made at the first of its prefill ranks, the
-        same for the others."""
+    def _grant(self, room: int, arguments: dict[str, Any]) -> tuple[bytes, bytes, bytes]:
+        """The room's lease, where its pages are staged if they are, and how many bytes each of its senders
+        has to bring; made at the first of its prefill ranks, the same for the others."""
         leased = self.leased.find(room)
         if leased is None:
             leased = self._lease(
                 room, arguments["kv_indices"], arguments["aux_index"], arguments["state_indices"]
             )
         places = b"" if leased.places is None else leased.places.to_bytes()
-        return leased.lease.grant.to_text().encode(), places
+        return leased.lease.grant.to_text().encode(), places, str(leased.share_bytes).encode()
 
     def _lease(
         self, room: int, kv_indices: Any, aux_index: int | None, state_indices: list[Any] | None
     ) -> LeasedRoom:
         pages = layout.leased_pieces(self.kv_args, kv_indices, None, state_indices)
         slot = layout.aux_pieces(self.kv_args, aux_index)
+        size_bytes = pages[:, 1].sum() + slot[:, 1].sum()
         places, release = None, _nothing
         if self.staging is not None and len(pages):
             staging, total = self.staging, int(pages[:, 1].sum())
@@ -69,6 +70,8 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
                 )
             places, release = Places.laid_out(pages, address), lambda: staging.give(address)
             pages = np.array([[address, total]], dtype=np.uint64)
+        senders = max(1, self.required_prefill_response_num_table.get(room, 1))
+        share_bytes = int(size_bytes) // senders
         generation = self.leased.next_generation()
         self.verification.leased(room, generation, kv_indices, aux_index, state_indices)
         try:
@@ -77,12 +80,12 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
                 generation,
                 [(int(address), int(length)) for address, length in np.concatenate((pages, slot))],
                 self.deadline_s,
-                expected_sources=self.required_prefill_response_num_table.get(room, 1),
+                expected_sources=senders,
             )
         except PrfaasError:
             release()
             raise
-        leased = LeasedRoom(room, generation, lease, places, release)
+        leased = LeasedRoom(room, generation, lease, places, release, share_bytes)
         self.leased.hold(leased)
         lease.add_callback(lambda lease: self._landed(leased))
         return leased

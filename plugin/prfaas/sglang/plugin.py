@@ -2,13 +2,15 @@
 no more.
 
 A process that doesn't use the backend pays for one legal word of a flag, one enum member and one hook, which
-hands every other backend's question on. The backend's modules are imported when SGLang asks for its classes.
+hands every other backend's question on. The hooks that answer refusals are only where the backend is used,
+and its modules are imported when SGLang asks for its classes.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _registered = False
 _hooked = False
+_answering = False
 
 
 def load_plugin() -> None:
@@ -29,7 +32,10 @@ def load_plugin() -> None:
     try:
         if asked:
             _check_configuration()
-            compat.check_backend()
+            # SGLang's schedulers are children of the process that serves HTTP.
+            serves_http = multiprocessing.parent_process() is None
+            compat.check_backend(with_http=serves_http)
+            _register_answers(serves_http)
         register(with_classes=asked or compat.utils_loaded())
     except PrfaasError as error:
         if asked:
@@ -51,6 +57,19 @@ def backend_asked_for(argv: Sequence[str]) -> bool:
     return f"{flag}={compat.K_BACKEND}" in argv or any(
         (word, value) == (flag, compat.K_BACKEND) for word, value in itertools.pairwise(argv)
     )
+
+
+def _register_answers(serves_http: bool) -> None:
+    """The hooks by which a refusal reaches its client."""
+    global _answering
+    if _answering:
+        return
+    _answering = True
+    from prfaas.sglang import answers
+
+    answers.register_in_scheduler()
+    if serves_http:
+        answers.register_in_http_process()
 
 
 def register(with_classes: bool) -> None:

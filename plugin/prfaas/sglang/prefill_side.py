@@ -15,14 +15,22 @@ from prfaas.model.transfer import LeaseGrant, TransferKind
 from prfaas.sglang import compat, layout
 from prfaas.sglang.control import K_GRANT_TAG, K_METADATA_FRAMES, K_NO_GRANT, K_REGISTRATION_FRAMES
 from prfaas.sglang.planning import InlineExecutor, Segments
+from prfaas.sglang.refusal import Refusal
 from prfaas.sglang.rooms import Part, SendingRoom
 from prfaas.sglang.staging import Places
 
 logger = logging.getLogger(__name__)
 
+Target = tuple[str, int]
+"""Where a decode rank hears of its rooms: host and port."""
+
+
+def _target(message: list[bytes]) -> Target:
+    return message[1].decode("ascii"), int(message[2])
+
 
 class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
-    """Part of PrfaasKVManager, which has what it uses: engine, sending, places, staging, verification,
+    """Part of PrfaasKVManager, which has what it uses: engine, sending, asked, places, staging, verification,
     doomed, refused_sessions, deadline_s."""
 
     def _take_frames(self, message: list[bytes]) -> list[bytes]:
@@ -47,6 +55,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         """
         if room.isdigit() and int(room) not in self.request_status:
             self.sending.cancel(int(room), "aborted")
+            self.asked.end(int(room))
             self._forget_places(int(room))
             self.doomed.put(int(room), "Aborted by the decode server before prefill had the request")
 
@@ -63,7 +72,9 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         else:
             self.refused_sessions.pop(session, None)
 
-    def _take_grant(self, message: list[bytes], data: bytes, where: bytes = b"", *later: bytes) -> None:
+    def _take_grant(
+        self, message: list[bytes], data: bytes, where: bytes = b"", size: bytes = b"", *later: bytes
+    ) -> None:
         session = message[3].decode("ascii")
         if wrong := self.refused_sessions.get(session):
             self._refuse(message, wrong)
@@ -74,6 +85,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         try:
             grant = LeaseGrant.from_text(data)
             places = Places.from_bytes(where) if where else None
+            size_bytes = int(size or 0)
         except (ValueError, PrfaasError) as error:
             self._refuse(message, str(error))
             return
@@ -83,16 +95,33 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         if places is not None:
             self.places[session, grant.room] = places
         self.sending.granted(session, grant)
+        self.asked.ask(grant.room, session, grant.site, size_bytes, _target(message))
 
     def _refuse(self, message: list[bytes], reason: str) -> None:
+        """A message about a room can't be followed."""
+        self._end_room(int(message[0]), [_target(message)], reason)
+
+    def _refuse_room(self, room: int, targets: list[Target], refusal: Refusal) -> None:
+        """A link has no place for its bytes."""
+        self.sending.cancel(room, refusal.text)
+        self._forget_places(room)
+        self._end_room(room, targets, refusal.text)
+
+    def _let_go(self, room: int) -> None:
+        """The links have places for all its bytes: prefill may be scheduled."""
+        if room in self.transfer_infos:
+            super().update_status(room, compat.KVPoll.WaitingForInput)
+
+    def _end_room(self, room: int, targets: list[Target], reason: str) -> None:
         """Tell both sides at once that this room can't be."""
-        room, target = int(message[0]), (message[1].decode("ascii"), int(message[2]))
-        if room in self.request_status:
-            self.conclude_failure(bootstrap_room=room, failure_reason=reason, targets=[target])
-            return
+        # Kept before it is looked for: the scheduler may be making the room now, and takes the reason then.
         self.doomed.put(room, reason)
+        if room in self.request_status:
+            if self.doomed.take(room):
+                self.conclude_failure(bootstrap_room=room, failure_reason=reason, targets=targets)
+            return
         self.send_kv_status_message(
-            targets=[target],
+            targets=targets,
             bootstrap_room=room,
             status=compat.KVPoll.Failed,
             failure_reason=reason,
@@ -129,6 +158,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
             if chunk.is_last_chunk and chunk.room in self.request_status:
                 self.update_status(chunk.room, compat.KVPoll.Success)
             return
+        self.asked.under_way(chunk.room)
         self.update_status(chunk.room, compat.KVPoll.Transferring)
         self.verification.sending(chunk)
         last: list[Part] = []
@@ -222,6 +252,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
 
     def _sent(self, room: SendingRoom, failure: str | None) -> None:
         """Every peer has acknowledged all of a room, or it failed."""
+        self.asked.end(room.room)
         self._forget_places(room.room)
         if failure is not None:
             self.conclude_failure(bootstrap_room=room.room, failure_reason=failure)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from prfaas.model.transfer import LeaseGrant, TransferKind
-from prfaas.pump_client import Lease, PumpClient, Transfer
+from prfaas.pump_client import Lease, Offer, PumpClient, Transfer
 from prfaas.sglang.planning import Segments
 from prfaas.sglang.staging import Places
 
@@ -48,12 +48,16 @@ class SendingRoom:
 class SendingRooms:
     """All rooms of a prefill server. `conclude(room, failure)` is called once a room, without the lock:
     failure is None when every peer has all of it, else what went wrong first. A room that this side cancelled
-    isn't concluded."""
+    isn't concluded. `offer_of(room, session)`: the place that the link's ledger gave its bytes."""
 
     def __init__(
-        self, pump: PumpClient, source: str, conclude: Callable[[SendingRoom, str | None], None]
+        self,
+        pump: PumpClient,
+        source: str,
+        conclude: Callable[[SendingRoom, str | None], None],
+        offer_of: Callable[[int, str], Offer | None] = lambda room, session: None,
     ) -> None:
-        self._pump, self._source, self._conclude = pump, source, conclude
+        self._pump, self._source, self._conclude, self._offer_of = pump, source, conclude, offer_of
         self._lock = threading.Lock()
         self._rooms: dict[int, SendingRoom] = {}
 
@@ -99,6 +103,7 @@ class SendingRooms:
             deadline_s=deadline_s,
             last=last,
             source=self._source,
+            offer=self._offer_of(room.room, part.session),
         )
         room.open[transfer.transfer_id] = transfer
         room.bytes_by_kind[part.kind] = room.bytes_by_kind.get(part.kind, 0) + part.segments.total_bytes
@@ -155,6 +160,8 @@ class LeasedRoom:
     """Where its pages' bytes land, if not in the pages."""
     release: Callable[[], None] = lambda: None
     """Called once when the lease has ended: gives back what it stood on beside the pages."""
+    share_bytes: int = 0
+    """What each of its senders has to bring."""
     landing: threading.Event | None = None
     """Set once all that landed is where it belongs; None while nothing has landed."""
 
@@ -232,6 +239,9 @@ class Remembered:
             self._reasons.move_to_end(room)
             while len(self._reasons) > self._most:
                 self._reasons.popitem(last=False)
+
+    def __contains__(self, room: Hashable) -> bool:
+        return room in self._reasons
 
     def take(self, room: Hashable) -> str | None:
         with self._lock:

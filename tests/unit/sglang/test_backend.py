@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from prfaas.model.decisions import Verdict
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome
-from prfaas.pump_client import Arrival, Transfer
+from prfaas.pump_client import Arrival, Offer, Transfer
 from prfaas.sglang import compat
 
 
@@ -180,6 +181,11 @@ class FakePump:
     def __init__(self) -> None:
         self.leases: list[FakeLease] = []
         self.transfers: list[Transfer] = []
+        self.offers: list[tuple[Offer, int]] = []
+        self.released: list[Offer] = []
+        self.used: list[Offer | None] = []
+        self.verdict: str | None = "admitted"
+        """What an offer is told at once."""
 
     @classmethod
     def open(cls, config: Any, *, name: str = "") -> FakePump:
@@ -195,7 +201,18 @@ class FakePump:
         )
         return self.leases[-1]
 
+    def offer(self, site: str, size_bytes: int, deadline_s: float, *, may_queue: bool) -> Offer:
+        offer = Offer(str(len(self.offers)), site)
+        self.offers.append((offer, size_bytes))
+        if self.verdict is not None:
+            offer.hear(self.verdict, "queue-full" if self.verdict == "refused" else "", 2.5, None)
+        return offer
+
+    def release(self, offer: Offer) -> None:
+        self.released.append(offer)
+
     def submit(self, *args: Any, **more: Any) -> Transfer:
+        self.used.append(more["offer"])
         self.transfers.append(Transfer(len(self.transfers) + 1))
         return self.transfers[-1]
 
@@ -323,6 +340,109 @@ def test_abort_that_overtakes_its_request_is_kept_for_it(prefill: Any, decode: A
     prefill.request_status.clear()
     prefill.update_status(7, KVPoll.Bootstrapping)  # the room's next life is its own
     assert prefill.request_status[7] == KVPoll.Bootstrapping
+
+
+# Admission
+
+
+def granted(prefill: Any, decode: Any, room: int, verdict: str | None, *, early: bool = False) -> Offer:
+    """A room's grant arrives, and SGLang wants its prefill scheduled; `early`: before the request itself."""
+    prefill.pump.verdict = verdict
+    if not early:
+        prefill.update_status(room, KVPoll.Bootstrapping)
+    hear(prefill, metadata(decode, room))
+    prefill.transfer_infos[room] = {}
+    prefill.update_status(room, KVPoll.WaitingForInput)
+    offer: Offer = prefill.pump.offers[-1][0]
+    return offer
+
+
+K_REFUSED = "prfaas_refused: link to : queue-full; retry_after_s=2.50"
+
+
+def test_ledger_is_asked_for_the_bytes_of_the_pages_and_the_slot(prefill: Any, decode: Any) -> None:
+    granted(prefill, decode, 7, "admitted")
+    # Two pages of two buffers of 16 bytes each, and a slot of 8.
+    assert prefill.pump.offers[-1][1] == 2 * 2 * 16 + 8
+    assert prefill.request_status[7] == KVPoll.WaitingForInput
+
+
+def test_each_of_two_senders_asks_for_its_half(prefill: Any, decode: Any) -> None:
+    decode.required_prefill_response_num_table[7] = 2
+    granted(prefill, decode, 7, "admitted")
+    assert prefill.pump.offers[-1][1] == 36
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_prefill_is_not_scheduled_before_the_ledger_has_admitted(
+    prefill: Any, decode: Any, early: bool
+) -> None:
+    offer = granted(prefill, decode, 7, None, early=early)
+    held = None if early else KVPoll.Bootstrapping
+    assert prefill.request_status.get(7) == held
+    offer.hear("queued", "", 1.0, None)
+    assert prefill.request_status.get(7) == held
+    offer.hear("admitted", "", None, 1.0)
+    assert prefill.request_status[7] == KVPoll.WaitingForInput
+    assert prefill.told == []
+
+
+@pytest.mark.parametrize("before", [None, "queued"])
+def test_refusal_fails_the_room_and_tells_decode_at_once(
+    prefill: Any, decode: Any, before: str | None
+) -> None:
+    offer = granted(prefill, decode, 7, before)
+    offer.hear("refused", "queue-full", 2.5, None)
+    assert prefill.request_status[7] == KVPoll.Failed
+    assert prefill.told == [(7, KVPoll.Failed, K_REFUSED)]
+    assert len(prefill.sending) == len(prefill.asked) == 0
+
+
+def test_refusal_that_overtakes_the_request_is_kept_for_it(prefill: Any, decode: Any) -> None:
+    granted(prefill, decode, 7, "refused", early=True)
+    assert prefill.told == [(7, KVPoll.Failed, K_REFUSED)]
+    assert 7 not in prefill.request_status
+    prefill.update_status(7, KVPoll.Bootstrapping)
+    assert (prefill.request_status[7], prefill.failure_records[7]) == (KVPoll.Failed, K_REFUSED)
+
+
+def test_promise_that_becomes_late_refuses_a_room_that_has_sent_nothing(prefill: Any, decode: Any) -> None:
+    offer = granted(prefill, decode, 7, "admitted")
+    offer.hear("late", "", None, 200.0)  # late by its promise, in time by the deadline of 300 s
+    assert prefill.request_status[7] == KVPoll.WaitingForInput
+    offer.hear("late", "", None, None)  # the link is down
+    assert prefill.request_status[7] == KVPoll.Failed
+    assert "the link's estimate fell; retry_after_s=5.00" in prefill.failure_records[7]
+
+
+def test_promise_that_becomes_late_leaves_a_room_that_is_under_way(prefill: Any, decode: Any) -> None:
+    ready(prefill, decode, 7)
+    work(prefill, chunk(7, last=False))
+    prefill.pump.offers[-1][0].hear("late", "", None, None)
+    assert prefill.request_status[7] == KVPoll.Transferring
+
+
+def test_transfers_use_the_rooms_place_and_its_end_gives_it_back(prefill: Any, decode: Any) -> None:
+    ready(prefill, decode, 7)
+    work(prefill, chunk(7))
+    offer = prefill.pump.offers[-1][0]
+    assert offer.verdict is Verdict.ADMITTED
+    assert prefill.pump.used == [offer, offer]
+    assert prefill.pump.released == []
+    for transfer in prefill.pump.transfers:
+        transfer.end(Outcome(True))
+    assert prefill.pump.released == [offer]
+
+
+def test_a_queued_rooms_abort_gives_its_place_back(prefill: Any, decode: Any) -> None:
+    offer = granted(prefill, decode, 7, "queued")
+    prefill.update_status(7, KVPoll.Failed)
+    assert prefill.pump.released == [offer]
+    early = granted(prefill, decode, 8, "queued", early=True)
+    hear(prefill, [b"ABORT", b"8"])
+    assert prefill.pump.released == [offer, early]
+    early.hear("admitted", "", None, 1.0)  # too late: the room is over
+    assert 8 not in prefill.request_status
 
 
 # Decode side
