@@ -4,6 +4,7 @@ reason.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -212,50 +213,70 @@ def test_a_pump_that_stays_dead_fails_the_transfers_to_it_with_a_reason(pumps):
     assert outcome.reason in (FailureReason.DEADLINE, FailureReason.PEER_UNREACHABLE)
 
 
-def test_a_stopped_server_holds_up_nobody_and_its_own_pages_fill(pumps):
-    east = pumps.client(pumps.start("east"))
+@contextlib.contextmanager
+def server(config, size_bytes):
+    """A server's process that grants one lease: (process, address of its pages, the grant)."""
+    command = [sys.executable, "-c", K_SERVER, config.model_dump_json(exclude_none=True), str(size_bytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            address, _, text = process.stdout.readline().partition(" ")
+            yield process, int(address), LeaseGrant.from_text(text)
+        finally:
+            process.kill()  # even while it is stopped
+
+
+def test_a_stopped_server_costs_another_behind_the_same_pump_nothing_and_its_own_pages_fill(pumps):
+    """Bytes to both go side by side over the same streams, none of which is lost; even when the stopped one's
+    control socket is full of news that it doesn't read.
+    """
+    east = pumps.client(pumps.start("east", stall_s=30))
     config = pumps.start("west")
-    size = 1 << 20
-    frozen = subprocess.Popen(
-        [sys.executable, "-c", K_SERVER, config.model_dump_json(exclude_none=True), str(size)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert frozen.stdin
-    assert frozen.stdout
-    with frozen, frozen.stdin, frozen.stdout:
-        address, _, text = frozen.stdout.readline().partition(" ")
-        os.kill(frozen.pid, signal.SIGSTOP)
-        src = pumps.memory(east, size)
-        to_frozen = east.submit(
-            LeaseGrant.from_text(text), [src.ctypes.data], [int(address)], [size],
-            kind=TransferKind.KV, deadline_s=30, last=True,
-        )  # fmt: skip
+    small, n_small, size, n_large = 256, 500, 1 << 20, 5
+    with server(config, small * n_small) as (frozen, address, grant):
         west = pumps.client(config)
-        dst = pumps.memory(west, size, fill=0)
-        assert send_all(east, lease_on(west, dst).grant, src, dst).wait(K_WAIT_S).ok
-        assert to_frozen.wait(K_WAIT_S).ok
+        src, source = pumps.memory(east, small * n_small), pumps.memory(east, size)
+        ended, to_frozen, to_other = [], [], []
+        os.kill(frozen.pid, signal.SIGSTOP)
+        for i in range(n_small):
+            at = i * small
+            to_frozen.append(
+                east.submit(
+                    grant, [src.ctypes.data + at], [address + at], [small],
+                    kind=TransferKind.KV, deadline_s=30, last=i == n_small - 1,
+                )
+            )  # fmt: skip
+            to_frozen[-1].add_done_callback(lambda _: ended.append("frozen"))
+            if i % (n_small // n_large) == 0:
+                dst = pumps.memory(west, size + len(to_other), fill=0)[:size]
+                sent = send_all(east, lease_on(west, dst, room=2 + len(to_other)).grant, source, dst)
+                sent.add_done_callback(lambda _: ended.append("other"))
+                to_other.append((sent, dst))
+        for sent in [*to_frozen, *(sent for sent, _ in to_other)]:
+            outcome = sent.wait(K_WAIT_S)
+            assert outcome is not None
+            assert outcome.ok, outcome
+        assert all(landed(source, dst) for _, dst in to_other)
+        # Neither waited for the other's last.
+        last = {name: len(ended) - 1 - ended[::-1].index(name) for name in ("frozen", "other")}
+        assert ended.index("other") < last["frozen"]
+        assert ended.index("frozen") < last["other"]
+        inbound = west.stats()["inbound"]
+        assert inbound["streams_lost"] == inbound["corrupt_blocks"] == 0
         os.kill(frozen.pid, signal.SIGCONT)
-        frozen.stdin.write("\n")
-        frozen.stdin.flush()
-        assert frozen.stdout.readline().split() == ["True", str(int(src.astype(np.uint64).sum()))]
+        said, _ = frozen.communicate("\n", timeout=K_WAIT_S)
+        assert said.split() == ["True", str(int(src.astype(np.uint64).sum()))]
 
 
 def test_a_server_that_dies_ends_its_leases(pumps):
     east = pumps.client(pumps.start("east"))
     config = pumps.start("west")
-    dying = subprocess.Popen(
-        [sys.executable, "-c", K_SERVER, config.model_dump_json(exclude_none=True), "4096"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert dying.stdin
-    assert dying.stdout
-    with dying.stdin, dying.stdout:
-        address, _, text = dying.stdout.readline().partition(" ")
+    with server(config, 4096) as (dying, address, grant):
         dying.kill()
         dying.wait()
     src = pumps.memory(east, 4096)
     outcome = east.submit(
-        LeaseGrant.from_text(text), [src.ctypes.data], [int(address)], [4096],
+        grant, [src.ctypes.data], [address], [4096],
         kind=TransferKind.KV, deadline_s=30, last=True,
     ).wait(K_WAIT_S)  # fmt: skip
     assert outcome.reason in (FailureReason.LEASE_ENDED, FailureReason.OWNER_GONE)
