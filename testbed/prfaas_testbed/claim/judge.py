@@ -40,6 +40,8 @@ class Piece:
     """Writes figures into a folder; the PNGs' names."""
     tell: Callable[[dict[str, Any]], str]
     """Markdown: tables and what they mean."""
+    gather: Callable[[Sequence[Path], Callable[[str], None]], dict[str, Any]] | None = None
+    """Of a piece that runs on the testbed: from the folders of its runs to the record's own fields."""
 
 
 @dataclass(frozen=True)

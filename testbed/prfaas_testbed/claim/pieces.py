@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.claim import bandwidth, bursts, capacity, links
+from prfaas_testbed.claim import bandwidth, bursts, capacity, links, testbed
 from prfaas_testbed.claim.judge import Piece
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
 PIECES: dict[str, Piece] = {
-    piece.name: piece for piece in (capacity.PIECE, bursts.PIECE, bandwidth.PIECE, links.PIECE)
+    piece.name: piece for piece in (capacity.PIECE, bursts.PIECE, bandwidth.PIECE, links.PIECE, testbed.PIECE)
 }
+SIMULATED = tuple(name for name, piece in PIECES.items() if piece.gather is None)
 
 
 def piece(name: str) -> Piece:
@@ -29,13 +30,29 @@ def piece(name: str) -> Piece:
 
 
 def measure(name: str, repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run a piece; its record. `say` hears of progress. Raises UsageError for an unknown piece."""
-    chosen = piece(name)
-    started, begun = datetime.now(UTC), time.monotonic()
-    made = chosen.measure(repetitions, say)
+    """Run a piece in the simulator; its record. `say` hears of progress. Raises UsageError for an unknown
+    piece, and for one that runs on the testbed.
+    """
+    begun = time.monotonic()
+    return _record(name, "simulator", repetitions, begun, lambda: piece(name).measure(repetitions, say))
+
+
+def gather(name: str, folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
+    """A piece's record of its runs on the testbed. Raises UsageError for other runs, and other pieces."""
+    found = piece(name).gather
+    if found is None:
+        raise UsageError(f"{name} isn't made of runs: `prfaas-testbed claim run {name}` measures it")
+    return _record(name, "testbed", 1, time.monotonic(), lambda: found(folders, say))
+
+
+def _record(
+    name: str, world: str, repetitions: int, begun: float, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    started = datetime.now(UTC)
+    made = make()
     return {
         "piece": name,
-        "world": "simulator",
+        "world": world,
         "commit": commit(),
         "started": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "took_s": round(time.monotonic() - begun, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prfaas.model.errors import UsageError
 from prfaas_testbed.claim.judge import Goal
@@ -11,13 +12,13 @@ from prfaas_testbed.claim.pieces import PIECES, read
 K_WORLD = """\
 ## What was run, on what, and what it can't show
 
-Everything below ran in the project's simulator, at scale 1, on virtual time: the policies, the link
-estimator, the ledger and the order of sending are the very objects that the router and the pump run;
-instances, engines' queues and links are models. Prefill takes a profile's time and whole chunks, decode a
-time a step by batch size, a link is a fluid with a round trip, a start-up and a ceiling by loss. The local
-cluster's profile and the decode batch are solved back from the report's own table 6, so that the plan's
-agreement with the published throughput is partly circular; the TTFTs, the shares and all that happens in
-queues are not.
+Unless a section says that it ran on the testbed, it ran in the project's simulator, at scale 1, on virtual
+time: the policies, the link estimator, the ledger and the order of sending are the very objects that the
+router and the pump run; instances, engines' queues and links are models. Prefill takes a profile's time and
+whole chunks, decode a time a step by batch size, a link is a fluid with a round trip, a start-up and a
+ceiling by loss. The local cluster's profile and the decode batch are solved back from the report's own table
+6, so that the plan's agreement with the published throughput is partly circular; the TTFTs, the shares and
+all that happens in queues are not.
 
 What this can't show: packet-level behaviour (what a stream reaches at a given loss and round trip, head-of-
 line blocking, retransmission), the CPU that 100 Gbit/s of sending, encrypting and checking costs, SGLang's
@@ -47,11 +48,7 @@ def write_report(folder: Path) -> tuple[Path, list[Goal]]:
             f"![{piece.title}](figures/{name})\n\n" for name in piece.draw(record, folder / "figures")
         )
         sections.append(
-            f"## {piece.title}\n\n{pictures}{_verdicts(goals)}\n{piece.tell(record)}\n"
-            f"Made again by `prfaas-testbed claim run {piece.name}`: {record['repetitions']} repetitions, "
-            f"{record['took_s']:.0f} s on {record['machine'].get('cores', '?')} cores, commit "
-            f"`{record['commit'][:12]}`, {record['started']}. The experiments are "
-            f"`topologies/experiments/claim-{piece.name}*.yaml`; `prfaas simulate` plays each alone.\n"
+            f"## {piece.title}\n\n{pictures}{_verdicts(goals)}\n{piece.tell(record)}\n{_made(record)}"
         )
     reached = sum(goal.reached for _, goal in judged)
     head = (
@@ -67,6 +64,26 @@ def write_report(folder: Path) -> tuple[Path, list[Goal]]:
     path = folder / "README.md"
     path.write_text("\n".join([head, K_WORLD, *sections]).rstrip() + "\n", encoding="utf-8")
     return path, [goal for _, goal in judged]
+
+
+def _made(record: dict[str, Any]) -> str:
+    """How its figures are made again, and what they were made with."""
+    name, cores = record["piece"], record["machine"].get("cores", "?")
+    if record.get("world") != "testbed":
+        return (
+            f"Made again by `prfaas-testbed claim run {name}`: {record['repetitions']} repetitions, "
+            f"{record['took_s']:.0f} s on {cores} cores, commit `{record['commit'][:12]}`, "
+            f"{record['started']}. The experiments are `topologies/experiments/claim-{name}*.yaml`; "
+            "`prfaas simulate` plays each alone.\n"
+        )
+    runs = record["runs"]
+    commits = ", ".join(f"`{one}`" for one in sorted({run["commit"][:12] for run in runs}))
+    return (
+        f"Made again by `prfaas-testbed run claim-{name}`, then `prfaas-testbed claim add {name} FOLDER`: "
+        f"{len(runs)} parts, {sum(run['wall_s'] for run in runs) / 60:.0f} minutes on {cores} cores "
+        f"beside other load, commits {commits}, {min(run['started'] for run in runs)} to "
+        f"{max(run['started'] for run in runs)}.\n"
+    )
 
 
 def _verdicts(goals: list[Goal]) -> str:

@@ -133,13 +133,15 @@ def uncached_tokens(requests: Sequence[TimedRequest], profile: Profile) -> np.nd
     return found
 
 
-def allowances_s(requests: Sequence[TimedRequest], uncached: np.ndarray, profile: Profile) -> np.ndarray:
+def allowances_s(
+    requests: Sequence[TimedRequest], uncached: np.ndarray, profile: Profile, base_s: float = K_BASE_S
+) -> np.ndarray:
     """Seconds from arrival within which each first token is due."""
     alone_s = [
         profile.prefill_s(one.prompt_tokens, one.prompt_tokens - int(fresh))
         for one, fresh in zip(requests, uncached, strict=True)
     ]
-    return K_BASE_S + K_PREFILL_FACTOR * np.array(alone_s)
+    return base_s + K_PREFILL_FACTOR * np.array(alone_s)
 
 
 def play(

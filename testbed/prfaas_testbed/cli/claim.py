@@ -1,4 +1,4 @@
-"""`prfaas-testbed claim run|report`: the claim's pieces in the simulator, and the report of them."""
+"""`prfaas-testbed claim run|add|report`: the claim's pieces, simulated or of runs, and their report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("claim", help="measure the claim's pieces, write the report")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     measure = commands.add_parser("run", help="measure pieces in the simulator; a JSON record each")
-    measure.add_argument("pieces", nargs="*", metavar="PIECE", help="all where none is named")
+    measure.add_argument("pieces", nargs="*", metavar="PIECE", help="all simulated ones where none is named")
     measure.add_argument("--repetitions", type=int, default=K_REPETITIONS, help="seeds a figure (5)")
     measure.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
     measure.set_defaults(run=run)
+    add = commands.add_parser("add", help="a piece's record from its runs on the testbed")
+    add.add_argument("piece", metavar="PIECE")
+    add.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that hold a run.json")
+    add.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    add.set_defaults(run=gather)
     report = commands.add_parser("report", help="README.md and figures from the records")
     report.add_argument("folder", type=Path, nargs="?", default=K_FOLDER, metavar="DIR")
     report.set_defaults(run=write)
@@ -30,13 +35,22 @@ def run(args: argparse.Namespace) -> int:
 
     if args.repetitions < 1:
         raise UsageError(f"--repetitions: found {args.repetitions}; at least 1")
-    names = args.pieces or list(pieces.PIECES)
+    names = args.pieces or list(pieces.SIMULATED)
     for name in names:
         pieces.piece(name)
     pieces.check_folder(args.out)
     for name in names:
         record = pieces.measure(name, args.repetitions, lambda line: _say(f"  {line}\n"))
         _say(f"{name}: {record['took_s']:.0f} s, {pieces.write(record, args.out)}\n")
+    return EXIT_OK
+
+
+def gather(args: argparse.Namespace) -> int:
+    from prfaas_testbed.claim import pieces
+
+    pieces.check_folder(args.out)
+    record = pieces.gather(args.piece, args.runs, lambda line: _say(f"  {line}\n"))
+    _say(f"{args.piece}: {pieces.write(record, args.out)}\n")
     return EXIT_OK
 
 

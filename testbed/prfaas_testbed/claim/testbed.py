@@ -1,0 +1,247 @@
+"""Piece `testbed`: the 1T case and two sites on real pumps and an emulated link, and in the simulator."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prfaas.config.experiment import Experiment
+from prfaas.config.run import Run, read_run
+from prfaas.figures import new_figure, save, series
+from prfaas.model.errors import UsageError
+from prfaas_testbed.claim import worlds
+from prfaas_testbed.claim.judge import Goal, Mean, Piece, column, mean, ratios, table
+from prfaas_testbed.claim.runs import parts
+from prfaas_testbed.experiment.view import field
+
+K_EXPERIMENT = "claim-testbed"
+K_HALF = "hundred-gig-half"  # the network of what runs at half the 1T case's size
+K_TIME_SCALE = 2.0  # there, a second of profiles, arrivals and round trip stands for so many
+K_SYSTEMS = ("homogeneous", "naive", "paper", "prices")
+K_LOADS = ("0.9", "1.2")
+K_AGREE = 0.10
+K_COMPARED = {
+    "answered_rps": "answered, req/s",
+    "ttft_mean_s": "TTFT mean, s",
+    "ttft_p50_s": "TTFT P50, s",
+    "ttft_p90_s": "TTFT P90, s",
+    "egress_gbps": "egress, Gbit/s",
+}
+K_PUBLISHED = (("homogeneous", 1.54), ("naive", 1.32))
+K_WITHIN = 0.05
+
+
+def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Raises UsageError: it takes a network, and half an hour of it."""
+    raise UsageError(
+        f"testbed: `prfaas-testbed run {K_EXPERIMENT}` measures it (in pieces: --for S, --resume DIR); "
+        "`prfaas-testbed claim add testbed DIR` puts it beside the simulator"
+    )
+
+
+def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
+    """The record of testbed runs and of the same requests simulated. Raises UsageError."""
+    rows: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    for run in map(read_run, folders):
+        if run.experiment != K_EXPERIMENT:
+            raise UsageError(f"a run of {run.experiment}; this piece is made of {K_EXPERIMENT}")
+        for part, experiment in parts(K_EXPERIMENT):
+            if any(field(row, "part") == part for one in run.repetitions for row in one.requests):
+                fresh = both(run, part, experiment)
+                rows = [row for row in rows if row["part"] != part] + fresh
+                runs.append({"part": part, **(run.model_extra or {}).get("part_runs", {}).get(part, {})})
+                say(_line(part, fresh))
+    order = {part: place for place, (part, _) in enumerate(parts(K_EXPERIMENT))}
+    rows.sort(key=lambda row: (order[row["part"]], row["world"], row["repetition"]))
+    return {"rows": rows, "runs": [_brief(one) for one in runs]}
+
+
+def _brief(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: run[name] for name in ("part", "commit", "started", "machine", "wall_s") if name in run}
+
+
+def both(run: Run, part: str, experiment: Experiment) -> list[dict[str, Any]]:
+    """Rows of one part: each repetition on the testbed, and the simulator's answer to the same requests."""
+    requests = worlds.requests_of_testbed(experiment)
+    time_scale = K_TIME_SCALE if experiment.network == K_HALF else 1.0
+    allowed = worlds.allowed_s(experiment, requests, time_scale)
+    system, _, load = part.rpartition("-")
+    label = {"part": part, "system": system, "load": load, "time_scale": time_scale}
+    rows = []
+    for index, played in worlds.on_testbed(run, part or None):
+        row = {**label, "world": "testbed", "repetition": index, **played.figures(allowed)}
+        rows.append({**row, "cores": worlds.costs(run, part or None, index), "requests_rows": played.plain()})
+    simulated = worlds.simulated(experiment, requests)
+    for index in range(len(rows)):
+        row = {**label, "world": "simulator", "repetition": index, **simulated.figures(allowed)}
+        rows.append({**row, **({"requests_rows": simulated.plain()} if not index else {})})
+    return rows
+
+
+def _line(part: str, rows: list[dict[str, Any]]) -> str:
+    found = [f"{name} {gap:+.1%}" for name in K_COMPARED if (gap := _gap(rows, part, name)) is not None]
+    return f"{part}: testbed against simulator: {', '.join(found)}"
+
+
+def _gap(rows: list[dict[str, Any]], part: str, name: str) -> float | None:
+    """Testbed over simulator, less 1; None where there is nothing to compare."""
+    real, virtual = (mean(column(rows, name, part=part, world=w)) for w in ("testbed", "simulator"))
+    if not real.count or not virtual.count or not virtual.value:
+        return None
+    return real.value / virtual.value - 1
+
+
+def _parts(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["part"] for row in rows))
+
+
+def goals(data: dict[str, Any]) -> list[Goal]:
+    """Agreement of the worlds, the published ratios on the testbed, ours and the report's policy."""
+    rows = data["rows"]
+    found = []
+    for name, label in K_COMPARED.items():
+        gaps = {part: gap for part in _parts(rows) if (gap := _gap(rows, part, name)) is not None}
+        if gaps:
+            worst = max(gaps, key=lambda part: abs(gaps[part]))
+            found.append(
+                Goal(
+                    f"testbed and simulator agree within {K_AGREE:.0%}: {label.partition(',')[0]}",
+                    f"{sum(abs(gap) <= K_AGREE for gap in gaps.values())} of {len(gaps)}, "
+                    f"furthest {worst} {gaps[worst]:+.1%}",
+                    all(abs(gap) <= K_AGREE for gap in gaps.values()),
+                )
+            )
+    for below, published in K_PUBLISHED:
+        ratio = _ratio(rows, "paper", below, "answered_rps", "1.2")
+        if ratio.count:
+            off = ratio.value / published - 1
+            found.append(
+                Goal(
+                    f"on the testbed, the published ratio {published:g} to {below} within 5%",
+                    f"{ratio.text(3)} ({off:+.1%})",
+                    abs(off) <= K_WITHIN,
+                )
+            )
+    for load, name, text in (
+        ("1.2", "answered_rps", "beyond capacity, ours answers at least as much as the report's policy"),
+        ("0.9", "within_slo", "at 0.9, ours has at least as many requests within the SLO"),
+    ):
+        ratio = _ratio(rows, "prices", "paper", name, load)
+        if ratio.count:
+            found.append(Goal(f"on the testbed, {text}", f"{ratio.text(3)} of it", ratio.value >= 0.99))
+    return found
+
+
+def _ratio(rows: list[dict[str, Any]], above: str, below: str, name: str, load: str) -> Mean:
+    values = [column(rows, name, system=system, load=load, world="testbed") for system in (above, below)]
+    return ratios(*values) if len(values[0]) == len(values[1]) else mean([])
+
+
+def tell(data: dict[str, Any]) -> str:
+    """Both worlds side by side, at the 1T case's own scale; then what the testbed's processes cost."""
+    rows = data["rows"]
+    lines = []
+    for part, world in itertools.product(_parts(rows), ("testbed", "simulator")):
+        chosen = {"part": part, "world": world}
+        scale = column(rows, "time_scale", **chosen)[0]
+
+        def shown(name: str, digits: int, factor: float = 1.0, chosen: dict[str, str] = chosen) -> str:
+            return mean([factor * value for value in column(rows, name, **chosen) if value is not None]).text(
+                digits
+            )
+
+        system, _, load = part.rpartition("-")
+        lines.append(
+            [
+                f"{series(system).label}, {load}", world, shown("answered_rps", 2, 1 / scale),
+                shown("ttft_mean_s", 2, scale), shown("ttft_p50_s", 2, scale), shown("ttft_p90_s", 2, scale),
+                shown("egress_gbps", 1), shown("offloaded_share", 1, 100), shown("within_slo", 1, 100),
+            ]
+        )  # fmt: skip
+    head = ["system, load", "world", "answered, req/s", "TTFT mean, s", "P50", "P90", "egress, Gbit/s",
+            "offloaded, %", "within SLO, %"]  # fmt: skip
+    text = table(head, lines)
+    return text + K_SCALE + _costs(rows) + K_SHARED
+
+
+def _costs(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        if row["world"] == "testbed" and row["repetition"] == 0:
+            cores = row["cores"]
+            each = 1e3 / row["offered_rps"]
+            lines.append(
+                [
+                    row["part"],
+                    *(
+                        f"{100 * cores[role]:.0f}"
+                        for role in ("router", "pump", "prefill", "decode", "client")
+                    ),
+                    f"{each * cores['router']:.1f}",
+                    f"{each * cores['pump']:.1f}",
+                ]
+            )
+    head = ["% of a core", "router", "pumps", "prefill", "decode", "client", "router, ms a request",
+            "pumps, ms a request"]  # fmt: skip
+    return table(head, lines) + (
+        "\nOf all processes of a role together, over the whole load with its end. The router reads, hashes "
+        "and sends on prompts of 27,000 tokens on average as JSON, and relays 128 events a request.\n\n"
+    )
+
+
+K_SCALE = """
+At the 1T case's own scale: what ran has times, bytes and the round trip of half the size, so that a second
+of the table is half a second that passed; rates and bytes on the emulated link are divided by 500 besides.
+A decode step stands for eight tokens. *two-sites* is as it is: profiled instances in place of its servers,
+without a router. Both worlds got the same requests at the same times. *Answered*:
+between the first fifth and the last of the arrivals. *Load*: of what the plan says a system carries.
+
+"""
+K_SHARED = """\
+Code that both worlds share: the policies with their prices and queues (routing/), the profiles' curves, the
+drawing of requests (workload/), and on the link the order of sending (transfer/order). Not shared: the
+router's picture of its servers, the instances' scheduler and cache (the testbed has its own), the protocol,
+HTTP, sockets, TLS. The link's ledger, which the simulator asks, isn't asked on the testbed.
+"""
+
+
+def draw(data: dict[str, Any], folder: Path) -> list[str]:
+    """TTFT's distribution in both worlds, a panel a part."""
+    rows = data["rows"]
+    names = _parts(rows)
+    across = min(4, len(names))
+    figure, axes = new_figure(-(-len(names) // across), across, width=3.2, height=2.6)
+    drawn: list[list[Any]] = []
+    for part, panel in zip(names, axes, strict=False):
+        for world, colour in (("testbed", "#0072B2"), ("simulator", "#E69F00")):
+            row = next(
+                (
+                    one
+                    for one in rows
+                    if one["part"] == part and one["world"] == world and one.get("requests_rows")
+                ),
+                None,
+            )
+            if row is None:
+                continue
+            ttft = worlds.Played.of_plain(row["requests_rows"])["ttft_s"] * row["time_scale"]
+            ttft = np.sort(ttft[~np.isnan(ttft)])
+            share = np.arange(1, len(ttft) + 1) / len(ttft)
+            panel.plot(ttft, share, color=colour, label=world)
+            for q in (0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
+                drawn.append([part, world, q, round(float(np.quantile(ttft, q)), 4)])
+        panel.set(title=part, xlabel="TTFT, s", ylim=(0, 1), xlim=(0, None))
+    for panel in axes[len(names) :]:
+        panel.set_visible(False)
+    axes[0].set_ylabel("share of requests")
+    axes[0].legend(loc="lower right")
+    paths = save(figure, folder, "testbed", ["part", "world", "quantile", "TTFT, s"], drawn)
+    return [path.name for path in paths if path.suffix == ".png"]
+
+
+PIECE = Piece("testbed", "On the testbed, and in the simulator", measure, goals, draw, tell, gather)

@@ -1,0 +1,95 @@
+"""The claim on the testbed: a run's rows beside the same requests simulated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prfaas.config.run import Run, write_run
+from prfaas.model.errors import UsageError
+from prfaas_testbed.claim import pieces, runs, testbed, worlds
+from prfaas_testbed.claim.report import write_report
+
+K_PARTS = ("homogeneous-1.2", "paper-1.2")
+
+
+def run_of(stretch: float, names: tuple[str, ...] = K_PARTS) -> Run:
+    """A testbed's record whose answers are the simulator's, with first tokens `stretch` times as late."""
+    rows, costs, part_runs = [], [], {}
+    for part, experiment in runs.parts(testbed.K_EXPERIMENT):
+        if part in names:
+            played = worlds.simulated(experiment, worlds.requests_of_testbed(experiment))
+            for place in range(len(played)):
+                one = {name: float(values[place]) for name, values in played.columns.items()}
+                rows.append(
+                    {"part": part, "id": f"r{place}", "model": "m",
+                     "prompt_tokens": int(one["prompt_tokens"]), "sent_s": one["sent_s"] + 0.001,
+                     "lateness_s": 0.001, "ttft_s": one["ttft_s"] * stretch,
+                     "e2e_s": one["e2e_s"], "site": played.sites[place], "kv_bytes": one["wan_bytes"] / 500,
+                     "transfer": "wan" if one["wan_bytes"] else "local"}
+                )  # fmt: skip
+            costs.append({"at_s": 9.0, "event": "cost", "part": part, "name": "router", "role": "router",
+                          "cpu_s": 2.0, "wall_s": 10.0})  # fmt: skip
+            part_runs[part] = {"commit": "0" * 40, "started": "2026-01-01T00:00:00Z", "wall_s": 60.0}
+    for row in rows:
+        row["kv_bytes"] = round(row["kv_bytes"])
+    return Run.model_validate(
+        {"experiment": testbed.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
+         "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "scale": 500,
+         "parts": list(names), "part_runs": part_runs,
+         "repetitions": [{"index": 0, "requests": rows, "events": costs}]}
+    )  # fmt: skip
+
+
+def test_equal_answers_agree_and_later_ones_do_not(tmp_path: Path) -> None:
+    write_run(run_of(1.0), tmp_path / "same")
+    write_run(run_of(1.2), tmp_path / "late")
+    same = pieces.gather("testbed", [tmp_path / "same"], lambda line: None)
+    agree = [goal for goal in testbed.goals(same) if "agree" in goal.text]
+    assert len(agree) == len(testbed.K_COMPARED)
+    assert all(goal.reached for goal in agree), agree
+    # What is added later stands in place of what was there.
+    late = pieces.gather("testbed", [tmp_path / "same", tmp_path / "late"], lambda line: None)
+    missed = [goal.text for goal in testbed.goals(late) if "agree" in goal.text and not goal.reached]
+    assert [text.rpartition(" TTFT")[1] for text in missed] == [" TTFT"] * 3
+    row = next(row for row in late["rows"] if row["part"] == "paper-1.2" and row["world"] == "testbed")
+    assert row["cores"]["router"] == pytest.approx(0.2)
+    assert (row["failed"], row["time_scale"]) == (0, 2.0)
+
+
+def test_its_section_is_made_of_the_record_alone(tmp_path: Path) -> None:
+    write_run(run_of(1.05), tmp_path / "run")
+    pieces.write(pieces.gather("testbed", [tmp_path / "run"], lambda line: None), tmp_path)
+    path, goals = write_report(tmp_path)
+    text = path.read_text()
+    assert (tmp_path / "figures" / "testbed.png").stat().st_size > 10_000
+    assert "claim add testbed FOLDER" in text
+    assert "| paper-1.2 | 20 |" in text
+    ratio = next(goal.found for goal in goals if "published ratio 1.54" in goal.text)
+    assert 1.3 < float(ratio.split()[0]) < 1.7
+
+
+def test_columns_come_back_as_they_were_written() -> None:
+    (_, experiment), *_ = [one for one in runs.parts(testbed.K_EXPERIMENT) if one[0] == "two-sites-0.9"]
+    requests = worlds.requests_of_testbed(experiment)[:30]
+    assert not any(one.block_ids for one in requests)  # its prompts are independent
+    played = worlds.simulated(experiment, requests)
+    again = worlds.Played.of_plain(played.plain())
+    assert again.sites == played.sites
+    assert np.allclose(again["ttft_s"], played["ttft_s"], atol=1e-4)
+    found: Any = again.figures(np.full(30, 1e9))
+    assert (found["requests"], found["within_slo"], found["offloaded_share"]) == (30, 1.0, 1.0)
+
+
+def test_only_the_piece_s_own_runs_are_taken(tmp_path: Path) -> None:
+    other = run_of(1.0, K_PARTS[:1]).model_copy(update={"experiment": "hello"})
+    write_run(other, tmp_path)
+    with pytest.raises(UsageError, match="a run of hello"):
+        pieces.gather("testbed", [tmp_path], lambda line: None)
+    with pytest.raises(UsageError, match="isn't made of runs"):
+        pieces.gather("links", [tmp_path], lambda line: None)
+    with pytest.raises(UsageError, match="claim add testbed"):
+        pieces.measure("testbed", 1, lambda line: None)
