@@ -73,6 +73,33 @@ class LinkConfig(Strict):
         return value
 
 
+class ForwardConfig(Strict):
+    """One endpoint at another site, reached by a loopback port here and that site's pump."""
+
+    listen: str
+    """host:port here, on loopback; port 0 takes a free one, which the log names."""
+    pump: str
+    """host:port of the pump beside the endpoint."""
+    to: str
+    """host:port of the endpoint, which that pump `exposes`."""
+    site: str = ""
+    """The site that pump must prove to be of; empty: any that is trusted."""
+
+    @field_validator("listen", "pump", "to")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @model_validator(mode="after")
+    def _on_loopback(self) -> ForwardConfig:
+        if not is_loopback(split_address(self.listen)[0]):
+            raise ValueError(
+                f"listen {self.listen}: loopback only, for it is plaintext and asks nobody who he is"
+            )
+        return self
+
+
 class PumpConfig(Strict):
     """One pump: a process that owns a node's sockets to other sites."""
 
@@ -108,6 +135,10 @@ class PumpConfig(Strict):
     """host:port of /metrics, /links and /stats over HTTP; empty: none."""
     links: tuple[LinkConfig, ...] = ()
     """Outgoing links whose rate is promised and shared; others are used as they come."""
+    forwards: tuple[ForwardConfig, ...] = ()
+    """Endpoints at other sites for programs of this node, encrypted and authenticated on the way."""
+    exposes: tuple[str, ...] = ()
+    """host:port of endpoints of this node that other sites may forward to; servers add their own."""
     protocol_versions: tuple[int, int] = (1, 2)
     """Oldest and newest protocol version spoken."""
     faults: FaultConfig | None = None
@@ -117,6 +148,13 @@ class PumpConfig(Strict):
     def _is_address(cls, value: str) -> str:
         if value:
             split_address(value)
+        return value
+
+    @field_validator("exposes")
+    @classmethod
+    def _are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for endpoint in value:
+            split_address(endpoint)
         return value
 
     @model_validator(mode="after")

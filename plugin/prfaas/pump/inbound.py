@@ -85,6 +85,7 @@ class Inbound(Handler):
 
     def on_lost(self, stream: Stream, reason: str, now: float) -> None:
         self.streams.discard(stream)
+        self.pump.exposed.lost(stream, now)
         self.counters.add(stream.counters)
         self.counters.streams_lost += 1
         if isinstance(stream.session, bytes):
@@ -122,6 +123,10 @@ class Inbound(Handler):
                 self.pump.on_receive_event(event, now)
         elif kind is FrameType.LEDGER:
             self.pump.on_ledger_frame(stream, body, now)
+        elif kind is FrameType.DATA:
+            self.pump.exposed.on_data(stream, header, body, now)
+        elif kind is FrameType.FORWARD:
+            self.pump.exposed.start(stream, body, now)
         elif kind is not FrameType.PONG:
             raise RemoteProtocolError(f"{kind.name} from a sender")
 

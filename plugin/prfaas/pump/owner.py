@@ -167,6 +167,10 @@ class Owner:
                 self._release(message.key, now)
             case m.Prepare():
                 self.pump.peer(message.address, now).prepare(now)
+            case m.Expose():
+                self.pump.exposed.expose(message.host, message.port, self)
+            case m.Forward():
+                self._forward(message)
             case m.AskStats():
                 self.send(m.Reply(message.serial, "", self.pump.stats(now)))
 
@@ -177,6 +181,15 @@ class Owner:
             self.send(m.Reply(serial, str(error)))
         else:
             self.send(m.Reply(serial))
+
+    def _forward(self, message: m.Forward) -> None:
+        where = message.peer, message.site, message.host, message.port
+        try:
+            address = self.pump.forwards.open(*where, message.listen)
+        except (PrfaasError, ValueError) as error:
+            self.send(m.Reply(message.serial, str(error)))
+        else:
+            self.send(m.Reply(message.serial, body={"address": address}))
 
     def _attach(self, message: m.Attach) -> None:
         if self._memory is not None or not self._fds:

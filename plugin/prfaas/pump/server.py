@@ -16,6 +16,7 @@ from prfaas.model.errors import MachineError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import tcpinfo
 from prfaas.pump.desk import LinkDesk
+from prfaas.pump.forwarding import Exposed, Forwards
 from prfaas.pump.inbound import Inbound
 from prfaas.pump.loop import Loop
 from prfaas.pump.owner import Owner
@@ -81,6 +82,7 @@ class Pump:
         self.boot = secrets.token_bytes(16)
         self.receiving = Receiving(config.max_transfers)
         self.inbound = Inbound(self)
+        self.forwards, self.exposed = Forwards(self), Exposed(self)
         self.ended: dict[str, int] = {}
         self._persistent = persistent
         self._owners: dict[bytes, Owner] = {}
@@ -92,9 +94,11 @@ class Pump:
         self._listener = self._listen()
         try:
             self._serve_page()
+            self._open_forwards()
             self._control = self._listen_control(config.control_path)
         except BaseException:
             self._listener.close()
+            self.forwards.close(self.loop.now())
             if self._page_socket is not None:
                 self._page_socket.close()
             self.loop.close()
@@ -120,6 +124,13 @@ class Pump:
         if self.config.metrics:
             self._page_socket = _bound(self.config.metrics, "metrics")
             self.loop.add(self._page_socket.fileno(), R, _Acceptor(self._page_socket, self.page.accept))
+
+    def _open_forwards(self) -> None:
+        """What the configuration forwards and exposes. Raises MachineError."""
+        for forward in self.config.forwards:
+            self.forwards.open(forward.pump, forward.site, *split_address(forward.to), forward.listen)
+        for endpoint in self.config.exposes:
+            self.exposed.expose(*split_address(endpoint))
 
     def _listen_control(self, path: Path) -> socket.socket:
         """The unix socket for servers of the same user. Whoever starts a pump holds the lock beside it."""
@@ -225,6 +236,7 @@ class Pump:
     def detach(self, owner: Owner, now: float) -> None:
         self._controls.discard(owner)
         self._last_client_s = now
+        self.exposed.withdraw(owner)
         if self._owners.get(owner.token) is owner:
             del self._owners[owner.token]
             for event in self.receiving.remove_owner(owner.token):
@@ -309,6 +321,7 @@ class Pump:
             "inbound": {**inbound, **total}, "ended": dict(self.ended), "leases": self.receiving.n_leases,
             "incoming": self.receiving.n_transfers, "clients": len(self._owners),
             "links": [d.status(now) for d in self.desks.values()],
+            "forwards": self.forwards.stats(now), "forwarded_in": len(self.exposed),
             "cpu_user_s": cpu.user, "cpu_system_s": cpu.system,
         }  # fmt: skip
 
@@ -347,6 +360,7 @@ class Pump:
         self.page.close()
         if self._page_socket is not None:
             self._page_socket.close()
+        self.forwards.close(now)
         for peer in self._peers.values():
             peer.close(now)
         for owner in list(self._controls):

@@ -249,6 +249,19 @@ class PumpClient(ABC):
         """Have the streams to a peer open before the first transfer needs them."""
 
     @abstractmethod
+    def expose(self, host: str, port: int) -> None:
+        """Let programs of other sites reach this endpoint of the node, by their pump and this one, while this
+        client is attached.
+        """
+
+    @abstractmethod
+    def forward(self, peer: str, host: str, port: int, *, site: str = "", timeout_s: float = 10.0) -> str:
+        """host:port on loopback that leads to an endpoint which the node of the pump at `peer` exposes; the
+        same at every call. `site`: the one that the peer must prove to be of. Blocks for the pump's answer.
+        Raises PrfaasError.
+        """
+
+    @abstractmethod
     def stats(self, timeout_s: float = 5.0) -> dict[str, object]:
         """The pump's counters (see pump.server.Pump.stats). Blocks for the answer. Raises PrfaasError without
         one.

@@ -224,6 +224,30 @@ class LocalPumpClient(PumpClient):
         with self._lock:
             self._send(m.Prepare(address))
 
+    def expose(self, host: str, port: int) -> None:
+        message = m.Expose(host, port)
+        with self._lock:
+            self._standing.exposed.append(message)
+            self._send(message)
+
+    def forward(
+        self, peer: str, host: str, port: int, *, site: str = "", timeout_s: float = K_ANSWER_S
+    ) -> str:
+        with self._lock:
+            known = self._standing.forwarded(peer, host, port)
+            if known is not None:
+                return known
+            message = m.Forward(next(self._serials), peer, site, host, port)
+            question = self._standing.add_question(message.serial)
+            self._send(message)
+        reply = question.wait(timeout_s)
+        if reply is None or reply.error:
+            raise PrfaasError(reply.error if reply else "the pump doesn't answer")
+        address = str(reply.body["address"])
+        with self._lock:
+            self._standing.add_forward(message, address)
+        return address
+
     def stats(self, timeout_s: float = 5.0) -> dict[str, object]:
         with self._lock:
             serial = next(self._serials)

@@ -112,6 +112,26 @@ class Prepare(Message, tag="prepare"):
     address: str
 
 
+class Expose(Message, tag="expose"):
+    """Let other sites' programs reach an endpoint of this node, by their pumps and this one."""
+
+    host: str
+    port: int
+
+
+class Forward(Message, tag="forward"):
+    """Listen on loopback for an endpoint that a peer's node exposes; the reply's `address` says where."""
+
+    serial: int
+    peer: str
+    """host:port of the peer's pump."""
+    site: str
+    """Its site, if only that one will do."""
+    host: str
+    port: int
+    listen: str = "127.0.0.1:0"
+
+
 class AskStats(Message, tag="stats"):
     serial: int
 
@@ -182,7 +202,8 @@ class Refused(Message, tag="refused"):
 
 ToPump = (
     Attach | Register | Deregister | Grant | Revoke | Submit | Cancel | Prepare | AskStats | Offer | Release
-)
+    | Expose | Forward
+)  # fmt: skip
 ToServer = Attached | Reply | Ended | Arrived | Refused | OfferNews
 
 _to_pump = msgspec.msgpack.Decoder(ToPump)

@@ -23,7 +23,7 @@ from prfaas.transfer.segments import Ranges
 
 log = logging.getLogger(__name__)
 
-K_TOLD_AGAIN = (m.Register, m.Grant, m.Submit, m.Offer)
+K_TOLD_AGAIN = (m.Register, m.Grant, m.Submit, m.Offer, m.Expose)
 """What every new pump is told anyway, of all that stands then: said twice, it would be refused."""
 
 
@@ -89,6 +89,16 @@ class Standing:
         self._leases: dict[int, LocalLease] = {}
         self._offers: dict[str, _Asked] = {}
         self._questions: dict[int, Question] = {}
+        self.exposed: list[m.Expose] = []
+        self._forwards: dict[tuple[str, str, int], tuple[m.Forward, str]] = {}
+
+    def forwarded(self, peer: str, host: str, port: int) -> str | None:
+        """Where an endpoint was forwarded to."""
+        known = self._forwards.get((peer, host, port))
+        return known[1] if known else None
+
+    def add_forward(self, message: m.Forward, address: str) -> None:
+        self._forwards[message.peer, message.host, message.port] = (message, address)
 
     @property
     def leases(self) -> list[LocalLease]:
@@ -206,6 +216,11 @@ class Standing:
         regions = self.registered.regions
         if regions:
             out += m.encode(register_message(serial, regions))
+        for endpoint in self.exposed:
+            out += m.encode(endpoint)
+        for forward, address in self._forwards.values():
+            # At the port that programs know already.
+            out += m.encode(msgspec.structs.replace(forward, serial=0, listen=address))
         for lease in self._leases.values():
             lease.message.deadline_s = max(0.0, lease.expires_s - now)
             out += m.encode(lease.message)

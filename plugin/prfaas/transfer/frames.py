@@ -51,6 +51,8 @@ class FrameType(IntEnum):
     PING = 9
     PONG = 10
     LEDGER = 11
+    FORWARD = 12
+    DATA = 13
 
 
 class Hello(msgspec.Struct, omit_defaults=True):
@@ -104,6 +106,15 @@ class LedgerMessage(msgspec.Struct, omit_defaults=True):
     request: bool
     serial: int
     body: dict[str, object] = {}  # msgspec copies empty defaults
+
+
+class Forward(msgspec.Struct, omit_defaults=True):
+    """From here on the stream carries one connection (DATA frames), to an endpoint that the peer's node
+    exposes.
+    """
+
+    host: str
+    port: int
 
 
 @dataclass(frozen=True, slots=True)

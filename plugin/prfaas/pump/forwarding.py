@@ -1,0 +1,306 @@
+"""Connections of other programs, carried between two pumps: SGLang's bootstrap and control, and HTTP to its
+servers, then cross between sites encrypted and authenticated like the data, through the pump's one port.
+
+`Forwards` listens on loopback and dials the peer's pump once for each connection; `Exposed` knows which
+endpoints of this node peers may reach, and connects to those. A stream carries one connection (relay.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import selectors
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from prfaas.config.pump import is_loopback, split_address
+from prfaas.model.errors import MachineError, RemoteProtocolError
+from prfaas.pump.dialling import Dialling, NotAllowed
+from prfaas.pump.handler import Counters, Handler
+from prfaas.pump.relay import Relay
+from prfaas.pump.stream import Stream
+from prfaas.transfer.frames import (
+    Forward,
+    FrameType,
+    Header,
+    Hello,
+    Refuse,
+    agree_version,
+    decode_message,
+    message_frame,
+)
+
+if TYPE_CHECKING:
+    from prfaas.pump.server import Pump
+
+log = logging.getLogger(__name__)
+
+K_VERSION = 2
+"""Older pumps don't know the frames."""
+K_FORWARDS_MOST = 4096
+K_CONNECTIONS_MOST = 1024
+K_BACKLOG = 128
+K_CONNECT_S = 10.0
+R = selectors.EVENT_READ
+_IN_USE = "no more connections can be forwarded"
+
+
+class Forwards:
+    """Listeners of this node for endpoints at other sites."""
+
+    def __init__(self, pump: Pump) -> None:
+        self.pump = pump
+        self._listeners: dict[tuple[str, str, int], _Listener] = {}
+        self.connections: set[_Dialled] = set()
+        self.counters = Counters()
+        self.opened = self.failed = 0
+
+    def open(self, peer: str, site: str, host: str, port: int, listen: str) -> str:
+        """host:port here that leads to host:port at the node of the pump at `peer`; the same at every call.
+
+        `listen`: where, if it is new and can be had; its port 0 takes a free one. Raises MachineError,
+        ValueError.
+        """
+        key = (peer, host, port)
+        split_address(peer)
+        known = self._listeners.get(key)
+        if known is None:
+            if len(self._listeners) >= K_FORWARDS_MOST:
+                raise MachineError(f"more than {K_FORWARDS_MOST} endpoints forwarded")
+            known = self._listeners[key] = _Listener(self, peer, site, Forward(host, port), listen)
+            log.info("%s leads to %s:%d by the pump at %s", known.address, host, port, peer)
+        return known.address
+
+    def stats(self, now: float) -> dict[str, int]:
+        """Connections and their bytes, framing and TLS included."""
+        total = dataclasses.replace(self.counters)
+        for connection in self.connections:
+            total.add(connection.counters(now))
+        return {
+            "endpoints": len(self._listeners), "connections": len(self.connections), "opened": self.opened,
+            "failed": self.failed, "tcp_bytes_sent": total.tcp_bytes_sent,
+            "tcp_bytes_received": total.tcp_bytes_received, "retransmitted_bytes": total.retransmitted_bytes,
+        }  # fmt: skip
+
+    def close(self, now: float) -> None:
+        for listener in self._listeners.values():
+            listener.close()
+        for connection in list(self.connections):
+            connection.end(now)
+
+
+class _Listener:
+    """One loopback port in the loop."""
+
+    def __init__(self, forwards: Forwards, peer: str, site: str, target: Forward, listen: str) -> None:
+        self.forwards, self.peer, self.site, self.target = forwards, peer, site, target
+        host, port = split_address(listen)
+        if not is_loopback(host):
+            raise ValueError(
+                f"{listen}: forwards listen on loopback, where only this node's programs reach them"
+            )
+        self._sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._sock.bind((host, port))
+            self._sock.listen(K_BACKLOG)
+        except OSError as error:
+            self._sock.close()
+            raise MachineError(f"forward {listen}: {error.strerror}") from None
+        self._sock.setblocking(False)
+        host, port = self._sock.getsockname()[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        forwards.pump.loop.add(self._sock.fileno(), R, self)
+
+    def on_ready(self, mask: int, now: float) -> None:
+        for _ in range(16):
+            try:
+                sock, _ = self._sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.warning("accept: %s", error)
+                return
+            if len(self.forwards.connections) >= K_CONNECTIONS_MOST:
+                log.warning("%s: %s", self.address, _IN_USE)
+                sock.close()
+            else:
+                _Dialled(self, sock, now)
+
+    def close(self) -> None:
+        self.forwards.pump.loop.remove(self._sock.fileno())
+        self._sock.close()
+
+
+class _Carrying(Handler):
+    """What both ends of a forwarded connection share: no blocks."""
+
+    def on_block(self, stream: Stream, header: Header, body: memoryview, address: int, now: float) -> None:
+        raise RemoteProtocolError("a block on a forwarded connection")
+
+    def next_block(self, stream: Stream, now: float) -> int:
+        return 0
+
+
+class _Dialled(_Carrying):
+    """One accepted connection, on its way to the peer's pump and then to the endpoint."""
+
+    def __init__(self, listener: _Listener, sock: socket.socket, now: float) -> None:
+        self.forwards, self.site, self.target = listener.forwards, listener.site, listener.target
+        self.pump = self.forwards.pump
+        self._where = f"{self.target.host}:{self.target.port} by the pump at {listener.peer}"
+        self._sock: socket.socket | None = sock
+        self._relay: Relay | None = None
+        self._stream: Stream | None = None
+        self.forwards.connections.add(self)
+        self.forwards.opened += 1
+        dialling = Dialling(self.pump.loop, self.pump.trust, listener.peer, self, now)
+        try:
+            streams = dialling.dial(wanted=1, n_open=0, n_ready=0, now=now)
+        except NotAllowed as error:
+            self._fail(str(error), now)
+            return
+        if not streams:
+            self._fail(dialling.last_error, now)
+            return
+        self._stream = streams[0]
+        self.pump.loop.call_at(now + K_CONNECT_S, self._expect)
+
+    def _expect(self, now: float) -> None:
+        if self._relay is None and self._stream is not None:
+            self._stream.lose(f"no answer within {K_CONNECT_S:.0f} s", now)
+
+    def check_certificate(self, certificate: Mapping[str, object]) -> str:
+        return self.pump.trust.check_certificate(certificate, self.site)
+
+    def our_hello(self, stream: Stream) -> Hello:
+        return self.pump.hello(0)
+
+    def on_hello(self, stream: Stream, hello: Hello) -> int:
+        version = agree_version(self.pump.config.protocol_versions, (hello.oldest, hello.newest))
+        self.pump.check_site(stream, hello)
+        stream.peer_site = hello.site
+        if version < K_VERSION:
+            raise RemoteProtocolError(
+                f"the peer's pump speaks version {version}; forwarding came with {K_VERSION}"
+            )
+        return version
+
+    def on_ready(self, stream: Stream, now: float) -> None:
+        sock, self._sock = self._sock, None
+        assert sock is not None
+        stream.send_control(message_frame(stream.version, FrameType.FORWARD, self.target))
+        self._relay = Relay(self.pump.loop, sock, stream, self.end, connecting=False)
+
+    def on_frame(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
+        if header.type is FrameType.DATA and self._relay is not None:
+            self._relay.on_data(header, body, now)
+        elif header.type is FrameType.REFUSE:
+            raise RemoteProtocolError(decode_message(body, Refuse).detail[:200])
+        else:
+            raise RemoteProtocolError(f"{header.type.name} on a forwarded connection")
+
+    def on_lost(self, stream: Stream, reason: str, now: float) -> None:
+        self._fail(reason, now)
+
+    def _fail(self, reason: str, now: float) -> None:
+        self.forwards.failed += 1
+        log.warning("a connection to %s ended: %s", self._where, reason)
+        self.end(now)
+
+    def end(self, now: float) -> None:
+        """Everything of this connection is over."""
+        self.forwards.connections.discard(self)
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self._relay is not None:
+            self._relay.close(now)
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            stream.close(now)
+            self.forwards.counters.add(stream.counters)
+
+    def counters(self, now: float) -> Counters:
+        if self._stream is None:
+            return Counters()
+        self._stream.sample(now)
+        return self._stream.counters
+
+
+class Exposed:
+    """Endpoints of this node that peers' pumps may reach, and the connections they have to them."""
+
+    def __init__(self, pump: Pump) -> None:
+        self.pump = pump
+        self._fixed: set[tuple[str, int]] = set()
+        self._by_server: dict[object, set[tuple[str, int]]] = {}
+        self._relays: dict[Stream, Relay] = {}
+
+    def expose(self, host: str, port: int, server: object = None) -> None:
+        """Let peers reach host:port, as long as the server is attached; without one, always."""
+        (self._fixed if server is None else self._by_server.setdefault(server, set())).add((host, port))
+
+    def withdraw(self, server: object) -> None:
+        """What a server that has gone had exposed. Standing connections end by themselves."""
+        self._by_server.pop(server, None)
+
+    def _target(self, wanted: Forward) -> tuple[str, int] | None:
+        """The endpoint meant: peers may know this node by another address than its programs do."""
+        known = self._fixed.union(*self._by_server.values())
+        if (wanted.host, wanted.port) in known:
+            return wanted.host, wanted.port
+        same = [endpoint for endpoint in known if endpoint[1] == wanted.port]
+        return same[0] if len(same) == 1 else None
+
+    def start(self, stream: Stream, body: memoryview, now: float) -> None:
+        """A FORWARD frame. Raises RemoteProtocolError, which ends the stream alone."""
+        if stream.version < K_VERSION:
+            raise RemoteProtocolError(f"FORWARD in version {stream.version}")
+        wanted = decode_message(body, Forward)
+        target = self._target(wanted)
+        if stream in self._relays:
+            raise RemoteProtocolError("FORWARD twice")
+        problem = ""
+        if target is None:
+            problem = f"{wanted.host}:{wanted.port} isn't exposed at this node"
+        elif len(self._relays) >= K_CONNECTIONS_MOST:
+            problem = _IN_USE
+        if problem or target is None:
+            self.pump.inbound.count_refusal("forward")
+            log.warning("site %s: %s", stream.peer_site, problem)
+            stream.send_control(message_frame(stream.version, FrameType.REFUSE, Refuse("forward", problem)))
+            return
+        host, port = target
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            sock.connect_ex((host, port))
+        except OSError as error:  # a name that nobody knows
+            sock.close()
+            raise RemoteProtocolError(f"{host}:{port}: {error}") from None
+        # Whether it worked is seen when the socket is writable; until then what comes waits in the relay.
+        self._relays[stream] = Relay(
+            self.pump.loop, sock, stream, lambda at: self._ended(stream, at), connecting=True
+        )
+
+    def on_data(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
+        relay = self._relays.get(stream)
+        if relay is not None:
+            relay.on_data(header, body, now)
+        # else: it was refused, and its peer doesn't know yet
+
+    def lost(self, stream: Stream, now: float) -> None:
+        relay = self._relays.get(stream)
+        if relay is not None:
+            relay.close(now)
+
+    def _ended(self, stream: Stream, now: float) -> None:
+        self._relays.pop(stream, None)
+        stream.lose("the forwarded connection ended", now)
+
+    def __len__(self) -> int:
+        return len(self._relays)

@@ -1,0 +1,264 @@
+"""Other programs' connections between two real pumps: whole both ways, only to what is exposed, only by sites
+that are trusted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import socketserver
+import threading
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from prfaas.config.pump import PumpConfig, split_address
+from prfaas.model.errors import PrfaasError
+from prfaas.pump import keys
+
+K_NOW = datetime.datetime.now(datetime.UTC)
+K_PATIENCE_S = 20.0
+
+
+class Echo(socketserver.BaseRequestHandler):
+    """Sends everything back once its peer has said all, then ends."""
+
+    def handle(self) -> None:
+        data = bytearray()
+        while piece := self.request.recv(1 << 16):
+            data += piece
+        self.request.sendall(data)
+
+
+class Page(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = f"you asked for {self.path}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Deaf(socketserver.BaseRequestHandler):
+    """Reads nothing until told to."""
+
+    go_on = threading.Event()
+
+    def handle(self) -> None:
+        self.go_on.wait(K_PATIENCE_S)
+        n = 0
+        while piece := self.request.recv(1 << 16):
+            n += len(piece)
+        self.request.sendall(str(n).encode())
+
+
+@pytest.fixture
+def serve() -> Iterator:
+    """Starts a server of a handler on loopback; answers its port."""
+    servers: list[socketserver.BaseServer] = []
+
+    def start(handler: type) -> int:
+        kind = HTTPServer if issubclass(handler, BaseHTTPRequestHandler) else socketserver.ThreadingTCPServer
+        server = kind(("127.0.0.1", 0), handler)
+        server.daemon_threads = True  # type: ignore[union-attr]
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        servers.append(server)
+        return int(server.server_address[1])
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory):
+    """Keys of east and west, which trust each other, and of a stranger whom nobody trusts."""
+    folder = tmp_path_factory.mktemp("keys")
+    for site in ("east", "west", "stranger"):
+        keys.create_site(folder / site, site, days=30, authority_days=60, now=K_NOW)
+    for site in ("east", "west", "stranger"):
+        for peer in ("east", "west"):
+            keys.trust(folder / site, folder / peer / keys.K_AUTHORITY_CERTIFICATE)
+    return folder
+
+
+def tls(folder, site: str) -> dict[str, object]:
+    files = {"site_file": folder / site / keys.K_SITE_FILE, "authorities": [folder / site / keys.K_TRUSTED]}
+    return {"tls": files}
+
+
+def call(address: str) -> socket.socket:
+    return socket.create_connection(split_address(address), timeout=K_PATIENCE_S)
+
+
+def all_of(sock: socket.socket) -> bytes:
+    data = bytearray()
+    while piece := sock.recv(1 << 16):
+        data += piece
+    return bytes(data)
+
+
+def is_cut_off(address: str) -> bool:
+    """Whether a connection is reset, or ended, without a byte of anybody's."""
+    try:
+        with call(address) as sock:
+            return not all_of(sock)
+    except ConnectionError:
+        return True
+
+
+def test_a_connection_crosses_encrypted_and_whole_with_its_ends(pumps, sites, serve):
+    east = pumps.client(pumps.start("east", **tls(sites, "east")))
+    west = pumps.client(pumps.start("west", **tls(sites, "west")))
+    port = serve(Echo)
+    east.expose("127.0.0.1", port)
+    address = west.forward(east.address, "127.0.0.1", port, site="east")
+    assert address == west.forward(east.address, "127.0.0.1", port)
+    for size in (0, 1, 5_000_000):  # the last is several windows
+        sent = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+        with call(address) as sock:
+            threading.Thread(target=lambda s=sock, d=sent: (s.sendall(d), s.shutdown(socket.SHUT_WR))).start()
+            assert all_of(sock) == sent
+    figures = west.stats()["forwards"]
+    assert figures["opened"] == 3
+    assert figures["failed"] == 0
+    pumps.until(lambda: not west.stats()["forwards"]["connections"] and not east.stats()["forwarded_in"])
+    assert west.stats()["forwards"]["tcp_bytes_sent"] > 5_000_000
+
+
+def test_the_configuration_forwards_and_exposes_without_any_server(pumps, serve):
+    port = serve(Page)
+    pumps.start("east", listen="127.0.0.1:0", exposes=[f"127.0.0.1:{port}"])
+    east = pumps.client(pumps.config("east"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    # Another name of the same node: its port tells which endpoint is meant.
+    pumps.start("west", forwards=[{"listen": listen, "pump": east.address, "to": f"192.0.2.1:{port}"}])
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for path in ("/route", "/health"):
+        with opener.open(f"http://{listen}{path}", timeout=K_PATIENCE_S) as answer:
+            assert answer.read().decode() == f"you asked for {path}"
+
+
+def test_what_is_not_exposed_is_refused_and_counted_and_harms_no_other(pumps, serve):
+    east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
+    port, hidden = serve(Echo), serve(Echo)
+    east.expose("127.0.0.1", port)
+    assert is_cut_off(west.forward(east.address, "127.0.0.1", hidden))
+    assert east.stats()["inbound"]["refusals"]["forward"] == 1
+    assert "isn't exposed" in pumps.log("west")
+    with call(west.forward(east.address, "127.0.0.1", port)) as sock:
+        sock.sendall(b"still here")
+        sock.shutdown(socket.SHUT_WR)
+        assert all_of(sock) == b"still here"
+
+
+def test_what_a_server_exposed_goes_with_it(pumps, serve):
+    east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
+    server = pumps.client(pumps.config("east"))
+    port = serve(Echo)
+    server.expose("127.0.0.1", port)
+    address = west.forward(east.address, "127.0.0.1", port)
+    server.close()
+    assert is_cut_off(address)
+
+
+def test_a_stranger_reaches_nothing(pumps, sites, serve):
+    east = pumps.client(pumps.start("east", **tls(sites, "east")))
+    stranger = pumps.client(pumps.start("stranger", **tls(sites, "stranger")))
+    port = serve(Echo)
+    east.expose("127.0.0.1", port)
+    assert is_cut_off(stranger.forward(east.address, "127.0.0.1", port))
+    assert east.stats()["inbound"]["refusals"]["untrusted"] > 0
+    assert east.stats()["forwarded_in"] == 0
+
+
+def test_another_site_than_the_one_expected_is_not_talked_to(pumps, sites, serve):
+    east = pumps.client(pumps.start("east", **tls(sites, "east")))
+    west = pumps.client(pumps.start("west", **tls(sites, "west")))
+    port = serve(Echo)
+    east.expose("127.0.0.1", port)
+    assert is_cut_off(west.forward(east.address, "127.0.0.1", port, site="north"))
+    assert "'north' was expected" in pumps.log("west")
+
+
+def test_a_server_that_reads_nothing_slows_its_own_connection_alone(pumps, serve):
+    east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
+    deaf, port = serve(Deaf), serve(Echo)
+    for exposed in (deaf, port):
+        east.expose("127.0.0.1", exposed)
+    Deaf.go_on.clear()
+    size = 64 << 20
+    with call(west.forward(east.address, "127.0.0.1", deaf)) as slow:
+
+        def fill() -> None:
+            slow.sendall(bytes(size))
+            slow.shutdown(socket.SHUT_WR)
+
+        filling = threading.Thread(target=fill)
+        filling.start()
+        for _ in range(3):
+            with call(west.forward(east.address, "127.0.0.1", port)) as sock:
+                sock.sendall(b"not held up")
+                sock.shutdown(socket.SHUT_WR)
+                assert all_of(sock) == b"not held up"
+        assert filling.is_alive(), "64 MiB went into somebody's memory"
+        Deaf.go_on.set()
+        assert int(all_of(slow)) == size
+        filling.join(K_PATIENCE_S)
+
+
+def test_a_server_that_ends_and_one_that_is_away_are_seen_as_such(pumps, serve):
+    east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        away = int(free.getsockname()[1])
+    east.expose("127.0.0.1", away)
+    assert is_cut_off(west.forward(east.address, "127.0.0.1", away))
+    pumps.until(lambda: not west.stats()["forwards"]["connections"] and not east.stats()["forwarded_in"])
+
+
+def test_after_its_pump_was_killed_the_same_port_leads_there_again(pumps, serve):
+    config = pumps.start("west")
+    east, west = pumps.client(pumps.start("east")), pumps.client(config, start=True)
+    port = serve(Echo)
+    east.expose("127.0.0.1", port)
+    address = west.forward(east.address, "127.0.0.1", port)
+    before = west.pump_pid
+    pumps.kill("west")
+    pumps.until(lambda: west.pump_pid != before)
+
+    def again() -> bool:
+        try:
+            with call(address) as sock:
+                sock.sendall(b"again")
+                sock.shutdown(socket.SHUT_WR)
+                return all_of(sock) == b"again"
+        except ConnectionError:
+            return False
+
+    pumps.until(again)
+    assert west.forward(east.address, "127.0.0.1", port) == address
+
+
+@pytest.mark.parametrize(
+    ("listen", "said"), [("0.0.0.0:0", "loopback only"), ("127.0.0.1", "is not host:port")]
+)
+def test_a_forward_that_others_could_use_is_refused_in_the_configuration(listen, said):
+    with pytest.raises(ValueError, match=said):
+        PumpConfig.model_validate(
+            {"site": "west", "forwards": [{"listen": listen, "pump": "192.0.2.1:7700", "to": "192.0.2.1:80"}]}
+        )
+
+
+def test_a_peer_that_is_no_address_is_refused_with_its_name(pumps):
+    west = pumps.client(pumps.start("west"))
+    with pytest.raises(PrfaasError, match="is not host:port"):
+        west.forward("nowhere", "127.0.0.1", 1)
