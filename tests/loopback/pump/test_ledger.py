@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -197,3 +200,35 @@ def test_another_sites_pump_gets_no_share(pumps):
     time.sleep(0.5)
     assert not status(thief)["reachable"]
     assert len(status(keeper)["shares_bps"]) == 1
+
+
+def test_a_link_that_was_down_is_found_to_be_up_again_with_nothing_under_way(pumps):
+    east = pumps.client(pumps.start("east", links=link()))
+    west = pumps.client(pumps.start("west"))
+    src, dst = pumps.memory(east, 4096), pumps.memory(west, 4096, fill=0)
+    lease = west.grant_lease(1, 0, [(dst.ctypes.data, len(dst))], 60)
+    row = ([src.ctypes.data], [dst.ctypes.data], [len(src)])
+    assert east.submit(lease.grant, *row, kind=TransferKind.KV, deadline_s=10, last=True).wait(K_WAIT_S).ok
+    with silent_address() as nowhere:
+        lost = dataclasses.replace(lease.grant, address=nowhere, lease_id=1)
+        stuck = east.submit(lost, *row, kind=TransferKind.KV, deadline_s=60)
+        wait_for(lambda: not status(east)["estimate"]["up"])
+        offer = east.offer("west", 4096, 10.0)
+        assert offer.wait(K_WAIT_S) is Verdict.REFUSED
+        assert offer.reason is RefusalReason.LINK_DOWN
+        assert offer.retry_after_s is not None
+        east.cancel(stuck)
+        wait_for(lambda: status(east)["estimate"]["up"])
+    assert east.offer("west", 4096, 10.0).wait(K_WAIT_S) is Verdict.ADMITTED
+
+
+@contextlib.contextmanager
+def silent_address():
+    """host:port where nothing ever answers, not even the kernel: its queue of connections is full."""
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            one = held.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        yield "{}:{}".format(*listener.getsockname())
