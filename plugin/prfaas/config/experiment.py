@@ -168,8 +168,33 @@ class ReplaceCertificate(Strict):
     trusted: bool = True
 
 
+class Hostile(Strict):
+    """Traffic that no well-behaved sender makes, from `source` to the pump of `target`."""
+
+    do: Literal["hostile"]
+    at_s: Seconds
+    source: Name
+    target: Name
+    kind: Literal["corrupt_payload", "reset", "replay", "garbage"]
+    """Other bytes under a live connection's next sequence numbers with a right TCP checksum; resets of live
+    connections; segments sent again as they were; bytes that are no protocol of ours, and flags that are no
+    handshake."""
+    packets: Annotated[int, Field(ge=1, le=2000)] = 20
+
+
+class Capture(Strict):
+    """Headers of what passes the WAN's edges at two sites, read after the load: what packets say."""
+
+    source: Name
+    target: Name
+    at_s: Seconds = 0
+    for_s: Annotated[float, Field(gt=0, le=120)]
+    keep: bool = False
+    """Leave the pcap files with the servers' logs."""
+
+
 Event = Annotated[
-    SetLink | LinkDown | Flap | CrossTraffic | CutStream | Kill | ReplaceCertificate,
+    SetLink | LinkDown | Flap | CrossTraffic | CutStream | Kill | ReplaceCertificate | Hostile,
     Field(discriminator="do"),
 ]
 
@@ -236,6 +261,7 @@ class Experiment(Strict):
     transfer: Transfer = Transfer()
     controls: tuple[Control, ...] = ()
     timeline: tuple[Event, ...] = ()
+    captures: tuple[Capture, ...] = ()
     checks: tuple[CheckSpec, ...] = ()
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from prfaas.config.experiment import (
     CutStream,
     Event,
     Flap,
+    Hostile,
     Kill,
     LinkDown,
     ReplaceCertificate,
@@ -50,6 +51,8 @@ def play_timeline(world: World, events: tuple[Event, ...]) -> list[str]:
                 unsupported.append(f"at {event.at_s:g} s: a cut stream costs a fluid nothing")
             case ReplaceCertificate():
                 unsupported.append(f"at {event.at_s:g} s: certificates aren't simulated")
+            case Hostile():
+                unsupported.append(f"at {event.at_s:g} s: hostile packets aren't simulated")
     return unsupported
 
 

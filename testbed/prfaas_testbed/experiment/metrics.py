@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 
 from prfaas.config.run import RequestRow
+from prfaas_testbed.experiment import wire
+from prfaas_testbed.experiment.registry import K_METRICS, Metric, Unsupported, metric
 from prfaas_testbed.experiment.view import View, field, number, numbers
 
-
-class Unsupported(Exception):
-    """The rows can't answer; the message says why."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    name: str
-    unit: str
-    description: str
-    compute: Callable[[View], float]
-
-
-K_METRICS: dict[str, Metric] = {}
-
-
-def metric(name: str, unit: str = "") -> Callable[[Callable[[View], float]], Callable[[View], float]]:
-    """Register a metric; its docstring is its description. Refuses a second one of the same name."""
-
-    def add(function: Callable[[View], float]) -> Callable[[View], float]:
-        if name in K_METRICS:
-            raise ValueError(f"metric {name} is registered twice")
-        K_METRICS[name] = Metric(name, unit, " ".join((function.__doc__ or "").split()), function)
-        return function
-
-    return add
+__all__ = ["K_METRICS", "Metric", "Unsupported", "equal_tokens", "logprob_gap", "metric", "union_s", "wire"]
 
 
 def equal_tokens(row: RequestRow, plain: RequestRow | None) -> bool | None:
@@ -218,6 +192,12 @@ def _calibrated_share(view: View) -> float:
 def _streams_cut(view: View) -> float:
     """Connections that were reset while they carried data."""
     return sum(number(row, "streams") or 0 for row in view.events("cut_stream"))
+
+
+@metric("hostile_packets")
+def _hostile_packets(view: View) -> float:
+    """Packets that no well-behaved sender makes, put on the wire."""
+    return sum(number(row, "packets") or 0 for row in view.events("hostile"))
 
 
 @metric("event_lag_ms", "ms")

@@ -27,8 +27,9 @@ from prfaas.config.run import (
 from prfaas.config.topology import Topology
 from prfaas.model.errors import MachineError, PrfaasError
 from prfaas_testbed.client import Answer, Shot
+from prfaas_testbed.experiment.captures import Captures
 from prfaas_testbed.experiment.door import where_of
-from prfaas_testbed.experiment.fleet import Fleet
+from prfaas_testbed.experiment.fleet import K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.load import (
     Client,
     Planned,
@@ -218,10 +219,12 @@ class Runner:
             else:
                 shots, where = one_server_shots(requests, fleet.router.url, self.real, limit_s), {}
             watch, timeline = Observer(net, fleet), Timeline(self.experiment.timeline, net, fleet)
+            captures = Captures(self.experiment.captures, net, fleet.folder, K_PUMP_PORT)
             watch.begin()
-            answers, start_s, client = self._send(net, fleet, shots, name, timeline=timeline)
+            answers, start_s, client = self._send(net, fleet, shots, name, beside=(timeline, captures))
             events = timeline.finish()
             links, seen, void = watch.end(start_s)
+            events += captures.finish()
             moved = read_moved(fleet.digests) if fleet.digests.exists() else {}
             if fleet.router is not None:
                 where = where_of(answers, fleet.servers, moved)
@@ -311,7 +314,7 @@ class Runner:
         shots: list[Shot],
         name: str,
         quiet: bool = False,
-        timeline: Timeline | None = None,
+        beside: tuple[Timeline | Captures, ...] = (),
     ) -> tuple[list[Answer], float, Client]:
         self._check_time()
         client = Client(net.sites[self.client_site()], fleet.folder, name)
@@ -328,12 +331,12 @@ class Runner:
             fleet.check_alive()
         try:
             client.start(shots)
-            if timeline is not None:
-                timeline.start(client.start_s)
+            for thing in beside:
+                thing.start(client.start_s)
             answers = client.finish(poll, every_s=3.0)
         except BaseException:
-            if timeline is not None:
-                timeline.finish()
+            for thing in beside:
+                thing.finish()
             raise
         finally:
             client.stop()

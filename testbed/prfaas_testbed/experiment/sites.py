@@ -173,6 +173,7 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "framing_bytes": pump["framing_bytes_sent"],
         "control_bytes": pump["control_bytes_sent"] + other,
         "retransmitted_bytes": again,
+        "stream_bytes": pump["tcp_bytes_sent"] - again,
         "tls_bytes": pump["tcp_bytes_sent"] - again - explained,
         "header_bytes": headers,
         "streams_opened": pump["streams_opened"],
@@ -214,3 +215,15 @@ def write_json(path: Path, data: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def least_rtt_ms(stats: dict[str, Any]) -> float | None:
+    """The least RTT that TCP_INFO knows on a pump's connections to other sites."""
+    found = [
+        float(stream.get("min_rtt_s") or 0.0)
+        for peer in stats["peers"]
+        if peer.get("site") != stats.get("site")
+        for stream in peer.get("streams", ())
+    ]
+    known = [value for value in found if value > 0]
+    return round(1000 * min(known), 3) if known else None

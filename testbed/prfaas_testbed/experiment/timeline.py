@@ -8,8 +8,11 @@ step's time; slow steps (a server's start) run beside it and don't delay the nex
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ from prfaas.config.experiment import (
     CutStream,
     Event,
     Flap,
+    Hostile,
     Kill,
     LinkDown,
     ReplaceCertificate,
@@ -36,6 +40,11 @@ from prfaas_testbed.experiment.sites import cut_streams
 
 if TYPE_CHECKING:
     from prfaas_testbed.network import Network
+
+
+K_BESIDE = CutStream | Kill | ReplaceCertificate | CrossTraffic | Hostile
+"""What takes time, and must not hold up the next."""
+K_HOSTILE_S = 20.0  # it waits for live segments, and sends
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Timeline:
         self._rows: list[EventRow] = []
         self._before: dict[tuple[int, str], Impairments] = {}
         self._traffic: dict[int, Any] = {}
+        self._hostile: dict[int, subprocess.Popen[str]] = {}
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._beside: list[threading.Thread] = []
@@ -85,6 +95,10 @@ class Timeline:
 
     def start(self, zero_s: float) -> None:
         self._zero_s = zero_s
+        for step in self._steps:
+            if isinstance(step.event, Hostile):
+                # Before its time: its imports take a second, and it waits for the time itself.
+                self._hostile[id(step.event)] = self._start_hostile(step, step.event)
         self._thread.start()
 
     def finish(self) -> list[EventRow]:
@@ -94,6 +108,10 @@ class Timeline:
             self._thread.join()
         for thread in self._beside:
             thread.join()
+        for process in self._hostile.values():
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
         with self._lock:
             return sorted(self._rows, key=lambda row: row.at_s)
 
@@ -104,7 +122,7 @@ class Timeline:
             if stopped and step.phase == "begin":
                 self._record(step, time.monotonic(), skipped="the load ended before it")
                 continue
-            if isinstance(step.event, CutStream | Kill | ReplaceCertificate | CrossTraffic):
+            if isinstance(step.event, K_BESIDE):
                 thread = threading.Thread(target=self._do, args=(step,))
                 self._beside.append(thread)
                 thread.start()
@@ -124,6 +142,8 @@ class Timeline:
                 self._kill(step, event)
             elif isinstance(event, CrossTraffic):
                 self._cross(step, event)
+            elif isinstance(event, Hostile):
+                self._attack(step, event)
             else:
                 folder = self._fleet.folder / "keys" / event.site
                 self._replace(step, event, folder)
@@ -176,6 +196,33 @@ class Timeline:
         else:
             self._traffic[id(event)].stop()
             self._record(step, time.monotonic(), kind=event.kind, source=event.source, target=event.target)
+
+    def _start_hostile(self, step: Step, event: Hostile) -> subprocess.Popen[str]:
+        site, target = self._net.sites[event.source], self._net.sites[event.target]
+        words = ["--device", site.device, "--target", target.address, "--port", str(K_PUMP_PORT)]
+        words += ["--packets", str(event.packets), "--at", str(self._zero_s + step.at_s)]
+        return site.popen(
+            [sys.executable, "-m", "prfaas_testbed.experiment.hostile", event.kind, *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def _attack(self, step: Step, event: Hostile) -> None:
+        process = self._hostile[id(event)]
+        try:
+            out, err = process.communicate(timeout=K_HOSTILE_S)
+        except subprocess.TimeoutExpired:
+            raise PrfaasError(f"hostile {event.kind}: not sent within {K_HOSTILE_S:g} s") from None
+        if process.returncode:
+            said = (err.strip().splitlines() or ["failed"])[-1]
+            raise PrfaasError(f"hostile {event.kind}: {said}")
+        found = json.loads(out)
+        # It waits for live segments to stand in for: its time is when it began to look.
+        self._record(
+            step, found["began_s"], kind=event.kind, source=event.source, target=event.target,
+            packets=found["packets"], connections=found["connections"],
+            live_segments_seen=found["live_segments_seen"],
+            sent_s=round(found["sent_s"] - self._zero_s, 4),
+        )  # fmt: skip
 
     def _replace(self, step: Step, event: ReplaceCertificate, folder: Any) -> None:
         now = datetime.datetime.now(datetime.UTC)

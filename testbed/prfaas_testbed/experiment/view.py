@@ -31,7 +31,8 @@ class View:
     part: str | None = None
     model: str | None = None
 
-    def _ours(self, row: Row) -> bool:
+    def ours(self, row: Row) -> bool:
+        """Whether the row belongs to this part and model."""
         if self.part is not None and field(row, "part") != self.part:
             return False
         model = getattr(row, "model", None) or field(row, "model")
@@ -40,30 +41,30 @@ class View:
     def repetitions(self) -> Iterator[tuple[int, list[RequestRow]]]:
         """Each valid repetition's requests; one model's requests of a repetition are one series."""
         for repetition in self.run.repetitions:
-            rows = [row for row in repetition.requests if self._ours(row)]
+            rows = [row for row in repetition.requests if self.ours(row)]
             for model in dict.fromkeys(row.model for row in rows):
                 yield repetition.index, [row for row in rows if row.model == model]
 
     def requests(self) -> list[RequestRow]:
-        return [row for repetition in self.run.repetitions for row in repetition.requests if self._ours(row)]
+        return [row for repetition in self.run.repetitions for row in repetition.requests if self.ours(row)]
 
     def baseline(self) -> dict[tuple[str, str], RequestRow]:
         """The plain server's answers by (model, request)."""
-        return {(row.model, row.id): row for row in self.run.baseline if self._ours(row)}
+        return {(row.model, row.id): row for row in self.run.baseline if self.ours(row)}
 
     def events(self, event: str | None = None) -> list[EventRow]:
         return [
             row
             for repetition in self.run.repetitions
             for row in repetition.events
-            if self._ours(row) and (event is None or row.event == event)
+            if self.ours(row) and (event is None or row.event == event)
         ]
 
     def links(self) -> list[LinkRow]:
-        return [row for repetition in self.run.repetitions for row in repetition.links if self._ours(row)]
+        return [row for repetition in self.run.repetitions for row in repetition.links if self.ours(row)]
 
     def controls(self) -> list[Row]:
-        return [row for row in self.run.controls if self._ours(row)]
+        return [row for row in self.run.controls if self.ours(row)]
 
     def calibration(self) -> list[CalibrationRow]:
-        return [row for row in self.run.calibration if self._ours(row)]
+        return [row for row in self.run.calibration if self.ours(row)]

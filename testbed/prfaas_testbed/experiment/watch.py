@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prfaas.config.run import EventRow, LinkRow
 from prfaas_testbed.experiment.cost import Spent, cost_rows, spent
 from prfaas_testbed.experiment.fleet import K_PUMP_PORT, Fleet
-from prfaas_testbed.experiment.sites import account, frames_of, pump_sent, pump_stats
+from prfaas_testbed.experiment.sites import account, frames_of, least_rtt_ms, pump_sent, pump_stats
 
 if TYPE_CHECKING:
     from prfaas_testbed.network import Network, Sample, Watch
@@ -70,6 +70,7 @@ class Observer:
         events += costs
         for site, after in self._state().items():
             row = account(self._before[site], after)
+            row["min_rtt_ms"] = after["min_rtt_ms"]
             events.append(EventRow.model_validate({"at_s": at_s, "event": "accounting", "site": site, **row}))
         return link_rows(samples, zero_s), events, "; ".join(health.reasons) or None
 
@@ -80,6 +81,7 @@ class Observer:
             [self._net.sites[name] for name in names], [self._fleet.pump_config(name) for name in names]
         )
         stats = {name: pump_sent(found) for name, found in zip(names, found_stats, strict=True)}
+        rtts = {name: least_rtt_ms(found) for name, found in zip(names, found_stats, strict=True)}
         time.sleep(K_SETTLE_S)
         sample = self._net.sample()
         found = {}
@@ -87,6 +89,7 @@ class Observer:
             out = [counters for link, counters in sample.links.items() if link.startswith(f"{name}->")]
             found[name] = {
                 "pump": pump,
+                "min_rtt_ms": rtts[name],
                 "frames": frames_of(self._net, name),
                 "wan_bytes": sum(counters.bytes for counters in out),
                 "wan_packets": sum(counters.packets for counters in out),

@@ -19,6 +19,7 @@ K_BIN_S = 0.5
 K_FIGURES = (
     ("goodput_mbps", "goodput", "{:.1f} Mbit/s"),
     ("payload_bytes", "moved", "{:.1f} MB"),
+    ("wire_goodput_mbps", "on the wire", "{:.1f} Mbit/s"),
     ("ttft_p50_s", "TTFT median", "{:.2f} s"),
     ("ttft_p99_s", "p99", "{:.2f} s"),
 )
