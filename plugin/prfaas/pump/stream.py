@@ -47,6 +47,7 @@ K_UNSENT_SHARED_BYTES = 1 << 20
 K_UNSENT_MOST_BYTES = 4 << 20
 K_SMALL_BUFFER_BYTES = K_CONTROL_MAX_BYTES
 K_LARGE_BUFFER_BYTES = K_BLOCK_MAX_BYTES + K_TABLE_MAX_BYTES
+K_NO_BUFFER = Buffer(1)
 R, W = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
@@ -385,3 +386,5 @@ class Stream:
         self._queue.clear()
         self._acks.clear()
         self._out = memoryview(b"")
+        # Whoever still holds the stream (a timer) doesn't hold its buffers.
+        self._in, self._out_buffer = K_NO_BUFFER, None
