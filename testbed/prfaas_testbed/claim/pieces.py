@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.claim import bandwidth, bursts, capacity, links, testbed
+from prfaas_testbed.claim import bandwidth, bursts, capacity, handover, links, testbed
 from prfaas_testbed.claim.judge import Piece
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
 PIECES: dict[str, Piece] = {
-    piece.name: piece for piece in (capacity.PIECE, bursts.PIECE, bandwidth.PIECE, links.PIECE, testbed.PIECE)
+    piece.name: piece
+    for piece in (capacity.PIECE, bursts.PIECE, bandwidth.PIECE, links.PIECE, testbed.PIECE, handover.PIECE)
 }
 SIMULATED = tuple(name for name, piece in PIECES.items() if piece.gather is None)
 

@@ -22,11 +22,13 @@ def quiet_sysctls(more: str) -> str:
 
 
 def site_sysctls() -> str:
-    """Of the site's own namespace: room for long fat links, and no memory of earlier connections."""
+    """Of the site's own namespace: room for long fat links, no memory of earlier connections, and, as `prfaas
+    doctor` asks, no slow start on a connection that has rested."""
     return quiet_sysctls(
         f"echo 4096 131072 {K_SITE_BUFFER_BYTES} > /proc/sys/net/ipv4/tcp_rmem; "
         f"echo 4096 65536 {K_SITE_BUFFER_BYTES} > /proc/sys/net/ipv4/tcp_wmem; "
         "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save; "
+        "echo 0 > /proc/sys/net/ipv4/tcp_slow_start_after_idle; "
         "echo cubic > /proc/sys/net/ipv4/tcp_congestion_control || true; "
         "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range"
     )
