@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 
 K_PIECES = 4  # parts that bytes still being made are taken in
 K_EPSILON_S = 1e-9  # s, rounding
@@ -45,14 +46,23 @@ def finish_times(promises: Iterable[Promise], rate_bps: float, now: float) -> di
     todo = sorted(promises, key=_order)
     if rate_bps <= 0:
         return {one.transfer: now if one.remaining_bytes <= 0 else float("inf") for one in todo}
-    if all(one.ready_s <= now for one in todo):
-        done: dict[Hashable, float] = {}
-        at_s = now
-        for one in todo:
-            at_s += one.remaining_bytes * 8 / rate_bps
-            done[one.transfer] = at_s
-        return done
-    return _play(todo, rate_bps, now)
+    # Where what comes into being first is due first, and each at one instant, nothing is ever preempted and
+    # each begins when it is there and the one before is through.
+    done: dict[Hashable, float] = {}
+    at_s = before_s = now
+    for one in todo:
+        ready_s = one.ready_s
+        if ready_s > now:
+            if one.first_s < ready_s or ready_s < before_s:
+                return _play(todo, rate_bps, now)
+            before_s = ready_s
+            if ready_s > at_s:
+                at_s = ready_s
+        elif before_s > now:
+            return _play(todo, rate_bps, now)
+        at_s += one.remaining_bytes * 8 / rate_bps
+        done[one.transfer] = at_s
+    return done
 
 
 def first_broken(promises: Iterable[Promise], rate_bps: float, now: float) -> Promise | None:
@@ -70,8 +80,7 @@ def due_before(promises: Iterable[Promise], one: Promise) -> list[Promise]:
     return [other for other in promises if _order(other) <= _order(one)]
 
 
-def _order(one: Promise) -> tuple[float, int]:
-    return (one.deadline_s, one.serial)
+_order = attrgetter("deadline_s", "serial")
 
 
 def _play(todo: list[Promise], rate_bps: float, now: float) -> dict[Hashable, float]:

@@ -85,7 +85,8 @@ class LinkEstimate:
     @property
     def usable_bps(self) -> float:
         """What transfers together may use."""
-        return max(0.0, self.rate_bps - self.reserved_bps) if self.up else 0.0
+        usable_bps = self.rate_bps - self.reserved_bps
+        return usable_bps if self.up and usable_bps > 0.0 else 0.0
 
 
 @value

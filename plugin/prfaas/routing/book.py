@@ -68,9 +68,14 @@ class DispatchBook:
         if recent:
             while recent and recent[0][0] <= site.at_s:
                 recent.popleft()
-            since_s = sum(prefill_s for _, prefill_s, request in recent if request in self._sent)
-        worked_off_s = max(0.0, now - site.at_s) * site.prefill_instances
-        return max(0.0, site.prefill_backlog_s + since_s - worked_off_s)
+            sent = self._sent
+            for _, prefill_s, request in recent:
+                if request in sent:
+                    since_s += prefill_s
+        waiting_s = site.prefill_backlog_s + since_s
+        if now > site.at_s:
+            waiting_s -= (now - site.at_s) * site.prefill_instances
+        return waiting_s if waiting_s > 0.0 else 0.0
 
     def coming_bytes(self, link: LinkId) -> int:
         """Bytes that prefill has yet to hand to the link."""

@@ -14,6 +14,7 @@ moved.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,6 +49,8 @@ class DualPrices:
         self._parent: list[int] = []
         self._seen: set[tuple[int, ...]] = set()
         self._count = 0
+        self._fresh: deque[Sequence[Option]] = deque(maxlen=K_WINDOW)
+        """Observed and not yet written down."""
         self._fresh_at = 0
         """The count at which all requests kept have come since a capacity last moved by much."""
         self._options = 1
@@ -61,22 +64,31 @@ class DualPrices:
 
     def observe(self, options: Sequence[Option]) -> None:
         """A request came, and could take these paths."""
-        if len(options) > self._options:
-            self._widen(len(options))
-        row = self._count % K_WINDOW
         self._count += 1
-        self._prefill_s[row] = K_NEVER
-        self._bits[row] = 0.0
+        self._fresh.append(options)
         touched: list[int] = []
-        for column, (site, prefill_s, link, bits) in enumerate(options):
-            self._site[row, column] = site
-            self._prefill_s[row, column] = prefill_s
-            self._link[row, column] = max(link, 0)
-            self._bits[row, column] = bits
+        for site, _, link, _ in options:
             touched.append(site)
             if link >= 0:
                 touched.append(link)
         self._join(touched)
+
+    def _take_in(self) -> None:
+        """Write down those that came since the last solution: all at once costs a fifth of one by one."""
+        fresh = self._fresh
+        if not fresh:
+            return
+        most = max(map(len, fresh))
+        if most > self._options:
+            self._widen(most)
+        none = Option(0, K_NEVER, 0, 0.0)
+        rows = np.array([[*options, *[none] * (self._options - len(options))] for options in fresh])
+        place = np.arange(self._count - len(fresh), self._count) % K_WINDOW
+        self._site[place] = rows[:, :, 0]
+        self._prefill_s[place] = rows[:, :, 1]
+        self._link[place] = np.maximum(rows[:, :, 2], 0)
+        self._bits[place] = rows[:, :, 3]
+        fresh.clear()
 
     def solve(self, capacity: Sequence[float]) -> None:
         """Follows the traffic and `capacity` (instances, or bits a second, by resource; 0: out of use)."""
@@ -85,6 +97,7 @@ class DualPrices:
         rows = min(self._count, K_WINDOW)
         if rows < K_ENOUGH or size == 0:
             return
+        self._take_in()
         old = self._nu
         if len(old) < size:
             self._nu = np.concatenate([old, np.full(size - len(old), 1.0 / size)])

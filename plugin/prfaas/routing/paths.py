@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from prfaas.model.decisions import CacheMove, PathPrediction
 from prfaas.model.ids import LinkId, ModelId, SiteId
@@ -22,6 +23,7 @@ from prfaas.routing.book import DispatchBook
 
 K_CHUNK_TOKENS = 8192  # tokens after which the first bytes can leave
 K_TYPICAL_TOKENS = 4096  # tokens at which seconds a token are read off a profile
+K_WORKS_KEPT = 1024  # lengths whose time and bytes are remembered: sites of one kind ask for the same ones
 _INF = float("inf")
 
 
@@ -41,9 +43,15 @@ class Costs:
         transfer: Callable[[int, int], float] | None = getattr(profile, "transfer_bytes", None)
         # A model.profiles.Profile knows how a cached prefix shortens prefill; another need not.
         prefill: Callable[..., float] = profile.prefill_s
+        if transfer is None:
+            whole = prefill
+            prefill, transfer = (
+                lambda tokens, cached: whole(tokens - cached),
+                lambda tokens, held: _missing_bytes(profile, tokens, held),
+            )
         return cls(
-            prefill_s=prefill if transfer is not None else lambda tokens, cached: prefill(tokens - cached),
-            transfer_bytes=transfer or (lambda tokens, held: _missing_bytes(profile, tokens, held)),
+            prefill_s=lru_cache(K_WORKS_KEPT)(prefill),
+            transfer_bytes=lru_cache(K_WORKS_KEPT)(transfer),
             s_per_token=profile.prefill_s(K_TYPICAL_TOKENS) / K_TYPICAL_TOKENS,
         )
 
@@ -62,6 +70,8 @@ class PathFinder:
         self.fleet = fleet
         self.book = book
         self._costs: dict[tuple[SiteId, ModelId], Costs] = {}
+        self._of_profile: dict[int, Costs] = {}
+        """By the profile's identity: the fleet holds them all."""
         self._link_ids: dict[tuple[SiteId, SiteId], LinkId] = {}
 
     def costs(self, site: SiteId, model: ModelId) -> Costs:
@@ -69,7 +79,11 @@ class PathFinder:
         key = (site, model)
         found = self._costs.get(key)
         if found is None:
-            found = self._costs[key] = Costs.of(self.fleet.profile(site, model))
+            profile = self.fleet.profile(site, model)
+            found = self._of_profile.get(id(profile))
+            if found is None:
+                found = self._of_profile[id(profile)] = Costs.of(profile)
+            self._costs[key] = found
         return found
 
     def link_id(self, source: SiteId, target: SiteId) -> LinkId:
@@ -113,7 +127,11 @@ class PathFinder:
         tokens = request.prompt_tokens
         site = snapshot.sites.get(source)
         costs = self.costs(source, request.model)
-        why_not = self._site_trouble(site, source, request)
+        why_not = ""
+        if source in request.excluded:
+            why_not = "tried before"
+        elif site is None or site.prefill_instances <= 0:
+            why_not = "no prefill instance"
         if queue_s is None:
             queue_s = self.queue_s(site, request.model, now) if site is not None else _INF
         cached = request.cached_tokens.get(source, 0) if request.cached_tokens else 0
@@ -135,21 +153,24 @@ class PathFinder:
             held = request.decode_cached_tokens.get(home, 0) if request.decode_cached_tokens else 0
             size = costs.transfer_bytes(tokens, max(0, min(held, tokens)) if held else 0)
             tail_s = _INF
-            if not why_not and link is not None:
+            if not why_not:
+                assert link is not None  # or there were trouble
                 tail_s = _tail_s(link, size, queue_s + move_s, prefill_s, tokens - cached)
+        # By place, because there are half a dozen of them a decision.
         return PathPrediction(
-            prefill_site=source,
-            decode_site=home,
-            ttft_s=queue_s + move_s + prefill_s + tail_s,
-            queue_s=queue_s,
-            prefill_s=prefill_s,
-            tail_s=tail_s,
-            uncached_tokens=tokens - cached,
-            transfer_bytes=int(size),
-            move_s=move_s,
-            cache_move=move,
-            feasible=not why_not,
-            why_not=why_not,
+            source,
+            home,
+            queue_s + move_s + prefill_s + tail_s,
+            queue_s,
+            prefill_s,
+            tail_s,
+            tokens - cached,
+            int(size),
+            move_s,
+            move,
+            0.0,
+            not why_not,
+            why_not,
         )
 
     def all_paths(self, request: RequestView, snapshot: Snapshot, now: float) -> list[PathPrediction]:
@@ -185,13 +206,6 @@ class PathFinder:
             and (giver, source) in snapshot.links
             and giver not in request.excluded
         ]
-
-    def _site_trouble(self, site: SiteObservation | None, name: SiteId, request: RequestView) -> str:
-        if name in request.excluded:
-            return "tried before"
-        if site is None or site.prefill_instances <= 0:
-            return "no prefill instance"
-        return ""
 
 
 def _arrival_s(link: LinkEstimate | None, size_bytes: float) -> float:

@@ -74,6 +74,8 @@ class PriceList:
         self._book = paths.book
         self._duals = DualPrices()
         self._resources: dict[Hashable, Resource] = {}
+        self._ways: dict[tuple[SiteId, SiteId], tuple[Resource, LinkId | None, Resource | None]] = {}
+        """What a path without a cache move uses, by prefill and decode site."""
         self._solved_s = -math.inf
         self._unsolved = 0
 
@@ -83,7 +85,7 @@ class PriceList:
         for path in paths:
             if not path.feasible or path.cache_move is not None:
                 continue
-            site, link = self._site(path, snapshot, now), self._link(self._crossed(path), snapshot, now)
+            site, _, link = self._way(path, snapshot, now)
             options.append(
                 Option(
                     site.number,
@@ -115,28 +117,37 @@ class PriceList:
 
         `queues_s` are the sites' queues that matter to others, where not all that waits does.
         """
-        uses: list[list[tuple[Resource, float]]] = []
+        uses: list[list[tuple[int, float]]] = []
         raw: dict[int, float] = {}
         for path in paths:
-            used: list[tuple[Resource, float]] = []
-            if path.feasible:
-                site = self._site(path, snapshot, now)
-                if site.number not in raw:
-                    queue_s = path.queue_s if queues_s is None else queues_s[path.prefill_site]
-                    raw[site.number] = site.raw_price(queue_s, now)
-                used.append((site, path.prefill_s / site.capacity))
-                for link_id, size in self._crossings(path):
-                    link = self._link(link_id, snapshot, now)
-                    if link is not None:
-                        if link.number not in raw:
-                            raw[link.number] = link.raw_price(self._queue_s(link_id, snapshot), now)
-                        used.append((link, size * 8 / link.capacity))
+            used: list[tuple[int, float]] = []
             uses.append(used)
+            if not path.feasible:
+                continue
+            site, link_id, link = self._way(path, snapshot, now)
+            if site.number not in raw:
+                queue_s = path.queue_s if queues_s is None else queues_s[path.prefill_site]
+                raw[site.number] = site.raw_price(queue_s, now)
+            used.append((site.number, path.prefill_s / site.capacity))
+            if link is not None and link_id is not None:
+                if link.number not in raw:
+                    raw[link.number] = link.raw_price(self._queue_s(link_id, link, snapshot), now)
+                used.append((link.number, path.transfer_bytes * 8 / link.capacity))
+            move = path.cache_move
+            if move is not None:
+                link_id = self._paths.link_id(move.source, move.target)
+                link = self._link(link_id, snapshot, now)
+                if link.number not in raw:
+                    raw[link.number] = link.raw_price(self._queue_s(link_id, link, snapshot), now)
+                used.append((link.number, move.transfer_bytes * 8 / link.capacity))
         prices = self._shared_out(raw)
-        return [
-            gain * sum(prices[resource.number] * work_s for resource, work_s in used) if used else math.inf
-            for used in uses
-        ]
+        costs = []
+        for used in uses:
+            cost = 0.0
+            for number, work_s in used:
+                cost += prices[number] * work_s
+            costs.append(gain * cost if used else math.inf)
+        return costs
 
     def on_dispatch(self, path: PathPrediction, now: float) -> None:
         """A request was sent on `path`."""
@@ -195,24 +206,36 @@ class PriceList:
         multipliers = self._duals.multipliers
         known = len(multipliers)
         weight = sum(multipliers[number] for number in raw if number < known)
-        if weight <= 0 or any(number >= known for number in raw):
+        if weight <= 0 or max(raw) >= known:
             return dict(raw)
         factor = (1 - K_OWN_SHARE) * sum(raw.values()) / weight
         return {number: factor * multipliers[number] + K_OWN_SHARE * own for number, own in raw.items()}
 
-    def _queue_s(self, link: LinkId, snapshot: Snapshot) -> float:
+    def _queue_s(self, link_id: LinkId, link: Resource, snapshot: Snapshot) -> float:
         """Until the link is free of what it has and of what prefill will hand it."""
-        estimate = snapshot.links[link]
-        return (estimate.backlog_bytes + self._book.coming_bytes(link)) * 8 / estimate.usable_bps
+        backlog_bytes = snapshot.links[link_id].backlog_bytes + self._book.coming_bytes(link_id)
+        return backlog_bytes * 8 / link.capacity
 
-    def _site(self, path: PathPrediction, snapshot: Snapshot, now: float) -> Resource:
-        resource = self._resource(path.prefill_site, now)
-        resource.capacity = float(snapshot.sites[path.prefill_site].prefill_instances)
-        return resource
+    def _way(
+        self, path: PathPrediction, snapshot: Snapshot, now: float
+    ) -> tuple[Resource, LinkId | None, Resource | None]:
+        """The site and the link that a feasible path uses, with their capacities of now."""
+        ends = (path.prefill_site, path.decode_site)
+        way = self._ways.get(ends)
+        if way is None:
+            crossed = self._crossed(path)
+            way = self._ways[ends] = (
+                self._resource(path.prefill_site, now),
+                crossed,
+                None if crossed is None else self._resource(crossed, now),
+            )
+        site, link_id, link = way
+        site.capacity = float(snapshot.sites[path.prefill_site].prefill_instances)
+        if link is not None and link_id is not None:
+            link.capacity = snapshot.links[link_id].usable_bps
+        return way
 
-    def _link(self, link: LinkId | None, snapshot: Snapshot, now: float) -> Resource | None:
-        if link is None:
-            return None
+    def _link(self, link: LinkId, snapshot: Snapshot, now: float) -> Resource:
         resource = self._resource(link, now)
         resource.capacity = snapshot.links[link].usable_bps
         return resource

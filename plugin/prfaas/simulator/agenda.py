@@ -22,7 +22,7 @@ class Agenda:
     def at(self, at_s: float, call: Call) -> None:
         """`call(now)` at `at_s`. There is no cancelling: a caller whose plan changed ignores the call."""
         self._serial += 1
-        heapq.heappush(self._heap, (max(at_s, self.now), self._serial, call))
+        heapq.heappush(self._heap, (at_s if at_s > self.now else self.now, self._serial, call))
 
     def at_in_background(self, at_s: float, call: Call) -> None:
         """As `at`, for what only watches: while nothing else is planned, nothing goes on."""

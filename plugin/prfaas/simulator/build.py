@@ -19,6 +19,7 @@ from prfaas.model.ids import ModelId, SiteId
 from prfaas.model.profiles import Profile
 from prfaas.routing.base import CostProfile, Fleet, Policy, create_policy
 from prfaas.simulator.agenda import Agenda
+from prfaas.simulator.collection import seldom_collected
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.network import Network
 from prfaas.simulator.record import Record
@@ -46,6 +47,10 @@ class Simulation:
         Links that are believed down are probed for ever: when for K_STUCK_S nothing else happens, what is
         still under way is recorded as failed, unfinished.
         """
+        with seldom_collected():
+            return self._run(progress)
+
+    def _run(self, progress: Callable[[float, int], None] | None) -> Record:
         world, agenda = self.world, self.world.agenda
         stuck_since_s: float | None = None
         while world.live or not world.exhausted:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Literal
 
 from prfaas.model.decisions import Decision
@@ -23,10 +24,19 @@ def queue_key(decision: Decision, order: ServiceOrder) -> float:
     return math.inf if due_s is None else due_s
 
 
+_backlog_s = attrgetter("backlog_s")
+_fullness = attrgetter("fullness")
+
+
 def pick_prefill(
-    engines: Iterable[Engine], request: TimedRequest, key: float, order: ServiceOrder, now: float
+    engines: Sequence[Engine], request: TimedRequest, key: float, order: ServiceOrder, now: float
 ) -> Engine | None:
     """The instance that would be through with it soonest; None if none takes prefills."""
+    if order == "fcfs" and not request.block_ids and engines:
+        # As below for the usual case: hundreds of instances that differ in their backlog alone.
+        first = min(engines, key=_backlog_s)
+        if first.role == "prefill" and first.up and not first.draining:
+            return first
     best, least_s = None, math.inf
     for engine in engines:
         if engine.role == "decode" or not engine.up or engine.draining:
@@ -45,12 +55,7 @@ def pick_prefill(
     return best
 
 
-def pick_decode(engines: Iterable[Engine]) -> Engine | None:
+def pick_decode(engines: Sequence[Engine]) -> Engine | None:
     """The instance whose batch is least full; None if none decodes."""
-    best, least = None, math.inf
-    for engine in engines:
-        if engine.role != "prefill" and engine.up and not engine.draining:
-            load = (engine.assigned + engine.waiting) / engine.max_batch
-            if load < least:
-                best, least = engine, load
-    return best
+    best = min(engines, key=_fullness, default=None)
+    return None if best is None or math.isinf(best.fullness) else best

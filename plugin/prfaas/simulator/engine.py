@@ -9,6 +9,7 @@ their reservation to their end; those that find no room wait in order.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Literal
@@ -35,7 +36,9 @@ class Job:
         "payload",
         "prompt_tokens",
         "reserved",
+        "taken_s",
         "void",
+        "whole_s",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +61,8 @@ class Job:
         """Tokens found in the engine's cache when prefill begins."""
         self.done = 0
         """Tokens of the prompt that are there."""
+        self.whole_s = self.taken_s = 0.0
+        """Seconds that all of its prefill takes here, and that what is done of it took."""
         self.reserved = 0
         self.void = False
         """Given up: no longer counts, and none of its calls come."""
@@ -89,7 +94,7 @@ class Engine:
         self.pool_tokens = pool_tokens if pool_tokens is not None else profile.pool_tokens
         self.cache = BlockCache(profile.block_tokens, self.pool_tokens, exact=profile.state_bytes > 0)
         self.up = True
-        self.draining = False
+        self._draining = False
         self.busy_s = 0.0
         """Seconds spent in prefill steps."""
         self.reserved_tokens = 0
@@ -107,7 +112,8 @@ class Engine:
         # The batch: `_steps` counts decode steps taken; a job ends when it reaches its own figure.
         self._running: list[tuple[float, int, Job]] = []
         self._steps, self._steps_at_s, self._decode_plan = 0.0, 0.0, 0
-        self._voided = 0
+        self.fullness = math.inf if role == "prefill" else 0.0
+        """Requests that hold pages or wait here, over the batch limit; inf where it takes none."""
 
     # Pages.
 
@@ -115,6 +121,7 @@ class Engine:
         """Pages for `tokens`, held until `release`; `granted` is called at once or when there is room."""
         self._unplaced.append((job, tokens, granted))
         self._place(now)
+        self._fill()
 
     def _place(self, now: float) -> None:
         while self._unplaced:
@@ -138,14 +145,17 @@ class Engine:
             self.reserved_tokens = max(0, self.reserved_tokens - job.reserved)  # 0 after it was killed
             job.reserved = 0
             self.assigned = max(0, self.assigned - 1)
-            self._place(now)
+            if self._unplaced:
+                self._place(now)
+            self._fill()
 
     # Prefill.
 
     def prefill(self, job: Job, now: float) -> None:
         """Queue it. `on_chunk(job, now, final)` is called as its chunks end."""
         job.cached = job.done = self.cache.match(job.block_ids, job.prompt_tokens) if job.block_ids else 0
-        self.backlog_s += self.profile.prefill_s(job.prompt_tokens, job.cached)
+        job.whole_s, job.taken_s = self.profile.prefill_s(job.prompt_tokens, job.cached), 0.0
+        self.backlog_s += job.whole_s
         self.backlog_tokens += job.prompt_tokens - job.cached
         self._serial += 1
         heapq.heappush(self._queue, (job.key, self._serial, job))
@@ -160,7 +170,7 @@ class Engine:
         if any(entry[2] is job for entry in self._queue):
             # What the running step does for it comes off when that ends.
             reached = next((last for one, last in self._current or () if one is job), job.done)
-            self.backlog_s -= self.profile.prefill_s(job.prompt_tokens, job.cached) - (
+            self.backlog_s -= job.whole_s - (
                 self.profile.prefill_s(reached, job.cached) if reached > job.cached else 0.0
             )
             self.backlog_tokens -= job.prompt_tokens - reached
@@ -181,12 +191,9 @@ class Engine:
         for other, _, job in self._queue:
             if other <= key and not job.void:
                 done = reached.get(job, job.done)
-                ahead_s += self.profile.prefill_s(job.prompt_tokens, job.cached)
+                ahead_s += job.whole_s
                 ahead_s -= self.profile.prefill_s(done, job.cached) if done > job.cached else 0.0
         return ahead_s
-
-    def _taken_s(self, job: Job) -> float:
-        return self.profile.prefill_s(job.done, job.cached) if job.done > job.cached else 0.0
 
     def _start_step(self, now: float) -> None:
         queue = self._queue
@@ -202,8 +209,13 @@ class Engine:
             if job.void:
                 heapq.heappop(queue)
                 continue
-            last = min(job.prompt_tokens, job.done + left)
-            took_s += self.profile.prefill_s(last, job.cached) - self._taken_s(job)
+            last = job.done + left
+            if last < job.prompt_tokens:
+                reached_s = self.profile.prefill_s(last, job.cached)
+            else:
+                last, reached_s = job.prompt_tokens, job.whole_s
+            took_s += reached_s - job.taken_s
+            job.taken_s = reached_s
             left -= last - job.done
             pieces.append((job, last))
             if last < job.prompt_tokens:
@@ -247,6 +259,7 @@ class Engine:
         """Its KV is here: it joins the batch when there is a place (`on_join`), and ends (`on_done`)."""
         self._landed.append(job)
         self._fill_batch(now)
+        self._fill()
         self._plan_decode(now)
 
     def _fill_batch(self, now: float) -> None:
@@ -289,6 +302,7 @@ class Engine:
         while self._running and self._running[0][0] <= self._steps + 1e-6:
             ended.append(heapq.heappop(self._running)[2])
         self._fill_batch(now)
+        self._fill()
         self._plan_decode(now)
         for job in ended:
             self.release(job, now)
@@ -310,10 +324,29 @@ class Engine:
         self._decode_plan += 1
         self.backlog_s, self.backlog_tokens, self.reserved_tokens, self.assigned = 0.0, 0, 0, 0
         self.cache.clear()
+        self._fill()
 
     def restart(self, now: float) -> None:
         self.up = True
+        self._fill()
         self._steps_at_s = now
+
+    @property
+    def draining(self) -> bool:
+        """Takes nothing new."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._draining = draining
+        self._fill()
+
+    def _fill(self) -> None:
+        """`fullness` anew, after anything that it counts."""
+        if self.role != "prefill":
+            able = self.up and not self._draining
+            waiting = len(self._landed) + len(self._unplaced)
+            self.fullness = (self.assigned + waiting) / self.max_batch if able else math.inf
 
     @property
     def running(self) -> int:

@@ -53,7 +53,6 @@ class WatchedLink:
         delivered = round(pipe.sent_bytes - self._sent_before) + self._probe_bytes
         self._sent_before, self._probe_bytes = pipe.sent_bytes, 0
         backlog = round(pipe.backlog_bytes)
-        loss = 1 - math.prod(1 - link.state.mean_loss for link in pipe.links)
         segments = delivered // K_MSS_BYTES
         events = estimator.on_observation(
             LinkObservation(
@@ -63,7 +62,7 @@ class WatchedLink:
                 delivered,
                 backlog_bytes=backlog,
                 rtt_s=self._network.rtt_s(pipe.source, pipe.target),
-                retransmits=round(segments * loss),
+                retransmits=round(segments * pipe.loss),
                 segments=segments,
                 sender="simulated",
             )

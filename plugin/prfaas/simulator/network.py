@@ -9,8 +9,10 @@ between events. A transfer's bytes become available in pieces, as prefill's chun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from prfaas.config.topology import Impairments, Topology
@@ -22,20 +24,24 @@ K_STEP_S = 0.25  # shares are looked at again at least this often while several 
 K_COLD_AFTER_S = math.inf  # the engine keeps idle streams warm: only the first use is cold
 K_DONE_BYTES = 0.5  # a fluid leaves crumbs
 
+_serial = attrgetter("serial")
+
 
 class Transfer:
     """Bytes on their way. `on_landed(now)` is called when the last one is at the other end."""
 
-    __slots__ = ("available", "deadline_s", "on_landed", "sent", "started_s", "total_bytes")
+    __slots__ = ("available", "deadline_s", "on_landed", "sent", "serial", "started_s", "total_bytes")
 
     def __init__(self, total_bytes: int, deadline_s: float, on_landed: Callable[[float], None]) -> None:
         self.total_bytes, self.deadline_s, self.on_landed = total_bytes, deadline_s, on_landed
         self.available = 0.0
         self.sent = 0.0
         self.started_s: float | None = None
+        self.serial = 0
+        """Order of announcement on its pipe."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Link:
     """One directed link as it is now."""
 
@@ -45,6 +51,8 @@ class Link:
     """Taken by traffic that has a rate of its own (UDP)."""
     cross_streams: int = 0
     """Greedy streams of others, which take their share each."""
+    users: dict[Pipe, None] = field(default_factory=dict)
+    """Active pipes over it."""
 
     @property
     def rate_bps(self) -> float:
@@ -61,6 +69,9 @@ class Pipe:
         self.source, self.target, self.links, self.streams = source, target, links, streams
         self.order: SendOrder[Transfer] = SendOrder()
         self.transfers: dict[Transfer, None] = {}
+        self.begun: list[Transfer] = []
+        """Those of which bytes have become available, as they were announced."""
+        self.announced = 0
         self.rates: dict[Transfer, float] = {}
         """Bytes a second of each transfer since `updated_s`."""
         self.updated_s = 0.0
@@ -71,6 +82,15 @@ class Pipe:
         self.idle_since_s = -math.inf
         self.ever_busy = False
         self.sent_bytes = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """The links may have changed: what is worked out of them is no longer known."""
+        self._delay_s: float | None = None
+        self._loss: float | None = None
+        self.rtt_s: float | None = None
+        self.full_bps: float | None = None
+        """Bits a second of payload once its streams have gathered speed, with its links to itself."""
 
     @property
     def up(self) -> bool:
@@ -79,14 +99,36 @@ class Pipe:
     @property
     def delay_s(self) -> float:
         """One way."""
-        return sum(link.state.delay_ms for link in self.links) / 1e3
+        if self._delay_s is None:
+            self._delay_s = sum(link.state.delay_ms for link in self.links) / 1e3
+        return self._delay_s
+
+    @property
+    def loss(self) -> float:
+        """Share of packets lost on the way."""
+        if self._loss is None:
+            self._loss = 1 - math.prod(1 - link.state.mean_loss for link in self.links)
+        return self._loss
 
     @property
     def backlog_bytes(self) -> float:
-        return sum(one.available - one.sent for one in self.transfers)
+        return sum([one.available - one.sent for one in self.begun])
 
     def eligible(self) -> list[Transfer]:
-        return [one for one in self.transfers if one.available - one.sent > K_DONE_BYTES]
+        return [one for one in self.begun if one.available - one.sent > K_DONE_BYTES]
+
+    def announce(self, transfer: Transfer) -> None:
+        self.announced += 1
+        transfer.serial = self.announced
+        self.transfers[transfer] = None
+
+    def leave(self, transfer: Transfer) -> None:
+        """It has landed, or was dropped."""
+        del self.transfers[transfer]
+        self.rates.pop(transfer, None)
+        if transfer.started_s is not None:
+            self.begun.remove(transfer)
+        self.order.remove(transfer)
 
 
 class Network:
@@ -111,20 +153,20 @@ class Network:
             path = [self.links[link_id] for link_id in topology.path(a, b)]
             self.pipes[a, b] = Pipe(a, b, path, streams)
         self._active: dict[Pipe, None] = {}
-        self._users: dict[str, dict[Pipe, None]] = {name: {} for name in self.links}
-        """Active pipes over each link."""
         self.on_activity: Callable[[Pipe, float], None] | None = None
         """Called when an idle pipe gets something to send."""
 
     def rtt_s(self, a: str, b: str) -> float:
-        there, back = self.pipes[a, b], self.pipes.get((b, a))
-        return there.delay_s + (back or there).delay_s
+        there = self.pipes[a, b]
+        if there.rtt_s is None:
+            there.rtt_s = there.delay_s + self.pipes.get((b, a), there).delay_s
+        return there.rtt_s
 
     # Transfers.
 
     def start(self, source: str, target: str, transfer: Transfer, now: float) -> None:
         """Announce a transfer; its bytes come by `supply`."""
-        self.pipes[source, target].transfers[transfer] = None
+        self.pipes[source, target].announce(transfer)
 
     def supply(
         self, source: str, target: str, transfer: Transfer, available_bytes: float, now: float
@@ -142,6 +184,7 @@ class Network:
         transfer.available += more
         if transfer.started_s is None:
             transfer.started_s = now
+            insort(pipe.begun, transfer, key=_serial)
         if transfer not in pipe.order:
             pipe.order.add(
                 transfer, max(1, math.ceil(transfer.available - transfer.sent)), transfer.deadline_s
@@ -165,14 +208,15 @@ class Network:
         if transfer not in pipe.transfers:
             return
         self._settle(pipe, now)
-        del pipe.transfers[transfer]
-        pipe.order.remove(transfer)
+        pipe.leave(transfer)
         self._replan(pipe, now)
 
     # Change.
 
     def changed(self, now: float) -> None:
         """Links are no longer as they were: settle at the old rates first, by `before_change`."""
+        for pipe in self.pipes.values():
+            pipe.forget()
         for pipe in list(self._active):
             if pipe in self._active:
                 self._replan_around(pipe, now)
@@ -193,22 +237,24 @@ class Network:
         pipe.updated_s = now
         if passed_s <= 0:
             return
+        order = pipe.order
         for transfer, rate in pipe.rates.items():
-            if transfer not in pipe.transfers:
-                continue
-            moved = min(rate * passed_s, transfer.available - transfer.sent)
-            whole = math.floor(transfer.sent + moved) - math.floor(transfer.sent)
-            transfer.sent += moved
+            sent = transfer.sent
+            moved, most = rate * passed_s, transfer.available - sent
+            if moved > most:
+                moved = most
+            transfer.sent = sent + moved
             pipe.sent_bytes += moved
-            if transfer in pipe.order and whole > 0:
-                pipe.order.sent(now, transfer, whole, [transfer])
+            whole = math.floor(sent + moved) - math.floor(sent)
+            if whole > 0 and transfer in order:
+                order.sent(now, transfer, whole, (transfer,))
 
     def _together(self, pipe: Pipe) -> list[Pipe]:
         """The active pipes whose rates depend on this one's: those that share a link, and theirs in turn."""
         found, to_see = {pipe: None}, [pipe]
         while to_see:
             for link in to_see.pop().links:
-                for other in self._users[link.id]:
+                for other in link.users:
                     if other not in found:
                         found[other] = None
                         to_see.append(other)
@@ -246,13 +292,14 @@ class Network:
         return got
 
     def _ceiling_bps(self, pipe: Pipe, now: float) -> float:
-        rtt_s = self.rtt_s(pipe.source, pipe.target)
-        capacity = min(link.rate_bps for link in pipe.links) * payload_share()
-        keep = math.prod(1 - link.state.mean_loss for link in pipe.links)
-        per_stream = stream_ceiling_bps(rtt_s, 1 - keep, self.control, capacity)
-        ceiling = min(capacity, per_stream * pipe.streams)
+        ceiling = pipe.full_bps
+        if ceiling is None:
+            rtt_s = self.rtt_s(pipe.source, pipe.target)
+            capacity = min(link.rate_bps for link in pipe.links) * payload_share()
+            per_stream = stream_ceiling_bps(rtt_s, pipe.loss, self.control, capacity)
+            ceiling = pipe.full_bps = min(capacity, per_stream * pipe.streams)
         if pipe.busy_since_s is not None:
-            ramp = ramp_bps(rtt_s, pipe.streams, now - pipe.busy_since_s)
+            ramp = ramp_bps(self.rtt_s(pipe.source, pipe.target), pipe.streams, now - pipe.busy_since_s)
             if ramp >= ceiling:
                 pipe.busy_since_s = None
             else:
@@ -262,22 +309,25 @@ class Network:
     def _activate(self, pipe: Pipe) -> None:
         self._active[pipe] = None
         for link in pipe.links:
-            self._users[link.id][pipe] = None
+            link.users[pipe] = None
 
     def _rest(self, pipe: Pipe, now: float) -> None:
         """It has nothing to send for now."""
         del self._active[pipe]
         for link in pipe.links:
-            del self._users[link.id][pipe]
+            del link.users[pipe]
         pipe.idle_since_s = now
 
     def _replan_around(self, pipe: Pipe, now: float) -> None:
         """Rates anew for all whose rates depend on this pipe's."""
-        others = self._together(pipe) if pipe in self._active else []
-        for link in pipe.links:
-            for other in self._users[link.id]:
-                if other not in others:
-                    others += [one for one in self._together(other) if one not in others]
+        if all(not link.users or (len(link.users) == 1 and pipe in link.users) for link in pipe.links):
+            others = [pipe] if pipe in self._active else []
+        else:
+            others = self._together(pipe) if pipe in self._active else []
+            for link in pipe.links:
+                for other in link.users:
+                    if other not in others:
+                        others += [one for one in self._together(other) if one not in others]
         if not others:
             return
         for one in others:
@@ -289,7 +339,7 @@ class Network:
 
     def _replan(self, pipe: Pipe, now: float, capacity: float | None = None) -> None:
         """Land what has arrived, share the rate anew, and say when to look again. `pipe` is settled."""
-        for transfer in [one for one in pipe.transfers if one.total_bytes - one.sent <= K_DONE_BYTES]:
+        for transfer in [one for one in pipe.begun if one.total_bytes - one.sent <= K_DONE_BYTES]:
             self._land(pipe, transfer, now)
         eligible = pipe.eligible()
         pipe.plan += 1
@@ -308,14 +358,20 @@ class Network:
         for one in eligible:
             if one not in pipe.order:  # whole bytes ran out a crumb before the fluid did
                 pipe.order.add(one, 1, one.deadline_s)
-        shares: Mapping[Transfer, float]
-        shares = {eligible[0]: 1.0} if len(eligible) == 1 else pipe.order.shares(now, eligible)
-        pipe.rates = {one: capacity * shares.get(one, 0.0) for one in eligible}
+        if len(eligible) == 1:
+            pipe.rates = {eligible[0]: capacity}
+            wait_s = math.inf
+        else:
+            shares = pipe.order.shares(now, eligible)
+            pipe.rates = {one: capacity * shares[one] for one in eligible}
+            wait_s = K_STEP_S
         if capacity <= 0:
             return  # until something changes
-        wait_s = min((one.available - one.sent) / rate for one, rate in pipe.rates.items() if rate > 0)
-        if len(eligible) > 1:
-            wait_s = min(wait_s, K_STEP_S)
+        for one, rate in pipe.rates.items():
+            if rate > 0:
+                end_s = (one.available - one.sent) / rate
+                if end_s < wait_s:
+                    wait_s = end_s
         if pipe.busy_since_s is not None:
             wait_s = min(wait_s, max(1e-4, self.rtt_s(pipe.source, pipe.target)))
         plan = pipe.plan
@@ -327,6 +383,5 @@ class Network:
             self._replan(pipe, now)
 
     def _land(self, pipe: Pipe, transfer: Transfer, now: float) -> None:
-        del pipe.transfers[transfer]
-        pipe.order.remove(transfer)
+        pipe.leave(transfer)
         self._agenda.at(now + pipe.delay_s, transfer.on_landed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from prfaas.simulator.world import Live
 
 K_QUANTILES = (0.5, 0.9, 0.95, 0.99)
+
+_WORDS = re.compile(r"(?<!\S)[^\s\d]+(?!\S)").findall  # without a digit
 
 
 class Record:
@@ -135,5 +138,4 @@ class Record:
 
 def _kind(reason: str) -> str:
     """A reason without its figures, so that a million of them stay a few dozen."""
-    kept = [word for word in reason.split() if not any(char.isdigit() for char in word)]
-    return " ".join(kept)[:120]
+    return " ".join(_WORDS(reason))[:120]

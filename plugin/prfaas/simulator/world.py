@@ -89,6 +89,10 @@ class World:
         self._by_site: dict[SiteId, list[Engine]] = {}
         for engine in self.engines.values():
             self._by_site.setdefault(engine.site, []).append(engine)
+        self._prefills, self._decodes = (
+            {site: [one for one in engines if one.role != other] for site, engines in self._by_site.items()}
+            for other in ("decode", "prefill")
+        )
         self.links = {
             LinkId(*ends): WatchedLink(pipe, network, agenda, self._link_went_down)
             for ends, pipe in network.pipes.items()
@@ -119,11 +123,13 @@ class World:
         live = Live(request)
         self.live[request.index] = live
         if self.settings.timeout_s < math.inf:
-            self.agenda.at(now + self.settings.timeout_s, lambda at_s: self._expire(live, at_s))
+            # By number, because most are long forgotten by then.
+            self.agenda.at(now + self.settings.timeout_s, lambda at_s: self._expire(request.index, at_s))
         self._door(live, now)
 
-    def _expire(self, live: Live, now: float) -> None:
-        if not live.over and live.first_token_s is None:
+    def _expire(self, index: int, now: float) -> None:
+        live = self.live.get(index)
+        if live is not None and live.first_token_s is None:
             self._withdraw(live, now)
             self._end(live, now, "deadline passed")
 
@@ -168,11 +174,11 @@ class World:
         assert chosen is not None  # DISPATCH has a choice
         order = self.settings.service_order
         key = queue_key(decision, order)
-        prefill = pick_prefill(self._by_site.get(chosen.prefill_site, ()), request, key, order, now)
+        prefill = pick_prefill(self._prefills.get(chosen.prefill_site, ()), request, key, order, now)
         decode = (
             prefill
             if prefill is not None and prefill.role == "collocated" and not decision.offloaded
-            else pick_decode(self._by_site.get(chosen.decode_site, ()))
+            else pick_decode(self._decodes.get(chosen.decode_site, ()))
         )
         if prefill is None or decode is None:
             self._retry(live, chosen.prefill_site, "no instance is up", now, dispatched=False)
@@ -299,6 +305,8 @@ class World:
             self._held.remove(live)
         self.policy.on_finished(request=str(live.request.index), now=now)
         self.record.request(live, now, error)
+        # Nothing leads round to it any more, so that it goes at once and no collection need find it.
+        live.prefill_job = live.decode_job = live.transfer = live.view = live.decision = None
 
     def _withdraw(self, live: Live, now: float) -> None:
         """Take everything of the present attempt away."""

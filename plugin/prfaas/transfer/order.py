@@ -77,6 +77,8 @@ class SendOrder(Generic[Key]):
         entries = self._among(eligible)
         if not entries:
             return {}
+        if len(entries) == 1:
+            return {entries[0][0]: 1.0}
         equal = K_EQUAL / len(entries)
         result = {key: equal for key, _ in entries}
         result[self._urgent(entries, now)] += K_DEADLINE
@@ -98,10 +100,11 @@ class SendOrder(Generic[Key]):
         """`sent_bytes` of `key` left. The debts move by the shares that held; the last byte ends its place
         here.
         """
-        for other, share in self.shares(now, eligible).items():
-            self._entries[other].owed_bytes += share * sent_bytes
         entry = self._entries[key]
-        entry.owed_bytes -= sent_bytes
+        if eligible is None or len(eligible) != 1 or key not in eligible:  # one alone is owed what it gets
+            for other, share in self.shares(now, eligible).items():
+                self._entries[other].owed_bytes += share * sent_bytes
+            entry.owed_bytes -= sent_bytes
         entry.remaining_bytes -= sent_bytes
         if entry.remaining_bytes <= 0:
             del self._entries[key]
