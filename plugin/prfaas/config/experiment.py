@@ -42,6 +42,9 @@ class Limits(Strict):
     """Requests decoded at once."""
     chunk_tokens: Annotated[int, Field(ge=1)] | None = None
     """Prompt tokens of one prefill step."""
+    prefill_requests: Annotated[int, Field(ge=1)] | None = None
+    """Prompts of one prefill step, as SGLang's --prefill-max-requests; any number where absent. The
+    simulator's instances take them as they come."""
     cache_tokens: Annotated[int, Field(ge=0)] | None = None
     """Tokens of KV that the instance can hold, prefix cache included."""
 
@@ -234,6 +237,8 @@ class Transfer(Strict):
     streams: Annotated[int, Field(ge=1, le=64)] | None = None
     """TCP connections a peer; None leaves the choice to the engine."""
     tls: bool = True
+    estimated: bool = False
+    """Pumps estimate their links and keep the ledgers, and the router asks them; else it believes the file."""
 
 
 class Experiment(Strict):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prfaas.config.experiment import Experiment
-from prfaas.config.profile import find_profile
+from prfaas.config.loading import load
+from prfaas.config.profile import ProfileConfig, find_profile
 from prfaas_testbed.client import Answer
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.sites import write_json
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 K_ROUTER_PORT = 28000
 K_EVENTS_OFFSET = 2000
+K_STATUS_PORT = 7601
 
 
 def router_file(
@@ -31,17 +33,19 @@ def router_file(
     tokenizer: Path,
     folder: Path,
 ) -> Path:
-    """Write the router's configuration. Rates and profiles are unscaled alike, so predicted times are
-    right."""
+    """Write the router's configuration. Rates and profiles are scaled alike, as what pumps tell is, so predicted
+    times are right."""
     assert experiment.router is not None
+    scale = net.topology.scale.factor if net.topology.scale else 1.0
     hybrid = profile is not None and find_profile(profile, K_TOPOLOGIES).state_bytes > 0
     sites = []
     for site in net.sites:
         rows = [_server(server, experiment) for server in servers if server.site == site]
         own = next((i.profile for i in experiment.instances if i.site == site and i.profile), profile)
-        cost = {"profile": str(_profile_path(own))} if own else {}
+        cost = {"profile": str(_scaled(own, scale, folder))} if own else {}
         sites.append({"name": site, "servers": rows, "cost": cost})
-    directed = net.topology.directed()
+    directed = net.topology.emulated()
+    sending = {server.site for server in servers if server.role == "prefill"}
     links = []
     for source in net.sites:
         for target in net.sites:
@@ -51,7 +55,10 @@ def router_file(
                 rates = [state.rate_mbps for state in path if state.rate_mbps is not None]
                 rtt_ms = sum(state.delay_ms for state in [*path, *back])
                 rate = {"rate_mbps": min(rates)} if rates else {}
-                links.append({"source": source, "target": target, "rtt_ms": rtt_ms, **rate})
+                told = {}
+                if experiment.transfer.estimated and source in sending and rates:
+                    told = {"status_url": f"http://{net.sites[source].address}:{K_STATUS_PORT}/links"}
+                links.append({"source": source, "target": target, "rtt_ms": rtt_ms, **rate, **told})
     config = {
         "listen": {"host": net.sites[experiment.router.site].address, "port": K_ROUTER_PORT},
         "models": [{"name": model, "tokenizer": str(tokenizer), "layers": "hybrid" if hybrid else "dense"}],
@@ -80,8 +87,19 @@ def _server(server: Server, experiment: Experiment) -> dict[str, Any]:
     return row
 
 
-def _profile_path(name: str) -> Path:
-    return Path(name) if "/" in name else K_TOPOLOGIES / "profiles" / f"{name}.yaml"
+def _scaled(name: str, scale: float, folder: Path) -> Path:
+    """A profile's file with its bytes divided; the file itself where nothing is scaled."""
+    path = Path(name) if "/" in name else K_TOPOLOGIES / "profiles" / f"{name}.yaml"
+    if scale == 1:
+        return path
+    config = load(path, ProfileConfig).model_dump(mode="json", exclude_none=True)
+    for field in ("kv_mib", "kv_bytes"):
+        if field in config:
+            config[field] = [size / scale for size in config[field]]
+    if "kv_bytes_per_token" in config:
+        config["kv_bytes_per_token"] /= scale
+    config["state_bytes"] = int(config["state_bytes"] / scale)
+    return write_json(folder / "profiles" / path.name, config)
 
 
 def plain_tokenizer(folder: Path) -> Path:

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 from prfaas.config.experiment import Experiment, Instance, ModelChoice
 from prfaas.model.errors import UsageError
 from prfaas.pump import keys
-from prfaas_testbed.experiment.door import K_EVENTS_OFFSET, K_ROUTER_PORT, plain_tokenizer, router_file
+from prfaas_testbed.experiment.door import (
+    K_EVENTS_OFFSET,
+    K_ROUTER_PORT,
+    K_STATUS_PORT,
+    plain_tokenizer,
+    router_file,
+)
 from prfaas_testbed.experiment.machine import K_CHECKOUT
 from prfaas_testbed.experiment.servers import Process, Program, Progress, Real, Server
 from prfaas_testbed.experiment.sites import write_json
@@ -192,6 +198,9 @@ class Fleet:
         }
         if self.experiment.transfer.streams is not None:
             config["min_streams"] = config["max_streams"] = self.experiment.transfer.streams
+        if self.experiment.transfer.estimated:
+            config["metrics"] = f"{self.net.sites[site].address}:{K_STATUS_PORT}"
+            config["links"] = self._links(site)
         if self.experiment.transfer.tls:
             folder = self.folder / "keys" / site
             own = str(folder / keys.K_SITE_FILE)
@@ -199,6 +208,17 @@ class Fleet:
         else:
             config["allow_plaintext"] = True
         return config
+
+    def _links(self, site: str) -> list[dict[str, Any]]:
+        """The site's outgoing links that have a rate, each with its ledger at the site's one pump."""
+        states = self.net.topology.emulated()
+        found = []
+        for other in self.net.sites:
+            rates = [states[link].rate_mbps for link in self.net.path(site, other)] if other != site else []
+            known = [rate for rate in rates if rate is not None]
+            if known:
+                found.append({"peer_site": other, "admission": {"nominal_bps": min(known) * 1e6}})
+        return found
 
     def _server(self, instance: Instance, name: str, port: int) -> Server:
         site = self.net.sites[instance.site]

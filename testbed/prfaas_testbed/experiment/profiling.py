@@ -4,26 +4,35 @@ size."""
 from __future__ import annotations
 
 import asyncio
+import socket
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
+from random import Random, SystemRandom
 from typing import Any
 
 from prfaas.model.errors import PrfaasError
 from prfaas_testbed.client import Answer, Shot, Target
 from prfaas_testbed.client.load import Load
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR
+from prfaas_testbed.experiment.likeness import K_APART_S, K_ROUNDS, Likeness, compare
+from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_FIRST_PLAIN_TOKEN, K_PLAIN_TOKENS, TinyModel
-from prfaas_testbed.instances.sglang_server import ServerSpec, SglangServer
+from prfaas_testbed.instances.sglang_server import K_SAME_CHUNKS, ServerSpec, SglangServer
 
 K_LENGTHS = (16, 128, 512, 1024, 2048, 4096, 8192)
 K_BATCHES = (1, 2, 4, 8)
-K_REPEATS = 3
+K_REPEATS = 5
 K_STEPS = 32  # output tokens of a decode measurement
 K_SHORT_TOKENS = 16
 K_TIMEOUT_S = 120.0
+K_CHUNK_TOKENS = 4096
+K_HOST = "127.0.0.1"
 
 
 class Prober:
@@ -32,16 +41,17 @@ class Prober:
     def __init__(self, url: str, seed: int) -> None:
         self._url, self._rng, self._count = url, Random(seed), 0
 
-    def ask(self, lengths: Sequence[int], new_tokens: int) -> list[Answer]:
-        """So many requests at once. Raises PrfaasError for the first that fails."""
+    def ask(self, lengths: Sequence[int], new_tokens: int, apart_s: float = 0.0) -> list[Answer]:
+        """So many requests at once, or one after another's start. Raises PrfaasError for the first that
+        fails."""
         shots = []
-        for length in lengths:
+        for place, length in enumerate(lengths):
             self._count += 1
             tokens = [self._rng.randrange(K_PLAIN_TOKENS) + K_FIRST_PLAIN_TOKEN for _ in range(length)]
             sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
             body = {"input_ids": tokens, "sampling_params": sampling, "stream": True}
             target = Target(f"{self._url}/generate", answers=True)
-            shots.append(Shot(str(self._count), 0.0, body, (target,), K_TIMEOUT_S))
+            shots.append(Shot(str(self._count), place * apart_s, body, (target,), K_TIMEOUT_S))
         answers: list[Answer] = []
         asyncio.run(Load(shots, answers.append).run(time.monotonic()))
         for answer in answers:
@@ -72,15 +82,30 @@ def rising(values: Sequence[float]) -> list[float]:
     return found
 
 
-def measure(model: TinyModel, name: str, log: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Start a plain server of the model, measure it, and give the profile file's content."""
+@dataclass(frozen=True)
+class Measured:
+    """What a real server was found to do."""
+
+    profile: dict[str, Any]
+    """A profile file's content."""
+    likeness: Likeness | None
+    """How like it a profiled instance was, while the server was still there to compare."""
+
+
+def measure(
+    model: TinyModel, name: str, log: Path, progress: Callable[[str], None], rounds: int = K_ROUNDS
+) -> Measured:
+    """Start a plain server of the model, measure it, and hold a profiled instance against it (`rounds` 0:
+    don't)."""
+    ports = _free_ports(2)
     spec = ServerSpec(
-        role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host="127.0.0.1", port=29500
-    )
+        role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=ports[0],
+        extra_args=K_SAME_CHUNKS,
+    )  # fmt: skip
     with SglangServer(spec, log) as server:
         server.wait_ready(progress=progress)
         prober = Prober(server.url, seed=1)
-        prober.ask([64, 512], 4)
+        prober.ask([64, 512, 2048], 4)
         lengths = [length for length in K_LENGTHS if length <= model.longest_prompt_tokens]
         prefill = []
         for length in lengths:
@@ -90,6 +115,53 @@ def measure(model: TinyModel, name: str, log: Path, progress: Callable[[str], No
         for batch in K_BATCHES:
             steps.append(prober.step_s(batch))
             progress(f"decode step of {batch}: {steps[-1]:.4f} s")
+        profile = _profile(model, name, lengths, prefill, steps, spec.pool_tokens)
+        if not rounds:
+            return Measured(profile, None)
+        with profiled_instance(profile, model.name, log.parent, ports[1]) as url:
+            beside = Prober(url, seed=2)
+            beside.ask([64], 4)
+            likeness = compare(
+                lambda some, new: prober.ask(some, new, K_APART_S),
+                lambda some, new: beside.ask(some, new, K_APART_S),
+                model.longest_prompt_tokens,
+                rounds=rounds,
+            )
+    for what, ratio in likeness.ratios().items():
+        progress(f"profiled over real, {what}: {ratio:.3f}")
+    return Measured(profile, likeness)
+
+
+@contextmanager
+def profiled_instance(profile: dict[str, Any], model: str, folder: Path, port: int) -> Iterator[str]:
+    """A collocated profiled instance of the profile on this machine, as a process of its own; its URL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = write_json(folder / f"{profile['name']}.yaml", profile)
+    settings = {
+        "name": "profiled", "role": "collocated", "host": K_HOST, "port": port, "model": model,
+        "profile": str(file), "limits": {"prefill_requests": 1},
+    }  # fmt: skip
+    config = write_json(folder / "profiled-instance.yaml", settings)
+    words = [sys.executable, "-m", "prfaas_testbed.instances.profiled", "--config", str(config)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = process.stdout.readline()
+            if "ready" not in said:
+                raise PrfaasError(f"the profiled instance didn't start: {said.strip()}")
+            yield f"http://{K_HOST}:{port}"
+        finally:
+            process.terminate()
+
+
+def _profile(
+    model: TinyModel,
+    name: str,
+    lengths: Sequence[int],
+    prefill: Sequence[float],
+    steps: Sequence[float],
+    pool_tokens: int,
+) -> dict[str, Any]:
     sizes = [
         length * model.kv_bytes_per_token
         + model.state_bytes
@@ -101,7 +173,7 @@ def measure(model: TinyModel, name: str, log: Path, progress: Callable[[str], No
         "description": f"The tiny {model.name} model on SGLang's CPU server: {model.kind}.",
         "source": "measured",
         "gpus": 0,
-        "tokens": lengths,
+        "tokens": list(lengths),
         "prefill_s": [round(value, 5) for value in rising(prefill)],
         "kv_bytes": sizes,
         "state_bytes": model.state_bytes,
@@ -111,6 +183,17 @@ def measure(model: TinyModel, name: str, log: Path, progress: Callable[[str], No
             "max_batch": max(K_BATCHES),
         },
         "block_tokens": 1,
-        "chunk_tokens": 4096,
-        "pool_tokens": spec.pool_tokens,
+        "chunk_tokens": K_CHUNK_TOKENS,
+        "pool_tokens": pool_tokens,
     }
+
+
+def _free_ports(n: int) -> list[int]:
+    """Below the range that outgoing connections are given, for a server takes a minute to bind."""
+    found: list[int] = []
+    while len(found) < n:
+        port = SystemRandom().randrange(20_000, 28_000)
+        with suppress(OSError), socket.create_server((K_HOST, port)):
+            if port not in found:
+                found.append(port)
+    return found

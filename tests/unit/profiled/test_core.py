@@ -55,6 +55,14 @@ def test_prefill_takes_the_profiles_time_chunk_by_chunk() -> None:
     assert [c.at_s for c in chunks] == pytest.approx([0.1, 0.2, 0.25])
 
 
+def test_with_one_prompt_a_step_the_second_waits_for_the_first() -> None:
+    scheduler = Scheduler(profile(), "prefill", prefill_requests=1)
+    scheduler.offer("a", range(40), 1, 0.0)
+    scheduler.offer("b", range(40), 1, 0.0)
+    chunks = [event for event in run_out(scheduler) if isinstance(event, ChunkDone)]
+    assert [(c.id, c.at_s) for c in chunks] == [("a", pytest.approx(0.04)), ("b", pytest.approx(0.08))]
+
+
 def test_a_second_request_shares_the_chunk_that_the_first_leaves_room_in() -> None:
     scheduler = Scheduler(profile(), "prefill")
     scheduler.offer("a", range(40), 1, 0.0)

@@ -78,11 +78,12 @@ class Scheduler:
 
     def __init__(
         self, profile: Profile, role: Role, max_batch: int | None = None, chunk_tokens: int | None = None,
-        pool_tokens: int | None = None,
+        pool_tokens: int | None = None, prefill_requests: int | None = None,
     ) -> None:  # fmt: skip
         self.profile, self.role = profile, role
         self.chunk_tokens = chunk_tokens or profile.chunk_tokens
         self.pool_tokens = pool_tokens or profile.pool_tokens or K_UNLIMITED_TOKENS
+        self.prefill_requests = prefill_requests or K_UNLIMITED_TOKENS
         self.max_batch = max_batch or (profile.decode.max_batch if profile.decode else 0)
         if role != "prefill" and profile.decode is None:
             raise LocalProtocolError(f"profile {profile.name} has no decode figures: it can only prefill")
@@ -232,9 +233,10 @@ class Scheduler:
             # The first token came with the KV: it is out as soon as the request joins the batch.
             self._join(self._landed.popleft(), now, events)
         if self._prefilling and not (self.role == "collocated" and len(self._running) >= self.max_batch):
-            pieces, left, took_s = [], self.chunk_tokens, 0.0
+            pieces: list[tuple[_Job, int, int]] = []
+            left, took_s = self.chunk_tokens, 0.0
             for job in self._prefilling:
-                if left <= 0:
+                if left <= 0 or len(pieces) >= self.prefill_requests:
                     break
                 last = min(len(job.tokens), job.done + left)
                 pieces.append((job, job.done, last))

@@ -78,7 +78,8 @@ class Instance:
     def _fresh(self, role: str) -> Scheduler:
         limits = self.settings.limits
         return Scheduler(
-            self.profile, role, limits.max_batch, limits.chunk_tokens, limits.cache_tokens  # type: ignore[arg-type]
+            self.profile, role, limits.max_batch, limits.chunk_tokens, limits.cache_tokens,  # type: ignore[arg-type]
+            limits.prefill_requests,
         )  # fmt: skip
 
     # The scheduler on the clock.
