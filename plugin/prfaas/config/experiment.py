@@ -238,7 +238,7 @@ class Transfer(Strict):
     """TCP connections a peer; None leaves the choice to the engine."""
     tls: bool = True
     estimated: bool = False
-    """Pumps estimate their links and keep the ledgers, and the router asks them; else it believes the file."""
+    """Pumps estimate their links and keep their ledgers, and the router asks; else it believes the file."""
 
 
 class Experiment(Strict):
