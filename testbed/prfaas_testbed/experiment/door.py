@@ -33,8 +33,8 @@ def router_file(
     tokenizer: Path,
     folder: Path,
 ) -> Path:
-    """Write the router's configuration. Rates and profiles are scaled alike, so predicted times are right, and
-    what pumps tell fits them."""
+    """Write the router's configuration. Rates and profiles are scaled alike, so predicted times are right
+    and what pumps tell fits them."""
     assert experiment.router is not None
     scale = net.topology.scale.factor if net.topology.scale else 1.0
     hybrid = profile is not None and find_profile(profile, K_TOPOLOGIES).state_bytes > 0
