@@ -260,12 +260,15 @@ class LinkDesk:
 
     def _probe(self, now: float) -> None:
         """Say something small to the peers of a link that is down: its acknowledgement is how one hears that
-        the link is back, when what was under way has been given up and nothing new is admitted.
+        the link is back, when what was under way has been given up (or waits for a peer that is lost for
+        good) and nothing new is admitted.
         """
-        estimate = self.estimate(now)
-        if estimate is None or estimate.up or now < self._probe_s:
+        estimate, every_s = self.estimate(now), self.config.admission.probe_every_s
+        if estimate is None or estimate.up:
+            self._probe_s = now + every_s
+        if now < self._probe_s:
             return
-        self._probe_s = now + self.config.admission.probe_every_s
+        self._probe_s = now + every_s
         for peer in self.pump.peers_of(self.config.peer_site):
             peer.prepare(now)
             for stream in peer.streams:

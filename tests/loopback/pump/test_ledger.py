@@ -203,7 +203,8 @@ def test_another_sites_pump_gets_no_share(pumps):
 
 
 def test_a_link_that_was_down_is_found_to_be_up_again_with_nothing_under_way(pumps):
-    east = pumps.client(pumps.start("east", links=link()))
+    # Time enough for a refusal before the first probe.
+    east = pumps.client(pumps.start("east", links=link(admission={"probe_every_s": 2.0})))
     west = pumps.client(pumps.start("west"))
     src, dst = pumps.memory(east, 4096), pumps.memory(west, 4096, fill=0)
     lease = west.grant_lease(1, 0, [(dst.ctypes.data, len(dst))], 60)
