@@ -220,21 +220,21 @@ class Ledger:
         """When `new` would be through if admitted and no promise broke by it; None if one would."""
         together = [*self._held.values(), new]
         done = finish_times(together, self._rate_bps, now)
-        for one in together:
-            if done[one.transfer] > one.deadline_s + K_EPSILON_S:
-                return None
-        self._looked(done, together, now)
-        return done[new.transfer]
+        return done[new.transfer] if self._all_kept(done, together, now) else None
 
-    def _looked(self, done: Mapping[Hashable, float], promises: Iterable[Promise], now: float) -> None:
-        """All are kept as of `now`: remember for how long that surely holds."""
-        slack_s = float("inf")
+    def _all_kept(self, done: Mapping[Hashable, float], promises: Iterable[Promise], now: float) -> bool:
+        """Whether all would be through in time; if so, remembers for how long that surely holds."""
+        least_s, undated = float("inf"), False
         for one in promises:
-            if one.deadline_s == float("inf"):  # the next look gives it a date
-                slack_s = -float("inf")
-                break
-            slack_s = min(slack_s, one.deadline_s - done[one.transfer])
-        self._kept_until_s = now + slack_s - K_ROUNDING_S
+            slack_s = one.deadline_s - done[one.transfer]
+            if slack_s < least_s:
+                if slack_s < -K_EPSILON_S:
+                    return False
+                least_s = slack_s
+            elif one.deadline_s == float("inf"):  # the next look gives it a date
+                undated = True
+        self._kept_until_s = -float("inf") if undated else now + least_s - K_ROUNDING_S
+        return True
 
     def _alone_s(self, one: Promise) -> float:
         return one.remaining_bytes * 8 / self._rate_bps if self._rate_bps > 0 else 0.0
@@ -262,7 +262,7 @@ class Ledger:
                 self._broken += 1
             events.append(self._promise_anew(victim, now))
         if self._rate_bps > 0:
-            self._looked(finish_times(held, self._rate_bps, now), held, now)
+            self._all_kept(finish_times(held, self._rate_bps, now), held, now)
         return events
 
     def _promise_anew(self, one: Promise, now: float) -> PromiseBroken:

@@ -60,7 +60,7 @@ class Live:
     prefill_job: Job | None = None
     decode_job: Job | None = None
     transfer: Transfer | None = None
-    link: tuple[SiteId, SiteId] | None = None
+    link: LinkId | None = None
     first_token_s: float | None = None
     cached_tokens: int = 0
     kv_bytes: int = 0
@@ -208,7 +208,7 @@ class World:
         assert live.view is not None  # the door made it
         self.policy.on_dispatch(request=live.view, decision=decision, now=now)
         live.prefill, live.decode = prefill, decode
-        live.link = (link_id.source, link_id.target) if link_id is not None else None
+        live.link = link_id
         live.prefill_job = Job(
             live,
             request.prompt_tokens,
@@ -281,7 +281,7 @@ class World:
 
     def _release_promise(self, live: Live, now: float) -> None:
         if live.link is not None:
-            ledger = self.links[LinkId(*live.link)].ledger
+            ledger = self.links[live.link].ledger
             if ledger.holds(live) is not None:
                 ledger.release(live, now=now)
 
