@@ -108,7 +108,8 @@ class Server(Strict):
     """Models it serves; empty: all of them."""
     kv_events: KvEvents | None = None
     states_limit: Annotated[int, Field(ge=1)] | None = None
-    """Hybrid models: states its prefix cache keeps (--max-mamba-cache-size); None: not limited."""
+    """Hybrid models: its slots for states (--max-mamba-cache-size), which kept ones share with requests under
+    way; None: not limited."""
     max_running: Annotated[int, Field(ge=1)] | None = None
     """Batch limit of a decode server; None: what it reports."""
     key_file: str | None = None

@@ -25,6 +25,7 @@ import msgspec
 from prfaas.router.body import Asked, with_fields
 from prfaas.router.errors import BadRequest
 from prfaas.router.fleet import ServerHandle
+from prfaas.router.prefill_answer import PrefillAnswer, read_prefill_answer
 from prfaas.router.sse import EventCutter, Failure, body_failure, first_event_failure
 from prfaas.router.upstream import Connection, NotConnected, NotHttp, UpstreamError
 
@@ -87,43 +88,6 @@ class Opened:
     cutter: EventCutter = field(default_factory=EventCutter)
 
 
-class _Meta(msgspec.Struct):
-    cached_tokens: int | None = None
-    prompt_tokens: int | None = None
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-
-
-class PrefillAnswer(msgspec.Struct):
-    """What is read of prefill's answer."""
-
-    meta_info: _Meta | None = None
-    usage: _Usage | None = None
-
-    @property
-    def cached_tokens(self) -> int | None:
-        """Prefix that prefill reused, where it says so."""
-        if self.meta_info is not None:
-            return self.meta_info.cached_tokens
-        details = self.usage.prompt_tokens_details if self.usage else None
-        return details.cached_tokens if details else None
-
-    @property
-    def prompt_tokens(self) -> int | None:
-        found = self.meta_info or self.usage
-        return found.prompt_tokens if found else None
-
-
-_ANSWER = msgspec.json.Decoder(PrefillAnswer)
-
-
 class Attempt:
     """Use once: `open`, then `close` in every case."""
 
@@ -135,8 +99,12 @@ class Attempt:
         rid: str,
         room: int,
         aborts: set[asyncio.Task[None]],
+        on_prefill_ended: Callable[[Attempt], None] = lambda attempt: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_prefill_ended` is called once after `open`, when the server that prefills has let the request
+        go: with a prefill_answer or, where it failed or decodes as well, without.
+        """
         self.route = route
         self.rid = rid
         self.prefill_answer: PrefillAnswer | None = None
@@ -146,6 +114,7 @@ class Attempt:
         self._asked = asked
         self._aborts = aborts
         self._clock = clock
+        self._on_prefill_ended = on_prefill_ended
         self._path = str(asked.endpoint)
         extra: dict[str, object] = {"rid": rid}
         if route.prefill is not None:
@@ -236,6 +205,7 @@ class Attempt:
         assert self.route.prefill is not None
         self.route.prefill.in_flight -= 1
         self.unbook_tokens()
+        self._on_prefill_ended(self)
 
     def unbook_tokens(self) -> None:
         """Its prefill has ended (decode has its first token, or prefill has answered)."""
@@ -255,10 +225,7 @@ class Attempt:
                 server.upstream.release(connection)
         _raise_for(Side.PREFILL, connection, data)
         self.prefill_ended_s = self._clock()
-        try:
-            self.prefill_answer = _ANSWER.decode(data)
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-            pass  # a batch's list, or figures this version doesn't know: nothing is learnt
+        self.prefill_answer = read_prefill_answer(data)
         self.prefill_body = data
 
     async def _decode(self) -> Opened:
@@ -293,8 +260,12 @@ class Attempt:
         """Decode's answer has been read to its end: there is nothing to abort there."""
         self._answered = True
 
-    async def close(self) -> None:
-        """Let both sides go; what hasn't ended is aborted. Never raises."""
+    async def close(self) -> asyncio.Task[None] | None:
+        """Let both sides go; what hasn't ended is aborted. Never raises.
+
+        A prefill whose answer is still on its way, decode having answered, is given K_LINGER_S: the task that
+        waits for it is returned. Small answers overtake it often.
+        """
         self.route.decode.in_flight -= 1
         if self._connection is not None:
             self.route.decode.upstream.release(self._connection)
@@ -302,12 +273,13 @@ class Attempt:
             self._abort(self.route.decode)
         task = self._prefill_task
         if task is None:
-            return
+            self._on_prefill_ended(self)
+            return None
         if self._answered and not task.done():
             # Its answer is on its way: the bytes have arrived, or decode couldn't have answered.
-            self._in_background(self._end_prefill(task, K_LINGER_S))
-        else:
-            await self._end_prefill(task, 0.0)
+            return self._in_background(self._end_prefill(task, K_LINGER_S))
+        await self._end_prefill(task, 0.0)
+        return None
 
     async def _end_prefill(self, task: asyncio.Task[None], patience_s: float) -> None:
         if patience_s:
@@ -319,10 +291,11 @@ class Attempt:
         if not task.cancelled():
             task.exception()
 
-    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+    def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
+        return task
 
     def _abort(self, server: ServerHandle | None) -> None:
         if server is None:

@@ -21,6 +21,7 @@ from prfaas.router.body import Asked, Endpoint, merge_prompt_logprobs, read_body
 from prfaas.router.clients import Clients, Wishes
 from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded, error_event
 from prfaas.router.outcome import Outcome, answer_headers
+from prfaas.router.prefixes import Caches
 from prfaas.router.relay import Relay
 from prfaas.router.scheduler import Scheduler
 from prfaas.router.ticket import Ticket
@@ -48,11 +49,11 @@ class Door:
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
         on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-        on_prefilled: Callable[[str, Prompt, int | None], None] = lambda server, prompt, cached: None,
+        caches: Caches | None = None,
     ) -> None:
         self._scheduler, self._clients, self._off_loop = scheduler, clients, off_loop
         self._metrics, self._rng, self._clock = metrics, rng, clock
-        self._on_outcome, self._on_prefilled = on_outcome, on_prefilled
+        self._on_outcome, self._caches = on_outcome, caches or Caches()
         self.background: set[asyncio.Task[None]] = set()
         """Aborts and prefill answers that are still under way."""
         self.apply(config, readers)
@@ -69,12 +70,13 @@ class Door:
         """aiohttp's handler. Answers every DoorError in OpenAI's form."""
         began_s = self._clock()
         outcome = Outcome(at_s=time.time(), request=f"{self._rng.getrandbits(96):024x}", endpoint=endpoint)
+        late: list[asyncio.Task[None]] = []
         try:
             key = self._clients.identify(request.headers)
             wishes = self._clients.wishes(key, request.headers)
             outcome.tenant = key.tenant
             with self._clients.admitted(key):
-                return await self._serve(request, endpoint, key, wishes, outcome, began_s)
+                return await self._serve(request, endpoint, key, wishes, outcome, began_s, late)
         except DoorError as error:
             outcome.status, outcome.error = error.status, error.message
             if isinstance(error, BadRequest):
@@ -91,7 +93,10 @@ class Door:
             self._metrics.requests.labels(endpoint, str(outcome.status)).inc()
             if outcome.ttft_s is not None:
                 self._metrics.e2e.labels(outcome.site or "").observe(outcome.e2e_s)
-            self._on_outcome(outcome)
+            if late:
+                late[0].add_done_callback(lambda _: self._on_outcome(outcome))
+            else:
+                self._on_outcome(outcome)
 
     async def _serve(
         self,
@@ -101,7 +106,9 @@ class Door:
         wishes: Wishes,
         outcome: Outcome,
         began_s: float,
+        late: list[asyncio.Task[None]],
     ) -> web.StreamResponse:
+        """`late` gets what is still to be waited for before the outcome is whole."""
         raw = await self._body(request)
         arrived_s = self._clock()
         asked, model, prompt = await self._off_loop.run(len(raw), lambda: self._read(endpoint, raw))
@@ -134,8 +141,12 @@ class Door:
                 self._answered(attempt, opened, outcome, began_s)
                 return answer
             finally:
-                await attempt.close()
-                self._compare(attempt, ticket, outcome)
+                ending = await attempt.close()
+                if ending is None:
+                    self._compare(attempt, ticket, outcome)
+                else:
+                    ending.add_done_callback(lambda _: self._compare(attempt, ticket, outcome))
+                    late.append(ending)
         finally:
             self._scheduler.on_finished(ticket)
 
@@ -220,8 +231,11 @@ class Door:
                 rid=f"{ticket.request_id}-{ticket.attempt:02d}",
                 room=room,
                 aborts=self.background,
+                on_prefill_ended=lambda ended: self._prefill_ended(ended, ticket.prompt),
                 clock=self._clock,
             )
+            first = (route.prefill or route.decode).name
+            self._caches.on_dispatched(first, ticket.prompt, ticket.cached.get(first, 0))
             patience_s = max(
                 retry.first_token_min_s, retry.first_token_factor * (decision.predicted_ttft_s or 0.0)
             )
@@ -274,8 +288,18 @@ class Door:
         """The first token is here."""
         attempt.unbook_tokens()
         answer = attempt.prefill_answer
+        if answer is None:
+            self._caches.on_prefilled(
+                (attempt.route.prefill or attempt.route.decode).name, ticket.prompt, None
+            )
         self._scheduler.on_first_token(ticket, answer.cached_tokens if answer else None)
         self._metrics.ttft.labels(outcome.site or "").observe(outcome.ttft_s or 0.0)
+
+    def _prefill_ended(self, attempt: Attempt, prompt: Prompt) -> None:
+        server = (attempt.route.prefill or attempt.route.decode).name
+        self._caches.on_ended(server)
+        if attempt.prefill_answer is not None:
+            self._caches.on_prefilled(server, prompt, attempt.prefill_answer.cached_tokens)
 
     def _answered(self, attempt: Attempt, opened: Opened, outcome: Outcome, began_s: float) -> None:
         """To the last byte, or told why not."""
@@ -287,8 +311,6 @@ class Door:
     def _compare(self, attempt: Attempt, ticket: Ticket, outcome: Outcome) -> None:
         """Was the prefix prediction right?"""
         answer = attempt.prefill_answer
-        if answer is not None and attempt.route.prefill is not None:
-            self._on_prefilled(attempt.route.prefill.name, ticket.prompt, answer.cached_tokens)
         outcome.cached_tokens = answer.cached_tokens if answer else None
         if outcome.cached_tokens is not None and outcome.predicted_cached_tokens is not None:
             equal = outcome.cached_tokens == outcome.predicted_cached_tokens

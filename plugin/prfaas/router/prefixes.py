@@ -17,7 +17,20 @@ from prfaas.router.tokens import Hasher, Prompt
 from prfaas.routing import KvEvent, PrefixIndex, block_hashes
 
 
-class PrefixBook:
+class Caches:
+    """Told which server takes up which prompt, so that what its cache will have is known before it tells."""
+
+    def on_dispatched(self, server: str, prompt: Prompt, cached_tokens: int) -> None:
+        """It is sent there, and expected to reuse so many tokens."""
+
+    def on_prefilled(self, server: str, prompt: Prompt, cached_tokens: int | None) -> None:
+        """It has been computed there. May be told twice; cached_tokens is what the server says it reused."""
+
+    def on_ended(self, server: str) -> None:
+        """Once for each on_dispatched: the server has let it go, computed or not."""
+
+
+class PrefixBook(Caches):
     """Who has which prefix. Of servers without KV events nothing is known, and nothing promised."""
 
     def __init__(self, config: RouterConfig) -> None:
@@ -70,16 +83,30 @@ class PrefixBook:
         found.update(self.index.lookup(model, prompt.block_hashes, prompt.tokens))
         return found
 
+    def on_dispatched(self, server: str, prompt: Prompt, cached_tokens: int) -> None:
+        """A prompt is sent to a server, which is expected to reuse so much of it."""
+        self.index.on_started(server, self._hash_at(server, prompt, cached_tokens))
+
+    def on_ended(self, server: str) -> None:
+        """A prompt that was told by on_dispatched is no longer under way there, prefilled or not."""
+        self.index.on_ended(server)
+
     def on_prefilled(self, server: str, prompt: Prompt, cached_tokens: int | None) -> None:
-        """A prefill server has answered; cached_tokens is what it says it reused."""
-        model = self._holders.get(server)
-        if model is None or model.layers != "hybrid" or not prompt.block_hashes:
+        """A server has the whole prompt; cached_tokens is what it says it reused. May be told twice."""
+        if server not in self._holders or not prompt.block_hashes:
             return
-        if cached_tokens and cached_tokens % model.page_tokens == 0:
-            blocks = cached_tokens // model.page_tokens
-            if blocks <= len(prompt.block_hashes):
-                self.index.on_state(server, prompt.block_hashes[blocks - 1])
+        used = self._hash_at(server, prompt, cached_tokens or 0)
+        if used is not None:
+            self.index.on_state(server, used)
         self.index.on_state(server, prompt.block_hashes[-1])
+
+    def _hash_at(self, server: str, prompt: Prompt, tokens: int) -> int | None:
+        """Of the block that ends there, if one does."""
+        model = self._holders.get(server)
+        if model is None or tokens <= 0 or tokens % model.page_tokens:
+            return None
+        blocks = tokens // model.page_tokens
+        return prompt.block_hashes[blocks - 1] if blocks <= len(prompt.block_hashes) else None
 
     def on_events(self, server: str, events: Sequence[KvEvent]) -> None:
         self.index.apply(server, events)

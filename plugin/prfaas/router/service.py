@@ -117,7 +117,7 @@ class Router:
             rng=self._rng,
             clock=clock,
             on_outcome=self._on_outcome,
-            on_prefilled=self.prefixes.on_prefilled,
+            caches=self.prefixes,
         )
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._zmq: zmq.asyncio.Context | None = None

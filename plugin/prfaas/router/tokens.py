@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from prfaas.config.router import Model
 from prfaas.model.errors import ConfigError
 from prfaas.router.body import Asked, Endpoint
+from prfaas.router.byte_bpe import Encode, quick_encoder
 from prfaas.router.template import ChatTemplate, TemplateError, load_template
 
 K_CHARS_PER_TOKEN = 4
@@ -46,6 +47,7 @@ class PromptReader:
     def __init__(self, model: Model, hasher: Hasher | None = None) -> None:
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
+        self._quick: Encode | None = None
         self._kwargs = model.chat_template_kwargs
         self.hasher = hasher
         """What hashes a prompt's blocks; None: nobody tells what it has."""
@@ -64,11 +66,16 @@ class PromptReader:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._template = load_template(folder, model.chat_template)
+        self._quick = quick_encoder(path, self._tokenizer)
+        self._before, self._after = _around(self._tokenizer)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts around a bare prompt (BOS). Raises ValueError."""
         if self._tokenizer is None:
             raise ValueError("this model has no tokenizer here")
+        if self._quick is not None:
+            found = self._quick(text)
+            return [*self._before, *found, *self._after] if special else found
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
@@ -131,6 +138,15 @@ class PromptReader:
         if prefix:
             ids += self.encode(prefix, special=False)
         return ids
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Special tokens before and after a bare prompt."""
+    bare: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    whole: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
+    extra = len(whole) - len(bare)
+    at = next((at for at in range(extra + 1) if whole[at : at + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
 
 
 def _as_rendered(message: dict[str, Any], parts: bool) -> dict[str, Any]:

@@ -5,7 +5,8 @@ A hash is chained, so that it stands for everything up to its block; a prefix is
 its blocks is there. State            linear attention and sliding windows: request-level. It can be reused
 only at exactly the length where it was saved, which KV events don't say; `on_state` does. The rule
 (SGLang's `no_buffer`): a state is left at the prompt's end and at the end of prompt and output less one
-token; a server keeps so many, the least recently used go first.
+token; a server has so many slots for them, each request under way has one as well, and what is allocated
+while none is free pushes out the least recently used.
 
 A prefix is usable where every layer group has it, and always shorter than the prompt: the last token is
 computed.
@@ -50,6 +51,8 @@ class _Holder:
     hybrid: bool
     states_limit: int | None
     blocks: int = 0
+    running: int = 0
+    """Requests under way, each with a slot of its own."""
     states: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
 
@@ -143,7 +146,9 @@ class PrefixIndex:
     def add_holder(
         self, holder: InstanceId, model: ModelId, *, hybrid: bool = False, states_limit: int | None = None
     ) -> None:
-        """A server that holds nothing yet. states_limit: how many states it keeps. Raises UsageError."""
+        """A server that holds nothing yet. states_limit: its slots for states, those of requests under way
+        included. Raises UsageError.
+        """
         table = self._tables.get(model)
         if table is None:
             raise UsageError(f"server {holder!r}: model {model!r} is unknown to the index")
@@ -184,18 +189,42 @@ class PrefixIndex:
             elif isinstance(event, BlockRemoved):
                 self._remove(table, known, event.block_hashes)
 
+    def on_started(self, holder: InstanceId, block_hash: int | None) -> None:
+        """`holder` takes up a request, which reuses the state at the end of this block."""
+        known = self._holders.get(holder)
+        if known is None or not known.hybrid:
+            return
+        known.running += 1
+        if block_hash is not None and block_hash in known.states:
+            known.states.move_to_end(block_hash)
+        self._make_room(known, 0)
+
+    def on_ended(self, holder: InstanceId) -> None:
+        """A request that was told by on_started has left its slot."""
+        known = self._holders.get(holder)
+        if known is not None and known.running:
+            known.running -= 1
+
     def on_state(self, holder: InstanceId, block_hash: int) -> None:
         """`holder` saved a state at the end of this block; or used it, which makes it the youngest again."""
         known = self._holders.get(holder)
         if known is None or not known.hybrid:
             return
-        table = self._tables[known.model]
+        if block_hash in known.states:
+            known.states.move_to_end(block_hash)
+            return
+        self._make_room(known, 1)
         known.states[block_hash] = None
-        known.states.move_to_end(block_hash)
-        table.states[block_hash] = table.states.get(block_hash, 0) | known.bit
-        while known.states_limit is not None and len(known.states) > known.states_limit:
+        states = self._tables[known.model].states
+        states[block_hash] = states.get(block_hash, 0) | known.bit
+
+    def _make_room(self, known: _Holder, wanted: int) -> None:
+        if known.states_limit is None:
+            return
+        states = self._tables[known.model].states
+        while known.states and len(known.states) + known.running + wanted > known.states_limit:
             oldest, _ = known.states.popitem(last=False)
-            _drop_bit(table.states, oldest, known.bit)
+            _drop_bit(states, oldest, known.bit)
 
     def lookup(self, model: ModelId, hashes: Sequence[int], prompt_tokens: int) -> dict[InstanceId, int]:
         """Usable prefix in tokens by server; servers without any aren't listed."""

@@ -63,6 +63,23 @@ def test_the_oldest_state_goes_first() -> None:
     assert made.statistics().states == 2
 
 
+def test_requests_under_way_take_slots_from_states() -> None:
+    made = index(hybrid=True, states_limit=3)
+    made.apply("a", [BlockStored([1, 2, 3], BLOCK)])
+    for block in (1, 2):
+        made.on_state("a", block)
+    made.on_started("a", 1)  # which makes its state the younger one
+    assert made.statistics().states == 2
+    made.on_started("a", None)
+    assert made.statistics().states == 1
+    assert made.lookup("m", (1, 2), 100) == {"a": 4}
+    for _ in range(3):
+        made.on_ended("a")  # once too often
+    for block in (2, 3):
+        made.on_state("a", block)
+    assert made.statistics().states == 3
+
+
 def test_events_that_say_nothing_of_this_cache_are_ignored() -> None:
     made = index()
     made.apply("a", [BlockStored([1], BLOCK + 1), BlockStored([2], BLOCK, medium="CPU_PINNED")])
