@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.claim import bandwidth, bursts, capacity, handover, links, testbed
+from prfaas_testbed.claim import bandwidth, bursts, capacity, handover, links, steps, testbed
 from prfaas_testbed.claim.judge import Piece
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
 PIECES: dict[str, Piece] = {
     piece.name: piece
-    for piece in (capacity.PIECE, bursts.PIECE, bandwidth.PIECE, links.PIECE, testbed.PIECE, handover.PIECE)
+    for piece in (
+        capacity.PIECE,
+        bursts.PIECE,
+        bandwidth.PIECE,
+        links.PIECE,
+        testbed.PIECE,
+        steps.PIECE,
+        handover.PIECE,
+    )
 }
 SIMULATED = tuple(name for name, piece in PIECES.items() if piece.gather is None)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prfaas.config.experiment import Experiment
+from prfaas.config.policy import PolicyConfig
 from prfaas.config.run import Run
 from prfaas.config.workload import trace_lines
 from prfaas.simulator.build import simulation_of
@@ -104,9 +105,11 @@ def requests_of_testbed(experiment: Experiment) -> list[TimedRequest]:
     return list(found)
 
 
-def simulated(experiment: Experiment, requests: Sequence[TimedRequest]) -> Played:
-    """These requests through the simulator."""
-    record = simulation_of(experiment, K_TOPOLOGIES, requests=requests, sample=False).run()
+def simulated(
+    experiment: Experiment, requests: Sequence[TimedRequest], policy: PolicyConfig | None = None
+) -> Played:
+    """These requests through the simulator, by the experiment's policy or another."""
+    record = simulation_of(experiment, K_TOPOLOGIES, requests=requests, policy=policy, sample=False).run()
     order = np.argsort(np.asarray(record.index))
     if len(order) != len(requests):
         raise AssertionError(f"{len(requests)} requests, {len(order)} in the record")

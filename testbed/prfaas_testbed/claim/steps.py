@@ -1,0 +1,193 @@
+"""Piece `steps`: two of the bandwidth steps on the testbed, beside the simulator and the best threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prfaas.config.case import CaseConfig, TraceLengths, load_case
+from prfaas.config.experiment import Experiment, SetLink
+from prfaas.config.lengths import lengths_of
+from prfaas.config.policy import PolicyConfig
+from prfaas.config.run import Run, read_run
+from prfaas.figures import new_figure, save
+from prfaas.model.errors import UsageError
+from prfaas.planner.build import system_of
+from prfaas.planner.optimum import best_threshold
+from prfaas_testbed.claim import worlds
+from prfaas_testbed.claim.bandwidth import K_GRACE_S, K_PREFILL
+from prfaas_testbed.claim.judge import Goal, Mean, Piece, mean, table
+from prfaas_testbed.claim.runs import K_TOPOLOGIES, parts
+from prfaas_testbed.claim.testbed import K_TIME_SCALE
+from prfaas_testbed.experiment.view import View
+
+K_EXPERIMENT = "claim-steps"
+K_GOAL = 0.95
+K_BATCHES = 8  # stretches of equal length whose means give the interval
+K_OURS = ("testbed", "simulator")
+K_BEST = "best threshold, simulated"
+
+
+def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Raises UsageError: it takes a network."""
+    raise UsageError(
+        f"steps: `prfaas-testbed run {K_EXPERIMENT}` measures it, `prfaas-testbed claim add steps DIR` makes "
+        "its record"
+    )
+
+
+def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
+    """The record of the last run of each part. Raises UsageError."""
+    rows: list[dict[str, Any]] = []
+    runs: dict[str, dict[str, Any]] = {}
+    for run in map(read_run, folders):
+        if run.experiment != K_EXPERIMENT:
+            raise UsageError(f"a run of {run.experiment}; this piece is made of {K_EXPERIMENT}")
+        for part, experiment in parts(K_EXPERIMENT):
+            if View(run, part).requests():
+                fresh = _rows(part, run, experiment)
+                rows = [row for row in rows if row["part"] != part] + fresh
+                found = (run.model_extra or {}).get("part_runs", {}).get(part, {})
+                keep = ("commit", "started", "machine", "wall_s")
+                runs[part] = {"part": part, **{name: found[name] for name in keep if name in found}}
+                for row in fresh:
+                    planned = f"plan {row['planned_rps']:.2f}"
+                    say(f"{part} Gbit/s, {row['world']}: {_rate(row).text()} req/s, {planned}")
+    return {"rows": rows, "runs": list(runs.values())}
+
+
+def _rows(part: str, run: Run, experiment: Experiment) -> list[dict[str, Any]]:
+    """The testbed's answers, the simulator's, and those of the best fixed threshold."""
+    requests = worlds.requests_of_testbed(experiment)
+    (event,) = experiment.timeline
+    assert isinstance(event, SetLink)  # the file says it
+    case = load_case(K_TOPOLOGIES / "cases" / "case_1t_hybrid.yaml")
+    assert isinstance(case, CaseConfig)  # the file's form
+    lengths = case.workload.input_tokens
+    assert not isinstance(lengths, TraceLengths)
+    system = system_of(case, lengths_of(lengths)).changed(egress_bps=float(part) * 1e9)
+    plan = best_threshold(system, K_PREFILL)
+    told = PolicyConfig(name="paper", regime="scarce", threshold_tokens=plan.threshold_tokens)
+    label = {
+        "part": part, "step_s": event.at_s, "until_s": experiment.workload.duration_s,
+        "planned_rps": plan.throughput_rps, "threshold_tokens": plan.threshold_tokens,
+    }  # fmt: skip
+    rows = [
+        {
+            **label, "world": "testbed", "repetition": index, "requests_rows": played.plain(),
+            "cores": worlds.costs(run, part, index),
+        }
+        for index, played in worlds.on_testbed(run, part)
+    ]  # fmt: skip
+    for world, policy in (("simulator", None), (K_BEST, told)):
+        played = worlds.simulated(experiment, requests, policy)
+        rows.append({**label, "world": world, "repetition": 0, "requests_rows": played.plain()})
+    return rows
+
+
+def _window_s(row: dict[str, Any]) -> tuple[float, float]:
+    """From the grace's end to the last arrivals."""
+    return row["step_s"] + K_GRACE_S / K_TIME_SCALE, row["until_s"]
+
+
+def _first_s(row: dict[str, Any]) -> np.ndarray:
+    """When first tokens came, beyond the grace."""
+    played = worlds.Played.of_plain(row["requests_rows"])
+    came = (played["sent_s"] + played["ttft_s"])[played.answered]
+    begin_s, end_s = _window_s(row)
+    return np.sort(came[(came >= begin_s) & (came < end_s)])
+
+
+def _rate(row: dict[str, Any]) -> Mean:
+    """First tokens a second at the 1T case's own scale, with the interval of its stretches."""
+    begin_s, end_s = _window_s(row)
+    counts, _ = np.histogram(_first_s(row), bins=K_BATCHES, range=(begin_s, end_s))
+    return mean((counts / ((end_s - begin_s) / K_BATCHES) / K_TIME_SCALE).tolist())
+
+
+def _of(data: dict[str, Any], part: str, world: str) -> dict[str, Any] | None:
+    return next((row for row in data["rows"] if (row["part"], row["world"]) == (part, world)), None)
+
+
+def _parts(data: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["part"] for row in data["rows"]))
+
+
+def goals(data: dict[str, Any]) -> list[Goal]:
+    """Ours on the testbed at least 0.95 of the best threshold; and both worlds of ours within a tenth."""
+    shares, gaps, lost = {}, {}, 0
+    for part in _parts(data):
+        real, virtual, best = (_of(data, part, world) for world in (*K_OURS, K_BEST))
+        if real is not None and virtual is not None and best is not None:
+            shares[part] = _rate(real).value / _rate(best).value
+            gaps[part] = _rate(real).value / _rate(virtual).value - 1
+            lost += int((~worlds.Played.of_plain(real["requests_rows"]).answered).sum())
+    return [
+        Goal(
+            "on the testbed, beyond 30 s after a step, ours carries at least 0.95 of the best threshold",
+            "; ".join(f"{part} Gbit/s: {share:.3f}" for part, share in shares.items()),
+            all(share >= K_GOAL for share in shares.values()),
+        ),
+        Goal(
+            "testbed and simulator agree within 10% there",
+            "; ".join(f"{part} Gbit/s: {gap:+.1%}" for part, gap in gaps.items()),
+            all(abs(gap) <= 0.1 for gap in gaps.values()),
+        ),
+        Goal("on the testbed, no request lost or answered with an error", f"{lost}", lost == 0),
+    ]
+
+
+def tell(data: dict[str, Any]) -> str:
+    """A table of all that played the steps."""
+    lines = []
+    for row in data["rows"]:
+        played = worlds.Played.of_plain(row["requests_rows"])
+        came = played.answered & (played["sent_s"] >= row["step_s"])
+        lines.append(
+            [
+                f"{row['part']} Gbit/s, {row['world']}", f"{row['planned_rps']:.2f}", _rate(row).text(),
+                f"{len(_first_s(row))}", f"{100 * (played['wan_bytes'][came] > 0).mean():.0f}",
+                f"{K_TIME_SCALE * np.quantile(played['ttft_s'][came], 0.9):.1f}",
+            ]
+        )  # fmt: skip
+    head = ["step to, by", "plan, req/s", "first tokens, req/s", "judged on", "offloaded, %", "TTFT P90, s"]
+    return table(head, lines) + K_TOLD
+
+
+K_TOLD = f"""
+At the 1T case's own scale; what ran is half its size. The interval is that of {K_BATCHES} stretches of
+one run, as if they owed one another nothing. On the testbed the pumps estimate their links and the
+router asks them twice a second; the simulator's door hears of its links at once. Arrivals are as many
+as the plan says the narrow link carries. Fewer first tokens are judged on than in the simulator's own
+section, where a step has a thousand: here that would be ten minutes.
+"""
+
+
+def draw(data: dict[str, Any], folder: Path) -> list[str]:
+    """First tokens a second over time, ours in both worlds."""
+    names = _parts(data)
+    figure, axes = new_figure(1, len(names), width=4.2, height=3.0)
+    drawn: list[list[Any]] = []
+    for part, panel in zip(names, axes, strict=True):
+        for world, colour in zip((*K_OURS, K_BEST), ("#0072B2", "#E69F00", "#999999"), strict=True):
+            row = _of(data, part, world)
+            if row is None:
+                continue
+            played = worlds.Played.of_plain(row["requests_rows"])
+            came = (played["sent_s"] + played["ttft_s"])[played.answered]
+            edges = np.arange(0.0, row["until_s"] + 1e-9, 10.0)
+            rates = np.histogram(came, bins=edges)[0] / 10.0 / K_TIME_SCALE
+            panel.plot(K_TIME_SCALE * (edges[:-1] + 5.0), rates, color=colour, label=world)
+            drawn += [[part, world, K_TIME_SCALE * a, b] for a, b in zip(edges[:-1], rates, strict=True)]
+            panel.axvline(K_TIME_SCALE * row["step_s"], color="black", linewidth=0.8)
+        panel.set(title=f"100 to {part} Gbit/s", xlabel="Time, s", ylim=(0, None))
+    axes[0].set_ylabel("First tokens, req/s")
+    axes[0].legend(loc="lower right")
+    paths = save(figure, folder, "steps", ["part", "world", "from s", "first tokens, req/s"], drawn)
+    return [path.name for path in paths if path.suffix == ".png"]
+
+
+PIECE = Piece("steps", "Two bandwidth steps on the testbed", measure, goals, draw, tell, gather)

@@ -1,0 +1,47 @@
+"""Bandwidth steps on the testbed: judged beyond the grace, against the best fixed threshold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prfaas.config.run import Run, write_run
+from prfaas_testbed.claim import pieces, runs, steps, worlds
+
+
+def run_of(part: str, share: float) -> Run:
+    """A testbed's record of one step: what the simulator answered, a share of it with an error."""
+    experiment = dict(runs.parts(steps.K_EXPERIMENT))[part]
+    played = worlds.simulated(experiment, worlds.requests_of_testbed(experiment))
+    kept = np.arange(len(played)) * share % 1 < share
+    rows = [
+        {"part": part, "id": f"r{i}", "model": "m", "prompt_tokens": 100, "site": played.sites[i],
+         "sent_s": played["sent_s"][i], "ttft_s": played["ttft_s"][i], "e2e_s": played["e2e_s"][i],
+         "error": None if kept[i] else "lost"}
+        for i in range(len(played))
+    ]  # fmt: skip
+    return Run.model_validate(
+        {"experiment": steps.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
+         "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "scale": 500, "parts": [part],
+         "repetitions": [{"index": 0, "requests": rows}],
+         "part_runs": {part: {"commit": "0" * 40, "started": "2026", "wall_s": 60.0}}}
+    )  # fmt: skip
+
+
+def test_a_step_is_judged_against_the_best_threshold_and_the_simulator(tmp_path: Path) -> None:
+    write_run(run_of("5", 1.0), tmp_path)
+    data = pieces.gather("steps", [tmp_path], lambda line: None)
+    assert [row["world"] for row in data["rows"]] == ["testbed", "simulator", steps.K_BEST]
+    assert data["rows"][0]["planned_rps"] == pytest.approx(1.77, abs=0.02)
+    assert [goal.reached for goal in steps.goals(data)] == [True, True, True]
+    assert steps._rate(data["rows"][0]).count == steps.K_BATCHES
+    assert "| 5 Gbit/s, testbed | 1.77 |" in steps.tell(data)
+    assert steps.draw(data, tmp_path / "figures") == ["steps.png"]
+
+
+def test_what_is_lost_carries_nothing(tmp_path: Path) -> None:
+    write_run(run_of("5", 0.7), tmp_path)
+    data = pieces.gather("steps", [tmp_path], lambda line: None)
+    assert [goal.reached for goal in steps.goals(data)] == [False, False, False]
