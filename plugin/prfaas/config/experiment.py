@@ -213,6 +213,22 @@ class Control(Strict):
     requests: Annotated[int, Field(ge=1, le=16)] = 2
 
 
+class Capacity(Strict):
+    """Search for the highest mean rate of the workload within the SLO, instead of repetitions at one rate.
+    The rule by which it goes on and stops is in the record's events `capacity`."""
+
+    slo_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of requests whose first token comes within slo_ttft_s."""
+    least_rps: Positive = 0.1
+    most_rps: Positive = 100
+    within: Annotated[float, Field(gt=1, le=2)] = 1.1
+    """Ratio of the lowest rate that breaks the SLO to the highest that holds it, at the end."""
+    duration_s: Positive = 20
+    """Of each trial."""
+    confirm: Annotated[int, Field(ge=0, le=20)] = 4
+    """How many more trials of what held, with other arrivals."""
+
+
 class CheckSpec(Strict):
     """One judgement: a metric computed from raw rows, and the bound it has to keep."""
 
@@ -267,6 +283,7 @@ class Experiment(Strict):
     controls: tuple[Control, ...] = ()
     timeline: tuple[Event, ...] = ()
     captures: tuple[Capture, ...] = ()
+    capacity: Capacity | None = None
     checks: tuple[CheckSpec, ...] = ()
 
     @model_validator(mode="after")
@@ -289,6 +306,8 @@ class Experiment(Strict):
             for model in self.models:
                 if model.profile is None:
                     raise ValueError(f"model {model.name} needs a profile: profiled instances take its times")
+        if self.capacity is not None and self.slo_ttft_s is None:
+            raise ValueError("a capacity search needs slo_ttft_s")
         roles = {instance.role for instance in self.instances}
         if ("prefill" in roles) != ("decode" in roles):
             raise ValueError("prefill and decode instances come together")

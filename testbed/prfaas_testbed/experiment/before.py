@@ -8,6 +8,7 @@ from prfaas.config.experiment import Experiment, directed
 from prfaas.config.profile import find_profile
 from prfaas.config.topology import Topology, load_topology
 from prfaas.model.errors import ConfigError, MachineError
+from prfaas_testbed.experiment.capacity import rate_of
 from prfaas_testbed.experiment.captures import check_reader
 from prfaas_testbed.experiment.checks import require_known
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR
@@ -36,6 +37,8 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
         for name in (capture.source, capture.target):
             if name not in topology.sites:
                 raise ConfigError(origin, "captures", name, f"sites here: {', '.join(topology.sites)}")
+    if experiment.capacity is not None:
+        rate_of(experiment.workload)
     if experiment.captures:
         check_reader()
     links = topology.directed()

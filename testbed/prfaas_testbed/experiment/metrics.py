@@ -5,11 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from prfaas.config.run import RequestRow
-from prfaas_testbed.experiment import wire
+from prfaas_testbed.experiment import bounds, wire
 from prfaas_testbed.experiment.registry import K_METRICS, Metric, Unsupported, metric
 from prfaas_testbed.experiment.view import View, field, number, numbers
 
-__all__ = ["K_METRICS", "Metric", "Unsupported", "equal_tokens", "logprob_gap", "metric", "union_s", "wire"]
+__all__ = [
+    "K_METRICS",
+    "Metric",
+    "Unsupported",
+    "bounds",
+    "equal_tokens",
+    "logprob_gap",
+    "metric",
+    "union_s",
+    "wire",
+]
 
 
 def equal_tokens(row: RequestRow, plain: RequestRow | None) -> bool | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from prfaas.config.experiment import Control, Experiment, ModelChoice
+from prfaas.config.experiment import Capacity, Control, Experiment, ModelChoice
 from prfaas.config.profile import find_profile
 from prfaas.config.run import (
     CalibrationRow,
@@ -27,6 +27,7 @@ from prfaas.config.run import (
 from prfaas.config.topology import Topology
 from prfaas.model.errors import MachineError, PrfaasError
 from prfaas_testbed.client import Answer, Shot
+from prfaas_testbed.experiment.capacity import Search, rate_of, slo_share, with_rate
 from prfaas_testbed.experiment.captures import Captures
 from prfaas_testbed.experiment.door import where_of
 from prfaas_testbed.experiment.fleet import K_PUMP_PORT, Fleet
@@ -161,8 +162,11 @@ class Runner:
             self.warm_up(net, fleet)
             if fleet.plain is not None:
                 self.plain_answers(net, fleet, requests)
-            for index in range(self.experiment.repetitions):
-                self.repetition(net, fleet, requests, index)
+            if self.experiment.capacity is not None:
+                self.search(net, fleet, self.experiment.capacity)
+            else:
+                for index in range(self.experiment.repetitions):
+                    self.repetition(net, fleet, requests, index)
             for control in self.experiment.controls:
                 if control.model in (None, model.name):
                     self.control(net, fleet, control)
@@ -260,6 +264,26 @@ class Runner:
         target.requests += rows
         target.links += links
         target.events += sorted(events, key=lambda event: event.at_s)
+
+    def search(self, net: Network, fleet: Fleet, choice: Capacity) -> None:
+        """Trials at rising and halving rates, a repetition each; see capacity.py for the rule."""
+        search = Search(rate_of(self.experiment.workload), choice)
+        index = 0
+        while (rate := search.next_rps()) is not None:
+            workload = with_rate(self.experiment.workload, rate, choice.duration_s)
+            scaled = self.experiment.model_copy(update={"workload": workload})
+            self.repetition(net, fleet, plan(scaled, self.real, self.experiment.seed + index), index)
+            trial = self.results.repetition(index)
+            share = slo_share(trial.requests, self.experiment.slo_ttft_s or 0.0, fleet.model.name)
+            search.tell(rate, share)
+            row = {
+                "at_s": 0.0, "event": "capacity", "rate_rps": round(rate, 3), "slo_share": round(share, 4),
+                "held_rps": search.held_rps, "broken_rps": search.broken_rps, "rule": search.rule(),
+                "model": fleet.model.name,
+            }  # fmt: skip
+            trial.events.append(EventRow.model_validate(row))
+            self.tell(f"{fleet.model.name}: {rate:.2f} requests/s: {share:.1%} within the SLO")
+            index += 1
 
     def control(self, net: Network, fleet: Fleet, control: Control) -> None:
         """The same comparisons with a fault planted: they must notice."""

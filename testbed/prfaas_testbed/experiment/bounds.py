@@ -1,0 +1,62 @@
+"""Metrics of how much: what an experiment's search found, and what the emulator carried."""
+
+from __future__ import annotations
+
+from prfaas.config.run import EventRow
+from prfaas_testbed.experiment.registry import Unsupported, metric
+from prfaas_testbed.experiment.view import View, number
+
+K_BUSY_FROM, K_BUSY_TO = 0.25, 0.75
+
+
+def _last(view: View) -> EventRow:
+    rows = view.events("capacity")
+    if not rows:
+        raise Unsupported("no capacity was searched for")
+    return rows[-1]
+
+
+@metric("capacity_rps", "requests/s")
+def _capacity(view: View) -> float:
+    """The highest rate that held the SLO below the lowest that broke it."""
+    found = number(_last(view), "held_rps")
+    if found is None:
+        raise Unsupported("no rate that was tried held the SLO")
+    return found
+
+
+@metric("capacity_gap")
+def _gap(view: View) -> float:
+    """The lowest rate that broke the SLO over the highest that held it: how well the capacity is known."""
+    row = _last(view)
+    held, broken = number(row, "held_rps"), number(row, "broken_rps")
+    if held is None or broken is None:
+        raise Unsupported("the search ended at a bound: capacity is beyond it")
+    return broken / held
+
+
+@metric("busy_mbps", "Mbit/s")
+def _busy(view: View) -> float:
+    """Throughput of the least busy direction over the middle half of the load."""
+    rows = view.links()
+    rates = []
+    for link in dict.fromkeys(row.link for row in rows):
+        mine = [row for row in rows if row.link == link]
+        end_s = max(row.at_s for row in mine)
+        middle = [row for row in mine if K_BUSY_FROM * end_s < row.at_s <= K_BUSY_TO * end_s]
+        if middle:
+            span_s = (K_BUSY_TO - K_BUSY_FROM) * end_s
+            rates.append(sum(row.bytes for row in middle) * 8 / span_s / 1e6)
+    if not rates:
+        raise Unsupported("no link was watched")
+    return min(rates)
+
+
+@metric("unplanned_drop_share")
+def _drop_share(view: View) -> float:
+    """Packets dropped that the emulation didn't mean to drop, over all it carried."""
+    rows = view.events("watch")
+    carried = sum(number(row, "packets") or 0 for row in rows)
+    if not carried:
+        raise Unsupported("the emulator wasn't watched")
+    return sum(number(row, "unplanned_drops") or 0 for row in rows) / carried
