@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.claim import bandwidth, bursts, capacity, handover, links, steps, testbed
+from prfaas_testbed.claim import bandwidth, bursts, capacity, faults, handover, links, steps, testbed
 from prfaas_testbed.claim.judge import Piece
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
@@ -25,6 +25,7 @@ PIECES: dict[str, Piece] = {
         testbed.PIECE,
         steps.PIECE,
         handover.PIECE,
+        faults.PIECE,
     )
 }
 SIMULATED = tuple(name for name, piece in PIECES.items() if piece.gather is None)
