@@ -11,9 +11,20 @@ from prfaas.config.run import Run, write_run
 from prfaas_testbed.claim import pieces, runs, steps, worlds
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the load: these tests are about what is made of it."""
+    whole = runs.parts(steps.K_EXPERIMENT)
+    cut = [
+        (part, one.model_copy(update={"workload": one.workload.model_copy(update={"duration_s": 60})}))
+        for part, one in whole
+    ]
+    monkeypatch.setattr(steps, "parts", lambda name: cut)
+
+
 def run_of(part: str, share: float) -> Run:
     """A testbed's record of one step: what the simulator answered, a share of it with an error."""
-    experiment = dict(runs.parts(steps.K_EXPERIMENT))[part]
+    experiment = dict(steps.parts(steps.K_EXPERIMENT))[part]
     played = worlds.simulated(experiment, worlds.requests_of_testbed(experiment))
     kept = np.arange(len(played)) * share % 1 < share
     rows = [
