@@ -222,6 +222,8 @@ class Topology(Strict):
     sites: Annotated[dict[Name, SiteSpec], Field(min_length=2, max_length=64)]
     hubs: tuple[Name, ...] = ()
     links: Annotated[tuple[LinkSpec, ...], Field(min_length=1)]
+    partial: bool = False
+    """Whether some sites have no way to each other; otherwise that is an error."""
     scale: Scale | None = None
     subnet: str = "10.77.0.0/16"
     """Sites take the /24s of this network in the order they are written: 10.77.1.0/24, 10.77.2.0/24, …"""
@@ -253,13 +255,21 @@ class Topology(Strict):
         for a, b in seen:
             if (b, a) not in seen:
                 raise ValueError(f"link {a}->{b} has no way back; write {b}->{a} as well")
-        for a, b in self.site_pairs():
-            self.path(a, b)
+        if not self.partial:
+            for a, b in self.site_pairs():
+                self.path(a, b)
         return self
 
     def site_pairs(self) -> Iterator[tuple[str, str]]:
-        """All ordered pairs of sites."""
-        return ((a, b) for a in self.sites for b in self.sites if a != b)
+        """All ordered pairs of sites that have a way to each other."""
+        pairs = ((a, b) for a in self.sites for b in self.sites if a != b)
+        return (pair for pair in pairs if self._joins(*pair)) if self.partial else pairs
+
+    def _joins(self, a: str, b: str) -> bool:
+        try:
+            return bool(self.path(a, b))
+        except ValueError:
+            return False
 
     def directed(self) -> dict[str, Impairments]:
         """`a->b` to the link's state, as written (not scaled)."""

@@ -35,6 +35,9 @@ class Common(Strict):
     """Names and weights: each request (each session) is given one by chance. Empty: no tenant."""
     classes: Weights = Field(default_factory=dict)
     """SLO classes, likewise."""
+    homes: tuple[Name, ...] = ()
+    """Sites whose users ask, in turn: each request is decoded at its home. Empty: wherever the policy says.
+    Simulated alone."""
 
 
 class Poisson(Strict):

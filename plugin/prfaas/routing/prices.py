@@ -197,18 +197,23 @@ class PricesPolicy(BookingPolicy):
         return found
 
     def _threshold(self, home: SiteId, sources: Sequence[SiteId]) -> float:
+        here, here_price = self.paths.costs(home, ""), self.prices.price_of_work(home)
+        there = [
+            (
+                self.paths.costs(source, ""),
+                self.prices.price_of_work(source),
+                self.prices.price_of_work(self.paths.link_id(source, home)),
+            )
+            for source in sources
+        ]
+
         def goes_out(tokens: int) -> bool:
-            local = self.prices.work_cost(home, self.paths.costs(home, "").prefill_s(tokens, 0), None, 0)
-            away = [
-                self.prices.work_cost(
-                    source,
-                    self.paths.costs(source, "").prefill_s(tokens, 0),
-                    self.paths.link_id(source, home),
-                    self.paths.costs(source, "").transfer_bytes(tokens, 0),
-                )
-                for source in sources
-            ]
-            return min(away) < local
+            local = here_price * here.prefill_s(tokens, 0)
+            return any(
+                site_price * costs.prefill_s(tokens, 0) + link_price * costs.transfer_bytes(tokens, 0) * 8
+                < local
+                for costs, site_price, link_price in there
+            )
 
         tokens = K_THRESHOLD_GRID[0]
         while tokens < K_THRESHOLD_GRID[1] and not goes_out(tokens):

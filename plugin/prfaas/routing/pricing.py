@@ -169,17 +169,12 @@ class PriceList:
         """Links that some request could have used."""
         return [name for name in self._resources if isinstance(name, LinkId)]
 
-    def work_cost(self, site: SiteId, prefill_s: float, link: LinkId | None, size_bytes: float) -> float:
-        """Σ ν · work of a path in the fluid optimum; inf where a resource is out of use."""
-        total = 0.0
-        for name, work in ((site, prefill_s), (link, size_bytes * 8)):
-            if name is None:
-                continue
-            known = self._resources.get(name)
-            if known is None or known.capacity <= 0:
-                return math.inf
-            total += self.multiplier(name) * work / known.capacity
-        return total
+    def price_of_work(self, resource: Hashable) -> float:
+        """ν of a second of one instance, or of a bit, in the fluid optimum; inf where it is out of use."""
+        known = self._resources.get(resource)
+        if known is None or known.capacity <= 0:
+            return math.inf
+        return self.multiplier(resource) / known.capacity
 
     def get_log_data(self) -> Mapping[str, float]:
         data: dict[str, float] = {}

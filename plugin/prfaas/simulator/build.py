@@ -30,7 +30,8 @@ from prfaas.workload.requests import TimedRequest
 
 K_SAMPLE_S = 0.1  # link rows, as the testbed's
 K_STUCK_S = 60.0  # s, longer than it takes to believe a link down
-K_MOST_SAMPLES = 20_000  # a long run is sampled more coarsely
+K_MOST_SAMPLES = 20_000  # a long run is sampled more coarsely,
+K_MOST_SAMPLED_ROWS = 100_000  # and one of many sites and links as well
 
 
 @dataclass
@@ -131,6 +132,7 @@ def simulation_of(
             door_site=experiment.router.site if experiment.router else None,
             timeout_s=experiment.request_timeout_s,
             service_order="deadline" if chosen.service == "deadline" else "fcfs",
+            homes=_homes(experiment, local),
         ),
     )
     seed = experiment.seed * 1_000_003 + repetition
@@ -141,22 +143,32 @@ def simulation_of(
     world.play(requests)
     horizon_s = experiment.workload.duration_s or experiment.wall_time_s
     if sample:
-        _sample(world, max(K_SAMPLE_S, horizon_s / K_MOST_SAMPLES))
+        rows = len(world.network.pipes) + len({engine.site for engine in engines})
+        _sample(world, max(K_SAMPLE_S, horizon_s / K_MOST_SAMPLES, horizon_s * rows / K_MOST_SAMPLED_ROWS))
     return Simulation(world, unsupported, horizon_s)
 
 
+def _homes(experiment: Experiment, local: frozenset[SiteId]) -> tuple[SiteId, ...]:
+    """The workload's homes. Raises UsageError for one that can't decode."""
+    for home in experiment.workload.homes:
+        if home not in local:
+            raise UsageError(
+                f"workload.homes: found {home}; sites that decode are {', '.join(sorted(local))}"
+            )
+    return experiment.workload.homes
+
+
 def _sample(world: World, every_s: float) -> None:
-    """Rows of links, engines and the policy, as long as anything goes on."""
+    """Rows of links, engines and the policy, as long as anything goes on. Nothing goes on differently."""
     sent = dict.fromkeys(world.network.pipes, 0.0)
 
     def look(now: float) -> None:
         for ends, pipe in world.network.pipes.items():
-            world.network.settle(pipe, now)
-            moved, backlog = pipe.sent_bytes - sent[ends], pipe.backlog_bytes
-            sent[ends] = pipe.sent_bytes
+            total, backlog = pipe.as_of(now)
+            moved, sent[ends] = total - sent[ends], total
             if moved or backlog:
                 world.record.link_rows.append((now, f"{ends[0]}->{ends[1]}", round(moved), round(backlog)))
-        for site, seen in world.outlook.snapshot(now).sites.items():
+        for site, seen in world.outlook.look(now).items():
             world.record.engine_rows.append(
                 (now, site, seen.prefill_backlog_s, seen.decode_running, seen.decode_waiting)
             )

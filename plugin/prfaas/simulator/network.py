@@ -114,6 +114,14 @@ class Pipe:
     def backlog_bytes(self) -> float:
         return sum([one.available - one.sent for one in self.begun])
 
+    def as_of(self, now: float) -> tuple[float, float]:
+        """Bytes sent so far, and those that wait, at `now`: looking changes nothing."""
+        passed_s = now - self.updated_s
+        moved = sum(
+            [min(rate * passed_s, one.available - one.sent) for one, rate in self.rates.items()], start=0.0
+        )
+        return self.sent_bytes + moved, self.backlog_bytes - moved
+
     def eligible(self) -> list[Transfer]:
         return [one for one in self.begun if one.available - one.sent > K_DONE_BYTES]
 

@@ -38,7 +38,7 @@ class Outlook:
         """What the door knows at `now`: all, or a home's surroundings: itself and those with a way to it."""
         if now - self._sites_at_s >= self._every_s or not self._sites:
             self._sites_at_s = now
-            self._sites = {site: self._observe(site, now) for site in self._engines}
+            self._sites = self.look(now)
             self._around = {
                 home: {
                     site: seen
@@ -48,6 +48,10 @@ class Outlook:
                 for home in self._homes
             }
         return Snapshot(now, self._sites if home is None else self._around[home], self._estimates)
+
+    def look(self, now: float) -> dict[SiteId, SiteObservation]:
+        """The sites' load as it is; the door doesn't hear of it."""
+        return {site: self._observe(site, now) for site in self._engines}
 
     def forget_sites(self) -> None:
         """The sites' load is looked at anew for the next request, however lately it was."""

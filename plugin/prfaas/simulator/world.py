@@ -86,6 +86,8 @@ class World:
         self.engines = {engine.name: engine for engine in engines}
         self.live: dict[int, Live] = {}
         self._held: deque[Live] = deque()
+        self._expiring: deque[tuple[float, int]] = deque()
+        """When requests without a first token are given up, and their numbers."""
         self._by_site: dict[SiteId, list[Engine]] = {}
         for engine in self.engines.values():
             self._by_site.setdefault(engine.site, []).append(engine)
@@ -123,15 +125,23 @@ class World:
         live = Live(request)
         self.live[request.index] = live
         if self.settings.timeout_s < math.inf:
-            # By number, because most are long forgotten by then.
-            self.agenda.at(now + self.settings.timeout_s, lambda at_s: self._expire(request.index, at_s))
+            self._expiring.append((now + self.settings.timeout_s, request.index))
+            if len(self._expiring) == 1:
+                self.agenda.at(self._expiring[0][0], self._expire)
         self._door(live, now)
 
-    def _expire(self, index: int, now: float) -> None:
-        live = self.live.get(index)
-        if live is not None and live.first_token_s is None:
-            self._withdraw(live, now)
-            self._end(live, now, "deadline passed")
+    def _expire(self, now: float) -> None:
+        """All wait equally long: one look a while, at the first that is still under way, does for all."""
+        while self._expiring:
+            at_s, index = self._expiring[0]
+            live = self.live.get(index)
+            if live is not None and live.first_token_s is None:
+                if at_s > now:
+                    self.agenda.at(at_s, self._expire)
+                    return
+                self._withdraw(live, now)
+                self._end(live, now, "deadline passed")
+            self._expiring.popleft()
 
     # The door.
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import prfaas.routing
 from prfaas.config.experiment import Experiment
 from prfaas.config.topology import Topology
+from prfaas.model.errors import UsageError
 from prfaas.simulator.build import Simulation, simulation_of
 from prfaas.simulator.coverage import extrapolations
 from prfaas.simulator.record import Record
@@ -240,3 +241,69 @@ def test_no_request_is_lost_or_answered_twice_whatever_fails(seed, name, down_s,
         ],
     )
     assert_whole(world, world.run(), 40)
+
+
+def test_looking_at_a_run_does_not_change_it() -> None:
+    plain, sampled = (
+        simulation_of(experiment(), K_TOPOLOGIES, topology=K_TOPOLOGY, sample=sample).run()
+        for sample in (False, True)
+    )
+    assert rows(plain) == rows(sampled)
+    assert sampled.link_rows
+    assert sampled.log_rows
+
+
+def test_what_is_seen_of_a_link_is_what_it_sent() -> None:
+    record = simulation_of(experiment(), K_TOPOLOGIES, topology=K_TOPOLOGY).run()
+    seen = sum(sent for _, link, sent, _ in record.link_rows if link == "east->west")
+    assert seen == pytest.approx(sum(record.kv_bytes), rel=0.02)  # the last sample is before the end
+    assert min(backlog for _, _, _, backlog in record.link_rows) >= 0
+
+
+K_HOMES = {
+    "instances": [
+        {"name": "far", "site": "east", "role": "prefill", "count": 2, "profile": "1t-hybrid-h200"},
+        {"name": "near", "site": "west", "role": "prefill"},
+        {"name": "decode", "site": "west", "role": "decode", "count": 2},
+        {"name": "lone", "site": "north", "role": "prefill"},
+        {"name": "others", "site": "north", "role": "decode", "count": 2},
+    ]
+}
+
+
+def homes(*names: str) -> Simulation:
+    topology = Topology.model_validate(
+        K_TOPOLOGY.model_dump(exclude={"links"})
+        | {
+            "sites": {"east": {}, "west": {}, "north": {}},
+            "links": [{"between": ["east", "west"], "rate_mbps": 10_000, "delay_ms": 10}],
+            "partial": True,
+        }
+    )
+    asked = experiment(**K_HOMES)
+    workload = asked.workload.model_copy(update={"homes": names})
+    return simulation_of(
+        asked.model_copy(update={"workload": workload}), K_TOPOLOGIES, topology=topology, sample=False
+    )
+
+
+def test_each_request_is_decoded_at_its_home_and_prefilled_where_a_link_leads_there() -> None:
+    record = homes("west", "north").run()
+    sites = {(index % 2, site) for index, site in zip(record.index, record.site, strict=True)}
+    assert {(home, record.names[site]) for home, site in sites} == {(0, "east"), (0, "west"), (1, "north")}
+
+
+def test_a_home_that_does_not_decode_is_named() -> None:
+    with pytest.raises(UsageError, match=r"workload\.homes: found east; sites that decode are north, west"):
+        homes("west", "east")
+
+
+def test_requests_that_wait_too_long_are_given_up_each_at_its_own_time() -> None:
+    world = simulation(request_timeout_s=4)
+    record = world.run()
+    assert_whole(world, record, 150)
+    late = [row for row in rows(record) if row["error"]]
+    assert {row["error"] for row in late} == {"deadline passed"}
+    assert {row["e2e_s"] for row in late} == {4.0}
+    assert all(row["error"] or row["ttft_s"] <= 4 for row in rows(record))
+    assert 5 < len(late) < 100
