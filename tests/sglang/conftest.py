@@ -55,8 +55,16 @@ class Servers:
 
 def write_config(directory: Path, **more: Any) -> Path:
     """The backend's file for servers of one node; `more` is merged at the top level."""
+    pump = f"{K_HOST}:{free_ports(1)[0]}"
     config: dict[str, Any] = {
-        "pump": {"site": "test", "control_socket": str(directory / "pump.sock"), "idle_exit_s": 20},
+        "pump": {
+            "site": "test",
+            "listen": pump,
+            "control_socket": str(directory / "pump.sock"),
+            "idle_exit_s": 20,
+        },
+        # SGLang's bootstrap and control go as they would between sites: by the pump.
+        "control": {"pumps": {K_HOST: pump}},
         "verify": {"directory": str(directory / "verify")},
         "faults": {"rooms": {K_ZERO_ROOM: "zero", K_DROP_ROOM: "drop_page"}},
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prfaas.config.loading import Strict, load
-from prfaas.config.pump import PumpConfig
+from prfaas.config.pump import PumpConfig, split_address
 
 K_ENVIRONMENT = "PRFAAS_CONFIG"
 KvFaultKind = Literal["zero", "drop_page"]
@@ -51,6 +51,24 @@ class AdmissionConfig(Strict):
     """Whether a request that must wait for others may, before its prefill; if not, it is refused at once."""
 
 
+class ControlConfig(Strict):
+    """SGLang's own bootstrap and control between sites by way of the pumps: encrypted and authenticated as
+    the data is, by the pump's one port. Both sides need the section.
+    """
+
+    pumps: dict[str, str] = Field(default_factory=dict)
+    """On a decode server: the pump's host:port by each host under which prefill servers elsewhere are named,
+    in requests (bootstrap_host) and by themselves. A prefill server learns from its peers.
+    """
+
+    @field_validator("pumps")
+    @classmethod
+    def _are_addresses(cls, value: dict[str, str]) -> dict[str, str]:
+        for pump in value.values():
+            split_address(pump)
+        return value
+
+
 class BackendConfig(Strict):
     """One SGLang server's side of the backend."""
 
@@ -66,6 +84,8 @@ class BackendConfig(Strict):
     """Host memory for that, pinned where CUDA is: on a decode server it holds all requests that are
     crossing.
     """
+    control: ControlConfig | None = None
+    """Without it SGLang's endpoints are dialled as they are, in plaintext."""
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     verify: VerifyConfig | None = None
     faults: BackendFaults | None = None

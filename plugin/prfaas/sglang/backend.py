@@ -23,11 +23,13 @@ import secrets
 from typing import Any
 
 from prfaas.config.backend import K_ENVIRONMENT, BackendConfig, load_backend_config
+from prfaas.config.pump import split_address
 from prfaas.model.errors import PrfaasError
 from prfaas.pump_client import LocalPumpClient
-from prfaas.sglang import compat
+from prfaas.sglang import compat, passage
 from prfaas.sglang.asking import AskedRooms
 from prfaas.sglang.decode_side import DecodeSide
+from prfaas.sglang.passage import Passage
 from prfaas.sglang.planning import RecordingEngine
 from prfaas.sglang.prefill_side import PrefillSide
 from prfaas.sglang.rooms import LeasedRooms, Remembered, SendingRooms
@@ -62,6 +64,7 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
         self.staging = self._make_staging(config)
         # Of peers whose pages are staged: where, by session and room.
         self.places: dict[tuple[str, int], Places] = {}
+        self._open_passage(config)
         self.verification = Verification(config, self.kv_args, self.disaggregation_mode.value)
         self.verification.prepare(self.pump.register)
         # By room. What is refused or aborted before the request itself arrives here is kept in `doomed`.
@@ -83,6 +86,29 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
             self.local_ip,
             self.session_id,
         )
+
+    def _open_passage(self, config: BackendConfig) -> None:
+        """Let SGLang's own control pass by the pumps, both ways."""
+        self.passage = None if config.control is None else Passage(self.pump, config.control.pumps)
+        passage.use(self.passage)
+        if self.passage is None:
+            return
+        if self.disaggregation_mode == compat.DisaggregationMode.PREFILL:
+            self.pump.expose(self.bootstrap_host, self.bootstrap_port)
+            self.pump.expose(self.bootstrap_host, int(self.server_args.port))
+        self.pump.expose(self.local_ip, self.rank_port)
+
+    def _send_multipart_locked(self, endpoint: str, parts: list[bytes], is_ipv6: bool = False) -> None:
+        super()._send_multipart_locked(passage.here(endpoint), parts, is_ipv6)
+
+    def _resolve_rebootstrap_prefill_url(self, kv_receiver: Any) -> str | None:
+        """SGLang's, whose host is that of the bootstrap server: of the real one, and reached as it is."""
+        url: str | None = super()._resolve_rebootstrap_prefill_url(kv_receiver)
+        if url is None or self.passage is None:
+            return url
+        host = split_address(self.passage.behind(kv_receiver.bootstrap_addr))[0]
+        port = self.prefill_info_table[kv_receiver.bootstrap_addr].prefill_http_port
+        return f"http://{self.passage.address(f'{host}:{port}')}"
 
     def _make_staging(self, config: BackendConfig) -> Staging | None:
         """Host memory beside pages on a GPU, or where the configuration asks for it."""
@@ -177,6 +203,14 @@ class PrfaasKVSender(compat.MooncakeKVSender):  # type: ignore[misc]
 
 class PrfaasKVReceiver(compat.MooncakeKVReceiver):  # type: ignore[misc]
     """Decode side of a request."""
+
+    @classmethod
+    def _connect(cls, endpoint: str, is_ipv6: bool = False) -> Any:
+        return super()._connect(passage.here(endpoint), is_ipv6)
+
+    @classmethod
+    def disconnect_endpoint(cls, endpoint: str) -> None:
+        super().disconnect_endpoint(passage.here(endpoint))
 
     def abort(self) -> None:
         self.kv_mgr.leased.end(self.bootstrap_room)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 K_VERSION = "0.5.23"
 K_BACKEND = "prfaas"
 K_GET_KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
+K_BOOTSTRAP_ADDRESS = "sglang.srt.disaggregation.decode._bootstrap_addr"
 K_PREPARE_ABORT = "sglang.srt.disaggregation.utils.prepare_abort"
 K_HANDLE_ABORT = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason"
 K_SERVE_HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
@@ -113,6 +114,8 @@ K_BACKEND_POINTS: tuple[TouchPoint, ...] = (
             "_make_worker_recv": ("socket", "timeout_ms"),
             "_prefill_unique_rank": (),
             "try_ensure_parallel_info": ("bootstrap_addr",),
+            "_send_multipart_locked": ("endpoint", "parts", "is_ipv6"),
+            "_resolve_rebootstrap_prefill_url": ("kv_receiver",),
         },
         members=("kv_status_msg_carries_reason",),
     ),
@@ -158,7 +161,8 @@ K_BACKEND_POINTS: tuple[TouchPoint, ...] = (
         methods={
             "abort": (), "clear": (), "poll": (), "failure_exception": (),
             "send_metadata": ("kv_indices", "aux_index", "state_indices", "decode_prefix_len"),
-            "ensure_abort_notified": (),
+            "ensure_abort_notified": (), "_connect": ("endpoint", "is_ipv6"),
+            "disconnect_endpoint": ("endpoint",),
         },
     ),
     TouchPoint(_MOONCAKE, "MooncakeKVBootstrapServer"),
@@ -184,6 +188,7 @@ K_BACKEND_POINTS: tuple[TouchPoint, ...] = (
         ),
     ),
     TouchPoint("sglang.srt.utils.network", "get_local_ip_auto"),
+    TouchPoint("sglang.srt.disaggregation.decode", "_bootstrap_addr", parameters=("req",)),
     TouchPoint(
         "sglang.srt.disaggregation.utils", "prepare_abort", parameters=("req", "error_message", "status_code")
     ),

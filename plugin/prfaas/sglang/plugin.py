@@ -14,16 +14,20 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prfaas.model.errors import PrfaasError
 from prfaas.sglang import compat
+
+if TYPE_CHECKING:
+    from prfaas.config.backend import BackendConfig
 
 logger = logging.getLogger(__name__)
 
 _registered = False
 _hooked = False
 _answering = False
+_passing = False
 
 
 def load_plugin() -> None:
@@ -31,11 +35,13 @@ def load_plugin() -> None:
     asked = backend_asked_for(sys.argv)
     try:
         if asked:
-            _check_configuration()
+            config = _check_configuration()
             # SGLang's schedulers are children of the process that serves HTTP.
             serves_http = multiprocessing.parent_process() is None
             compat.check_backend(with_http=serves_http)
             _register_answers(serves_http)
+            if config.control is not None:
+                _register_passage()
         register(with_classes=asked or compat.utils_loaded())
     except PrfaasError as error:
         if asked:
@@ -44,11 +50,11 @@ def load_plugin() -> None:
         logger.warning("prfaas isn't available: %s", error)
 
 
-def _check_configuration() -> None:
+def _check_configuration() -> BackendConfig:
     """The file that PRFAAS_CONFIG names, before minutes of loading. Raises UsageError or ConfigError."""
     from prfaas.config.backend import K_ENVIRONMENT, load_backend_config
 
-    load_backend_config(os.environ.get(K_ENVIRONMENT))
+    return load_backend_config(os.environ.get(K_ENVIRONMENT))
 
 
 def backend_asked_for(argv: Sequence[str]) -> bool:
@@ -70,6 +76,16 @@ def _register_answers(serves_http: bool) -> None:
     answers.register_in_scheduler()
     if serves_http:
         answers.register_in_http_process()
+
+
+def _register_passage() -> None:
+    """The hook by which SGLang's bootstrap is reached through the pumps."""
+    global _passing
+    if not _passing:
+        _passing = True
+        from prfaas.sglang import passage
+
+        passage.register_in_scheduler()
 
 
 def register(with_classes: bool) -> None:

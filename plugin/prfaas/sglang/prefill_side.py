@@ -61,6 +61,9 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
 
     def _take_layout(self, message: list[bytes], data: bytes, *later: bytes) -> None:
         session = message[3].decode("ascii")
+        if self.passage is not None:
+            # Its session names its pump, which its own control is reached by.
+            self.passage.learn(message[1].decode("ascii"), session.partition("/")[0])
         try:
             theirs = layout.Layout.from_bytes(data)
             wrong = layout.differences(layout.describe(self), theirs)

@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import pytest
 
+from prfaas.config.backend import load_backend_config
+from prfaas.pump_client import LocalPumpClient
 from prfaas.sglang.verify import compare, read_rows
 from prfaas_testbed.instances.sglang_client import Answer, generate, get, loads, new_room, post, prompt_of
 
@@ -110,6 +113,33 @@ def test_eight_requests_at_once_each_get_their_own_answer(servers: Any) -> None:
         answers = list(pool.map(lambda prompt: servers.pair.generate(prompt, K_OUTPUT_TOKENS)[1], prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
         assert_equal(answer, generate(servers.plain.url, prompt, K_OUTPUT_TOKENS))
+
+
+def test_bootstrap_and_control_pass_by_the_pump_alone(servers: Any) -> None:
+    servers.pair.generate(prompt_of(64, 4), 4)
+    config = load_backend_config(servers.prefill.spec.config_path)
+    with LocalPumpClient.open(config.pump, start=False) as client:
+        stats: Any = client.stats()
+    # The bootstrap, the prefill rank's socket, and the decode rank's for the way back or none yet.
+    assert stats["forwards"]["endpoints"] >= 2
+    assert stats["forwards"]["failed"] == 0
+    assert stats["forwarded_in"] >= 2
+    sides = [processes(server.pid) for server in (servers.prefill, servers.decode)]
+    for here, there in (sides, sides[::-1]):
+        offered = {c.laddr.port for c in connections(there) if c.status == psutil.CONN_LISTEN}
+        dialled = {c.raddr.port for c in connections(here) if c.raddr}
+        own = {c.laddr.port for c in connections(here) if c.status == psutil.CONN_LISTEN}
+        assert not dialled & (offered - own), "a server dials the other without the pump"
+
+
+def processes(pid: int) -> list[psutil.Process]:
+    """A server's processes, without the pump that one of them may have started."""
+    first = psutil.Process(pid)
+    return [p for p in (first, *first.children(recursive=True)) if "prfaas.pump" not in " ".join(p.cmdline())]
+
+
+def connections(of: Sequence[psutil.Process]) -> list[Any]:
+    return [c for process in of for c in process.net_connections("tcp")]
 
 
 def test_one_token_is_right_and_needs_no_decode_step(servers: Any) -> None:
