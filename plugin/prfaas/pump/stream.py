@@ -1,8 +1,9 @@
 """One TCP connection to a peer: whole frames in, whole frames out, with or without TLS.
 
-It reads exactly what it needs next (a header, then a body into one buffer), so a block is never moved again
-before its copy to the pages, and sends a block's header, table and payload from one buffer. All calls return
-at once; each turn is bounded, so that no stream keeps the others waiting.
+It reads exactly what it needs next (a header; a body into one buffer, and the header that follows it), so a
+block is never moved again before its copy to the pages, and sends a block's header, table and payload from
+one buffer. All calls return at once; each turn is bounded, so that no stream keeps the others waiting.
+Without TLS it is woken for what completes a block (SO_RCVLOWAT), not for every packet.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ K_UNSENT_LEAST_BYTES = 64 * 1024
 K_UNSENT_SHARED_BYTES = 1 << 20
 K_UNSENT_MOST_BYTES = 4 << 20
 K_SMALL_BUFFER_BYTES = K_CONTROL_MAX_BYTES
-K_LARGE_BUFFER_BYTES = K_BLOCK_MAX_BYTES + K_TABLE_MAX_BYTES
+K_LARGE_BUFFER_BYTES = K_BLOCK_MAX_BYTES + K_TABLE_MAX_BYTES + K_HEADER_BYTES
+K_LOWAT_MOST_BYTES = 256 * 1024
+"""Of a longer rest of a block so much is worth waking up for."""
 K_NO_BUFFER = Buffer(1)
 R, W = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -97,6 +100,7 @@ class Stream:
         self._header: Header | None = None
         self._want = K_HEADER_BYTES
         self._got = 0
+        self._lowat_bytes = 1
         if tls is not None and not dialled:
             self._wrap()
         self._interest(W if self.state is State.CONNECTING else R | W)
@@ -205,10 +209,13 @@ class Stream:
     # Reading
 
     def _read(self, now: float) -> None:
-        budget = K_TURN_BYTES
+        budget, plain = K_TURN_BYTES, self._tls is None
         while budget > 0 and not self.closed:
+            header = self._header
+            beyond = K_HEADER_BYTES if header is not None and header.type is FrameType.BLOCK else 0
+            room = self._want + beyond - self._got
             try:
-                n = self._sock.recv_into(self._in.view[self._got : self._want])
+                n = self._sock.recv_into(self._in.view[self._got : self._got + room])
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             if n == 0:
@@ -217,10 +224,25 @@ class Stream:
             budget -= n
             self._got += n
             self.progress_s = now
-            if self._got == self._want:
+            if self._got >= self._want:
                 self._whole(now)
-        if budget <= 0 and isinstance(self._sock, ssl.SSLSocket) and not self.closed and self._sock.pending():
+            if plain and n < room:
+                break  # there is no more
+        if plain:
+            self._sleep_until_worth_it()
+        elif budget <= 0 and not self.closed and self._sock.pending():  # type: ignore[union-attr]
             self.loop.call_again(self, R)
+
+    def _sleep_until_worth_it(self) -> None:
+        """Be woken when the rest of a block has come, or K_LOWAT_MOST_BYTES of it; else by any byte."""
+        if self.closed:
+            return
+        wanted = 1
+        if self._header is not None and self._header.type is FrameType.BLOCK:
+            wanted = min(K_LOWAT_MOST_BYTES, max(1, self._want - self._got))
+        if not wanted // 2 <= self._lowat_bytes <= wanted:
+            self._lowat_bytes = wanted
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
 
     def _whole(self, now: float) -> None:
         """A header or a body is complete."""
@@ -239,7 +261,16 @@ class Stream:
                 return
         header, self._header = self._header, None
         body = self._in.view[: header.body_bytes]
-        self._got, self._want = 0, K_HEADER_BYTES
+        beyond, self._got, self._want = self._got - header.body_bytes, 0, K_HEADER_BYTES
+        self._handle(header, body, now)
+        if beyond and not self.closed:
+            self._in.view[:beyond] = self._in.view[header.body_bytes : header.body_bytes + beyond]
+            self._got = beyond
+            if beyond == K_HEADER_BYTES:
+                self._whole(now)
+
+    def _handle(self, header: Header, body: memoryview, now: float) -> None:
+        """A whole frame."""
         sound = checksum(body) == header.body_crc
         if header.type is FrameType.BLOCK:
             self._block(header, body, sound, now)
@@ -292,7 +323,10 @@ class Stream:
             except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 break
             budget -= n
+            partly = n < len(self._out)
             self._out = self._out[n:]
+            if partly and self._tls is None:
+                break  # it takes no more
         self._blocked = True
         self._interest(R | W)
 

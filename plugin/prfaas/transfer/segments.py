@@ -24,6 +24,7 @@ K_RUNS_MAX = 4096
 """Most pieces in one block; with 16 bytes each a table stays within K_TABLE_MAX_BYTES."""
 K_TRANSFER_MAX_BYTES = 1 << 44
 K_TABLE = struct.Struct("<BIQ")
+K_SIZE = struct.Struct("<I")
 K_EQUAL_LENGTHS, K_EQUAL_STRIDES, K_WIDE = 1, 2, 4
 
 
@@ -63,6 +64,15 @@ def fault_of_iov(pieces: U64, *, overlap_is_fault: bool) -> str | None:
     """What is wrong with the pieces themselves: empty, past 2^64, or one over another. None: nothing."""
     if pieces.shape[0] == 0:
         return "no pieces"
+    if pieces.shape[0] == 1:
+        address, size = pieces[0].tolist()
+        return (
+            "an empty piece"
+            if not size
+            else "a piece past the end of memory"
+            if address + size >> 64
+            else None
+        )
     start, length = pieces[:, 0], pieces[:, 1]
     if bool((length == 0).any()):
         return "an empty piece"
@@ -133,6 +143,9 @@ class Ranges:
         """Whether every piece (already free of faults) lies within one range."""
         if self._start.size == 0:
             return False
+        if self._start.size == 1:
+            first, end = int(pieces[:, 0].min()), int((pieces[:, 0] + pieces[:, 1]).max())
+            return int(self._start[0]) <= first and end <= int(self._end[0])
         where = np.searchsorted(self._start, pieces[:, 0], side="right").astype(np.int64) - 1
         if bool((where < 0).any()):
             return False
@@ -177,8 +190,17 @@ class Plan:
         self._at = np.zeros(self._src.shape[0] + 1, dtype=np.int64)
         np.cumsum(self._src[:, 1].astype(np.int64), out=self._at[1:])
         self.total_bytes = int(self._at[-1])
-        self._cut = self._cuts(min(block_bytes, K_BLOCK_MAX_BYTES))
-        self.n_blocks = len(self._cut) - 1
+        cut = self._cuts(min(block_bytes, K_BLOCK_MAX_BYTES))
+        self.n_blocks = len(cut) - 1
+        # Of each block: its bytes, its segments, and what of the first and the last of them isn't its own.
+        first = np.searchsorted(self._at, cut[:-1], side="right") - 1
+        last = np.searchsorted(self._at, cut[1:], side="left")
+        self._bytes: list[int] = (cut[1:] - cut[:-1]).tolist()
+        self._first: list[int] = first.tolist()
+        self._last: list[int] = last.tolist()
+        self._skip: list[int] = (cut[:-1] - self._at[first]).tolist()
+        self._spare: list[int] = (self._at[last] - cut[1:]).tolist()
+        self._src_joins, self._dst_joins = _has_joins(self._src), _has_joins(self._dst)
 
     @property
     def source(self) -> U64:
@@ -203,19 +225,28 @@ class Plan:
         return np.array(cuts, dtype=np.int64)
 
     def block_bytes(self, block: int) -> int:
-        return int(self._cut[block + 1] - self._cut[block])
+        return self._bytes[block]
 
     def block(self, block: int) -> Piece:
-        begin, end = int(self._cut[block]), int(self._cut[block + 1])
-        first = int(np.searchsorted(self._at, begin, side="right")) - 1
-        last = int(np.searchsorted(self._at, end, side="left"))
-        src, dst = self._src[first:last].copy(), self._dst[first:last].copy()
-        skip, spare = np.uint64(begin - int(self._at[first])), np.uint64(int(self._at[last]) - end)
-        for part in (src, dst):
-            part[0, 0] += skip
-            part[0, 1] -= skip
-            part[-1, 1] -= spare
-        return Piece(join_runs(src), join_runs(dst), end - begin)
+        first, last = self._first[block], self._last[block]
+        src, dst = self._src[first:last], self._dst[first:last]
+        skip, spare = self._skip[block], self._spare[block]
+        if skip or spare:
+            src, dst = src.copy(), dst.copy()
+            for part in (src, dst):
+                part[0, 0] += skip
+                part[0, 1] -= skip
+                part[-1, 1] -= spare
+        if self._src_joins:
+            src = join_runs(src)
+        if self._dst_joins:
+            dst = join_runs(dst)
+        return Piece(src, dst, self._bytes[block])
+
+
+def _has_joins(pieces: U64) -> bool:
+    """Whether any neighbours follow on in memory."""
+    return bool((pieces[1:, 0] == pieces[:-1, 0] + pieces[:-1, 1]).any())
 
 
 def _merge(src: U64, dst: U64) -> tuple[U64, U64]:
@@ -246,6 +277,9 @@ def encode_table(pieces: U64, version: int) -> bytes:
     if version < 2:
         return pieces.tobytes()
     n = pieces.shape[0]
+    if n == 1:
+        address, size = pieces[0].tolist()
+        return K_TABLE.pack(K_EQUAL_LENGTHS, 1, address) + K_SIZE.pack(size)
     starts, lengths = pieces[:, 0], pieces[:, 1]
     steps = (starts[1:] - starts[:-1]).view(np.int64)
     mode, parts = 0, []
