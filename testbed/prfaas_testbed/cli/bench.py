@@ -15,6 +15,7 @@ from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.bench import cell as cells
 from prfaas_testbed.bench import harness, suite, table
 from prfaas_testbed.bench.cell import Cell, Loss
+from prfaas_testbed.cli import _bench_simulate
 from prfaas_testbed.experiment.machine import K_RESULTS, commit, machine, versions
 
 K_LIMIT_S = (
@@ -27,6 +28,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     actions = parser.add_subparsers(title="benches", metavar="BENCH", required=True)
     _register_transfer(actions)
     _register_all(actions)
+    _bench_simulate.add(actions)
 
 
 def _register_transfer(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

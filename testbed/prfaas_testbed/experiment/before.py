@@ -68,6 +68,13 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
         raise ConfigError(
             origin, "router.site", experiment.router.site, f"sites: {', '.join(topology.sites)}"
         )
+    if experiment.workload.homes:
+        raise ConfigError(
+            origin,
+            "workload.homes",
+            ", ".join(experiment.workload.homes),
+            "none here: homes are simulated alone",
+        )
     plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
     return topology
 
