@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prfaas.config.run import EventRow
 from prfaas_testbed.experiment.registry import Unsupported, metric
-from prfaas_testbed.experiment.view import View, number
+from prfaas_testbed.experiment.view import View, field, number
 
 K_BUSY_FROM, K_BUSY_TO = 0.25, 0.75
 
@@ -60,3 +60,14 @@ def _drop_share(view: View) -> float:
     if not carried:
         raise Unsupported("the emulator wasn't watched")
     return sum(number(row, "unplanned_drops") or 0 for row in rows) / carried
+
+
+@metric("sender_streams_lost")
+def _streams_lost(view: View) -> float:
+    """Connections that ended under the site that sent most, over all repetitions."""
+    rows = view.events("accounting")
+    if not rows:
+        raise Unsupported("no site gave an account")
+    sender = max(rows, key=lambda row: number(row, "payload_bytes") or 0)
+    site = field(sender, "site")
+    return sum(number(row, "streams_lost") or 0 for row in rows if field(row, "site") == site)

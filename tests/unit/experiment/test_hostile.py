@@ -5,7 +5,13 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from prfaas_testbed.experiment.hostile import corrupt_payload, odd_flags, resets
+from prfaas_testbed.experiment.hostile import (
+    K_AHEAD_SEGMENTS,
+    K_SEGMENT_BYTES,
+    corrupted,
+    odd_flags,
+    resets,
+)
 
 EAST, WEST, PORT = "10.0.1.2", "10.0.2.2", 7600
 
@@ -21,14 +27,14 @@ def live(seq: int = 2**32 - 500, size: int = 1000, port: int = 40000) -> Any:
     return Ether(bytes(head / tcp / Raw(b"x" * size)))
 
 
-def parsed(packet: Any) -> Any:
+def parsed(packet: bytes) -> Any:
     """As it is on the wire."""
     from scapy.layers.l2 import Ether
 
-    return Ether(bytes(packet))
+    return Ether(packet)
 
 
-def checksum_is_right(packet: Any) -> bool:
+def checksum_is_right(packet: bytes) -> bool:
     from scapy.layers.inet import IP, TCP
 
     wire = parsed(packet)
@@ -36,26 +42,24 @@ def checksum_is_right(packet: Any) -> bool:
     again = wire.copy()
     del again[TCP].chksum
     del again[IP].chksum
-    return bool(parsed(again)[TCP].chksum == sent)
+    return bool(parsed(bytes(again))[TCP].chksum == sent)
 
 
-def test_a_corrupted_payload_has_a_right_checksum_and_the_place_of_what_comes_next() -> None:
-    made = [parsed(packet) for packet in corrupt_payload([live()], 3, Random(1))]
-    assert [packet["TCP"].seq for packet in made] == [500, 1700, 2900], "around the end of the numbers"
+def test_a_corrupted_payload_has_a_right_checksum_and_the_place_of_what_comes_a_little_later() -> None:
+    made = corrupted(live(), 3, Random(1))
+    first = 500 + K_AHEAD_SEGMENTS * K_SEGMENT_BYTES
+    numbers = [parsed(packet)["TCP"].seq for packet in made]
+    assert numbers == [first + 2 * i * K_SEGMENT_BYTES for i in range(3)], "around the end of the numbers"
     assert all(checksum_is_right(packet) for packet in made)
-    assert len({bytes(packet["TCP"].payload) for packet in made}) == 3
-    assert all(("Timestamp", (77, 88)) in packet["TCP"].options for packet in made)
+    assert all(("Timestamp", (77, 88)) in parsed(packet)["TCP"].options for packet in made)
+    assert len(parsed(made[0])["TCP"].payload) == K_SEGMENT_BYTES
 
 
-def test_every_live_connection_gets_its_share() -> None:
-    made = corrupt_payload([live(port=1), live(port=2)], 4, Random(1))
-    assert [parsed(packet)["TCP"].sport for packet in made] == [1, 2, 1, 2]
-
-
-def test_resets_aim_at_the_next_number_first_and_carry_nothing() -> None:
-    made = [parsed(packet) for packet in resets([live()], 3)]
-    assert made[0]["TCP"].seq == 500
-    assert all("R" in str(packet["TCP"].flags) and not packet["TCP"].payload for packet in made)
+def test_resets_aim_at_every_segment_from_the_next_on_and_carry_nothing() -> None:
+    made = resets(live(), 3)
+    assert [parsed(packet)["TCP"].seq for packet in made] == [500, 1948, 3396]
+    assert all(str(parsed(packet)["TCP"].flags) == "R" for packet in made)
+    assert all(not parsed(packet)["TCP"].payload for packet in made)
     assert all(checksum_is_right(packet) for packet in made)
 
 
