@@ -73,14 +73,13 @@ class Forwards:
         return known.address
 
     def stats(self, now: float) -> dict[str, int]:
-        """Connections and their bytes, framing and TLS included."""
+        """Connections, and the counters of their streams."""
         total = dataclasses.replace(self.counters)
         for connection in self.connections:
             total.add(connection.counters(now))
         return {
             "endpoints": len(self._listeners), "connections": len(self.connections), "opened": self.opened,
-            "failed": self.failed, "tcp_bytes_sent": total.tcp_bytes_sent,
-            "tcp_bytes_received": total.tcp_bytes_received, "retransmitted_bytes": total.retransmitted_bytes,
+            "failed": self.failed, **total.as_dict(),
         }  # fmt: skip
 
     def close(self, now: float) -> None:

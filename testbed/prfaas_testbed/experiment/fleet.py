@@ -251,6 +251,12 @@ class Fleet:
             "pump_file": str(self.pump_config(instance.site)),
             "deadline_s": self.experiment.request_timeout_s,
         }
+        if self.experiment.transfer.tls:
+            # SGLang's own bootstrap and control are plaintext: between sites they go by the pumps.
+            others = [
+                site for name, site in self.net.sites.items() if name in self.pumps and name != instance.site
+            ]
+            backend["control"] = {"pumps": {site.address: f"{site.address}:{K_PUMP_PORT}" for site in others}}
         if self.experiment.verify:
             backend["verify"] = {"directory": str(self.digests)}
         if self.fault is not None and instance.role == "prefill":

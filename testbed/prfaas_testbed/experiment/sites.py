@@ -133,7 +133,7 @@ def pump_sent(stats: dict[str, Any]) -> dict[str, int]:
     total = dict.fromkeys(K_SENT, 0)
     own = stats.get("site")
     peers = [row for row in stats["peers"] if own is None or row.get("site") != own]
-    for row in [*peers, stats["inbound"]]:
+    for row in [*peers, stats["inbound"], stats.get("forwards", {})]:
         for name in total:
             total[name] += int(row.get(name, 0))
     for row in stats["peers"]:
