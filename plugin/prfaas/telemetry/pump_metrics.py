@@ -69,6 +69,7 @@ class PumpMetrics(Collector):
             return
         yield from self._peers(stats["peers"])
         yield from self._inbound(stats["inbound"])
+        yield from self._forwards(stats["forwards"], stats["forwarded_in"])
         yield from self._links(stats["links"])
         ended = CounterMetricFamily(
             "prfaas_pump_transfers_ended", "Transfers ended, by outcome.", labels=["outcome"]
@@ -124,6 +125,22 @@ class PumpMetrics(Collector):
         for reason, n in inbound["refusals"].items():
             refusals.add_metric([reason], n)
         yield refusals
+
+    @staticmethod
+    def _forwards(forwards: Mapping[str, Any], incoming: int) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "prfaas_pump_forwarded_connections", "To other sites, now.", value=forwards["connections"]
+        )
+        yield GaugeMetricFamily(
+            "prfaas_pump_forwarded_in_connections",
+            "Of other sites, to what is exposed here, now.",
+            value=incoming,
+        )
+        for name, text in (
+            ("opened", "Connections of this node's programs to other sites."),
+            ("failed", "Of those, ended by an error."),
+        ):
+            yield CounterMetricFamily(f"prfaas_pump_forwards_{name}", text, value=forwards[name])
 
     @staticmethod
     def _links(links: list[Mapping[str, Any]]) -> Iterator[Metric]:
