@@ -12,7 +12,9 @@ from prfaas.config.run import EventRow, LinkRow, RequestRow, Run
 from prfaas.figures import new_figure, numbered, save
 from prfaas_testbed.experiment.view import View, field, number
 
-K_QUIET_EVENTS = ("watch", "accounting", "load", "isolation", "capture", "packets", "capacity")
+K_QUIET_EVENTS = (
+    "watch", "accounting", "load", "isolation", "capture", "packets", "capacity", "cost",
+)  # fmt: skip
 K_MAX_PANELS = 4
 K_MAX_BARS = 60
 K_WAITING = "#c9ced6"

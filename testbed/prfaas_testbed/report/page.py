@@ -23,7 +23,7 @@ from prfaas_testbed.report.overview import draw_overview
 from prfaas_testbed.report.sheet import draw_sheet
 
 K_PAGE, K_SHEET, K_CELLS = "index.html", "page.png", "cells"
-K_UNSEEN = ("load", "watch", "accounting", "packets", "capture")
+K_UNSEEN = ("load", "watch", "accounting", "packets", "capture", "cost")
 
 
 def draw_run(folder: Path) -> Path:
@@ -134,6 +134,7 @@ def render(
                 row.model_extra | {"at_s": row.at_s} for row in view.events("accounting") if row.model_extra
             ],
             wire=list(beside(view)),
+            costs=view.events("cost"),
             watched=view.events("watch"),
             field=field,
         )
