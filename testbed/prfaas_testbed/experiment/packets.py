@@ -138,7 +138,9 @@ class Edge:
 
     flows: dict[tuple[bytes, int, bytes, int], Flow] = field(default_factory=dict)
     marks: list[tuple[float, str, int]] = field(default_factory=list)
-    """(time, SYN | FIN | RST, the client's port), in order."""
+    """(time, SYN | FIN | RST, the client's port), in order; of several alike for a port only the first."""
+    last: dict[int, str] = field(default_factory=dict)
+    """Port to its last mark."""
     data: dict[bytes, list[float]] = field(default_factory=dict)
     """Sender's address to the times of its segments with data."""
 
@@ -151,7 +153,11 @@ class Edge:
             self.data.setdefault(segment.source, []).append(segment.at_s)
         for flag, name in ((K_SYN, "SYN"), (K_FIN, "FIN"), (K_RST, "RST")):
             if segment.flags & flag and not (flag == K_SYN and segment.flags & K_ACK):
-                self.marks.append((segment.at_s, name, max(segment.source_port, segment.target_port)))
+                port = max(segment.source_port, segment.target_port)
+                # A peer answers every segment that was under way with a reset of its own.
+                if self.last.get(port) != name:
+                    self.marks.append((segment.at_s, name, port))
+                self.last[port] = name
 
     def of(self, address: bytes) -> list[Flow]:
         return [flow for key, flow in self.flows.items() if key[0] == address]

@@ -137,8 +137,20 @@ def render(
             costs=view.events("cost"),
             watched=view.events("watch"),
             field=field,
+            order_lines=order_lines,
         )
     )
+
+
+def order_lines(order: Sequence[Sequence[Any]]) -> list[str]:
+    """What became of connections, a line each; what was the same again for a port isn't told again."""
+    lines: list[str] = []
+    last: dict[int, str] = {}
+    for at_s, what, port in order:
+        if last.get(port) != what:
+            lines.append(f"{at_s:8.3f} s  {what}  port {port}")
+        last[port] = what
+    return lines
 
 
 def _templates() -> Environment:

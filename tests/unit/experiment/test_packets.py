@@ -51,7 +51,7 @@ def test_rtt_bytes_retransmissions_losses_and_order_come_from_packets(tmp_path: 
         frame(10.12, 2001, 1000),  # again
         frame(10.16, ack=3001, back=True),  # says nothing about the RTT
         frame(10.20, 3001, 500), frame(10.245, ack=3501, back=True),
-        frame(10.30, 3501, flags="R"),
+        frame(10.30, 3501, flags="R"), frame(10.31, 3501, flags="R"),
     ]  # fmt: skip
     far = [frame(10.07, 1001, 1000), frame(10.14, 2001, 1000), frame(10.22, 3001, 500)]
     found = told(socket.inet_aton(EAST), edge_of(near, tmp_path), edge_of(far, tmp_path), 10.0)
