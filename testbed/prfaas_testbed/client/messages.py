@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 
 @dataclass(frozen=True)
 class Target:
@@ -57,13 +59,15 @@ class Answer:
 def write_shots(path: Path, shots: Iterable[Shot]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for shot in shots:
-            file.write(json.dumps(asdict(shot), separators=(",", ":")) + "\n")
+            # Not asdict of the whole: it copies prompts of 100,000 tokens one by one.
+            row = {**vars(shot), "targets": [asdict(target) for target in shot.targets]}
+            file.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
 def read_shots(path: Path) -> list[Shot]:
     shots = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for line in path.read_bytes().splitlines():
+        row = msgspec.json.decode(line)
         row["targets"] = tuple(Target(**target) for target in row["targets"])
         shots.append(Shot(**row))
     return shots

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 K_LEAD_S = 1.0  # between the client's start and the load's zero: its imports
+K_READ_BPS = 80e6  # and its reading of all prompts, on a busy machine
 K_AFTER_S = 15.0  # how much longer than its last deadline a client may take
 K_PROFILED_VOCABULARY = 32000
 
@@ -132,10 +133,9 @@ class Client:
         path = self._folder / f"{self._name}.shots.jsonl"
         write_shots(path, shots)
         self._out.unlink(missing_ok=True)
-        self.start_s = time.monotonic() + K_LEAD_S
-        self._limit_s = (
-            max((shot.at_s + shot.timeout_s for shot in shots), default=0.0) + K_LEAD_S + K_AFTER_S
-        )
+        lead_s = K_LEAD_S + path.stat().st_size * 8 / K_READ_BPS
+        self.start_s = time.monotonic() + lead_s
+        self._limit_s = max((shot.at_s + shot.timeout_s for shot in shots), default=0.0) + lead_s + K_AFTER_S
         words = ["--shots", str(path), "--out", str(self._out), "--start", str(self.start_s)]
         with (self._folder / f"{self._name}.log").open("ab") as log:
             self._process = self._site.popen(
