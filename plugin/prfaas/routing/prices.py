@@ -15,6 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
@@ -26,15 +30,17 @@ from prfaas.routing.due import DueQueues
 from prfaas.routing.pricing import PriceList
 from prfaas.routing.tenants import TenantShares
 
-K_THRESHOLD_GRID = (
-    64,
-    1 << 18,
-    1.02,
-)  # tokens: first, last, ratio of lengths tried for the implied threshold
+K_GRID = [64]
+"""Lengths tried for the implied threshold: each a fiftieth more than the one before."""
+while K_GRID[-1] < 1 << 18:
+    K_GRID.append(max(K_GRID[-1] + 1, int(K_GRID[-1] * 1.02)))
 
 K_BEHIND_S = 600.0  # s: what can't be in time is served as if it were due so much later: it can't starve
 K_MISS_S = 500.0  # s: what one more request too late costs, relative to delay
 K_MARGIN_S = 0.2  # s by which a prediction must keep a deadline
+
+
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @register_policy("prices")
@@ -46,6 +52,8 @@ class PricesPolicy(BookingPolicy):
         self.prices = PriceList(self.paths)
         self.tenants = TenantShares(config.tenant_weights)
         self.due = DueQueues()
+        self._works: dict[int, tuple[FloatArray, FloatArray]] = {}
+        """By the costs' identity: the path finder holds them all."""
 
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
         paths = self.paths.all_paths(request, snapshot, now)
@@ -197,28 +205,28 @@ class PricesPolicy(BookingPolicy):
         return found
 
     def _threshold(self, home: SiteId, sources: Sequence[SiteId]) -> float:
-        here, here_price = self.paths.costs(home, ""), self.prices.price_of_work(home)
-        there = [
-            (
-                self.paths.costs(source, ""),
-                self.prices.price_of_work(source),
-                self.prices.price_of_work(self.paths.link_id(source, home)),
-            )
-            for source in sources
-        ]
+        """The first length of the grid at which some source is cheaper in the fluid optimum; inf if none."""
+        local_s, _ = self._grid_works(home)
+        local = self.prices.price_of_work(home) * local_s
+        out = np.zeros(len(K_GRID), dtype=bool)
+        for source in sources:
+            site_price = self.prices.price_of_work(source)
+            link_price = self.prices.price_of_work(self.paths.link_id(source, home))
+            if not math.isinf(site_price + link_price):
+                away_s, bits = self._grid_works(source)
+                out |= site_price * away_s + link_price * bits < local
+        return float(K_GRID[int(np.argmax(out))]) if out.any() else math.inf
 
-        def goes_out(tokens: int) -> bool:
-            local = here_price * here.prefill_s(tokens, 0)
-            return any(
-                site_price * costs.prefill_s(tokens, 0) + link_price * costs.transfer_bytes(tokens, 0) * 8
-                < local
-                for costs, site_price, link_price in there
+    def _grid_works(self, site: SiteId) -> tuple[FloatArray, FloatArray]:
+        """Seconds of prefill and bits to send, for each length of the grid."""
+        costs = self.paths.costs(site, "")
+        found = self._works.get(id(costs))
+        if found is None:
+            found = self._works[id(costs)] = (
+                np.array([costs.prefill_s(tokens, 0) for tokens in K_GRID]),
+                np.array([costs.transfer_bytes(tokens, 0) * 8.0 for tokens in K_GRID]),
             )
-
-        tokens = K_THRESHOLD_GRID[0]
-        while tokens < K_THRESHOLD_GRID[1] and not goes_out(tokens):
-            tokens = max(tokens + 1, int(tokens * K_THRESHOLD_GRID[2]))
-        return float(tokens) if goes_out(tokens) else float("inf")
+        return found
 
     def _weight(self, request: RequestView) -> float:
         classes = self.config.classes

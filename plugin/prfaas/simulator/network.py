@@ -122,9 +122,6 @@ class Pipe:
         )
         return self.sent_bytes + moved, self.backlog_bytes - moved
 
-    def eligible(self) -> list[Transfer]:
-        return [one for one in self.begun if one.available - one.sent > K_DONE_BYTES]
-
     def announce(self, transfer: Transfer) -> None:
         self.announced += 1
         transfer.serial = self.announced
@@ -347,9 +344,14 @@ class Network:
 
     def _replan(self, pipe: Pipe, now: float, capacity: float | None = None) -> None:
         """Land what has arrived, share the rate anew, and say when to look again. `pipe` is settled."""
-        for transfer in [one for one in pipe.begun if one.total_bytes - one.sent <= K_DONE_BYTES]:
-            self._land(pipe, transfer, now)
-        eligible = pipe.eligible()
+        eligible, landed = [], []
+        for one in pipe.begun:
+            if one.available - one.sent > K_DONE_BYTES:
+                eligible.append(one)
+            elif one.total_bytes - one.sent <= K_DONE_BYTES:
+                landed.append(one)
+        for one in landed:
+            self._land(pipe, one, now)
         pipe.plan += 1
         if not eligible:
             pipe.rates = {}
