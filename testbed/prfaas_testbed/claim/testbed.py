@@ -197,8 +197,8 @@ def _costs(rows: list[dict[str, Any]]) -> str:
 K_SCALE = """
 At the 1T case's own scale: what ran has times, bytes and the round trip of half the size, so that a second
 of the table is half a second that passed; rates and bytes on the emulated link are divided by 500 besides.
-A decode step stands for eight tokens. *two-sites* is as it is: profiled instances in place of its servers,
-without a router. Both worlds got the same requests at the same times. *Answered*:
+A decode step stands for eight tokens. *two-sites* is as it is, with profiled instances in place of its
+servers, through the router. Both worlds got the same requests at the same times. *Answered*:
 between the first fifth and the last of the arrivals. *Load*: of what the plan says a system carries.
 
 """
