@@ -4,6 +4,7 @@ size."""
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import statistics
 import subprocess
@@ -29,7 +30,8 @@ K_LENGTHS = (16, 128, 512, 1024, 2048, 4096, 8192)
 K_BATCHES = (1, 2, 4, 8)
 K_REPEATS = 5
 K_STEPS = 32  # output tokens of a decode measurement
-K_SHORT_TOKENS = 16
+K_CONTEXT_TOKENS = 2048  # what a decode step reads of each request grows with it
+K_NICE = -15
 K_TIMEOUT_S = 120.0
 K_CHUNK_TOKENS = 4096
 K_HOST = "127.0.0.1"
@@ -67,7 +69,7 @@ class Prober:
         """Median time of a decode step with `batch` requests."""
         steps = []
         for _ in range(K_REPEATS):
-            answers = self.ask([K_SHORT_TOKENS] * batch, K_STEPS)
+            answers = self.ask([K_CONTEXT_TOKENS] * batch, K_STEPS)
             # The steps of the last to start, which had the whole batch beside it.
             last = max(answers, key=lambda answer: answer.ttft_s or 0.0)
             steps.append(((last.e2e_s or 0.0) - (last.ttft_s or 0.0)) / (K_STEPS - 1))
@@ -102,7 +104,7 @@ def measure(
         role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=ports[0],
         extra_args=K_SAME_CHUNKS,
     )  # fmt: skip
-    with SglangServer(spec, log) as server:
+    with undisturbed(progress), SglangServer(spec, log) as server:
         server.wait_ready(progress=progress)
         prober = Prober(server.url, seed=1)
         prober.ask([64, 512, 2048], 4)
@@ -130,6 +132,23 @@ def measure(
     for what, ratio in likeness.ratios().items():
         progress(f"profiled over real, {what}: {ratio:.3f}")
     return Measured(profile, likeness)
+
+
+@contextmanager
+def undisturbed(progress: Callable[[str], None]) -> Iterator[None]:
+    """Go before whatever else this machine does, with all that is started meanwhile: a profile is of a server
+    that has its core. Without the right to, it is said."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, K_NICE)
+    except PermissionError:
+        progress("without root the measurement shares the processors with whatever else runs")
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
 @contextmanager
@@ -170,7 +189,8 @@ def _profile(
     ]
     return {
         "name": name,
-        "description": f"The tiny {model.name} model on SGLang's CPU server: {model.kind}.",
+        "description": f"The tiny {model.name} model on SGLang's CPU server: {model.kind}. "
+        f"Decode steps at {K_CONTEXT_TOKENS} tokens a request.",
         "source": "measured",
         "gpus": 0,
         "tokens": list(lengths),
