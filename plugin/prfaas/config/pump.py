@@ -113,7 +113,7 @@ class PumpConfig(Strict):
     tls: TlsConfig | None = None
     allow_plaintext: bool = False
     """Let peers that aren't on loopback talk without TLS; logged as a warning."""
-    block_bytes: int = Field(1 << 20, ge=4096, le=4 << 20)
+    block_bytes: int = Field(2 << 20, ge=4096, le=4 << 20)
     """Most payload in one block."""
     min_streams: int = Field(2, ge=1, le=64)
     max_streams: int = Field(64, ge=1, le=256)

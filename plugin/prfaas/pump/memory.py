@@ -60,6 +60,7 @@ class OwnerMemory:
         self._fd = guard_fd
         self._map = mmap.mmap(guard_fd, K_TABLE_BYTES, prot=mmap.PROT_READ)
         self._local = np.empty((1, 2), dtype=np.uint64)
+        self._local_at = int(self._local.ctypes.data)
         self._pause_copy_s = pause_copy_s
 
     def probe(self, address: int, expected: bytes) -> str | None:
@@ -113,12 +114,12 @@ class OwnerMemory:
 
     def _move(self, call: Callable[..., int], pieces: U64, address: int) -> None:
         remote = np.ascontiguousarray(pieces)
-        local = self._local
+        local, remote_at = self._local, int(remote.ctypes.data)
         for at in range(0, remote.shape[0], K_IOV_MAX):
             n = min(K_IOV_MAX, remote.shape[0] - at)
             want = int(remote[at : at + n, 1].sum())
             local[0, 0], local[0, 1] = address, want
-            got = call(self._pid, local.ctypes.data, 1, remote.ctypes.data + 16 * at, n, 0)
+            got = call(self._pid, self._local_at, 1, remote_at + 16 * at, n, 0)
             if got != want:
                 code = ctypes.get_errno() if got < 0 else errno.EFAULT
                 raise Gone(f"memory of process {self._pid}: {os.strerror(code)}")

@@ -39,6 +39,7 @@ class SendOrder(Generic[Key]):
     def __init__(self) -> None:
         self._entries: dict[Key, _Entry] = {}
         self._serial = 0
+        self._backlog_bytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -48,7 +49,7 @@ class SendOrder(Generic[Key]):
 
     @property
     def backlog_bytes(self) -> int:
-        return sum(entry.remaining_bytes for entry in self._entries.values())
+        return self._backlog_bytes
 
     def add(self, key: Key, remaining_bytes: int, deadline_s: float) -> None:
         """A transfer with bytes to send. Raises LocalProtocolError if it is already there or has none."""
@@ -56,14 +57,18 @@ class SendOrder(Generic[Key]):
             raise LocalProtocolError(f"transfer {key!r} with {remaining_bytes} bytes can't join the order")
         self._serial += 1
         self._entries[key] = _Entry(remaining_bytes, deadline_s, self._serial)
+        self._backlog_bytes += remaining_bytes
 
     def remove(self, key: Key) -> None:
         """Forget it, sent or not; unknown ones are ignored."""
-        self._entries.pop(key, None)
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._backlog_bytes -= entry.remaining_bytes
 
     def add_bytes(self, key: Key, more_bytes: int) -> None:
         """Bytes to send again (lost with a stream, or refused as corrupt)."""
         self._entries[key].remaining_bytes += more_bytes
+        self._backlog_bytes += more_bytes
 
     def remaining_bytes(self, key: Key) -> int:
         return self._entries[key].remaining_bytes
@@ -106,7 +111,9 @@ class SendOrder(Generic[Key]):
                 self._entries[other].owed_bytes += share * sent_bytes
             entry.owed_bytes -= sent_bytes
         entry.remaining_bytes -= sent_bytes
+        self._backlog_bytes -= sent_bytes
         if entry.remaining_bytes <= 0:
+            self._backlog_bytes -= entry.remaining_bytes
             del self._entries[key]
             self._forgive(entry.owed_bytes)
 

@@ -303,7 +303,8 @@ def decode_table(table: bytes | bytearray | memoryview, version: int, payload_by
     them empty, none past the end of memory, none over another.
     """
     pieces = _decode_plain(table) if version < 2 else _decode_compact(table)
-    if bool((pieces[:, 1] > K_BLOCK_MAX_BYTES).any()) or int(pieces[:, 1].sum()) != payload_bytes:
+    # Of at most K_RUNS_MAX lengths below 2^32 the sum is exact, so none is longer than the payload.
+    if int(pieces[:, 1].sum()) != payload_bytes:
         raise RemoteProtocolError("a table that doesn't add up to its payload")
     fault = fault_of_iov(pieces, overlap_is_fault=True)
     if fault is not None:
@@ -314,7 +315,10 @@ def decode_table(table: bytes | bytearray | memoryview, version: int, payload_by
 def _decode_plain(table: bytes | bytearray | memoryview) -> U64:
     if not table or len(table) % 16 or len(table) > 16 * K_RUNS_MAX:
         raise RemoteProtocolError(f"a table of {len(table)} bytes")
-    return np.frombuffer(table, dtype="<u8").reshape(-1, 2).astype(np.uint64)
+    pieces = np.frombuffer(table, dtype="<u8").reshape(-1, 2).astype(np.uint64)
+    if bool((pieces[:, 1] > K_BLOCK_MAX_BYTES).any()):
+        raise RemoteProtocolError("a piece longer than a block")
+    return pieces
 
 
 def _decode_compact(table: bytes | bytearray | memoryview) -> U64:
