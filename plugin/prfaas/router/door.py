@@ -22,7 +22,7 @@ from prfaas.router.clients import Clients, Wishes
 from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded, error_event
 from prfaas.router.outcome import Outcome, answer_headers
 from prfaas.router.prefixes import Caches
-from prfaas.router.relay import Relay
+from prfaas.router.relay import EventStream, Relay
 from prfaas.router.scheduler import Scheduler
 from prfaas.router.ticket import Ticket
 from prfaas.router.tokens import OffLoop, Prompt, PromptReader
@@ -152,6 +152,13 @@ class Door:
 
     async def _body(self, request: web.Request) -> bytes:
         limits = self._config.limits
+        content = request.content
+        if content.is_eof() and content.exception() is None:
+            # It came with its head, as short ones do.
+            raw = content.read_nowait()
+            if len(raw) > limits.max_body_bytes:
+                raise _too_large(limits.max_body_bytes)
+            return raw
         try:
             async with asyncio.timeout(limits.body_timeout_s):
                 return await request.read()
@@ -160,9 +167,7 @@ class Door:
                 f"The body did not arrive within {limits.body_timeout_s:g} s.", status=408, code="slow_body"
             ) from None
         except web.HTTPRequestEntityTooLarge:
-            raise BadRequest(
-                f"The body is larger than {limits.max_body_bytes} bytes.", status=413, code="body_too_large"
-            ) from None
+            raise _too_large(limits.max_body_bytes) from None
         except (aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
             raise BadRequest(f"The body can't be read: {error}", code="bad_body") from None
 
@@ -333,11 +338,7 @@ class Door:
         headers["Content-Type"] = "text/event-stream; charset=utf-8"
         headers["Cache-Control"] = "no-cache"
         headers["X-Accel-Buffering"] = "no"
-        out = web.StreamResponse(headers=headers)
-        if request.version >= (1, 1):
-            out.enable_chunked_encoding()
-        else:
-            out.force_close()
+        out = EventStream(request, headers)
         try:
             await self._stream(request, out, attempt, opened, outcome)
         except ConnectionResetError as left:
@@ -348,7 +349,7 @@ class Door:
     async def _stream(
         self,
         request: web.Request,
-        out: web.StreamResponse,
+        out: EventStream,
         attempt: Attempt,
         opened: Opened,
         outcome: Outcome,
@@ -356,8 +357,7 @@ class Door:
         """From the first events to the end of the answer. Raises ConnectionResetError: the client left."""
         assert opened.connection is not None
         stall_s = self._config.limits.client_stall_s
-        await out.prepare(request)
-        await _write(request, out, opened.first, stall_s)
+        out.send(opened.first)
         relay = Relay(request, out, opened.connection, opened.cutter)
         cause = await relay.run(self._config.retry.stall_s, stall_s)
         if cause is None:
@@ -368,16 +368,9 @@ class Door:
             event = error_event(
                 f"The server's stream ended early ({cause}).", "server_error", "stream_broken"
             )
-            await _write(request, out, event, stall_s)
+            out.send(event)
         await out.write_eof()
 
 
-async def _write(request: web.Request, out: web.StreamResponse, data: bytes, stall_s: float) -> None:
-    """To the client. Raises ConnectionResetError when it has left, or takes nothing any more."""
-    try:
-        async with asyncio.timeout(stall_s):
-            await out.write(data)
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the client takes nothing of its stream") from None
+def _too_large(most_bytes: int) -> BadRequest:
+    return BadRequest(f"The body is larger than {most_bytes} bytes.", status=413, code="body_too_large")

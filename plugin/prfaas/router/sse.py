@@ -45,6 +45,13 @@ class EventCutter:
             self.done = chunk.endswith(K_DONE)
         return chunk
 
+    def passes(self, data: bytes, start: int, end: int) -> bool:
+        """Whether data[start:end] is whole events by itself, as after `feed`, which then isn't needed."""
+        if self._held or not data.endswith(K_END, start, end):
+            return False
+        self.done = data.endswith(K_DONE, start, end)
+        return True
+
 
 class Failure(msgspec.Struct, frozen=True):
     """An error that a server told in its answer."""

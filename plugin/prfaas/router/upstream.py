@@ -20,6 +20,7 @@ K_MAX_BODY_BYTES = 256 << 20
 K_MAX_BUFFERED_BYTES = 1 << 20
 """Of a stream that nobody takes: then the server isn't read from."""
 _STATUS = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: [^\r\n]*)?")
+_PLAIN_SIZE = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 
 
@@ -73,6 +74,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._on_data: Callable[[bytes], None] | None = None
         self._on_end: Callable[[UpstreamError | None], None] | None = None
+        self._on_chunk: Callable[[bytes, int], bool] | None = None
 
     # What the router calls
 
@@ -96,7 +98,7 @@ class Connection(asyncio.Protocol):
         self._parts.clear()
         self._buffered_bytes = 0
         self._until_end = False
-        self._on_data = self._on_end = None
+        self._on_data = self._on_end = self._on_chunk = None
         self._transport.write(data)
 
     async def head(self) -> int:
@@ -130,9 +132,18 @@ class Connection(asyncio.Protocol):
             self.resume()
         return data
 
-    def pipe(self, on_data: Callable[[bytes], None], on_end: Callable[[UpstreamError | None], None]) -> None:
-        """From now on call on_data with the body's bytes as they come, then on_end once."""
-        self._on_data, self._on_end = on_data, on_end
+    def pipe(
+        self,
+        on_data: Callable[[bytes], None],
+        on_end: Callable[[UpstreamError | None], None],
+        on_chunk: Callable[[bytes, int], bool] | None = None,
+    ) -> None:
+        """From now on call on_data with the body's bytes as they come, then on_end once.
+
+        A whole chunk that comes alone is given to `on_chunk` as it stands, with the place where its data
+        begins (they end two bytes before its own end); on_data gets the data if that says False.
+        """
+        self._on_data, self._on_end, self._on_chunk = on_data, on_end, on_chunk
         while self._parts:
             on_data(self._parts.popleft())
         self._buffered_bytes = 0
@@ -154,7 +165,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """At once, whatever is under way."""
-        self._on_data = self._on_end = None
+        self._on_data = self._on_end = self._on_chunk = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -183,6 +194,8 @@ class Connection(asyncio.Protocol):
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
+        elif self._on_chunk is not None and self._state is _State.CHUNK_SIZE and self._is_chunk(data):
+            return
         try:
             self._parse(data)
         except NotHttp as error:
@@ -191,6 +204,17 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
         if self._waiter is not None and (self._over or not self._until_end):
             self._wake()
+
+    def _is_chunk(self, data: bytes) -> bool:
+        """The common case of a stream: one token, one chunk, one segment. Taken whole, or left alone."""
+        assert self._on_chunk is not None
+        found = _PLAIN_SIZE.match(data)
+        if found is None:
+            return False
+        start = found.end()
+        if len(data) != start + int(found[1], 16) + 2 or not data.endswith(b"\r\n"):
+            return False
+        return self._on_chunk(data, start)
 
     # The parser
 
@@ -308,7 +332,7 @@ class Connection(asyncio.Protocol):
             self.pause()
 
     def _end(self) -> None:
-        on_end, self._on_end, self._on_data = self._on_end, None, None
+        on_end, self._on_end, self._on_data, self._on_chunk = self._on_end, None, None, None
         if on_end is not None:
             on_end(self._error)
 

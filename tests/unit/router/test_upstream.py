@@ -90,16 +90,34 @@ def test_a_sized_answer_is_the_same_however_it_is_cut(pieces: list[bytes], place
     assert connection.reusable
 
 
-@given(pieces=K_PIECES, places=K_PLACES)
-def test_piped_bytes_are_the_answers_in_order_and_end_once(pieces: list[bytes], places: list[int]) -> None:
+@given(pieces=K_PIECES, places=K_PLACES, takes=st.lists(st.booleans()), one_by_one=st.booleans())
+def test_piped_bytes_are_the_answers_in_order_and_end_once(
+    pieces: list[bytes], places: list[int], takes: list[bool], one_by_one: bool
+) -> None:
+    """Whole chunks may be taken as they stand, or refused; in any mixture the data is the same."""
+
     async def main() -> None:
         connection, _ = connected()
         got: list[bytes] = []
         ends: list[UpstreamError | None] = []
-        feeds = cut(chunked(pieces), places)
+        turns = iter(takes)
+
+        def on_chunk(chunk: bytes, start: int) -> bool:
+            if not next(turns, True):
+                return False
+            data = chunk[start:-2]
+            assert chunk == b"%x\r\n%b\r\n" % (len(data), data)
+            got.append(data)
+            return True
+
+        if one_by_one:
+            whole = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces if piece]
+            feeds = [chunked([]).removesuffix(b"0\r\n\r\n"), *whole, b"0\r\n\r\n"]
+        else:
+            feeds = cut(chunked(pieces), places)
         for feed in feeds[:1]:
             connection.data_received(feed)
-        connection.pipe(got.append, ends.append)
+        connection.pipe(got.append, ends.append, on_chunk)
         for feed in feeds[1:]:
             connection.data_received(feed)
         assert b"".join(got) == b"".join(pieces)
