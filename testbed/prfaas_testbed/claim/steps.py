@@ -26,6 +26,7 @@ from prfaas_testbed.experiment.view import View
 
 K_EXPERIMENT = "claim-steps"
 K_GOAL = 0.95
+K_TOKENS = 16  # of the case, that each token of the experiment stands for
 K_BATCHES = 8  # stretches of equal length whose means give the interval
 K_OURS = ("testbed", "simulator")
 K_BEST = "best threshold, simulated"
@@ -70,7 +71,7 @@ def _rows(part: str, run: Run, experiment: Experiment) -> list[dict[str, Any]]:
     assert not isinstance(lengths, TraceLengths)
     system = system_of(case, lengths_of(lengths)).changed(egress_bps=float(part) * 1e9)
     plan = best_threshold(system, K_PREFILL)
-    told = PolicyConfig(name="paper", regime="scarce", threshold_tokens=plan.threshold_tokens)
+    told = PolicyConfig(name="paper", regime="scarce", threshold_tokens=plan.threshold_tokens / K_TOKENS)
     label = {
         "part": part, "step_s": event.at_s, "until_s": experiment.workload.duration_s,
         "planned_rps": plan.throughput_rps, "threshold_tokens": plan.threshold_tokens,

@@ -189,15 +189,16 @@ def _costs(rows: list[dict[str, Any]]) -> str:
     head = ["% of a core", "router", "pumps", "prefill", "decode", "client", "router, ms a request",
             "pumps, ms a request"]  # fmt: skip
     return table(head, lines) + (
-        "\nOf all processes of a role together, over the whole load with its end. The router reads, hashes "
-        "and sends on prompts of 27,000 tokens on average as JSON, and relays 128 events a request.\n\n"
+        "\nOf all processes of a role together, over the whole load with its end. The router "
+        "sends on prompts of 1,700 tokens on average as JSON, and relays 128 events a request.\n\n"
     )
 
 
 K_SCALE = """
 At the 1T case's own scale: what ran has times, bytes and the round trip of half the size, so that a second
 of the table is half a second that passed; rates and bytes on the emulated link are divided by 500 besides.
-A decode step stands for eight tokens. *two-sites* is as it is, with profiled instances in place of its
+Sixteen tokens of a prompt are one, eight of an answer: what prompts of the true length cost a CPU isn't seen
+here. *two-sites* is as it is, with profiled instances in place of its
 servers, through the router. Both worlds got the same requests at the same times. *Answered*:
 between the first fifth and the last of the arrivals. *Load*: of what the plan says a system carries.
 
