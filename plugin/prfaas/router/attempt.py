@@ -74,6 +74,8 @@ class Route:
     """Uncached tokens that prefill will have to compute, by prediction."""
     priority: int | None = None
     """For servers that are `ordered`: the greater goes first."""
+    prefill_s: float = 0.0
+    """Seconds that prefill will take, by prediction."""
 
 
 @dataclass(slots=True)
@@ -129,6 +131,7 @@ class Attempt:
         self._connection: Connection | None = None
         self._answered = False
         self._booked_tokens = 0
+        self._booked = 0
 
     def _prefill_fields(self, extra: dict[str, object]) -> dict[str, object]:
         # Prefill's answer isn't shown to anybody: one small object tells its end and its figures best.
@@ -200,6 +203,7 @@ class Attempt:
             self.route.prefill.in_flight += 1
             self.route.prefill.pending_tokens += self.route.prefill_tokens
             self._booked_tokens = self.route.prefill_tokens
+            self._booked = self.route.prefill.prefilling.add(self.route.prefill_s, self._clock())
 
     def _unbook_prefill(self, _task: asyncio.Task[None]) -> None:
         assert self.route.prefill is not None
@@ -212,6 +216,7 @@ class Attempt:
         if self.route.prefill is not None:
             self.route.prefill.pending_tokens -= self._booked_tokens
             self._booked_tokens = 0
+            self.route.prefill.prefilling.remove(self._booked, self._clock())
 
     async def _prefill(self, server: ServerHandle) -> None:
         connection = None

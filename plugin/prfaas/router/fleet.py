@@ -12,6 +12,10 @@ from prfaas.config.router import RouterConfig, Server
 from prfaas.model.ids import ModelId, SiteId
 from prfaas.model.observations import InstanceObservation, Role
 from prfaas.router.pool import K_CONNECT_S, K_KEEP_ALIVE_S, UpstreamPool
+from prfaas.router.queueing import PrefillQueue
+
+K_TOKENS_PER_S = 5000.0
+"""Speed of a server that has told of none."""
 
 
 @dataclass(slots=True)
@@ -45,6 +49,10 @@ class ServerHandle:
     """Requests of ours that it hasn't answered."""
     pending_tokens: int = 0
     """Uncached prompt tokens of ours on it whose prefill hasn't ended."""
+    prefilling: PrefillQueue = field(default_factory=PrefillQueue)
+    """The same in seconds."""
+    told_tokens: int = 0
+    """What pending_tokens was when it last reported: the rest of what it reported is others'."""
     down_until_s: float = float("-inf")
     """Not to be used before, after a connection failed."""
     misses: int = 0
@@ -80,9 +88,11 @@ class ServerHandle:
         await self.session.close()
 
     def observe(self, now: float, max_age_s: float) -> InstanceObservation:
-        """Its load: the worse of what it reports and of what this router knows to be there.
+        """Its load: what this router knows to be there, and what the server reports beyond that as others'.
 
-        A server that reports too little gains nothing by it: our own requests on it still count.
+        A server that reports too little gains nothing by it: our own requests on it still count. What they
+        take is known in seconds, as predicted when they were sent; others' tokens become seconds where the
+        server's speed is known, else all of it is told in tokens.
         """
         fresh = now - self.reported.at_s <= max_age_s
         said = self.reported if fresh else Reported(max_running=self.reported.max_running)
@@ -92,6 +102,11 @@ class ServerHandle:
             free = max(0, said.total_tokens - said.used_tokens)
         limit = self.config.max_running or self.reported.max_running
         ours = max(0, self.in_flight - said.waiting) if decodes else 0
+        others_tokens = max(0, said.waiting_uncached_tokens - self.told_tokens)
+        speed = self.reported.prefill_tokens_per_s
+        backlog_s = None
+        if not others_tokens or speed:
+            backlog_s = self.prefilling.backlog_s(now) + (others_tokens / speed if speed else 0.0)
         return InstanceObservation(
             instance=self.name,
             site=self.site,
@@ -99,8 +114,9 @@ class ServerHandle:
             at_s=max(self.reported.at_s, 0.0),
             running=max(said.running, ours),
             waiting=said.waiting,
-            waiting_uncached_tokens=max(said.waiting_uncached_tokens, self.pending_tokens),
-            prefill_tokens_per_s=self.reported.prefill_tokens_per_s,
+            waiting_uncached_tokens=others_tokens + self.pending_tokens,
+            prefill_backlog_s=backlog_s,
+            prefill_tokens_per_s=speed,
             free_tokens=free,
             total_tokens=self.reported.total_tokens,
             max_running=limit,
@@ -179,12 +195,14 @@ def _open(site: SiteId, server: Server) -> ServerHandle:
 
 
 def least_loaded(handles: Iterable[ServerHandle], now: float, max_age_s: float) -> ServerHandle | None:
-    """The prefill server with the fewest tokens before a new one; None without any."""
+    """The prefill server that would be free first; None without any."""
     best, best_key = None, (float("inf"), float("inf"))
     for handle in handles:
         seen = handle.observe(now, max_age_s)
-        speed = seen.prefill_tokens_per_s or 1.0
-        key = (seen.waiting_uncached_tokens / speed, float(handle.in_flight))
+        wait_s = seen.prefill_backlog_s
+        if wait_s is None:
+            wait_s = seen.waiting_uncached_tokens / K_TOKENS_PER_S
+        key = (wait_s, float(handle.in_flight))
         if key < best_key:
             best, best_key = handle, key
     return best

@@ -170,6 +170,7 @@ class LoadPoller:
             except ReportError:
                 cause = "garbage"
         if cause is None:
+            handle.told_tokens = handle.pending_tokens
             handle.misses = 0
             self._follow_role()
             if handle.down_until_s > self._clock():

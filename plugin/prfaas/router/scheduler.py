@@ -263,7 +263,8 @@ class Scheduler:
         decode = decode or least_running(_least_blamed(ticket, decodes), now, max_age_s)
         if decode is None:
             return None
-        return Route(decode, prefill, tokens, self._priority(decision, ticket, now))
+        priority, prefill_s = self._priority(decision, ticket, now), decision.chosen.prefill_s
+        return Route(decode, prefill, tokens, priority, prefill_s)
 
     def _priority(self, decision: Decision, ticket: Ticket, now: float) -> int:
         """The order of service as SGLang's priority: the negative of a time of day in ms, which several
