@@ -113,13 +113,13 @@ class Relay:
             return
         self._write(b"%x\r\n%b\r\n" % (len(events), events) if self._chunked else events)
 
-    def _on_chunk(self, chunk: bytes, body: int) -> bool:
-        """A whole chunk with its size and its end: what the server wrote is what the client gets."""
-        if not self._cutter.passes(chunk, body, len(chunk) - 2):
+    def _on_chunk(self, chunks: bytes, last: int) -> bool:
+        """Whole chunks with their sizes: what the server wrote is what the client gets."""
+        if not self._cutter.passes(chunks, last, len(chunks) - 2):
             return False
         self._heard = True
         if not self._done.done():
-            self._write(chunk)
+            self._write(chunks)
         return True
 
     def _write(self, data: bytes) -> None:

@@ -140,8 +140,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         """From now on call on_data with the body's bytes as they come, then on_end once.
 
-        A whole chunk that comes alone is given to `on_chunk` as it stands, with the place where its data
-        begins (they end two bytes before its own end); on_data gets the data if that says False.
+        Whole chunks that come alone are given to `on_chunk` as they stand, with the place where the last
+        one's data begin (they end two bytes before the chunk does); on_data gets the data if that says False.
         """
         self._on_data, self._on_end, self._on_chunk = on_data, on_end, on_chunk
         while self._parts:
@@ -194,7 +194,7 @@ class Connection(asyncio.Protocol):
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
-        elif self._on_chunk is not None and self._state is _State.CHUNK_SIZE and self._is_chunk(data):
+        elif self._on_chunk is not None and self._state is _State.CHUNK_SIZE and self._is_whole(data):
             return
         try:
             self._parse(data)
@@ -205,15 +205,19 @@ class Connection(asyncio.Protocol):
         if self._waiter is not None and (self._over or not self._until_end):
             self._wake()
 
-    def _is_chunk(self, data: bytes) -> bool:
-        """The common case of a stream: one token, one chunk, one segment. Taken whole, or left alone."""
+    def _is_whole(self, data: bytes) -> bool:
+        """The common case of a stream: a token, a chunk, a segment. Taken as it is, or left alone."""
         assert self._on_chunk is not None
-        found = _PLAIN_SIZE.match(data)
-        if found is None:
-            return False
-        start = found.end()
-        if len(data) != start + int(found[1], 16) + 2 or not data.endswith(b"\r\n"):
-            return False
+        start = end = 0
+        size = len(data)
+        while end < size:
+            found = _PLAIN_SIZE.match(data, end)
+            if found is None:
+                return False
+            start = found.end()
+            end = start + int(found[1], 16) + 2
+            if data[end - 2 : end] != b"\r\n":
+                return False
         return self._on_chunk(data, start)
 
     # The parser
