@@ -89,9 +89,11 @@ class LinkBook:
             state.probing += 1
 
     def on_succeeded(self, link: LinkId) -> None:
+        """A first token by way of it: it carries, whatever became of others."""
         state = self._states.get(link)
         if state is not None:
             state.failures = state.probing = 0
+            state.down_until_s = float("-inf")
 
     def on_given_up(self, link: LinkId) -> None:
         """The attempt ended without saying anything of the link (the client left)."""

@@ -125,13 +125,15 @@ def simulated(
 
 def on_testbed(run: Run, part: str | None) -> Iterator[tuple[int, Played]]:
     """Each repetition of a part. Bytes are scaled back to those of the profiles."""
+    own = (run.model_extra or {}).get("part_runs", {}).get(part, {})
+    scale = float(own.get("scale", run.scale))
     for index, rows in View(run, part).repetitions():
         ordered = sorted(rows, key=lambda row: row.sent_s - (number(row, "lateness_s") or 0.0))
         columns: dict[str, list[float]] = {name: [] for name in K_COLUMNS}
         for row in ordered:
             values = (
                 row.sent_s, row.ttft_s, row.e2e_s, row.prompt_tokens, row.cached_tokens or 0,
-                (row.kv_bytes or 0) * run.scale if field(row, "transfer") == "wan" else 0,
+                (row.kv_bytes or 0) * scale if field(row, "transfer") == "wan" else 0,
                 row.error is not None,
             )  # fmt: skip
             for name, value in zip(K_COLUMNS, values, strict=True):

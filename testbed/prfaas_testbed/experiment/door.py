@@ -67,6 +67,7 @@ def router_file(
         "home": experiment.router.site,
         "policy": experiment.router.policy.model_dump(mode="json"),
         "retry": {"total_s": experiment.request_timeout_s},
+        "logs": {"events": str(folder / "router-events.jsonl")},
         "seed": experiment.seed,
     }
     return write_json(folder / "router.yaml", config)

@@ -103,6 +103,17 @@ def test_a_link_that_failed_rests_then_one_request_tries_it_and_the_rest_grows()
     assert links.estimates(26.3)[K_LINK].up
 
 
+def test_a_link_that_carries_others_through_does_not_rest_for_one_that_failed() -> None:
+    links = book()
+    links.on_failed(K_LINK, 10.0)
+    assert not links.estimates(10.5)[K_LINK].up
+    links.on_succeeded(K_LINK)
+    assert links.estimates(10.5)[K_LINK].up
+    links.on_failed(K_LINK, 11.0)
+    assert not links.estimates(15.9)[K_LINK].up
+    assert links.estimates(16.1)[K_LINK].up, "its rest is the first one's again"
+
+
 def test_who_waits_for_the_same_thing_keeps_its_order() -> None:
     pen = HoldingPen()
     assert not pen.ahead("west", 1.0)
