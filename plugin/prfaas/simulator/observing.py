@@ -25,29 +25,19 @@ class Outlook:
         every_s: float,
     ) -> None:
         self._engines, self._homes, self._every_s = sites, homes, every_s
-        self._ways = frozenset((link.source, link.target) for link in links)
         self._sites: dict[SiteId, SiteObservation] = {}
         self._sites_at_s = -math.inf
-        self._around: dict[SiteId, dict[SiteId, SiteObservation]] = {}
         self._estimates: dict[LinkId, LinkEstimate] = {}
         for link_id, link in links.items():
             self._estimates[link_id] = link.estimate
             link.told = self._estimates
 
-    def snapshot(self, now: float, home: SiteId | None = None) -> Snapshot:
-        """What the door knows at `now`: all, or a home's surroundings: itself and those with a way to it."""
+    def snapshot(self, now: float) -> Snapshot:
+        """What the door knows at `now`: all of it, because what is missing counts as gone."""
         if now - self._sites_at_s >= self._every_s or not self._sites:
             self._sites_at_s = now
             self._sites = self.look(now)
-            self._around = {
-                home: {
-                    site: seen
-                    for site, seen in self._sites.items()
-                    if site == home or (site, home) in self._ways
-                }
-                for home in self._homes
-            }
-        return Snapshot(now, self._sites if home is None else self._around[home], self._estimates)
+        return Snapshot(now, self._sites, self._estimates)
 
     def look(self, now: float) -> dict[SiteId, SiteObservation]:
         """The sites' load as it is; the door doesn't hear of it."""

@@ -149,7 +149,7 @@ class World:
         if live.over:
             return
         live.view = view = self.outlook.view(live.request, live.excluded, live.attempt)
-        decision = self.policy.decide(view, self.outlook.snapshot(now, view.home), now)
+        decision = self.policy.decide(view, self.outlook.snapshot(now), now)
         live.decision = decision
         if decision.action is Action.DISPATCH:
             self._dispatch(live, decision, now)

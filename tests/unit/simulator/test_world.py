@@ -307,3 +307,18 @@ def test_requests_that_wait_too_long_are_given_up_each_at_its_own_time() -> None
     assert {row["e2e_s"] for row in late} == {4.0}
     assert all(row["error"] or row["ttft_s"] <= 4 for row in rows(record))
     assert 5 < len(late) < 100
+
+
+def test_several_homes_weigh_sites_by_all_that_there_is_and_not_by_their_surroundings_alone() -> None:
+    """What a snapshot lacks counts as gone: each request must see every site, or prices never settle."""
+    simulated = homes("west", "north")
+    seen = []
+    decide = simulated.world.policy.decide
+
+    def listen(view, snapshot, now):  # noqa: ANN001, ANN202
+        seen.append(set(snapshot.sites))
+        return decide(view, snapshot, now)
+
+    simulated.world.policy.decide = listen  # type: ignore[method-assign]
+    simulated.run()
+    assert all(sites == {"east", "west", "north"} for sites in seen)
