@@ -16,7 +16,8 @@ from prfaas.pump import tcpinfo
 from prfaas.pump.backoff import Backoff
 from prfaas.pump.handler import Handler
 from prfaas.pump.loop import Loop
-from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Stream
+from prfaas.pump.measured import K_UNSENT_FIRST_BYTES
+from prfaas.pump.stream import Stream
 from prfaas.pump.trust import Trust
 
 K_REFUSED_S = 10.0

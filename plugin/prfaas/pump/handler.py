@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from prfaas.pump.tcpinfo import TcpInfo
 from prfaas.transfer.frames import Header, Hello
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ class Counters:
     def add(self, other: Counters) -> None:
         for name, value in other.as_dict().items():
             setattr(self, name, getattr(self, name) + value)
+
+    def take(self, info: TcpInfo) -> None:
+        """What the kernel counts of one stream."""
+        self.bytes_acked = info.acked_bytes
+        self.retransmitted_bytes, self.tcp_bytes_sent = info.retransmitted_bytes, info.sent_bytes
+        self.tcp_bytes_received = info.received_bytes
+        self.segments_out, self.segments_in = info.segments_out, info.segments_in
 
     def as_dict(self) -> dict[str, int]:
         return dataclasses.asdict(self)

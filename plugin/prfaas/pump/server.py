@@ -19,10 +19,11 @@ from prfaas.pump.desk import LinkDesk
 from prfaas.pump.forwarding import Exposed, Forwards
 from prfaas.pump.inbound import Inbound
 from prfaas.pump.loop import Loop
+from prfaas.pump.measured import K_UNSENT_FIRST_BYTES
 from prfaas.pump.owner import Owner
 from prfaas.pump.page import Page
 from prfaas.pump.peer import Peer
-from prfaas.pump.stream import K_UNSENT_FIRST_BYTES, Stream
+from prfaas.pump.stream import Stream
 from prfaas.pump.trust import Trust
 from prfaas.pump_client import messages as m
 from prfaas.transfer.frames import FrameType, Hello, LedgerMessage, decode_message, message_frame

@@ -17,11 +17,12 @@ from enum import Enum
 
 from prfaas.model.errors import RemoteProtocolError
 from prfaas.pump import tcpinfo
-from prfaas.pump.handler import Counters, Handler
+from prfaas.pump.handler import Handler
 from prfaas.pump.loop import Loop
+from prfaas.pump.measured import Measured
 from prfaas.pump.memory import Buffer
+from prfaas.pump.tls import TlsEnd, tls_end
 from prfaas.transfer.frames import (
-    K_ACKS_PER_FRAME,
     K_BLOCK_MAX_BYTES,
     K_CONTROL_MAX_BYTES,
     K_HEADER_BYTES,
@@ -30,7 +31,7 @@ from prfaas.transfer.frames import (
     FrameType,
     Header,
     Hello,
-    ack_body,
+    ack_frames,
     checksum,
     control_frame,
     decode_message,
@@ -42,10 +43,6 @@ K_TURN_BYTES = 2 << 20
 K_QUEUE_MAX_BYTES = 8 << 20
 """A peer that doesn't read our answers to its own frames loses the stream."""
 K_PONG_BYTES = 16  # of a PING that its answer carries back: enough to tell it by, and no load on the way back
-K_UNSENT_FIRST_BYTES = 256 * 1024
-K_UNSENT_LEAST_BYTES = 64 * 1024
-K_UNSENT_SHARED_BYTES = 1 << 20
-K_UNSENT_MOST_BYTES = 4 << 20
 K_SMALL_BUFFER_BYTES = K_CONTROL_MAX_BYTES
 K_LARGE_BUFFER_BYTES = K_BLOCK_MAX_BYTES + K_TABLE_MAX_BYTES + K_HEADER_BYTES
 K_LOWAT_MOST_BYTES = 256 * 1024
@@ -62,7 +59,7 @@ class State(Enum):
     CLOSED = "closed"
 
 
-class Stream:
+class Stream(Measured):
     """See the module. `index` is its place among the peer's streams; `dialled` whether we opened it."""
 
     def __init__(
@@ -72,21 +69,17 @@ class Stream:
         self.loop, self.handler, self.index, self.dialled = loop, handler, index, dialled
         self.state = State.CONNECTING if dialled else (State.TLS if tls else State.HELLO)
         self.version = K_HELLO_VERSION
-        self.counters = Counters()
+        super().__init__(sock, now)
         self.peer_site = ""
         self.proved_site = ""
         """The site of the peer's certificate; empty without TLS."""
         self.untrusted = ""
         self.answered = self.is_cut = False
         """Whether anybody was there at all."""
-        self.opened_s = self.progress_s = now
-        self.acked_bytes = 0
-        self.congestion_control = ""
-        self.info: tcpinfo.TcpInfo | None = None
+        self.opened_s = now
         self.session: object = None
-        self._unsent_bytes = K_UNSENT_FIRST_BYTES
-        self._tls = tls
-        self._sock: socket.socket | ssl.SSLSocket = sock
+        self._context = tls
+        self._tls: TlsEnd | None = None
         self._fd = sock.fileno()
         self._mask = 0
         self._queue: list[bytes] = []
@@ -124,11 +117,10 @@ class Stream:
         return self._blocked
 
     def _wrap(self) -> None:
-        assert self._tls is not None
+        assert self._context is not None
         self._sock.setblocking(False)
-        self._sock = self._tls.wrap_socket(
-            self._sock, server_side=not self.dialled, do_handshake_on_connect=False
-        )
+        self._tls = tls_end(self._sock, self._context, dialled=self.dialled)
+        self._sock = self._tls.sock
 
     def _interest(self, mask: int) -> None:
         if mask == self._mask or self.state is State.CLOSED:
@@ -147,8 +139,10 @@ class Stream:
         try:
             if self.state is State.CONNECTING:
                 self._finish_connect()
-            if self.state is State.TLS and not self._handshake():
-                return
+            if self.state is State.TLS:
+                if not self._handshake():
+                    return
+                mask |= R  # what came with the end of the handshake is off the socket already
             if self.state is State.HELLO and not self._queue and not self.counters.control_bytes_sent:
                 self._send_hello()
             if mask & R:
@@ -171,17 +165,15 @@ class Stream:
             raise OSError(code, os.strerror(code))
         self.answered = True
         self.state = State.HELLO
-        if self._tls is not None:
+        if self._context is not None:
             self.state = State.TLS
-            self.loop.remove(self._fd)
-            self._mask = 0
             self._wrap()
         self._interest(R | W)
 
     def _handshake(self) -> bool:
-        assert isinstance(self._sock, ssl.SSLSocket)
+        assert self._tls is not None
         try:
-            self._sock.do_handshake()
+            self._tls.do_handshake()
         except ssl.SSLWantReadError:
             self._interest(R)
             return False
@@ -189,7 +181,7 @@ class Stream:
             self._interest(W)
             return False
         try:
-            self.proved_site = self.handler.check_certificate(self._sock.getpeercert() or {})
+            self.proved_site = self.handler.check_certificate(self._tls.getpeercert())
         except RemoteProtocolError as error:
             self.untrusted = str(error)
             raise
@@ -209,13 +201,14 @@ class Stream:
     # Reading
 
     def _read(self, now: float) -> None:
-        budget, plain = K_TURN_BYTES, self._tls is None
+        budget, tls = K_TURN_BYTES, self._tls
+        receive = self._sock.recv_into if tls is None else tls.recv_into
         while budget > 0 and not self.closed:
             header = self._header
             beyond = K_HEADER_BYTES if header is not None and header.type is FrameType.BLOCK else 0
             room = self._want + beyond - self._got
             try:
-                n = self._sock.recv_into(self._in.view[self._got : self._got + room])
+                n = receive(self._in.view[self._got : self._got + room])
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             if n == 0:
@@ -226,11 +219,11 @@ class Stream:
             self.progress_s = now
             if self._got >= self._want:
                 self._whole(now)
-            if plain and n < room:
+            if n < room:
                 break  # there is no more
-        if plain:
+        if tls is None:
             self._sleep_until_worth_it()
-        elif budget <= 0 and not self.closed and self._sock.pending():  # type: ignore[union-attr]
+        elif budget <= 0 and not self.closed and tls.pending():
             self.loop.call_again(self, R)
 
     def _sleep_until_worth_it(self) -> None:
@@ -312,29 +305,31 @@ class Stream:
 
     def write(self, now: float) -> None:
         """Send what is queued, then blocks, until the socket is full or the turn is over."""
-        budget = K_TURN_BYTES
+        budget, tls = K_TURN_BYTES, self._tls
+        send = self._sock.send if tls is None else tls.send
         while budget > 0 and not self.closed:
             if not self._out and not self._load(now):
+                if tls is not None and not tls.flush():
+                    break
                 self._blocked = False
                 self._interest(R)
                 return
             try:
-                n = self._sock.send(self._out)
+                n = send(self._out)
             except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 break
             budget -= n
             partly = n < len(self._out)
             self._out = self._out[n:]
-            if partly and self._tls is None:
+            if partly and tls is None:
                 break  # it takes no more
         self._blocked = True
         self._interest(R | W)
 
     def _load(self, now: float) -> bool:
         if self._acks and self.state is State.READY:
-            for at in range(0, len(self._acks), K_ACKS_PER_FRAME):
-                body = ack_body(self._acks[at : at + K_ACKS_PER_FRAME])
-                self.send_control(control_frame(self.version, FrameType.ACK, body))
+            for frame in ack_frames(self.version, self._acks):
+                self.send_control(frame)
             self._acks.clear()
         if not self._queue and self.state is State.READY:
             n = self.handler.next_block(self, now)
@@ -349,46 +344,7 @@ class Stream:
             return True
         return False
 
-    # Figures and the end
-
-    def sample(self, now: float) -> None:
-        """Read TCP_INFO; bytes that the peer's kernel acknowledged count as progress."""
-        info = tcpinfo.read(self._sock)
-        if info is None:
-            return
-        if info.acked_bytes > self.acked_bytes or (not info.unacked_packets and not info.notsent_bytes):
-            self.progress_s = now
-        self.info = info
-        c = self.counters
-        self.acked_bytes = c.bytes_acked = info.acked_bytes
-        c.retransmitted_bytes, c.tcp_bytes_sent = info.retransmitted_bytes, info.sent_bytes
-        c.tcp_bytes_received = info.received_bytes
-        c.segments_out, c.segments_in = info.segments_out, info.segments_in
-
-    def room_bytes(self) -> int:
-        """What it carries within a round trip besides what its kernel has already."""
-        return tcpinfo.room_bytes(self._sock)
-
-    def set_congestion_control(self, wanted: str) -> None:
-        """By what the path is, as far as the handshake has shown it."""
-        rtt_s = self.info.min_rtt_s if self.info else 0.0
-        self.congestion_control = tcpinfo.set_congestion_control(self._sock, wanted, rtt_s)
-
-    def set_unsent(self, wait_s: float, n_streams: int) -> None:
-        """Let the kernel hold `wait_s` of the stream's rate unsent: enough to outlast our absence, and no
-        more, for what it holds can't be overtaken by a more urgent block.
-        """
-        if self.info is None:
-            return
-        wanted = K_UNSENT_MOST_BYTES
-        if self.info.min_rtt_s >= tcpinfo.K_LONG_PATH_S:
-            wanted = int(self.info.delivery_rate_bps / 8 * wait_s)
-        # A rate measured while too little was unsent is too low: without a floor each holds down the other.
-        least = max(K_UNSENT_LEAST_BYTES, K_UNSENT_SHARED_BYTES // n_streams)
-        wanted = max(least, min(K_UNSENT_MOST_BYTES, wanted))
-        if not self._unsent_bytes / 1.5 < wanted < self._unsent_bytes * 1.5:
-            self._unsent_bytes = wanted
-            tcpinfo.set_notsent_lowat(self._sock, wanted)
+    # The end
 
     def lose(self, reason: str, now: float) -> None:
         """The stream ends here; its handler hears of it once."""
@@ -403,7 +359,7 @@ class Stream:
         """
         self.is_cut = True
         with contextlib.suppress(OSError):
-            self._sock.send(self.out_buffer.view[:n_bytes])
+            (self._tls or self._sock).send(self.out_buffer.view[:n_bytes])
 
     def close(self, now: float) -> None:
         if self.closed:
@@ -416,6 +372,9 @@ class Stream:
             tcpinfo.abort(self._sock)
         else:
             # What TLS has to say of a certificate it refuses must still reach the peer.
+            if self._tls is not None:
+                with contextlib.suppress(OSError):
+                    self._tls.flush()
             self._sock.close()
         self._queue.clear()
         self._acks.clear()

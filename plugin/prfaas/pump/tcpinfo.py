@@ -12,6 +12,9 @@ from prfaas.transfer import spread
 
 K_TCP_NOTSENT_LOWAT = 25
 K_LONG_PATH_S = 0.002
+K_UNSENT_LEAST_BYTES = 64 * 1024
+K_UNSENT_SHARED_BYTES = 1 << 20
+K_UNSENT_MOST_BYTES = 4 << 20
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
@@ -84,6 +87,16 @@ def room_bytes(sock: socket.socket) -> int:
         return parse_room(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
     except OSError:
         return 0
+
+
+def unsent_bytes(info: TcpInfo, wait_s: float, n_streams: int) -> int:
+    """What the kernel may hold unsent, to last it for `wait_s` at the stream's rate."""
+    wanted = K_UNSENT_MOST_BYTES
+    if info.min_rtt_s >= K_LONG_PATH_S:
+        wanted = int(info.delivery_rate_bps / 8 * wait_s)
+    # A rate measured while too little was unsent is too low: without a floor each holds down the other.
+    least = max(K_UNSENT_LEAST_BYTES, K_UNSENT_SHARED_BYTES // n_streams)
+    return max(least, min(K_UNSENT_MOST_BYTES, wanted))
 
 
 def read(sock: socket.socket) -> TcpInfo | None:

@@ -199,6 +199,12 @@ def ack_body(blocks: list[tuple[int, int]]) -> bytes:
     return b"".join([K_ACK.pack(transfer, block) for transfer, block in blocks])
 
 
+def ack_frames(version: int, blocks: list[tuple[int, int]]) -> list[bytes]:
+    """ACK frames for all of the pairs."""
+    parts = [blocks[at : at + K_ACKS_PER_FRAME] for at in range(0, len(blocks), K_ACKS_PER_FRAME)]
+    return [control_frame(version, FrameType.ACK, ack_body(part)) for part in parts]
+
+
 def decode_acks(body: bytes | bytearray | memoryview) -> list[tuple[int, int]]:
     """Inverse of ack_body. Raises RemoteProtocolError."""
     if not body or len(body) % K_ACK.size:
