@@ -315,7 +315,7 @@ def test_several_homes_weigh_sites_by_all_that_there_is_and_not_by_their_surroun
     seen = []
     decide = simulated.world.policy.decide
 
-    def listen(view, snapshot, now):  # noqa: ANN001, ANN202
+    def listen(view, snapshot, now):
         seen.append(set(snapshot.sites))
         return decide(view, snapshot, now)
 
