@@ -53,13 +53,14 @@ class Curve:
 
     def __call__(self, at: float) -> float:
         """The value at `at` ≥ 0."""
-        x, y = self.x, self.y
-        first = x[0]
-        if at < first:
-            line = y[0] + (at - first) * self._slopes[0]
-            return max(line, y[0] * max(at, 0.0) / first)
-        i = min(bisect_right(x, at) - 1, len(self._slopes) - 1)
-        return y[i] + (at - x[i]) * self._slopes[i]
+        x, y, slopes = self.x, self.y, self._slopes
+        i = bisect_right(x, at) - 1
+        if i < 0:
+            line = y[0] + (at - x[0]) * slopes[0]
+            return max(line, y[0] * max(at, 0.0) / x[0])
+        if i == len(slopes):  # the last point, or beyond
+            i -= 1
+        return y[i] + (at - x[i]) * slopes[i]
 
     def covers(self, at: float) -> bool:
         """Whether `at` lies among the measured points: beyond them, values are extrapolated."""

@@ -49,7 +49,7 @@ class DualPrices:
         self._parent: list[int] = []
         self._seen: set[tuple[int, ...]] = set()
         self._count = 0
-        self._fresh: deque[Sequence[Option]] = deque(maxlen=K_WINDOW)
+        self._fresh: deque[Sequence[tuple[int, float, int, float]]] = deque(maxlen=K_WINDOW)
         """Observed and not yet written down."""
         self._fresh_at = 0
         """The count at which all requests kept have come since a capacity last moved by much."""
@@ -62,8 +62,8 @@ class DualPrices:
         self._mean = np.zeros(0)
         self._capacity = np.zeros(0)
 
-    def observe(self, options: Sequence[Option]) -> None:
-        """A request came, and could take these paths."""
+    def observe(self, options: Sequence[tuple[int, float, int, float]]) -> None:
+        """A request came, and could take these paths: each an Option, or a tuple in its order."""
         self._count += 1
         self._fresh.append(options)
         touched: list[int] = []

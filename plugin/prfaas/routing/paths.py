@@ -149,13 +149,15 @@ class PathFinder:
         size, tail_s = 0.0, 0.0
         if source != home:
             link = snapshot.links.get(self.link_id(source, home))
-            why_not = why_not or _link_trouble(link, source, home)
+            rate_bps = 0.0 if link is None else link.usable_bps
+            if rate_bps <= 0:
+                why_not = why_not or _link_trouble(link, source, home)
             held = request.decode_cached_tokens.get(home, 0) if request.decode_cached_tokens else 0
             size = costs.transfer_bytes(tokens, max(0, min(held, tokens)) if held else 0)
             tail_s = _INF
             if not why_not:
                 assert link is not None  # or there were trouble
-                tail_s = _tail_s(link, size, queue_s + move_s, prefill_s, tokens - cached)
+                tail_s = _tail_s(link, rate_bps, size, queue_s + move_s, prefill_s, tokens - cached)
         # By place, because there are half a dozen of them a decision.
         return PathPrediction(
             source,
@@ -215,11 +217,12 @@ def _arrival_s(link: LinkEstimate | None, size_bytes: float) -> float:
     return (link.backlog_bytes + size_bytes) * 8 / link.usable_bps + link.rtt_s
 
 
-def _tail_s(link: LinkEstimate, size_bytes: float, start_s: float, prefill_s: float, uncached: int) -> float:
+def _tail_s(
+    link: LinkEstimate, rate_bps: float, size_bytes: float, start_s: float, prefill_s: float, uncached: int
+) -> float:
     """From the end of prefill, which starts in start_s, to the last byte's acknowledgement."""
     # of prefill: before the first piece leaves, and after the last but one
     share = K_CHUNK_TOKENS / uncached if uncached > K_CHUNK_TOKENS else 1.0
-    rate_bps = link.usable_bps
     wire_s = size_bytes * 8 / rate_bps
     wait_s = link.backlog_bytes * 8 / rate_bps
     first_s = start_s + prefill_s * share

@@ -27,7 +27,7 @@ from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.answers import BookingPolicy
 from prfaas.routing.base import Fleet, register_policy
 from prfaas.routing.due import DueQueues
-from prfaas.routing.pricing import PriceList
+from prfaas.routing.pricing import PriceList, Way
 from prfaas.routing.tenants import TenantShares
 
 K_GRID = [64]
@@ -57,11 +57,12 @@ class PricesPolicy(BookingPolicy):
 
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
         paths = self.paths.all_paths(request, snapshot, now)
+        ways = self.prices.ways(paths, snapshot, now)
         if request.attempt == 0:
-            self.prices.observe(paths, snapshot, now)
+            self.prices.observe(paths, ways, snapshot, now)
         if self.config.service == "deadline":
-            return self._by_deadline(request, paths, snapshot, now)
-        prices = self.prices.costs(paths, snapshot, self.config.price_gain, now)
+            return self._by_deadline(request, paths, ways, snapshot, now)
+        prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now)
         deadline_s = self.deadline_s(request)
         weight = self._weight(request)
         best, best_cost = -1, float("inf")
@@ -92,7 +93,12 @@ class PricesPolicy(BookingPolicy):
         )
 
     def _by_deadline(
-        self, request: RequestView, paths: list[PathPrediction], snapshot: Snapshot, now: float
+        self,
+        request: RequestView,
+        paths: list[PathPrediction],
+        ways: list[Way | None],
+        snapshot: Snapshot,
+        now: float,
     ) -> Decision:
         """The path, and the place in its queue, at which fewest are late and others are delayed least.
 
@@ -114,7 +120,7 @@ class PricesPolicy(BookingPolicy):
             site: self.due.at(site).hoped_s(backlog_s) / snapshot.sites[site].prefill_instances
             for site, backlog_s in backlogs_s.items()
         }
-        prices = self.prices.costs(paths, snapshot, self.config.price_gain, now, hoped_s)
+        prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
         miss_s = K_MISS_S * self._weight(request)
         best, best_order_s, best_cost = None, 0.0, math.inf
         for path, price in zip(paths, prices, strict=True):

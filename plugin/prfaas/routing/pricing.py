@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeAlias
 
 from prfaas.model.decisions import PathPrediction
 from prfaas.model.ids import LinkId, SiteId
 from prfaas.model.observations import Snapshot
-from prfaas.routing.duals import DualPrices, Option
+from prfaas.routing.duals import DualPrices
 from prfaas.routing.paths import PathFinder
 
 K_RATE_S = 20.0  # s, time constant of load and request rate
@@ -66,6 +67,10 @@ class Resource:
         return math.exp((self._as_of_s - now) / K_RATE_S) if now > self._as_of_s else 1.0
 
 
+Way: TypeAlias = tuple[Resource, LinkId | None, Resource | None]
+"""The site that a path prefills at, and the link to where it is decoded, if it needs one."""
+
+
 class PriceList:
     """Prices of all resources, known by site name or LinkId."""
 
@@ -74,26 +79,26 @@ class PriceList:
         self._book = paths.book
         self._duals = DualPrices()
         self._resources: dict[Hashable, Resource] = {}
-        self._ways: dict[tuple[SiteId, SiteId], tuple[Resource, LinkId | None, Resource | None]] = {}
+        self._ways: dict[tuple[SiteId, SiteId], Way] = {}
         """What a path without a cache move uses, by prefill and decode site."""
         self._solved_s = -math.inf
         self._unsolved = 0
 
-    def observe(self, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float) -> None:
+    def ways(self, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float) -> list[Way | None]:
+        """What each path uses, with capacities of now; None for those that aren't feasible."""
+        return [self._way(path, snapshot, now) if path.feasible else None for path in paths]
+
+    def observe(
+        self, paths: Sequence[PathPrediction], ways: Sequence[Way | None], snapshot: Snapshot, now: float
+    ) -> None:
         """A request came that could take `paths`: part of the traffic that the optimum is for."""
         options = []
-        for path in paths:
-            if not path.feasible or path.cache_move is not None:
+        for path, way in zip(paths, ways, strict=True):
+            if way is None or path.cache_move is not None:
                 continue
-            site, _, link = self._way(path, snapshot, now)
-            options.append(
-                Option(
-                    site.number,
-                    path.prefill_s,
-                    -1 if link is None else link.number,
-                    path.transfer_bytes * 8.0,
-                )
-            )
+            site, _, link = way
+            number = -1 if link is None else link.number
+            options.append((site.number, path.prefill_s, number, path.transfer_bytes * 8.0))
         if options:
             self._duals.observe(options)
             self._unsolved += 1
@@ -108,6 +113,7 @@ class PriceList:
     def costs(
         self,
         paths: Sequence[PathPrediction],
+        ways: Sequence[Way | None],
         snapshot: Snapshot,
         gain: float,
         now: float,
@@ -119,12 +125,12 @@ class PriceList:
         """
         uses: list[list[tuple[int, float]]] = []
         raw: dict[int, float] = {}
-        for path in paths:
+        for path, way in zip(paths, ways, strict=True):
             used: list[tuple[int, float]] = []
             uses.append(used)
-            if not path.feasible:
+            if way is None:
                 continue
-            site, link_id, link = self._way(path, snapshot, now)
+            site, link_id, link = way
             if site.number not in raw:
                 queue_s = path.queue_s if queues_s is None else queues_s[path.prefill_site]
                 raw[site.number] = site.raw_price(queue_s, now)
@@ -211,9 +217,7 @@ class PriceList:
         backlog_bytes = snapshot.links[link_id].backlog_bytes + self._book.coming_bytes(link_id)
         return backlog_bytes * 8 / link.capacity
 
-    def _way(
-        self, path: PathPrediction, snapshot: Snapshot, now: float
-    ) -> tuple[Resource, LinkId | None, Resource | None]:
+    def _way(self, path: PathPrediction, snapshot: Snapshot, now: float) -> Way:
         """The site and the link that a feasible path uses, with their capacities of now."""
         ends = (path.prefill_site, path.decode_site)
         way = self._ways.get(ends)
