@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from prfaas.config.experiment import Experiment, directed
@@ -75,8 +76,29 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
             ", ".join(experiment.workload.homes),
             "none here: homes are simulated alone",
         )
-    plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
+    requests = plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
+    _same_sizes(experiment, {len(request.tokens) for request in requests}, topology, origin)
     return topology
+
+
+def _same_sizes(experiment: Experiment, lengths: set[int], topology: Topology, origin: str) -> None:
+    """Profiled instances that hand one another a request must say the same of its size: a lease is for so
+    many bytes. Raises ConfigError.
+    """
+    scale = topology.scale.factor if topology.scale else 1.0
+    for model in experiment.models:
+        names = {i.profile or model.profile for i in experiment.instances if i.kind == "profiled"} - {None}
+        profiles = [find_profile(name, K_TOPOLOGIES).scaled(scale) for name in sorted(map(str, names))]
+        for one, other in itertools.pairwise(profiles):
+            for tokens in sorted(lengths):
+                sizes = one.kv_bytes(tokens), other.kv_bytes(tokens)
+                if sizes[0] != sizes[1]:
+                    raise ConfigError(
+                        origin,
+                        "instances.profile",
+                        f"{one.name} and {other.name}",
+                        f"KV of {tokens} tokens is {sizes[0]} bytes by one, {sizes[1]} by the other",
+                    )
 
 
 def _sites_of(event: Any) -> list[str]:
