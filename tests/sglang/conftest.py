@@ -23,6 +23,8 @@ from prfaas_testbed.instances.sglang_client import Pair
 from prfaas_testbed.instances.sglang_server import K_CHECKOUT, K_SAME_CHUNKS, ServerSpec, SglangServer
 
 K_HOST = "127.0.0.1"
+K_ELSEWHERE = "127.0.0.2"
+"""Of servers that have a pump of their own, and are dialled as they are."""
 K_PORTS = (20000, 28000)
 K_ZERO_ROOM, K_DROP_ROOM = 7_000_000_000_001, 7_000_000_000_002
 """Requests with these rooms are the controls: the prefill server damages their KV."""
@@ -154,7 +156,7 @@ def lone_spec(
         role="prefill",
         model=K_MODELS[model_name],
         model_dir=K_CHECKOUT / ".cache" / "models" / model_name,
-        host=K_HOST,
+        host=K_ELSEWHERE,
         port=port,
         bootstrap_port=bootstrap_port,
         config_path=write_config(directory),

@@ -32,6 +32,7 @@ from prfaas.sglang.decode_side import DecodeSide
 from prfaas.sglang.passage import Passage
 from prfaas.sglang.planning import RecordingEngine
 from prfaas.sglang.prefill_side import PrefillSide
+from prfaas.sglang.refusal import Refusal
 from prfaas.sglang.rooms import LeasedRooms, Remembered, SendingRooms
 from prfaas.sglang.staging import CudaMemory, HostMemory, Places, Staging
 from prfaas.sglang.verification import Verification
@@ -160,6 +161,11 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
                 self.leased.end(bootstrap_room)
         elif status == poll.Bootstrapping and (reason := self.doomed.take(bootstrap_room)):
             self.conclude_failure(bootstrap_room=bootstrap_room, failure_reason=reason)
+
+    def record_failure(self, bootstrap_room: int, failure_reason: str) -> None:
+        """SGLang's, but a refusal stays the reason: the aborts on both sides follow from it."""
+        if Refusal.found_in(self.failure_records.get(bootstrap_room, "")) is None:
+            super().record_failure(bootstrap_room, failure_reason)
 
     def _make_worker_recv(self, socket: Any, timeout_ms: int = 500) -> Any:
         """SGLang's reader of the control socket, with our frames taken off what it reads."""

@@ -234,8 +234,9 @@ class Remembered:
         self._reasons: OrderedDict[Hashable, str] = OrderedDict()
 
     def put(self, room: Hashable, reason: str) -> None:
+        """The first reason stays: what is said later follows from it."""
         with self._lock:
-            self._reasons[room] = reason
+            self._reasons.setdefault(room, reason)
             self._reasons.move_to_end(room)
             while len(self._reasons) > self._most:
                 self._reasons.popitem(last=False)

@@ -6,23 +6,29 @@ Long prompts go east, short ones stay, tokens are the plain server's; `east` may
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import openai
 import pytest
 import yaml
 
 from prfaas.config.loading import check
+from prfaas.config.pump import PumpConfig
 from prfaas.config.router import RouterConfig
+from prfaas.model.transfer import LeaseGrant, TransferKind
+from prfaas.pump_client import LocalPumpClient, Transfer
 from prfaas.router.service import Router
-from prfaas_testbed.instances.sglang_client import generate, prompt_of
+from prfaas_testbed.instances.sglang_client import generate, loads, new_room, prompt_of
 from prfaas_testbed.instances.sglang_server import (
     K_CHECKOUT,
     K_SAME_CHUNKS,
@@ -33,6 +39,8 @@ from prfaas_testbed.instances.sglang_server import (
 )
 
 K_HOST = "127.0.0.1"
+K_EAST = "127.0.0.2"
+"""Not the host that the others reach by their pump."""
 K_THRESHOLD = 300
 K_LONG, K_SHORT = 700, 60  # tokens
 K_OUTPUT = 12
@@ -45,13 +53,18 @@ class Sites:
     config: dict[str, Any]
     east: SglangServer
     servers: Any
+    pump: PumpConfig
+    """East's, which keeps the ledger of the link to the others."""
 
 
 @pytest.fixture(scope="module")
 def sites(servers: Any, start_own: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
     folder = tmp_path_factory.mktemp("east")
     port, bootstrap, events, replay = start_own.ports(4)
-    pump = {"site": "east", "control_socket": str(folder / "pump.sock"), "idle_exit_s": 20}
+    # Far more than these requests need: the ledger admits what comes, as long as the link is up.
+    admission = {"nominal_bps": 10e9, "probe_every_s": 600}
+    link = {"peer_site": "test", "admission": admission}
+    pump = {"site": "east", "control_socket": str(folder / "pump.sock"), "idle_exit_s": 20, "links": [link]}
     path = folder / "prfaas.yaml"
     path.write_text(yaml.safe_dump({"pump": pump}))
     published = {
@@ -66,7 +79,7 @@ def sites(servers: Any, start_own: Any, tmp_path_factory: pytest.TempPathFactory
             role="prefill",
             model=servers.model,
             model_dir=model_dir,
-            host=K_HOST,
+            host=K_EAST,
             port=port,
             bootstrap_port=bootstrap,
             config_path=path,
@@ -122,7 +135,7 @@ def sites(servers: Any, start_own: Any, tmp_path_factory: pytest.TempPathFactory
             "retry": {"first_token_min_s": 60, "total_s": 240},
             "loads": {"timeout_s": 10.0},
         }
-        yield Sites(config, east, servers)
+        yield Sites(config, east, servers, check(pump, PumpConfig, "test"))
     finally:
         east.stop()
 
@@ -282,6 +295,127 @@ def test_sglangs_own_benchmark_works_against_it_unchanged(sites: Sites, door: An
             (line,) = [line for line in text.splitlines() if line.startswith("Successful requests:")]
             assert line.split()[-1] == "8", text[-2000:]
             assert len(router.scheduler.records) >= 8
+
+    asyncio.run(main())
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+    end_s = time.monotonic() + timeout_s
+    while not (value := condition()) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    return value
+
+
+@contextlib.contextmanager
+def link_down(sites: Sites) -> Iterator[None]:
+    """East's link, silent: bytes wait for a peer whose kernel answers nothing, its queue of connections full.
+
+    Up again with the first word from a pump that lives.
+    """
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(socket.create_server((K_HOST, 0), backlog=0))
+        for _ in range(4):
+            one = held.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        client = held.enter_context(LocalPumpClient.open(sites.pump, name="test", start=False))
+
+        def is_up() -> bool:
+            links: Any = client.stats()["links"]
+            return bool(links[0]["estimate"]["up"])
+
+        memory = np.zeros(4096, dtype=np.uint8)
+        client.register([(memory.ctypes.data, memory.size)])
+
+        def submit(address: str) -> Transfer:
+            grant = LeaseGrant(address, 1, b"t" * 16, 1, 1, 1 << 20, "test")
+            row = [memory.ctypes.data], [memory.ctypes.data], [memory.size]
+            return client.submit(grant, *row, kind=TransferKind.KV, deadline_s=300)
+
+        stuck = submit("{}:{}".format(*listener.getsockname()))
+        assert eventually(lambda: not is_up())
+        yield
+        client.cancel(stuck)
+        west = {"site": "test", "control_socket": str(sites.servers.verify.parent / "pump.sock")}
+        with LocalPumpClient.open(check(west, PumpConfig, "test"), start=False) as other:
+            outcome = submit(other.address).wait(30.0)
+        assert outcome is not None
+        assert outcome.reason == "lease_unknown"
+        assert eventually(is_up)
+
+
+def test_refused_by_the_link_is_503_with_retry_after_on_both_sides_before_any_stream(sites: Sites) -> None:
+    prompt = prompt_of(K_LONG, 44)
+    west = sites.servers.decode.url
+    used = loads(west)["num_used_tokens"]
+
+    async def ask(session: aiohttp.ClientSession, path: str, asked: dict[str, Any]) -> None:
+        fields = {
+            "bootstrap_host": K_EAST,
+            "bootstrap_port": sites.east.spec.bootstrap_port,
+            "bootstrap_room": new_room(),
+        }
+
+        async def one(url: str) -> None:
+            async with session.post(url + path, json=asked | fields) as response:
+                answer = await response.json()
+                assert response.status == 503, answer
+                error = answer["error"]
+                assert int(response.headers["Retry-After"]) >= 1
+                assert response.headers["Content-Type"] == "application/json"
+                assert error["code"] == "prfaas_refused"
+                assert "link to test: link-down" in error["message"]
+
+        await asyncio.gather(one(west), one(sites.east.spec.url))
+
+    async def main() -> None:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+            text = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+            for stream in (False, True):
+                await ask(session, "/generate", body(prompt, stream=stream))
+                await ask(session, "/v1/completions", text | {"prompt": prompt, "stream": stream})
+                messages = [{"role": "user", "content": "why " * 40}]
+                await ask(session, "/v1/chat/completions", text | {"messages": messages, "stream": stream})
+
+    with link_down(sites), LocalPumpClient.open(sites.pump, name="look", start=False) as client:
+        asyncio.run(main())
+        links: Any = client.stats()["links"]
+        assert links[0]["refusals"]["link-down"] >= 6
+        assert (links[0]["admitted"], links[0]["queued"]) == (0, 0)
+        # No prompt was computed, and no page is held.
+        assert eventually(lambda: loads(west)["num_used_tokens"] == used, 5.0)
+        assert loads(sites.east.spec.url)["num_running_reqs"] == 0
+
+
+def test_what_the_link_refuses_is_served_at_home_and_east_serves_again_when_it_is_back(
+    sites: Sites, door: Any
+) -> None:
+    prompts = [prompt_of(K_LONG, 45), prompt_of(K_LONG, 46)]
+    wanted = [generate(sites.servers.plain.url, prompt, K_OUTPUT).tokens for prompt in prompts]
+
+    async def ask(session: aiohttp.ClientSession, url: str, place: int, stream: bool) -> tuple[str, str]:
+        async with session.post(url + "/generate", json=body(prompts[place], stream=stream)) as response:
+            text = await response.text()
+            assert response.status == 200, text
+            tokens = streamed_tokens(text) if stream else json.loads(text)["output_ids"]
+            assert tokens == wanted[place]
+            return response.headers["x-prfaas-site"], response.headers["x-prfaas-attempts"]
+
+    async def main() -> None:
+        async with door() as (router, url, session):
+            with link_down(sites):
+                assert await ask(session, url, 0, stream=True) == ("west", "2")
+            refused = [
+                router.metrics.registry.get_sample_value(
+                    "prfaas_router_attempts_failed_total", {"site": "east", "side": side, "kind": "refused"}
+                )
+                for side in ("prefill", "decode")
+            ]
+            assert sum(n or 0 for n in refused) == 1
+
+        # A new door, which doesn't remember when to ask east again.
+        async with door() as (_, url, session):
+            assert await ask(session, url, 1, stream=False) == ("east", "1")
 
     asyncio.run(main())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -44,8 +45,16 @@ def test_every_touch_point_is_in_the_pinned_version() -> None:
     assert done.stdout.split()[-1] == compat.K_VERSION
 
 
+K_HOOKS = """
+def hooks_of_ours():
+    from sglang.srt.plugins.hook_registry import HookRegistry as registry
+    hooks = {t: [getattr(h, "__module__", "") for _, h, _ in found] for t, found in registry._hooks.items()}
+    return {t: ours for t, all in hooks.items() if (ours := [m for m in all if m.startswith("prfaas.")])}
+"""
+K_HANDS_ON = {compat.K_GET_KV_CLASS: ["prfaas.sglang.plugin"]}
+
 K_LOAD = """
-import sys
+import json, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 load_plugins()
@@ -58,31 +67,40 @@ assert legal.count("prfaas") == members.count("prfaas") == 1, (legal, members)
 ours = utils.get_kv_class(utils.TransferBackend("prfaas"), utils.KVClassType.MANAGER)
 stock = utils.get_kv_class(utils.TransferBackend.MOONCAKE, utils.KVClassType.MANAGER)
 print(ours.__module__, stock.__module__)
+print(json.dumps(hooks_of_ours()))
 """
 
 
 def test_plugin_loads_once_however_often_and_leaves_other_backends_alone() -> None:
-    done = run_python(K_LOAD, "--disaggregation-transfer-backend", "prfaas")
+    done = run_python(K_HOOKS + K_LOAD, "--disaggregation-transfer-backend", "prfaas")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-2:] == ["prfaas.sglang.backend", "sglang.srt.disaggregation.mooncake.conn"]
+    classes, hooks = done.stdout.strip().splitlines()[-2:]
+    assert classes.split() == ["prfaas.sglang.backend", "sglang.srt.disaggregation.mooncake.conn"]
+    answering = (compat.K_PREPARE_ABORT, compat.K_HANDLE_ABORT, compat.K_SERVE_HTTP)
+    assert json.loads(hooks) == K_HANDS_ON | {name: ["prfaas.sglang.answers"] for name in answering}
 
 
-def test_server_without_the_backend_imports_none_of_it() -> None:
-    done = run_python(
-        "import sys\n"
-        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
-        "print(sorted(m for m in sys.modules if m.startswith(('prfaas.', 'crc32c'))))\n"
-    )
+K_WITHOUT = """
+import json, sys
+from sglang.srt.disaggregation import utils  # as a scheduler has, before its plugins load
+from sglang.srt.plugins import load_plugins; load_plugins()
+print(json.dumps(sorted(m for m in sys.modules if m.startswith(('prfaas.', 'crc32c')))))
+print(json.dumps(hooks_of_ours()))
+"""
+
+
+def test_server_without_the_backend_imports_none_of_it_and_has_one_hook_that_hands_on() -> None:
+    done = run_python(K_HOOKS + K_WITHOUT, "--disaggregation-transfer-backend", "mooncake")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-1] == str(
-        [
-            "prfaas.model",
-            "prfaas.model.errors",
-            "prfaas.sglang",
-            "prfaas.sglang.compat",
-            "prfaas.sglang.plugin",
-        ]
-    )
+    modules, hooks = (json.loads(line) for line in done.stdout.strip().splitlines()[-2:])
+    assert modules == [
+        "prfaas.model",
+        "prfaas.model.errors",
+        "prfaas.sglang",
+        "prfaas.sglang.compat",
+        "prfaas.sglang.plugin",
+    ]
+    assert hooks == K_HANDS_ON
 
 
 K_DOCTOR = """

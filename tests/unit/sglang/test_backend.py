@@ -406,6 +406,19 @@ def test_refusal_that_overtakes_the_request_is_kept_for_it(prefill: Any, decode:
     assert (prefill.request_status[7], prefill.failure_records[7]) == (KVPoll.Failed, K_REFUSED)
 
 
+def test_refusal_stays_the_reason_whatever_aborts_follow_from_it(prefill: Any, decode: Any) -> None:
+    granted(prefill, decode, 7, "refused", early=True)
+    hear(prefill, [b"ABORT", b"7"])  # decode's, which the refusal has reached before the request came here
+    prefill.update_status(7, KVPoll.Bootstrapping)
+    assert prefill.failure_records[7] == K_REFUSED
+    granted(prefill, decode, 8, "refused")
+    prefill.record_failure(8, "Aborted by AbortReq.")
+    assert prefill.failure_records[8] == K_REFUSED
+    prefill.record_failure(9, "first")
+    prefill.record_failure(9, "second")
+    assert prefill.failure_records[9] == "second"
+
+
 def test_promise_that_becomes_late_refuses_a_room_that_has_sent_nothing(prefill: Any, decode: Any) -> None:
     offer = granted(prefill, decode, 7, "admitted")
     offer.hear("late", "", None, 200.0)  # late by its promise, in time by the deadline of 300 s
