@@ -138,8 +138,9 @@ class Scheduler:
         with ExitStack() as stay:
             while True:
                 now = self._clock()
+                view = self._view(ticket)
                 decision = self.policy.decide(
-                    self._view(ticket), self.snapshot(ticket.model, ticket.failed_servers, now), now
+                    view, self.snapshot(ticket.model, ticket.failed_servers, now), now
                 )
                 self._on_decided(self._clock() - now)
                 order = _order(decision, ticket)
@@ -149,7 +150,7 @@ class Scheduler:
                 if decision.action is Action.DISPATCH and not behind:
                     route = self._servers_for(ticket, decision, now)
                     if route is not None:
-                        self._dispatched(ticket, decision, route, now)
+                        self._dispatched(ticket, view, decision, route, now)
                         if place is not None:
                             self.pen.wake()
                         return route
@@ -272,13 +273,15 @@ class Scheduler:
         """
         return -round(1e3 * (_order(decision, ticket) - now + self._wall_clock()))
 
-    def _dispatched(self, ticket: Ticket, decision: Decision, route: Route, now: float) -> None:
+    def _dispatched(
+        self, ticket: Ticket, view: RequestView, decision: Decision, route: Route, now: float
+    ) -> None:
         ticket.decision, ticket.policy = decision, self.policy
         assert decision.chosen is not None
         ticket.link = decision.chosen.link
         if ticket.link is not None:
             self._links.on_sent(ticket.link)
-        self.policy.on_dispatch(request=self._view(ticket), decision=decision, now=now)
+        self.policy.on_dispatch(request=view, decision=decision, now=now)
         self._record(ticket, decision, route)
 
     def _record(self, ticket: Ticket, decision: Decision, route: Route | None) -> None:

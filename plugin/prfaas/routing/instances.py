@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prfaas.model.decisions import PathPrediction
 from prfaas.model.ids import InstanceId
-from prfaas.model.observations import InstanceObservation, RequestView, Snapshot
+from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.paths import Costs
 
 
@@ -31,10 +31,13 @@ def prefill_instance(
 def decode_instance(snapshot: Snapshot, path: PathPrediction) -> InstanceId | None:
     """The instance of path.decode_site with the smallest share of its batch in use; None: the shell picks."""
     site = snapshot.sites.get(path.decode_site)
-    able = [one for one in site.instances if one.takes_decode] if site is not None else []
-    return min(able, key=_fullness).instance if able else None
-
-
-def _fullness(one: InstanceObservation) -> tuple[float, int]:
-    used = one.running + one.waiting
-    return (used / one.max_running if one.max_running else float(used), used)
+    best: InstanceId | None = None
+    least, least_used = float("inf"), 0
+    for one in site.instances if site is not None else ():
+        if not one.takes_decode:
+            continue
+        used, limit = one.running + one.waiting, one.max_running
+        share = used / limit if limit else float(used)
+        if best is None or share < least or (share == least and used < least_used):
+            best, least, least_used = one.instance, share, used
+    return best
