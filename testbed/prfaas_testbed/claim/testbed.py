@@ -160,7 +160,7 @@ def tell(data: dict[str, Any]) -> str:
             [
                 f"{series(system).label}, {load}", world, shown("answered_rps", 2, 1 / scale),
                 shown("ttft_mean_s", 2, scale), shown("ttft_p50_s", 2, scale), shown("ttft_p90_s", 2, scale),
-                shown("egress_gbps", 1), shown("offloaded_share", 1, 100), shown("within_slo", 1, 100),
+                shown("egress_gbps", 2), shown("offloaded_share", 1, 100), shown("within_slo", 1, 100),
             ]
         )  # fmt: skip
     head = ["system, load", "world", "answered, req/s", "TTFT mean, s", "P50", "P90", "egress, Gbit/s",
@@ -198,9 +198,14 @@ K_SCALE = """
 At the 1T case's own scale: what ran has times, bytes and the round trip of half the size, so that a second
 of the table is half a second that passed; rates and bytes on the emulated link are divided by 500 besides.
 Sixteen tokens of a prompt are one, eight of an answer: what prompts of the true length cost a CPU isn't seen
-here. *two-sites* is as it is, with profiled instances in place of its
-servers, through the router. Both worlds got the same requests at the same times. *Answered*:
-between the first fifth and the last of the arrivals. *Load*: of what the plan says a system carries.
+here. *two-sites* is as it is, with profiled instances in place of its servers, through the router. Both
+worlds got the same requests at the same times. *Answered*: between the first fifth and the last of the
+arrivals. *Load*: of what the plan says a system carries.
+
+Where the worlds are known to differ: an instance of the testbed, as a real one, takes a request into its
+batch at the end of a decode step, the simulator at once (here half a step is 0.1 s of the table); a transfer
+of 0.1 to 1 MB over a warm link with loss takes one round trip more than the simulator's fluid; a request's
+way through client, router and instances is some milliseconds of one processor, which others use as well.
 
 """
 K_SHARED = """\
