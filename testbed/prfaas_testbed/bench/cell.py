@@ -136,13 +136,14 @@ def _within(what: str, value: float | None, least: float, most: float) -> None:
 
 
 def _wan(name: str, rtt_ms: float, rate_mbps: float, loss: str, congestion_control: str) -> Cell:
-    # Six seconds of the link at its full rate: long against slow start, short enough for many repetitions.
+    # Six seconds of the link at its full rate, twelve on the farthest: long against slow start and the ways
+    # there and back, short enough for many repetitions.
     return Cell(
         rtt_ms=rtt_ms,
         rate_mbps=rate_mbps,
         loss=Loss.parse(loss),
         congestion_control=congestion_control,
-        total_bytes=int(rate_mbps * 1e6 / 8 * 6),
+        total_bytes=int(rate_mbps * 1e6 / 8 * max(6, 0.08 * rtt_ms)),
         name=name,
     )
 

@@ -151,6 +151,11 @@ class Emulated(Place):
     def device(self, end: str) -> str:
         return self._network.sites[self.site(end)].device
 
+    def set_down(self, down: bool) -> None:
+        """Cut every link, or mend it."""
+        for link in self._network.links:
+            self._network.apply(link, LinkChange(down=down))
+
     def port(self) -> int:
         return next(self._ports)  # a site's namespace is new, and nobody else is in it
 

@@ -1,4 +1,4 @@
-"""The bench's run.json: one for each run, under RESULTS/bench/STAMP."""
+"""The bench's run.json: one for each run, under RESULTS/bench/STAMP. Parts may be added to it later."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prfaas.config.run import CalibrationRow, CheckRow, Repetition, Run, stamp, write_run
+from prfaas.config.run import CalibrationRow, CheckRow, Repetition, Run, read_run, stamp, write_run
 from prfaas_testbed.bench.harness import Row, summary
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
@@ -22,21 +22,55 @@ class Record:
         self.folder = results / K_EXPERIMENT / stamp(self._started)
         self._machine = machine()
         self._commit = commit()
-        self._places: list[dict[str, Any]] = []
+        self._emulations: list[str] = []
+        self._calibration: list[CalibrationRow] = []
         self.rows: list[Row] = []
         self.checks: list[Row] = []
         self.measures: dict[str, Any] = {}
+        self.made: list[dict[str, str]] = []
+        """Which parts were measured when, on which commit."""
+
+    @classmethod
+    def again(cls, folder: Path) -> Record:
+        """One that is there, to add to. Raises UsageError when there is none."""
+        run = read_run(folder)
+        data = run.model_dump()
+        record = cls(folder.parent.parent)
+        record.folder, record._started = folder, datetime.fromisoformat(run.started)
+        record._commit = run.commit
+        record._calibration = list(run.calibration)
+        record._emulations = [] if run.emulation == "native" else [run.emulation]
+        samples = [sample for one in data["repetitions"] for sample in one["samples"]]
+        record.rows = [{**row, "samples": _of(row, samples)} for row in data["rows"]]
+        record.checks, record.measures = data["checks"], data["measures"]
+        record.made = data.get("made", [])
+        return record
+
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Rows of cells; what was known of these cells is forgotten."""
+        new = {row["cell"] for row in rows}
+        self.rows = [row for row in self.rows if row["cell"] not in new] + list(rows)
+
+    def judged(self, checks: Sequence[Row]) -> None:
+        """Checks; what was known under their names is forgotten."""
+        new = {check["name"] for check in checks}
+        self.checks = [check for check in self.checks if check["name"] not in new] + list(checks)
+
+    def finished(self, part: str) -> Path:
+        """A part is measured: note it, and write what there is."""
+        self.made.append(
+            {"part": part, "commit": commit(), "ended": datetime.now(UTC).isoformat(timespec="seconds")}
+        )
+        return write_run(self.run(), self.folder)
 
     def add_place(self, place: dict[str, Any]) -> None:
         """What a place says of itself: its emulation, its calibration."""
-        self._places.append(place)
-
-    def write(self) -> Path:
-        return write_run(self.run(), self.folder)
+        if place["emulation"] != "none":
+            self._emulations.append(place["emulation"])
+        self._calibration += [CalibrationRow.model_validate(row) for row in place.get("calibration", [])]
 
     def run(self) -> Run:
         """As run.json has it: repetitions hold their samples, `rows` has a row for each engine and cell."""
-        emulations = [place["emulation"] for place in self._places if place["emulation"] != "none"]
         run = Run(
             experiment=K_EXPERIMENT,
             description="prfaas beside iperf3 and Mooncake's TCP transport",
@@ -45,12 +79,8 @@ class Record:
             versions=versions(),
             machine=self._machine,
             # Loopback alone goes through the kernel as it is, which is what native says.
-            emulation=emulations[0] if emulations else "native",
-            calibration=[
-                CalibrationRow.model_validate(row)
-                for place in self._places
-                for row in place.get("calibration", [])
-            ],
+            emulation=self._emulations[0] if self._emulations else "native",  # type: ignore[arg-type]
+            calibration=self._calibration,
             checks=[CheckRow.model_validate(check) for check in self.checks],
             repetitions=_by_repetition(self.rows),
             files={},
@@ -59,8 +89,18 @@ class Record:
             "rows": [_slim(row) for row in self.rows],
             "summary": summary(self.rows),
             "measures": self.measures,
+            "made": self.made,
         }
         return run.model_copy(update=extra)
+
+
+K_SAME = ("cell", "engine", "streams", "segment_bytes")
+
+
+def _of(row: Row, samples: Sequence[Row]) -> list[Row]:
+    """A row's own samples, without what makes them its own."""
+    mine = [one for one in samples if all(one.get(name) == row[name] for name in K_SAME)]
+    return [{name: value for name, value in one.items() if name not in K_SAME} for one in mine]
 
 
 def _slim(row: Row) -> Row:
@@ -72,7 +112,7 @@ def _by_repetition(rows: Sequence[Row]) -> list[Repetition]:
     found: list[Repetition] = []
     for index in range(count):
         samples = [
-            {"cell": row["cell"], "engine": row["engine"], "streams": row["streams"], **sample}
+            {**{name: row[name] for name in K_SAME}, **sample}
             for row in rows
             for sample in row["samples"]
             if sample["repetition"] == index

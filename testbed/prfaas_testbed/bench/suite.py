@@ -1,5 +1,5 @@
-"""What the bench consists of: cells over an emulated link, loopback, and what a transfer does to its host
-process.
+"""What the bench consists of: cells over an emulated link, loopback, what a transfer does to its host
+process, and what faults and neighbours do to a transfer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prfaas_testbed.bench import checks, host, latency
+from prfaas_testbed.bench import checks, host, latency, neighbour, outage, scaling, share, stages
 from prfaas_testbed.bench.cell import NAMED_CELLS, Cell, full_matrix
 from prfaas_testbed.bench.harness import (
     Progress,
@@ -23,7 +23,9 @@ from prfaas_testbed.bench.harness import (
 from prfaas_testbed.bench.places import Loopback, emulated
 from prfaas_testbed.bench.record import Record
 
-PARTS = ("wan", "loopback", "latency", "host")
+PARTS = ("wan", "loopback", "latency", "host", "cost", "faults")
+K_LEAST_RTTS = 60
+"""A repetition's least: the way of the first byte and of the last's acknowledgement count in it."""
 K_STREAMS_EQUAL = 2  # of iperf3 and prfaas over loopback: as many as this bench's smallest machine has cores
 K_MATRIX_STREAMS = (1, 16, 32)
 """Of iperf3 in cells that are measured once: the ends and the middle of what wins anywhere in the named
@@ -47,23 +49,32 @@ class Sizes:
     loopback_bytes: int
     loopback_repetitions: int
     host_s: float
+    stage_s: float
     latency_bytes: tuple[int, ...]
+    downs_s: tuple[float, ...]
+    """How long the link is cut in the middle of a transfer."""
+    share_rounds: int
+    """Of each of three senders' transfers."""
     judge: bool
     """Whether figures are held against what is promised; a smoke run only shows that all of it runs."""
 
     @classmethod
-    def full(cls, repetitions: int, *, whole_matrix: bool) -> Sizes:
-        named = tuple(NAMED_CELLS.values())
+    def full(cls, repetitions: int, *, whole_matrix: bool, cells: Sequence[str] = ()) -> Sizes:
+        """`cells`: these of the named ones; none: all."""
+        named = tuple(cell for name, cell in NAMED_CELLS.items() if name in cells or not cells)
         return cls(
             cells=named,
             repetitions=repetitions,
-            limit_s=3.5,
+            limit_s=4.0,
             streams_iperf3=None,
             matrix=tuple(full_matrix()) if whole_matrix else (),
             loopback_bytes=1_000_000_000,
             loopback_repetitions=repetitions,
-            host_s=3.0,
+            host_s=2.0,
+            stage_s=0.5,
             latency_bytes=(1_000_000, 4_000_000, 16_000_000),
+            downs_s=(2.0, 30.0),
+            share_rounds=6,
             judge=True,
         )
 
@@ -79,7 +90,10 @@ class Sizes:
             loopback_bytes=100_000_000,
             loopback_repetitions=1,
             host_s=1.0,
+            stage_s=0.1,
             latency_bytes=(1_000_000,),
+            downs_s=(1.0,),
+            share_rounds=1,
             judge=False,
         )
 
@@ -116,7 +130,7 @@ def measure_cells(
                     cell,
                     engines,
                     repetitions=repetitions,
-                    limit_s=limit_s,
+                    limit_s=max(limit_s, K_LEAST_RTTS * cell.rtt_s),
                     progress=progress,
                     narrow=narrow,
                 )
@@ -139,21 +153,21 @@ def measure_cells(
     return rows, places
 
 
-def run_parts(parts: Sequence[str], results: Path, sizes: Sizes, progress: Progress) -> Record:
-    """The parts asked for, written to RESULTS/bench/STAMP/run.json after each. Raises MachineError."""
-    record = Record(results)
+def run_parts(parts: Sequence[str], record: Record, sizes: Sizes, progress: Progress) -> None:
+    """The parts asked for, into the record, which is written after each. Raises MachineError."""
     run: dict[str, Callable[[Record, Sizes, Path, Progress], None]] = {
         "wan": _wan,
         "loopback": _loopback,
         "latency": _latency,
         "host": _host,
+        "cost": _cost,
+        "faults": _faults,
     }
     for part in PARTS:
         if part in parts:
             with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as workdir:
                 run[part](record, sizes, Path(workdir), progress)
-            record.write()
-    return record
+            record.finished(part)
 
 
 def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
@@ -171,7 +185,7 @@ def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> Non
     )
     _keep(record, rows, places)
     if sizes.judge:
-        record.checks += checks.judge_wan(rows)
+        record.judged(checks.judge_wan(rows))
     if sizes.matrix:
         rows, places = measure_cells(
             sizes.matrix,
@@ -183,7 +197,7 @@ def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> Non
             streams_iperf3=K_MATRIX_STREAMS,
         )
         _keep(record, rows, places)
-        record.checks += checks.judge_wan(rows)
+        record.judged(checks.judge_wan(rows))
 
 
 def loopback_cells(total_bytes: int) -> list[tuple[Cell, list[str]]]:
@@ -222,7 +236,7 @@ def _loopback(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -
         rows += found
         _keep(record, found, places)
     if sizes.judge:
-        record.checks += checks.judge_loopback(rows)
+        record.judged(checks.judge_loopback(rows))
 
 
 def _latency(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
@@ -232,17 +246,39 @@ def _latency(record: Record, sizes: Sizes, workdir: Path, progress: Progress) ->
         record.add_place(place.describe())
     record.measures["latency"] = found
     if sizes.judge:
-        record.checks += latency.judge(found)
+        record.judged(latency.judge(found))
 
 
 def _host(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
     found = host.measure(workdir, sizes.host_s, sizes.loopback_repetitions, progress)
     record.measures["host"] = found
     if sizes.judge:
-        record.checks += host.judge(found)
+        record.judged(host.judge(found))
+
+
+def _cost(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
+    record.measures["stages"] = stages.measure(workdir, sizes.stage_s, sizes.loopback_repetitions, progress)
+    record.measures["scaling"] = scaling.measure(workdir, sizes.host_s, sizes.loopback_repetitions, progress)
+
+
+def _faults(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
+    cell = NAMED_CELLS["wan-clean"]
+    folders = [workdir / name for name in ("outage", "share", "neighbour")]
+    for folder in folders:
+        folder.mkdir()
+    with emulated(cell, folders[0], progress) as place:
+        outages = outage.measure(place, cell, sizes.downs_s, progress)
+        record.add_place(place.describe())
+    with share.group(folders[1], progress) as (senders, shared):
+        shares = share.measure(senders, sizes.share_rounds, progress)
+        record.add_place(shared.describe())
+    beside = neighbour.measure(folders[2], sizes.host_s, sizes.loopback_repetitions, progress)
+    record.measures.update(outage=outages, share=shares, neighbour=beside)
+    if sizes.judge:
+        record.judged(outage.judge(outages) + share.judge(shares) + neighbour.judge(beside))
 
 
 def _keep(record: Record, rows: list[Row], places: list[dict[str, Any]]) -> None:
-    record.rows += rows
+    record.replace(rows)
     for place in places:
         record.add_place(place)

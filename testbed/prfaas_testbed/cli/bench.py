@@ -13,8 +13,9 @@ from typing import Any
 
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.bench import cell as cells
-from prfaas_testbed.bench import harness, suite, table
+from prfaas_testbed.bench import harness, report, suite, table
 from prfaas_testbed.bench.cell import Cell, Loss
+from prfaas_testbed.bench.record import Record
 from prfaas_testbed.cli import _bench_simulate
 from prfaas_testbed.experiment.machine import K_RESULTS, commit, machine, versions
 
@@ -83,8 +84,27 @@ def _register_all(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--matrix", action="store_true", help="the whole WAN matrix too: 90 minutes more at most"
     )
     everything.add_argument("--parts", default="", help=f"only some of {', '.join(suite.PARTS)}")
+    everything.add_argument(
+        "--cells", metavar="NAME,…", default="", help="of part wan: only these named cells"
+    )
+    everything.add_argument(
+        "--into", type=Path, metavar="DIR", help="add to this run (or measure again) instead of beginning one"
+    )
     everything.add_argument("--json", action="store_true", help="the run as one object on standard output")
     everything.set_defaults(run=run_all)
+
+
+def _register_report(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = actions.add_parser("report", help="a run's page, README.md and figures, from its run.json alone")
+    text.add_argument("run_folder", type=Path, metavar="DIR", help="results/bench/STAMP")
+    text.set_defaults(run=run_report)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write the page beside the run's folder, so that it is the one of all that are kept."""
+    for file in report.write(args.run_folder):
+        sys.stdout.write(f"{file}\n")
+    return EXIT_OK
 
 
 def run_transfer(args: argparse.Namespace) -> int:
@@ -125,13 +145,14 @@ def run_all(args: argparse.Namespace) -> int:
     unknown = [part for part in parts if part not in suite.PARTS]
     if unknown:
         raise UsageError(f"parts: found {', '.join(unknown)}; known: {', '.join(suite.PARTS)}")
+    chosen = [cell.name for cell in _named(args.cells)] if args.cells else []
+    if args.smoke:
+        sizes = suite.Sizes.smoke()
+    else:
+        sizes = suite.Sizes.full(args.repetitions, whole_matrix=args.matrix, cells=chosen)
+    record = Record.again(args.into) if args.into else Record(args.out)
     harness.require_tools(harness.K_DEFAULT_PEERS)
-    record = suite.run_parts(
-        parts,
-        args.out,
-        suite.Sizes.smoke() if args.smoke else suite.Sizes.full(args.repetitions, whole_matrix=args.matrix),
-        _progress,
-    )
+    suite.run_parts(parts, record, sizes, _progress)
     if args.json:
         sys.stdout.write(json.dumps(record.run().model_dump(mode="json")) + "\n")
     else:

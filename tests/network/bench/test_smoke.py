@@ -31,4 +31,7 @@ def test_every_part_of_the_bench_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(row["goodput_mbps"] and not row["errors"] for row in ours)
     assert {"iperf3", "mooncake"} <= {row["engine"] for row in run["rows"] if row["goodput_mbps"]}
     assert run["measures"]["latency"][0]["sender_s"]
+    (cut,) = run["measures"]["outage"]
+    assert not cut["over_before_the_end"]
+    assert run["measures"]["neighbour"]["stopped_mbps"]
     assert {row["engine"] for row in run["measures"]["host"]} >= {"prfaas", "control"}

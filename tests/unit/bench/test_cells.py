@@ -80,7 +80,7 @@ def test_any_cell_can_follow_any_other_on_the_same_link() -> None:
         assert state.rate_mbps == cell.rate_mbps
 
 
-@given(st.integers(512, 1 << 20), st.integers(1, 300), st.booleans())
+@given(st.integers(512, 1 << 20), st.integers(1, 256), st.booleans())
 def test_segments_never_overlap_and_stay_in_the_pool(size: int, count: int, contiguous: bool) -> None:
     layout = Layout.of(Cell(segment_bytes=size, total_bytes=size * count, contiguous=contiguous))
     places = sorted(layout.offsets)

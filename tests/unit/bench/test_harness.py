@@ -9,7 +9,7 @@ import pytest
 
 from prfaas.config.run import read_run
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.bench import checks, harness, host, latency, table
+from prfaas_testbed.bench import checks, harness, host, latency, report, table
 from prfaas_testbed.bench.cell import NAMED_CELLS, Cell
 from prfaas_testbed.bench.engines.base import Engine, Sample
 from prfaas_testbed.bench.harness import engines_for, measure_cell, summary
@@ -181,12 +181,63 @@ def test_a_record_is_a_run_that_reads_back(tmp_path: Path) -> None:
     record.rows = measured(tmp_path, [Fake("prfaas", None, [1.5, 2.5], log)])
     record.checks = checks.judge_wan(record.rows)
     record.add_place({"emulation": "appliance"})
-    record.write()
+    record.finished("wan")
     run = read_run(record.folder)
     assert run.experiment == "bench"
     assert run.emulation == "appliance"
     assert [r.model_dump()["samples"][0]["seconds"] for r in run.repetitions] == [1.0, 1.0]
     assert run.model_dump()["rows"][0]["goodput_mbps"] == [1.5, 2.5]
+
+
+def test_parts_are_added_to_a_record_and_what_is_measured_again_is_replaced(tmp_path: Path) -> None:
+    first = Record(tmp_path)
+    log: list[str] = []
+    first.replace(measured(tmp_path, [Fake("prfaas", None, [1.5, 2.5], log)]))
+    first.judged(checks.judge_wan(first.rows))
+    first.add_place({"emulation": "appliance"})
+    first.finished("wan")
+    again = Record.again(first.folder)
+    assert (again.rows, again.checks) == (first.rows, first.checks)
+    again.measures["stages"] = [{"stage": "TLS", "cpu_s_per_gb": [0.5]}]
+    again.finished("cost")
+    other = [{**row, "cell": "another"} for row in measured(tmp_path, [Fake("prfaas", None, [7.0], log)], 1)]
+    newer = measured(tmp_path, [Fake("prfaas", None, [3.0], log)], 1)
+    last = Record.again(first.folder)
+    last.replace(other)
+    last.replace(newer)
+    last.judged(checks.judge_wan(newer))
+    last.finished("wan")
+    run = read_run(first.folder).model_dump()
+    assert run["emulation"] == "appliance"
+    assert {row["cell"]: row["goodput_mbps"][0] for row in run["rows"]} == {
+        "another": 7.0,
+        newer[0]["cell"]: 3.0,
+    }
+    assert len(run["checks"]) == len(first.checks)
+    assert run["measures"]["stages"]
+    assert [one["part"] for one in run["made"]] == ["wan", "cost", "wan"]
+
+
+def test_a_page_says_what_its_run_holds(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    log: list[str] = []
+    fakes = [Fake("prfaas", None, [90.0, 91.0], log), Fake("mooncake", None, [30.0, 30.0], log)]
+    record.replace(measured(tmp_path, [*fakes, Fake("iperf3", 8, [100.0, 100.0], log)]))
+    record.judged(checks.judge_wan(record.rows))
+    stages = [(name, 0.25) for name in ("copy out", "checksum", "socket", "TLS", "copy in")]
+    record.measures = {
+        "stages": [{"stage": name, "cpu_s_per_gb": [value]} for name, value in stages],
+        "neighbour": {"running_mbps": [10.0], "stopped_mbps": [9.0], "to_stopped_mbps": [9.0], "kept": 0.9},
+    }
+    record.finished("wan")
+    page, *figures = report.write(record.folder)
+    text = page.read_text()
+    assert page == tmp_path / "bench" / "README.md"
+    assert {figure.suffix for figure in figures} == {".png", ".svg", ".csv"}
+    assert "90.5 (90.0 to 91.0)" in text
+    assert "to_best_iperf3" in text  # it fell short, which the page says
+    assert "keeps 0.90 of the goodput" in text
+    assert "| all but TLS | 1.000 |" in text
 
 
 def test_tables_have_a_line_a_row() -> None:

@@ -29,6 +29,37 @@ K_LEAST_WARM_BYTES = 4_000_000
 WORKER = "prfaas_testbed.bench.engines.prfaas_worker"
 
 
+def start_pump(
+    place: Place, end: str, site: str, prefix: tuple[str, ...] = (), **fields: Any
+) -> tuple[subprocess.Popen[Any], Path]:
+    """A pump of `site` at an end of the place, ready to serve, and its configuration file.
+
+    Raises WorkerError.
+    """
+    config = PumpConfig(
+        site=site,
+        listen=f"{place.address(end)}:{place.port()}",
+        control_socket=place.workdir / f"{end}.sock",
+        allow_plaintext=fields.get("tls") is None,
+        **fields,
+    )
+    file, log = place.workdir / f"pump-{end}.yaml", place.workdir / f"pump-{end}.log"
+    file.write_text(config.model_dump_json(exclude_none=True))
+    argv = [*prefix, sys.executable, "-m", "prfaas.pump", "--config", str(file)]
+    with log.open("wb") as errors:
+        pump = place.popen(end, argv, stderr=errors)
+    give_up_s = time.monotonic() + K_START_S
+    while time.monotonic() < give_up_s and pump.poll() is None:
+        sock = connect(config.control_path)
+        if sock is not None:
+            sock.close()
+            return pump, file
+        time.sleep(0.02)
+    end_process(pump)
+    lines = log.read_text(errors="replace").splitlines()
+    raise WorkerError(f"the pump of {end} didn't start: {lines[-1] if lines else 'it said nothing'}")
+
+
 class Prfaas(Engine):
     name = "prfaas"
 
@@ -53,7 +84,7 @@ class Prfaas(Engine):
             spawn = functools.partial(place.popen, end)
             worker = self.ends[end] = Worker(f"prfaas ({end})", spawn, WORKER, log)
             said[end] = worker.call("start", config=str(config), pool_bytes=self.layout.pool_bytes)
-        self._peer_base = said["receiver"]["base"]
+        self.peer_base = said["receiver"]["base"]
         self._address = said["receiver"]["address"]
         self.ends["sender"].call("prepare", address=self._address)
         self._warm()
@@ -61,31 +92,9 @@ class Prfaas(Engine):
     def _start_pump(self, place: Place, end: str) -> Path:
         """A pump that serves the node; returns its configuration file."""
         site = place.site(end)
-        config = PumpConfig(
-            site=site,
-            listen=f"{place.address(end)}:{place.port()}",
-            control_socket=place.workdir / f"{site}.sock",
-            allow_plaintext=not self._cell.tls,
-            tls=tls_for(place.workdir / "keys", site) if self._cell.tls else None,
-            **self._tuning(),
-        )
-        file = place.workdir / f"pump-{site}.yaml"
-        file.write_text(config.model_dump_json(exclude_none=True))
-        log = place.workdir / f"pump-{site}.log"
-        argv = [*self._prefix, sys.executable, "-m", "prfaas.pump", "--config", str(file)]
-        with log.open("wb") as errors:
-            pump = self._pumps[end] = place.popen(end, argv, stderr=errors)
-        give_up_s = time.monotonic() + K_START_S
-        while time.monotonic() < give_up_s:
-            if pump.poll() is not None:
-                break
-            sock = connect(config.control_path)
-            if sock is not None:
-                sock.close()
-                return file
-            time.sleep(0.02)
-        lines = log.read_text(errors="replace").splitlines()
-        raise WorkerError(f"the pump of {site} didn't start: {lines[-1] if lines else 'it said nothing'}")
+        tls = tls_for(place.workdir / "keys", site) if self._cell.tls else None
+        self._pumps[end], file = start_pump(place, end, site, self._prefix, tls=tls, **self._tuning())
+        return file
 
     def _tuning(self) -> dict[str, Any]:
         """What the cell prescribes: a number of streams, and CUBIC where nothing else may be used."""
@@ -143,7 +152,7 @@ class Prfaas(Engine):
                 "move",
                 timeout_s=limit_s * 4 + 120,
                 grant=grant,
-                peer_base=self._peer_base,
+                peer_base=self.peer_base,
                 offsets=self.layout.offsets,
                 segment_bytes=self.layout.segment_bytes,
                 batch_segments=self._batch,
@@ -162,7 +171,7 @@ class Prfaas(Engine):
         room = next(self._rooms)
         grant = self.ends["receiver"].call("grant", room=room)
         sent = self.ends["sender"].call(
-            "deliver", grant=grant, peer_base=self._peer_base, size_bytes=size_bytes
+            "deliver", grant=grant, peer_base=self.peer_base, size_bytes=size_bytes
         )
         arrived_s = self.ends["receiver"].call("arrived", room=room, limit_s=K_LANDING_S)
         if arrived_s is None:

@@ -11,8 +11,9 @@ import numpy as np
 
 from prfaas.config.loading import load
 from prfaas.config.pump import PumpConfig
+from prfaas.model.decisions import Verdict
 from prfaas.model.transfer import LeaseGrant, Outcome, TransferKind
-from prfaas.pump_client import Lease, LocalPumpClient
+from prfaas.pump_client import Lease, LocalPumpClient, Offer, Transfer
 from prfaas_testbed.bench.engines.pool_worker import Pool, common_handlers
 from prfaas_testbed.bench.worker import Handler
 
@@ -139,6 +140,47 @@ class End:
             raise RuntimeError(f"the transfer ended as {outcome}")
         return {"began_s": began_s, "ended_s": ended_s}
 
+    def ask_and_send(
+        self, grant: str, peer_base: int, orders: list[tuple[int, float]], depth: int
+    ) -> list[dict[str, Any]]:
+        """Transfers of (bytes, deadline_s), each sent once the link's ledger has admitted it, `depth` of them
+        asked for at a time; how each went. Times are on CLOCK_MONOTONIC.
+        """
+        to = LeaseGrant.from_text(grant)
+        news: queue.SimpleQueue[tuple[dict[str, Any], Offer | Transfer]] = queue.SimpleQueue()
+        rows: list[dict[str, Any]] = []
+        waiting, open_rows = list(orders), 0
+        while waiting or open_rows:
+            while waiting and open_rows < depth:
+                size_bytes, deadline_s = waiting.pop(0)
+                asked: dict[str, Any] = {"size_bytes": size_bytes, "deadline_s": deadline_s}
+                asked.update(number=len(rows), asked_s=time.perf_counter())
+                rows.append(asked)
+                open_rows += 1
+                offer = self.client.offer(to.site, size_bytes, deadline_s)
+                offer.add_callback(lambda told, row=asked: news.put((row, told)))  # type: ignore[misc]
+            row, what = news.get(timeout=K_DEADLINE_S)
+            if isinstance(what, Transfer):
+                outcome = what.outcome
+                assert outcome is not None
+                row.update(ok=outcome.ok, reason=outcome.reason and outcome.reason.value)
+                row["ended_s"] = time.perf_counter()
+                open_rows -= 1
+            elif what.late:
+                row["late"] = True
+            elif what.verdict is Verdict.REFUSED:
+                row["refused"] = what.reason and what.reason.value
+                open_rows -= 1
+            elif what.verdict is Verdict.ADMITTED and "admitted_s" not in row:
+                row.update(admitted_s=time.perf_counter(), alone=what.alone)
+                size = row["size_bytes"]
+                transfer = self.client.submit(
+                    to, [self.pool.base], [peer_base], [size], kind=TransferKind.KV,
+                    deadline_s=K_DEADLINE_S, last=True, source=str(row["number"]), offer=what,
+                )  # fmt: skip
+                transfer.add_done_callback(lambda done, row=row: news.put((row, done)))  # type: ignore[misc]
+        return rows
+
     def stats(self) -> dict[str, Any]:
         return self.client.stats()
 
@@ -154,5 +196,6 @@ def handlers() -> dict[str, Handler]:
         "revoke": end.revoke,
         "move": end.move,
         "deliver": end.deliver,
+        "ask_and_send": end.ask_and_send,
         "stats": end.stats,
     }

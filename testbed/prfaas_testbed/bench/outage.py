@@ -1,0 +1,118 @@
+"""A link that is cut in the middle of a transfer: the transfer goes on when it is back, and meanwhile the
+receiver can take pages back at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from prfaas_testbed.bench import checks
+from prfaas_testbed.bench.cell import Cell
+from prfaas_testbed.bench.engines.prfaas import Prfaas
+from prfaas_testbed.bench.harness import Progress, Row
+from prfaas_testbed.bench.places import Emulated
+from prfaas_testbed.bench.worker import WorkerError
+
+K_SIZE_BYTES = 16_000_000
+K_CUT_AT = 0.25  # of the bytes
+K_LOOK_S = 0.01
+K_BEGIN_S = 30.0
+K_DONE_S = 60.0
+K_FREE_S = 1.0  # for the receiver to have its pages back with the link down
+K_ROOM = 1_000_000  # beside those that the engine counts up from 1
+
+
+def measure(place: Emulated, cell: Cell, downs_s: Sequence[float], progress: Progress) -> list[Row]:
+    """A row for each length of a cut: how long after its end the transfer was through, and what it cost.
+
+    Raises WorkerError when a transfer fails.
+    """
+    rows = []
+    with Prfaas() as engine, ThreadPoolExecutor(1) as threads:
+        engine.start(place, cell.with_(total_bytes=K_SIZE_BYTES, contiguous=True))
+        for number, down_s in enumerate(downs_s, start=1):
+            before = _inbound(engine)
+            engine.ends["sender"].call("fill", value=number)  # never what the pages hold from before
+            receiver, sender = engine.ends["receiver"], engine.ends["sender"]
+            grant = receiver.call("grant", room=K_ROOM)
+            transfer = threads.submit(
+                sender.call, "deliver", timeout_s=down_s + K_DONE_S, grant=grant,
+                peer_base=engine.peer_base, size_bytes=K_SIZE_BYTES,
+            )  # fmt: skip
+            _wait_for(engine, before["payload_bytes_received"] + K_CUT_AT * K_SIZE_BYTES, transfer)
+            place.set_down(True)
+            try:
+                began_s = time.perf_counter()
+                freed_s = _free(engine)
+                time.sleep(max(0.0, began_s + down_s - time.perf_counter()))
+                over_in_time = transfer.done()
+            finally:
+                place.set_down(False)
+            up_s = time.perf_counter()
+            took = transfer.result()
+            after_s = time.perf_counter() - up_s
+            if receiver.call("arrived", room=K_ROOM, limit_s=K_DONE_S) is None:
+                raise WorkerError("the sender has its success, and the receiver's lease isn't complete")
+            after = _inbound(engine)
+            _check(engine, number)
+            rows.append(
+                {
+                    "down_s": down_s,
+                    "size_bytes": K_SIZE_BYTES,
+                    "over_before_the_end": over_in_time,
+                    "freed_s": freed_s,
+                    "after_s": after_s,
+                    "sender_s": took["ended_s"] - took["began_s"],
+                    "streams_lost": after["streams_lost"] - before["streams_lost"],
+                    "payload_bytes": after["payload_bytes_received"] - before["payload_bytes_received"],
+                }
+            )
+            progress(
+                f"link down for {down_s:g} s: pages back in {freed_s * 1e3:.1f} ms, the transfer through "
+                f"{rows[-1]['after_s']:.2f} s after its end, {rows[-1]['streams_lost']} streams replaced"
+            )
+    return rows
+
+
+def judge(rows: Sequence[Row]) -> list[Row]:
+    return [
+        checks.at_most(f"outage/{row['down_s']:g}s/pages_back_s", row["freed_s"], K_FREE_S) for row in rows
+    ]
+
+
+def _inbound(engine: Prfaas) -> Row:
+    found: Row = engine.ends["receiver"].call("stats")["inbound"]
+    return found
+
+
+def _check(engine: Prfaas, value: int) -> None:
+    """Raises WorkerError unless the bytes are where the success says they are."""
+    step = engine.layout.segment_bytes
+    landed_s = engine.ends["receiver"].call(
+        "landed",
+        offsets=list(range(0, K_SIZE_BYTES - step, step)),
+        segment_bytes=step,
+        value=value,
+        limit_s=1.0,
+    )
+    if landed_s is None:
+        raise WorkerError("prfaas reported success, and bytes were missing")
+
+
+def _wait_for(engine: Prfaas, received_bytes: float, transfer: Future[Row]) -> None:
+    give_up_s = time.monotonic() + K_BEGIN_S
+    while _inbound(engine)["payload_bytes_received"] < received_bytes:
+        if transfer.done() or time.monotonic() > give_up_s:
+            raise WorkerError("the transfer was over, or stood still, before the link could be cut")
+        time.sleep(K_LOOK_S)
+
+
+def _free(engine: Prfaas) -> float:
+    """How long it takes to end a lease on the very pages that the transfer goes to."""
+    receiver = engine.ends["receiver"]
+    receiver.call("grant", room=K_ROOM + 1)
+    began_s = time.perf_counter()
+    receiver.call("revoke", room=K_ROOM + 1)
+    return time.perf_counter() - began_s

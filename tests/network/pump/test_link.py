@@ -1,0 +1,35 @@
+"""Pumps over a real emulated link: a cut in the middle of a transfer, and three senders under one ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prfaas_testbed.bench import outage, share
+from prfaas_testbed.bench.cell import NAMED_CELLS
+from prfaas_testbed.bench.places import emulated
+
+
+@pytest.mark.timeout(180)
+def test_a_transfer_goes_on_after_the_link_was_down_and_pages_come_back_meanwhile(tmp_path: Path) -> None:
+    with emulated(NAMED_CELLS["wan-clean"], tmp_path, lambda text: None) as place:
+        (row,) = outage.measure(place, NAMED_CELLS["wan-clean"], (2.0,), lambda text: None)
+    assert not row["over_before_the_end"]
+    assert row["sender_s"] > row["down_s"]
+    assert row["payload_bytes"] >= row["size_bytes"]
+    # One second is promised; a machine that is busy gets more.
+    assert row["freed_s"] < 10
+
+
+@pytest.mark.timeout(180)
+def test_three_senders_under_one_ledger_are_promised_no_more_than_its_estimate(tmp_path: Path) -> None:
+    with share.group(tmp_path, lambda text: None) as (group, _):
+        found = share.measure(group, 2, lambda text: None)
+    assert found["looks"]
+    assert found["most_promised"] <= share.K_ROUNDING
+    assert found["failed"] == 0
+    # Every one was decided, and what was admitted came; each of the three got its part.
+    assert found["admitted"] + found["refused"] == 3 * 2 * len(share.K_ORDERS)
+    assert all(any(row.get("ok") for row in rows) for rows in found["senders"].values())
+    assert not any(row.get("alone") for rows in found["senders"].values() for row in rows)
