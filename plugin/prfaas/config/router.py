@@ -277,7 +277,8 @@ class RouterConfig(Strict):
     logs: Logs = Logs()
     slow_loop: SlowLoop | None = None
     movable: bool = False
-    """Cached prefixes can be brought to another site's prefill cache."""
+    """Cached prefixes can be brought to another site's prefill cache: its servers answer /prfaas/take_prefix
+    (profiled instances do; SGLang 0.5.23 has no way to insert what comes from outside)."""
     seed: int | None = None
     """Of the rooms' random numbers; None: from the system, as it must be where several routers run."""
 

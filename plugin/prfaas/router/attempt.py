@@ -76,6 +76,8 @@ class Route:
     """For servers that are `ordered`: the greater goes first."""
     prefill_s: float = 0.0
     """Seconds that prefill will take, by prediction."""
+    giver: ServerHandle | None = None
+    """Has a prefix that is to be brought to `prefill` first, as the decision's cache_move says."""
 
 
 @dataclass(slots=True)

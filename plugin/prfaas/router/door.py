@@ -20,6 +20,7 @@ from prfaas.router.attempt import Attempt, AttemptFailed, FailureKind, Opened, R
 from prfaas.router.body import Asked, Endpoint, merge_prompt_logprobs, read_body, with_fields
 from prfaas.router.clients import Clients, Wishes
 from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded, error_event
+from prfaas.router.moves import bring
 from prfaas.router.outcome import Outcome, answer_headers
 from prfaas.router.prefixes import Caches
 from prfaas.router.relay import EventStream, Relay
@@ -227,6 +228,9 @@ class Door:
             outcome.site, outcome.reason = decision.prefill_site, decision.reason
             outcome.predicted_ttft_s = decision.predicted_ttft_s
             outcome.attempts = ticket.attempt + 1
+            if decision.cache_move is not None:
+                moved = await bring(route, decision.cache_move, ticket, self._rng, self._metrics)
+                ticket.cached = {**ticket.cached, **moved}
             outcome.predicted_cached_tokens = ticket.cached.get(route.prefill.name) if route.prefill else None
             room = self._rng.randrange(K_ROOMS)
             outcome.room = room if route.prefill is not None else None

@@ -265,7 +265,15 @@ class Scheduler:
         if decode is None:
             return None
         priority, prefill_s = self._priority(decision, ticket, now), decision.chosen.prefill_s
-        return Route(decode, prefill, tokens, priority, prefill_s)
+        return Route(decode, prefill, tokens, priority, prefill_s, self._giver(ticket, decision, now))
+
+    def _giver(self, ticket: Ticket, decision: Decision, now: float) -> ServerHandle | None:
+        """Who has the prefix that is to be moved; None: nothing is, or nobody has it any more."""
+        move = decision.cache_move
+        if move is None:
+            return None
+        able = self._usable(ticket, move.source, now, decode=False)
+        return next((one for one in able if ticket.cached.get(one.name, 0) >= move.tokens), None)
 
     def _priority(self, decision: Decision, ticket: Ticket, now: float) -> int:
         """The order of service as SGLang's priority: the negative of a time of day in ms, which several

@@ -84,6 +84,18 @@ class RouterMetrics:
             ["outcome"],
             registry=registry,
         )
+        self.cache_moves = Counter(
+            "prfaas_router_cache_moves",
+            "Prefixes brought from one site's prefill cache to another's before a prompt, by outcome.",
+            ["source", "target", "outcome"],
+            registry=registry,
+        )
+        self.cache_move_seconds = Histogram(
+            "prfaas_router_cache_move_seconds",
+            "Time that bringing a prefix took before its prompt was sent.",
+            buckets=K_SECONDS,
+            registry=registry,
+        )
         self.server_up = Gauge(
             "prfaas_router_server_up",
             "1 while a server is used.",

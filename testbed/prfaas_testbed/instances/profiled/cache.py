@@ -11,16 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from crc32c import crc32c
-
-
-def block_hash(parent: int, tokens: Sequence[int]) -> int:
-    """A 64-bit chained hash: equal on every instance for equal prefixes, as SGLang's are."""
-    data = b"".join(token.to_bytes(4, "little") for token in tokens)
-    low = crc32c(data, parent & 0xFFFFFFFF)
-    high = crc32c(data[::-1], (parent >> 32) & 0xFFFFFFFF)
-    value = high << 32 | low
-    return value - (1 << 64) if value >> 63 else value
+from prfaas.routing import block_hashes
 
 
 @dataclass
@@ -113,9 +104,8 @@ class PrefixCache:
         before, size = self.used_tokens, self.block_tokens
         block, fresh = self._root, []
         whole = len(tokens) // size
-        for i in range(whole):
+        for i, value in enumerate(block_hashes(tokens, size)):
             piece = tuple(tokens[i * size : (i + 1) * size])
-            value = block_hash(block.hash, piece)
             found = self._blocks.get(value)
             if found is None:
                 found = _Block(value, block if block is not self._root else None, piece)
@@ -180,9 +170,8 @@ class PrefixCache:
         return changes
 
     def _chain(self, tokens: Sequence[int]) -> list[_Block]:
-        size, value, chain = self.block_tokens, 0, []
-        for i in range(len(tokens) // size):
-            value = block_hash(value, tokens[i * size : (i + 1) * size])
+        chain: list[_Block] = []
+        for value in block_hashes(tokens, self.block_tokens):
             block = self._blocks.get(value)
             if block is None:
                 break

@@ -142,6 +142,16 @@ class Scheduler:
             self.cache.insert(job.tokens)
         return self.advance(now)
 
+    def take_in(self, tokens: Sequence[int]) -> bool:
+        """Keep a prefix that came from elsewhere, at the cost of what is unused; False: it has no room."""
+        lacking = self.reserved_tokens + self.cache.used_tokens + len(tokens) - self.pool_tokens
+        if lacking > 0:
+            lacking -= self.cache.evict(lacking)
+        if lacking > 0:
+            return False
+        self.cache.insert(tokens)
+        return True
+
     def flush(self) -> None:
         self.cache.clear()
 

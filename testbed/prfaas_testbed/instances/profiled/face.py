@@ -16,6 +16,7 @@ from aiohttp import web
 
 from prfaas_testbed.instances.profiled import content
 from prfaas_testbed.instances.profiled.instance import Instance, Output, Refused
+from prfaas_testbed.instances.profiled.prefix import take_prefix
 
 K_MAX_BODY_BYTES = 64 << 20
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -77,6 +78,7 @@ def application(
             web.post("/abort_request", face.abort),
             web.route("*", "/flush_cache", face.flush),
             web.post("/pd_role_switch", face.switch_role),
+            web.post("/prfaas/take_prefix", face.take_prefix),
             web.post("/profiled/grant", face.grant),
             web.post("/profiled/note", face.note),
         ]
@@ -250,6 +252,13 @@ class _Face:
         started = time.monotonic()
         self._instance.switch_role(role)
         return web.json_response({"success": True, "message": role, "seconds": time.monotonic() - started})
+
+    async def take_prefix(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        tokens = [int(token) for token in body["input_ids"]]
+        peer = (str(body["bootstrap_host"]), int(body["bootstrap_port"]))
+        size = await take_prefix(self._instance, tokens, int(body["bootstrap_room"]), peer)
+        return web.json_response({"tokens": len(tokens), "bytes": size})
 
     async def grant(self, request: web.Request) -> web.Response:
         body = await request.json()
