@@ -8,24 +8,19 @@ import os
 import platform
 import subprocess
 import sys
-import time
+from contextlib import closing
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import prfaas.routing  # noqa: F401  (registers the policies)
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.run import Repetition, Run, stamp, write_run
 from prfaas.figures.simulation import draw_simulation
 from prfaas.model.errors import UsageError
-from prfaas.simulator.build import repetition_rows, simulation_of
-from prfaas.simulator.chrome_trace import chrome_trace
-from prfaas.simulator.coverage import extrapolations
-from prfaas.simulator.scale import completion_rate_rps
+from prfaas.simulator.sweep import Job, Played, play_all, variants
 
 K_ROOT = Path(__file__).resolve().parents[3]
-K_MOST_ROWS = 200_000  # requests beyond this leave a summary only
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,6 +28,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("experiment", help="a name under topologies/experiments, or a path")
     parser.add_argument("--policy", help="this policy instead of the file's")
     parser.add_argument("--repetitions", type=int, help="so many, with seeds of their own")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="FIELD=V,V,…",
+        help="each of these values of a field, as workload.arrivals.rate_rps=2,3; repeated: all combinations",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes at once; one a core otherwise")
     parser.add_argument("--out", type=Path, help="folder for run.json; results/NAME/STAMP otherwise")
     parser.add_argument(
         "--chrome-trace", type=Path, metavar="FILE", help="the first repetition as a Chrome trace"
@@ -44,17 +47,28 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     topologies = K_ROOT / "topologies"
     loaded = load_experiment(args.experiment, topologies)
-    if args.repetitions is not None and args.repetitions < 1:
-        raise UsageError(f"--repetitions: found {args.repetitions}; at least 1")
+    for name, found in (("--repetitions", args.repetitions), ("--workers", args.workers)):
+        if found is not None and found < 1:
+            raise UsageError(f"{name}: found {found}; at least 1")
     experiments = list(parts_of(loaded, topologies)) if isinstance(loaded, ExperimentSet) else [("", loaded)]
+    experiments = variants(experiments, args.sweep)
     started = datetime.now(UTC)
     repetitions: dict[int, dict[str, Any]] = {}
     summaries: list[dict[str, Any]] = []
-    for part, experiment in experiments:
-        for row in _simulate(experiment, part, args, topologies, repetitions):
-            summaries.append(row)
+    jobs = [job for part, experiment in experiments for job in _jobs(part, experiment, args, topologies)]
+
+    def progress(now: float, done: int) -> None:
+        sys.stderr.write(f"\r  {now:10.0f} s simulated, {done} requests answered")
+
+    with closing(play_all(jobs, args.workers, None if args.json else progress)) as all_played:
+        for played in all_played:
+            summaries.append(played.summary)
+            _keep(played, repetitions)
+            if played.trace is not None:
+                args.chrome_trace.write_text(played.trace, encoding="utf-8")
             if not args.json:
-                _say(row)
+                sys.stderr.write("\r" + " " * 60 + "\r")
+                _say(played.summary)
     result = Run(
         experiment=loaded.name,
         commit=_commit(),
@@ -80,60 +94,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(
-    experiment: Experiment,
-    part: str,
-    args: argparse.Namespace,
-    topologies: Path,
-    repetitions: dict[int, dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Run all models and repetitions; rows go to `repetitions`, a summary of each is returned."""
-    found = []
+def _jobs(part: str, experiment: Experiment, args: argparse.Namespace, topologies: Path) -> list[Job]:
+    """All models and repetitions of one experiment."""
     policy = None
     if args.policy:
-        base = experiment.router.policy.model_dump() if experiment.router else {}
-        policy = (
-            type(experiment.router.policy)(**(base | {"name": args.policy})) if experiment.router else None
-        )
-        if policy is None:
+        if experiment.router is None:
             raise UsageError(f"{experiment.name}: --policy needs a router in the experiment")
-    for model in experiment.models:
-        for index in range(args.repetitions or experiment.repetitions):
-            begun = time.monotonic()
-            simulation = simulation_of(experiment, topologies, model=model, repetition=index, policy=policy)
+        chosen = experiment.router.policy
+        policy = type(chosen)(**(chosen.model_dump() | {"name": args.policy}))
+    return [
+        Job(
+            experiment,
+            part,
+            model,
+            repetition,
+            policy,
+            topologies,
+            traced=args.chrome_trace is not None and repetition == 0,
+        )
+        for model in range(len(experiment.models))
+        for repetition in range(args.repetitions or experiment.repetitions)
+    ]
 
-            def progress(now: float, done: int) -> None:
-                sys.stderr.write(f"\r  {now:10.0f} s simulated, {done} requests answered")
 
-            record = simulation.run(None if args.json else progress)
-            if not args.json:
-                sys.stderr.write("\r" + " " * 60 + "\r")
-            took_s = time.monotonic() - begun
-            label = {"part": part} if part else {}
-            row = {
-                **label,
-                "model": model.name,
-                "policy": simulation.world.policy.name,
-                "repetition": index,
-                "completion_rate_rps": completion_rate_rps(record),
-                **record.summary(),
-                "events": simulation.world.agenda.events,
-                "took_s": round(took_s, 3),
-                "unsupported": simulation.unsupported,
-                "extrapolated": extrapolations(simulation.world),
-            }
-            found.append(row)
-            target = repetitions.setdefault(
-                index, {"index": index, "requests": [], "links": [], "events": []}
-            )
-            target.setdefault("summaries", []).append(row)
-            if len(record) <= K_MOST_ROWS:
-                rows = repetition_rows(record, model.name, index)
-                for kind in ("requests", "links", "events", "sites", "policy"):
-                    target.setdefault(kind, []).extend({**one, **label} for one in rows[kind])
-            if args.chrome_trace and index == 0:
-                args.chrome_trace.write_text(chrome_trace(record), encoding="utf-8")
-    return found
+def _keep(played: Played, repetitions: dict[int, dict[str, Any]]) -> None:
+    """Its rows go to its repetition's."""
+    index = played.job.repetition
+    target = repetitions.setdefault(index, {"index": index, "requests": [], "links": [], "events": []})
+    target.setdefault("summaries", []).append(played.summary)
+    for kind, rows in played.rows.items():
+        target.setdefault(kind, []).extend(rows)
 
 
 def _say(row: dict[str, Any]) -> None:

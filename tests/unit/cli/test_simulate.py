@@ -66,3 +66,41 @@ def test_a_bad_file_is_one_line_that_names_the_fault(tmp_path, capsys, changes, 
     assert named in error
     assert "Traceback" not in error
     assert error.count("\n") == 1
+
+
+def figures(out: str) -> list[dict[str, object]]:
+    """All that a run says but how long it took."""
+    return [{k: v for k, v in one.items() if k != "took_s"} for one in json.loads(out)["summaries"]]
+
+
+def test_a_sweep_runs_every_combination_alike_however_many_processes_do_it(tmp_path, capsys) -> None:
+    sweep = [
+        "--sweep", "workload.arrivals.rate_rps=0.5,1", "--sweep", "router.policy.name=naive,prices",
+    ]  # fmt: skip
+    words = ["simulate", write(tmp_path), "--json", "--repetitions", "2", *sweep]
+    assert main([*words, "--workers", "1"]) == 0
+    one = figures(capsys.readouterr().out)
+    assert main([*words, "--workers", "2"]) == 0
+    assert figures(capsys.readouterr().out) == one
+    rates = ("rate_rps=0.5", "rate_rps=1")
+    assert [row["part"] for row in one[::2]] == [f"{r},name={n}" for r in rates for n in ("naive", "prices")]
+    assert [row["policy"] for row in one[::2]] == ["naive", "prices", "naive", "prices"]
+    assert len({row["ttft_mean_s"] for row in one}) == 4  # rates and seeds: there is one way for all policies
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--sweep", "workload.requests"], "expected FIELD=VALUE,VALUE"),
+        (["--sweep", "workload.requests=5,-5"], "requests=-5"),
+        (["--sweep", "workload.surprise=5"], "surprise"),
+        (["--workers", "0"], "--workers"),
+        (["--sweep", "models=[]"], "models"),
+        (["--sweep", "network=hundred-gig,nowhere", "--workers", "2"], "nowhere"),
+    ],
+)
+def test_a_bad_sweep_is_one_line_that_names_the_fault(tmp_path, capsys, words, named) -> None:
+    assert main(["simulate", write(tmp_path), "--json", *words]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1

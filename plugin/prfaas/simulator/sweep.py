@@ -1,0 +1,185 @@
+"""Many simulated runs on all cores, and an experiment's variants by fields and values.
+
+A run is a process's own from its seed on, and results come back in the order in which runs were asked for:
+neither depends on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import prfaas.routing  # noqa: F401  (registers the policies, in each process)
+from prfaas.config.experiment import Experiment, merged
+from prfaas.config.loading import check
+from prfaas.config.policy import PolicyConfig
+from prfaas.model.errors import PrfaasError, UsageError
+from prfaas.simulator.build import repetition_rows, simulation_of
+from prfaas.simulator.chrome_trace import chrome_trace
+from prfaas.simulator.coverage import extrapolations
+from prfaas.simulator.scale import completion_rate_rps
+
+K_MOST_ROWS = 200_000  # requests beyond this leave a summary only
+K_MOST_VARIANTS = 10_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: one model and repetition of an experiment, or of a part of a set."""
+
+    experiment: Experiment
+    part: str
+    model: int
+    """Its place in experiment.models."""
+    repetition: int
+    policy: PolicyConfig | None
+    topologies: Path
+    traced: bool = False
+    """Whether a Chrome trace is wanted."""
+
+
+@dataclass
+class Played:
+    """What is left of a run."""
+
+    job: Job
+    summary: dict[str, Any]
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """In run.json's form; empty where there are too many."""
+    trace: str | None = None
+
+
+def play(job: Job, progress: Callable[[float, int], None] | None = None) -> Played:
+    """Run it here. Raises UsageError or ConfigError for what the files lack."""
+    begun_s = time.monotonic()
+    model = job.experiment.models[job.model]
+    simulation = simulation_of(
+        job.experiment, job.topologies, model=model, repetition=job.repetition, policy=job.policy
+    )
+    record = simulation.run(progress)
+    label = {"part": job.part} if job.part else {}
+    played = Played(
+        job,
+        {
+            **label,
+            "model": model.name,
+            "policy": simulation.world.policy.name,
+            "repetition": job.repetition,
+            "completion_rate_rps": completion_rate_rps(record),
+            **record.summary(),
+            "events": simulation.world.agenda.events,
+            "took_s": round(time.monotonic() - begun_s, 3),
+            "unsupported": simulation.unsupported,
+            "extrapolated": extrapolations(simulation.world),
+        },
+    )
+    if len(record) <= K_MOST_ROWS:
+        rows = repetition_rows(record, model.name, job.repetition)
+        for kind in ("requests", "links", "events", "sites", "policy"):
+            played.rows[kind] = [{**one, **label} for one in rows[kind]]
+    if job.traced:
+        played.trace = chrome_trace(record)
+    return played
+
+
+def play_all(
+    jobs: Sequence[Job],
+    workers: int | None = None,
+    progress: Callable[[float, int], None] | None = None,
+) -> Generator[Played, None, None]:
+    """Run all, in as many processes as there are cores, or `workers`; results in the order of `jobs`.
+
+    An interruption ends every process. `progress` is called where one process, this one, does all.
+    """
+    workers = min(len(jobs), workers or len(os.sched_getaffinity(0)))
+    if workers <= 1:
+        for job in jobs:
+            yield play(job, progress)
+        return
+    with _pool(workers) as pool:  # leaving it ends its processes
+        for played in pool.imap(_play_elsewhere, jobs):
+            if isinstance(played, PrfaasError):
+                raise played
+            yield played
+
+
+def _pool(workers: int) -> Pool:
+    """Processes that leave an interruption to this one, from their first instruction on.
+
+    Spawned, because a copy of a process that has threads may stand still.
+    """
+    resource_tracker.ensure_running()  # or the pool would start it, and allow interruptions again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return multiprocessing.get_context("spawn").Pool(workers)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _play_elsewhere(job: Job) -> Played | PrfaasError:
+    """What goes wrong travels as a line of text: not every error survives the way between processes."""
+    try:
+        return play(job)
+    except UsageError as error:
+        return UsageError(str(error))
+    except PrfaasError as error:
+        return PrfaasError(str(error))
+    except Exception:
+        return PrfaasError(f"{job.experiment.name} {job.part}: {traceback.format_exc()}")
+
+
+def variants(
+    experiments: Sequence[tuple[str, Experiment]], sweeps: Sequence[str]
+) -> list[tuple[str, Experiment]]:
+    """Each part with every combination of values, as (PART/FIELD=VALUE,…, experiment).
+
+    `sweeps` are FIELD=V1,V2,…: a field by its path in the file, as workload.arrivals.rate_rps; values as YAML
+    has them. Raises UsageError, or ConfigError for a value that the file couldn't have.
+    """
+    axes = [_axis(sweep) for sweep in sweeps]
+    if not axes:
+        return list(experiments)
+    combinations = list(itertools.product(*axes))
+    if len(combinations) * len(experiments) > K_MOST_VARIANTS:
+        raise UsageError(f"--sweep: {len(combinations)} combinations; at most {K_MOST_VARIANTS} runs")
+    found = []
+    for part, experiment in experiments:
+        base = experiment.model_dump(mode="json")
+        for combination in combinations:
+            changes: dict[str, Any] = {}
+            for path, _, value in combination:
+                changes = merged(changes, _nested(path, value))
+            said = ",".join(f"{path[-1]}={text}" for path, text, _ in combination)
+            changed = check(merged(base, changes), Experiment, f"{experiment.name} with {said}")
+            found.append((f"{part}/{said}" if part else said, changed))
+    return found
+
+
+def _axis(sweep: str) -> list[tuple[tuple[str, ...], str, Any]]:
+    name, equals, texts = sweep.partition("=")
+    path, values = tuple(name.split(".")), texts.split(",")
+    if not equals or not all(path) or not all(values):
+        raise UsageError(f"--sweep: found {sweep!r}; expected FIELD=VALUE,VALUE,…")
+    try:
+        return [(path, text, yaml.safe_load(text)) for text in values]
+    except yaml.YAMLError:
+        raise UsageError(f"--sweep: {texts!r} of {name} aren't values") from None
+
+
+def _nested(path: Sequence[str], value: Any) -> Mapping[str, Any]:
+    for name in reversed(path):
+        value = {name: value}
+    found: Mapping[str, Any] = value
+    return found
