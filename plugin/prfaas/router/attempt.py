@@ -365,7 +365,11 @@ def _raise_failure(side: Side, failure: Failure) -> None:
     text = failure.message
     if failure.status in K_CLIENT_FAULTS:
         raise BadRequest(text, status=failure.status, code=failure.code or None)
-    refused = failure.status in (429, 503) or K_REFUSED in failure.code or K_REFUSED in text
+    by_link = K_REFUSED in failure.code or K_REFUSED in text
+    if by_link:
+        # Both sides tell it: it is about the way between them, and another prefill site may have room.
+        side = Side.PREFILL
+    refused = failure.status in (429, 503) or by_link
     retry_after_s = failure.retry_after_s
     if refused and retry_after_s is None:
         found = _RETRY_AFTER.search(text)

@@ -79,6 +79,25 @@ def test_a_fault_before_the_first_token_is_invisible(
     asyncio.run(main())
 
 
+def test_what_the_link_refuses_goes_elsewhere_at_once_whichever_side_tells(
+    stand: Any, long_text: str
+) -> None:
+    async def main() -> None:
+        async with stand() as s:
+
+            async def first(fake: Any, request: web.Request, body: dict[str, Any]) -> Any:
+                # Decode tells it; prefill, whose POST would hang, isn't asked again.
+                return await refuse(fake, request, body) if len(fake.seen) == 1 else None
+
+            s.servers["west-d"].fault = first
+            s.servers["east-p"].fault = hang
+            status, headers, _ = await s.post("/v1/completions", prompt=long_text, stream=True)
+            assert (status, headers["x-prfaas-site"], headers["x-prfaas-attempts"]) == (200, "west", "2")
+            assert len(s.servers["east-p"].seen) == 1
+
+    asyncio.run(main())
+
+
 def test_an_error_event_before_the_first_token_is_a_failure_not_an_answer(stand: Any, long_text: str) -> None:
     async def main() -> None:
         async with stand() as s:
