@@ -30,6 +30,10 @@ K_ZERO_ROOM, K_DROP_ROOM = 7_000_000_000_001, 7_000_000_000_002
 """Requests with these rooms are the controls: the prefill server damages their KV."""
 
 
+_given: set[int] = set()
+"""Ports that somebody will bind."""
+
+
 def free_ports(n: int) -> list[int]:
     """Ports that nobody has now, and that no outgoing connection takes in the minute that a server needs to
     bind them: the kernel gives those from 32768 on.
@@ -38,7 +42,8 @@ def free_ports(n: int) -> list[int]:
     while len(found) < n:
         port = random.randrange(*K_PORTS)
         with contextlib.suppress(OSError), socket.create_server((K_HOST, port)):
-            if port not in found:
+            if port not in _given:
+                _given.add(port)
                 found.append(port)
     return found
 
