@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Literal
 
 from prfaas.model.decisions import Decision
+from prfaas.model.ids import InstanceId
 from prfaas.simulator.engine import Engine
 from prfaas.workload.requests import TimedRequest
 
@@ -29,9 +30,17 @@ _fullness = attrgetter("fullness")
 
 
 def pick_prefill(
-    engines: Sequence[Engine], request: TimedRequest, key: float, order: ServiceOrder, now: float
+    engines: Sequence[Engine],
+    request: TimedRequest,
+    key: float,
+    order: ServiceOrder,
+    now: float,
+    cached_tokens: Mapping[InstanceId, int],
 ) -> Engine | None:
-    """The instance that would be through with it soonest; None if none takes prefills."""
+    """The instance that would be through with it soonest, by what is believed of their caches.
+
+    None if none takes prefills.
+    """
     if order == "fcfs" and not request.block_ids and engines:
         # As below for the usual case: hundreds of instances that differ in their backlog alone.
         first = min(engines, key=_backlog_s)
@@ -46,7 +55,7 @@ def pick_prefill(
             # What is served later doesn't matter, but for equals.
             cost_s = engine.ahead_s(key, now) + K_EQUALS * cost_s
         if request.block_ids:
-            cached = engine.cache.match(request.block_ids, request.prompt_tokens)
+            cached = cached_tokens.get(engine.name, 0)
             cost_s += engine.profile.prefill_s(request.prompt_tokens, cached)
         if engine.role == "collocated" and engine.running + engine.waiting >= engine.max_batch:
             cost_s += 1e3  # no place in its batch: only if all are so

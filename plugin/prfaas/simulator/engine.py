@@ -26,6 +26,7 @@ class Job:
 
     __slots__ = (
         "block_ids",
+        "block_tokens",
         "cached",
         "done",
         "key",
@@ -51,10 +52,11 @@ class Job:
         on_chunk: Callable[[Job, float, bool], None] | None = None,
         on_join: Callable[[Job, float], None] | None = None,
         on_done: Callable[[Job, float], None] | None = None,
+        block_tokens: int | None = None,
     ) -> None:
         self.payload = payload
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
-        self.block_ids = block_ids
+        self.block_ids, self.block_tokens = block_ids, block_tokens
         self.key = key
         """Order of service: smaller first, then arrival."""
         self.cached = 0
@@ -245,7 +247,7 @@ class Engine:
                 continue
             final = last == job.prompt_tokens
             if final and job.block_ids:
-                self.cache.insert(job.block_ids, job.prompt_tokens)
+                self.cache.insert(job.block_ids, job.prompt_tokens, job.block_tokens)
             if job.on_chunk is not None:
                 job.on_chunk(job, now, final)
         if self._current is None:

@@ -9,6 +9,7 @@ from prfaas.model.ids import LinkId, SiteId
 from prfaas.model.observations import LinkEstimate, RequestView, SiteObservation, Snapshot
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.links import WatchedLink
+from prfaas.simulator.prefixes import HeardPrefixes
 from prfaas.workload.requests import TimedRequest
 
 
@@ -23,8 +24,11 @@ class Outlook:
         links: Mapping[LinkId, WatchedLink],
         homes: Sequence[SiteId],
         every_s: float,
+        prefixes: HeardPrefixes,
     ) -> None:
         self._engines, self._homes, self._every_s = sites, homes, every_s
+        self.prefixes = prefixes
+        self._site_of = {engine.name: site for site, engines in sites.items() for engine in engines}
         self._sites: dict[SiteId, SiteObservation] = {}
         self._sites_at_s = -math.inf
         self._estimates: dict[LinkId, LinkEstimate] = {}
@@ -47,14 +51,22 @@ class Outlook:
         """The sites' load is looked at anew for the next request, however lately it was."""
         self._sites_at_s = -math.inf
 
-    def view(self, request: TimedRequest, excluded: frozenset[SiteId], attempt: int) -> RequestView:
+    def view(
+        self, request: TimedRequest, excluded: frozenset[SiteId], attempt: int, now: float
+    ) -> RequestView:
         """The request as the policy sees it at this attempt."""
+        usable = self.prefixes.usable(request, now) if request.block_ids else {}
+        cached: dict[SiteId, int] = {}
+        for name, tokens in usable.items():
+            site = self._site_of[name]
+            cached[site] = max(tokens, cached.get(site, 0))
         return RequestView(
             str(request.index),
             request.prompt_tokens,
             request.arrival_s,
             home=self._homes[request.index % len(self._homes)] if self._homes else None,
-            cached_tokens=self._cached(request),
+            cached_tokens=cached,
+            instance_cached_tokens=usable,
             output_tokens=request.output_tokens,
             tenant=request.tenant,
             slo_class=request.slo_class,
@@ -86,20 +98,3 @@ class Outlook:
             decode_waiting=waiting,
             decode_slots=slots,
         )
-
-    def _cached(self, request: TimedRequest) -> dict[SiteId, int]:
-        """Tokens of its prompt that the best instance of each site has, where any has some."""
-        cached: dict[SiteId, int] = {}
-        if request.block_ids:
-            for site, engines in self._engines.items():
-                best = max(
-                    (
-                        engine.cache.match(request.block_ids, request.prompt_tokens)
-                        for engine in engines
-                        if engine.role != "decode" and engine.up
-                    ),
-                    default=0,
-                )
-                if best:
-                    cached[site] = best
-        return cached

@@ -21,6 +21,7 @@ from prfaas.simulator.engine import Engine, Job
 from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.network import Network, Pipe, Transfer
 from prfaas.simulator.observing import Outlook
+from prfaas.simulator.prefixes import HeardPrefixes
 from prfaas.simulator.record import Record
 from prfaas.workload.requests import TimedRequest
 
@@ -37,6 +38,8 @@ class Settings:
     """Where the router is; None: at each request's decode site."""
     observe_every_s: float = 0.25
     """How old what the door knows of the sites' load may be (a router polls); 0: always exact."""
+    index_delay_s: float = 0.05
+    """How long the news of a prefix cache take to the door."""
     admission: bool = True
     """Whether the links' ledgers are asked before a transfer starts."""
     service_order: ServiceOrder = "fcfs"
@@ -100,7 +103,8 @@ class World:
             for ends, pipe in network.pipes.items()
         }
         network.on_activity = lambda pipe, now: self.links[LinkId(pipe.source, pipe.target)].wake(now)
-        self.outlook = Outlook(self._by_site, self.links, settings.homes, settings.observe_every_s)
+        heard = HeardPrefixes(self.engines.values(), lambda: agenda.now, settings.index_delay_s)
+        self.outlook = Outlook(self._by_site, self.links, settings.homes, settings.observe_every_s, heard)
         self._requests: Iterator[TimedRequest] = iter(())
         self.exhausted = True
         """No further arrivals."""
@@ -148,7 +152,7 @@ class World:
     def _door(self, live: Live, now: float) -> None:
         if live.over:
             return
-        live.view = view = self.outlook.view(live.request, live.excluded, live.attempt)
+        live.view = view = self.outlook.view(live.request, live.excluded, live.attempt, now)
         decision = self.policy.decide(view, self.outlook.snapshot(now), now)
         live.decision = decision
         if decision.action is Action.DISPATCH:
@@ -180,11 +184,14 @@ class World:
     # A dispatched request.
 
     def _dispatch(self, live: Live, decision: Decision, now: float) -> None:
-        chosen, request = decision.chosen, live.request
+        chosen, request, view = decision.chosen, live.request, live.view
         assert chosen is not None  # DISPATCH has a choice
+        assert view is not None  # the door made it
         order = self.settings.service_order
         key = queue_key(decision, order)
-        prefill = pick_prefill(self._prefills.get(chosen.prefill_site, ()), request, key, order, now)
+        prefill = pick_prefill(
+            self._prefills.get(chosen.prefill_site, ()), request, key, order, now, view.instance_cached_tokens
+        )
         decode = (
             prefill
             if prefill is not None and prefill.role == "collocated" and not decision.offloaded
@@ -215,8 +222,7 @@ class World:
                 )
                 self._retry(live, chosen.prefill_site, str(answer.reason), now, dispatched=False)
                 return
-        assert live.view is not None  # the door made it
-        self.policy.on_dispatch(request=live.view, decision=decision, now=now)
+        self.policy.on_dispatch(request=view, decision=decision, now=now)
         live.prefill, live.decode = prefill, decode
         live.link = link_id
         live.prefill_job = Job(
@@ -226,6 +232,7 @@ class World:
             request.block_ids,
             key,
             on_chunk=self._on_chunk,
+            block_tokens=request.block_tokens,
         )
         live.decode_job = Job(
             live, request.prompt_tokens, request.output_tokens, on_join=self._on_join, on_done=self._on_done

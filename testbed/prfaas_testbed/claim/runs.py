@@ -123,7 +123,7 @@ def uncached_tokens(requests: Sequence[TimedRequest], profile: Profile) -> np.nd
 
     No system can reuse more, so that this is fair as the SLO's measure and safe in a bound.
     """
-    cache = BlockCache(profile.block_tokens, None, exact=profile.state_bytes > 0)
+    cache = BlockCache(requests[0].block_tokens, None, exact=profile.state_bytes > 0)
     found = np.empty(len(requests))
     for place, request in enumerate(requests):
         cached = cache.match(request.block_ids, request.prompt_tokens) if request.block_ids else 0

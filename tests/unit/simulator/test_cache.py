@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,3 +42,12 @@ def test_it_never_holds_more_than_its_capacity_nor_finds_what_it_was_not_given(p
         cache.insert(prompt, len(prompt) * 4)
         given_prompts.add(prompt)
         assert cache.used_tokens <= 24
+
+
+def test_blocks_are_of_the_prompts_size_and_one_cache_holds_one_size() -> None:
+    cache = BlockCache(64, 2048, exact=False)
+    cache.insert((1, 2, 3), 1200, 512)
+    assert cache.match((1, 2, 9), 1300) == 1024  # the third block wasn't full
+    assert cache.used_tokens == 1024
+    with pytest.raises(ValueError, match="blocks of 64 tokens in a cache that holds blocks of 512"):
+        cache.insert((4, 5), 128, 64)

@@ -68,5 +68,5 @@ def plain_decode(engines: list[Engine]) -> Engine | None:
 @given(st.lists(one_engine, max_size=6))
 def test_the_short_way_takes_the_instance_that_the_long_one_takes(kinds) -> None:
     engines = [made(index, *kind) for index, kind in enumerate(kinds)]
-    assert pick_prefill(engines, K_REQUEST, 0.0, "fcfs", 0.0) is plain_prefill(engines)
+    assert pick_prefill(engines, K_REQUEST, 0.0, "fcfs", 0.0, {}) is plain_prefill(engines)
     assert pick_decode(engines) is plain_decode(engines)

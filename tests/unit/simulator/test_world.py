@@ -104,9 +104,22 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
     assert first != other
 
 
-def test_the_policy_decides_for_the_simulator_as_it_would_for_a_router() -> None:
+K_SESSIONS = {
+    "kind": "sessions",
+    "arrivals": {"process": "poisson", "rate_rps": 0.4},
+    "requests": 150,
+    "turns": 5,
+    "first_tokens": 6000,
+    "turn_tokens": 2000,
+    "output_tokens": 200,
+    "think_s": 5,
+}
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_the_policy_decides_for_the_simulator_as_it_would_for_a_router(reused: bool) -> None:
     """A fresh policy, told the same in the same order, decides the same: nothing else enters."""
-    world = simulation()
+    world = simulation(**({"workload": K_SESSIONS} if reused else {}))
     deciding, told = world.world.policy, []
 
     def listen(name: str) -> None:
@@ -129,17 +142,19 @@ def test_the_policy_decides_for_the_simulator_as_it_would_for_a_router() -> None
         listen(name)
     world.run()
     fresh = type(deciding)(deciding.config, deciding.fleet)
-    decided = 0
+    decided = reusing = 0
     for name, args, kwargs, answer in told:
         found = getattr(fresh, name)(*args, **kwargs)
         if name == "decide":
             decided += 1
+            reusing += bool(args[0].cached_tokens)
             assert (found.action, found.prefill_site, found.reason) == (
                 answer.action,
                 answer.prefill_site,
                 answer.reason,
             )
     assert decided >= 150
+    assert (reusing > 50) == reused
 
 
 def test_a_dead_link_sends_its_requests_elsewhere_and_none_is_lost() -> None:
@@ -322,3 +337,17 @@ def test_several_homes_weigh_sites_by_all_that_there_is_and_not_by_their_surroun
     simulated.world.policy.decide = listen  # type: ignore[method-assign]
     simulated.run()
     assert all(sites == {"east", "west", "north"} for sites in seen)
+
+
+def test_what_the_door_believes_cached_is_a_little_late_and_engines_find_what_they_have() -> None:
+    asked = experiment(workload=K_SESSIONS)
+    records = {
+        delay_s: simulation_of(
+            asked, K_TOPOLOGIES, topology=K_TOPOLOGY, sample=False, settings=Settings(index_delay_s=delay_s)
+        ).run()
+        for delay_s in (0.0, 0.05, 1e6)
+    }
+    reused = {delay_s: sum(record.cached_tokens) for delay_s, record in records.items()}
+    assert reused[0.05] == pytest.approx(reused[0.0], rel=0.1)
+    assert reused[1e6] < 0.9 * reused[0.0]  # never told, the door sends turns anywhere
+    assert reused[1e6] > 0
