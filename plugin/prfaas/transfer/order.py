@@ -7,7 +7,7 @@ Of the link's rate, three parts are given at every instant among the transfers t
   K_EQUAL      to all in equal parts (so none starves: each of n gets at least K_EQUAL / n).
 A transfer may hold more than one part; one alone holds all. Ties go to the one that came first. `shares` says
 the parts; `draw` hands out blocks so that bytes drawn follow them within one block (deficit counters, as in
-deficit round robin).
+deficit round robin). The pump draws by line.py, which gives the same parts without going through all.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.transfer import FailureReason
-from prfaas.transfer.frames import Open
+from prfaas.transfer.frames import K_BLOCK_MAX_BYTES, Open
+from prfaas.transfer.line import Line
 from prfaas.transfer.order import SendOrder
 from prfaas.transfer.segments import Plan
 
@@ -104,11 +105,19 @@ class Sending:
     def __init__(self, raw_window_bytes: int) -> None:
         self._transfers: dict[int, _Transfer] = {}
         self._order: SendOrder[int] = SendOrder()
+        self._line: Line[int] = Line()
+        """Those of `_order` whose next block their lease's window has room for."""
+        self._held_up: dict[int, set[int]] = {}
+        """Lease to those of its transfers that wait for room in its window."""
+        self._oldest_s = float("inf")
+        """No block in flight was drawn before."""
         self._windows: dict[int, int] = {0: raw_window_bytes}
         self._flying: dict[int, int] = {}
         self.hedge_after_s = 1.0
         """How long a block may be in flight before an idle stream carries it as well."""
-        self._users: dict[int, int] = {}
+        self._leases: dict[int, dict[int, _Transfer]] = {}
+        self._block_bytes = 64 * 1024
+        """Of the block drawn last."""
 
     def __len__(self) -> int:
         return len(self._transfers)
@@ -161,29 +170,30 @@ class Sending:
         lease = opening.lease_id
         if lease:
             self._windows.setdefault(lease, window_bytes)
-        self._users[lease] = self._users.get(lease, 0) + 1
-        self._transfers[transfer_id] = _Transfer(transfer_id, opening, plan, deadline_s, now)
+        t = self._transfers[transfer_id] = _Transfer(transfer_id, opening, plan, deadline_s, now)
+        self._leases.setdefault(lease, {})[transfer_id] = t
         self._order.add(transfer_id, plan.total_bytes, deadline_s)
+        self._look_at(t)
 
     def draw(self, stream: int, now: float) -> Draw | None:
         """The next block for a stream that can take one, marked as in flight there; None: nothing may be
         sent.
         """
-        eligible = self._eligible()
-        if not eligible:
-            return self._double(stream, now)
-        key = (
-            self._order.draw(now, eligible[0][1], [k for k, _ in eligible])
-            if len(eligible) > 1
-            else eligible[0][0]
-        )
-        assert key is not None
+        key = self._line.next(now, self._block_bytes)
+        if key is None:
+            return self._double(stream, now) if self.can_double(now) else None
         t = self._transfers[key]
         block = t.take()
-        size = t.plan.block_bytes(block)
+        size = self._block_bytes = t.plan.block_bytes(block)
         t.in_flight[block] = (stream, now)
-        self._flying[t.opening.lease_id] = self._flying.get(t.opening.lease_id, 0) + size
-        self._order.sent(now, key, size, [k for k, _ in eligible])
+        self._oldest_s = min(self._oldest_s, now)
+        lease = t.opening.lease_id
+        self._flying[lease] = self._flying.get(lease, 0) + size
+        self._line.sent(key, size)
+        self._order.sent(now, key, size, (key,))
+        self._look_at(t)
+        if self._flying[lease] + K_BLOCK_MAX_BYTES > self._windows[lease]:
+            self._look_at_all(lease)
         open_first = stream not in t.opened_on
         t.opened_on.add(stream)
         return Draw(key, block, size, open_first)
@@ -205,25 +215,38 @@ class Sending:
 
     def can_double(self, now: float) -> bool:
         """Whether a stream that is idle now has a second copy to carry."""
-        return any(
-            t.in_flight and now - next(iter(t.in_flight.values()))[1] >= self.hedge_after_s
-            for t in self._transfers.values()
-        )
+        if now - self._oldest_s < self.hedge_after_s:
+            return False
+        drawn_s = [next(iter(t.in_flight.values()))[1] for t in self._transfers.values() if t.in_flight]
+        self._oldest_s = min(drawn_s, default=float("inf"))
+        return now - self._oldest_s >= self.hedge_after_s
 
-    def _eligible(self) -> list[tuple[int, int]]:
-        """(transfer, bytes of its next block) of those with a block to send and room for it."""
-        result = []
-        for key, t in self._transfers.items():
-            block = t.next_block()
-            if block is not None:
-                size = t.plan.block_bytes(block)
-                lease = t.opening.lease_id
-                if self._flying.get(lease, 0) + size <= self._windows[lease]:
-                    result.append((key, size))
-        return result
+    def _look_at(self, t: _Transfer) -> None:
+        """Whether it has a block to send and room for it may have changed."""
+        key, lease = t.transfer_id, t.opening.lease_id
+        block = t.next_block()
+        held_up = self._held_up.get(lease)
+        if held_up is not None:
+            held_up.discard(key)
+        if block is None:
+            self._line.leave(key)
+        elif self._flying.get(lease, 0) + t.plan.block_bytes(block) <= self._windows[lease]:
+            self._line.join(key, self._order.remaining_bytes(key), t.deadline_s)
+        else:
+            self._line.leave(key)
+            self._held_up.setdefault(lease, set()).add(key)
+
+    def _look_at_all(self, lease: int) -> None:
+        for t in list(self._leases.get(lease, {}).values()):
+            self._look_at(t)
+
+    def _freed(self, lease: int) -> None:
+        """There is more room in a lease's window."""
+        for key in list(self._held_up.get(lease, ())):
+            self._look_at(self._transfers[key])
 
     def can_send(self) -> bool:
-        return bool(self._eligible())
+        return len(self._line) > 0
 
     def on_ack(self, transfer_id: int, block_id: int) -> SendEvent | None:
         """The receiver has applied the block. What is unknown or known already changes nothing."""
@@ -241,6 +264,9 @@ class Sending:
         t.acked.add(block_id)
         t.acked_bytes += size
         if len(t.acked) < t.plan.n_blocks:
+            if t.again:
+                self._look_at(t)
+            self._freed(t.opening.lease_id)
             return None
         self._forget(t)
         return Completed(transfer_id, t.acked_bytes, t.resent, t.started_s)
@@ -265,6 +291,7 @@ class Sending:
         """The receiver's word on how much may be in flight on a lease."""
         if lease_id in self._windows:
             self._windows[lease_id] = window_bytes
+            self._look_at_all(lease_id)
 
     def on_stream_lost(self, stream: int) -> int:
         """The stream is gone: its blocks in flight will be sent again over others. How many there were."""
@@ -294,6 +321,7 @@ class Sending:
                 self._unsend(t, t.plan.block_bytes(block))
             t.acked.clear()
             t.acked_bytes = 0
+            self._look_at(t)
 
     def fail(
         self, transfer_id: int, reason: FailureReason, detail: str = "", *, tell_peer: bool = True
@@ -326,6 +354,8 @@ class Sending:
         heapq.heappush(t.again, block)
         t.resent += 1
         self._unsend(t, size)
+        self._look_at(t)
+        self._freed(t.opening.lease_id)
 
     def _unsend(self, t: _Transfer, more_bytes: int) -> None:
         """The order's bytes left, which may bring a transfer back into it or (negative) end its place."""
@@ -345,9 +375,14 @@ class Sending:
         self._flying[lease] = self._flying.get(lease, 0) - sum(
             t.plan.block_bytes(b) for b in (*t.in_flight, *t.doubled)
         )
-        self._users[lease] -= 1
-        if not self._users[lease]:
-            del self._users[lease]
+        self._line.leave(t.transfer_id, for_good=True)
+        self._held_up.get(lease, set()).discard(t.transfer_id)
+        del self._leases[lease][t.transfer_id]
+        if self._leases[lease]:
+            self._freed(lease)
+        else:
+            del self._leases[lease]
+            self._held_up.pop(lease, None)
             self._flying.pop(lease, None)
             if lease:
                 self._windows.pop(lease, None)
