@@ -46,7 +46,7 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
 def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
     """The record of testbed runs and of the same requests simulated. Raises UsageError."""
     rows: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
+    runs: dict[str, dict[str, Any]] = {}
     for run in map(read_run, folders):
         if run.experiment != K_EXPERIMENT:
             raise UsageError(f"a run of {run.experiment}; this piece is made of {K_EXPERIMENT}")
@@ -54,11 +54,11 @@ def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any
             if any(field(row, "part") == part for one in run.repetitions for row in one.requests):
                 fresh = both(run, part, experiment)
                 rows = [row for row in rows if row["part"] != part] + fresh
-                runs.append({"part": part, **(run.model_extra or {}).get("part_runs", {}).get(part, {})})
+                runs[part] = {"part": part, **(run.model_extra or {}).get("part_runs", {}).get(part, {})}
                 say(_line(part, fresh))
     order = {part: place for place, (part, _) in enumerate(parts(K_EXPERIMENT))}
     rows.sort(key=lambda row: (order[row["part"]], row["world"], row["repetition"]))
-    return {"rows": rows, "runs": [_brief(one) for one in runs]}
+    return {"rows": rows, "runs": [_brief(one) for one in runs.values()]}
 
 
 def _brief(run: dict[str, Any]) -> dict[str, Any]:
