@@ -138,6 +138,8 @@ class Prfaas(Engine):
                 "congestion_control_used": ",".join(sorted({s["congestion_control"] for s in streams})),
                 "retransmitted_bytes": sum(s["retransmitted_bytes"] for s in streams),
                 "resent_blocks": moved["resent_blocks"],
+                "streams_lost_so_far": sum(peer["streams_lost"] for peer in stats["peers"]),
+                "corrupt_blocks_so_far": sum(peer["corrupt_blocks"] for peer in stats["peers"]),
                 "calls_s": moved["calls_s"],
                 "landed_late_s": round(landed_s - moved["ended_s"], 6),
             },
