@@ -15,7 +15,9 @@ K_REPETITIONS = 5
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("claim", help="measure the claim's pieces, write the report")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    measure = commands.add_parser("run", help="measure pieces in the simulator; a JSON record each")
+    measure = commands.add_parser(
+        "run", help="measure pieces, in the simulator or on the testbed; a JSON record each"
+    )
     measure.add_argument("pieces", nargs="*", metavar="PIECE", help="all simulated ones where none is named")
     measure.add_argument("--repetitions", type=int, default=K_REPETITIONS, help="seeds a figure (5)")
     measure.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
@@ -40,9 +42,25 @@ def run(args: argparse.Namespace) -> int:
         pieces.piece(name)
     pieces.check_folder(args.out)
     for name in names:
+        if name not in pieces.SIMULATED:
+            _run_and_gather(name, args.out)
+            continue
         record = pieces.measure(name, args.repetitions, lambda line: _say(f"  {line}\n"))
         _say(f"{name}: {record['took_s']:.0f} s, {pieces.write(record, args.out)}\n")
     return EXIT_OK
+
+
+def _run_and_gather(name: str, out: Path) -> None:
+    """A piece of the testbed: its experiment's run goes to OUT/runs, its record to OUT."""
+    from prfaas_testbed.cli import run as testbed_run
+
+    parser = argparse.ArgumentParser()
+    testbed_run.register(parser.add_subparsers())
+    asked = parser.parse_args(["run", f"claim-{name}", "--out", str(out / "runs")])
+    # A check that fell short is told by the run, and shows in the record.
+    asked.run(asked)
+    folder = max((out / "runs" / f"claim-{name}").iterdir())
+    gather(argparse.Namespace(piece=name, runs=[folder], out=out))
 
 
 def gather(args: argparse.Namespace) -> int:

@@ -1,0 +1,39 @@
+"""`prfaas-testbed claim run` of a piece that runs on the testbed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from prfaas.config.run import Run, write_run
+from prfaas_testbed.cli import claim
+from prfaas_testbed.cli import run as testbed_run
+
+
+def test_a_piece_of_the_testbed_is_run_and_then_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def conduct(args: argparse.Namespace) -> int:
+        asked.append(args.experiment)
+        row = {"id": "r0", "model": "dense", "prompt_tokens": 9, "sent_s": 1.0, "ttft_s": 0.2, "e2e_s": 0.3}
+        run = Run.model_validate(
+            {"experiment": args.experiment, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
+             "versions": {}, "machine": {}, "emulation": "appliance",
+             "repetitions": [{"index": 0, "requests": [row]}]}
+        )  # fmt: skip
+        write_run(run, args.out / args.experiment / "20260101T000000Z")
+        return 1
+
+    monkeypatch.setattr(testbed_run, "run", conduct)
+    parser = argparse.ArgumentParser()
+    claim.register(parser.add_subparsers())
+    args = parser.parse_args(["claim", "run", "faults", "--out", str(tmp_path)])
+    assert args.run(args) == 0
+    assert asked == ["claim-faults"]
+    record = json.loads((tmp_path / "faults.json").read_text())
+    assert (record["world"], len(record["rows"])) == ("testbed", 1)
