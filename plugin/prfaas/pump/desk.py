@@ -37,6 +37,7 @@ K_OVER = 1.1
 """How far above its share a pump may send: less would never show that a link carries more than was believed.
 """
 K_BURST_S = 0.02
+K_HELD_SHARE = 0.5
 K_ENDLESS_BPS = 1e15
 
 
@@ -66,6 +67,8 @@ class LinkDesk:
         self._probe_s = now
         self._tokens_bytes = 0.0
         self._tokens_s = now
+        self._held_s, self._held_until_s = 0.0, now
+        """How long the share alone kept this pump from sending since the last look, and until when it does."""
         pump.loop.call_at(now, self._tick)
 
     # Rate
@@ -79,7 +82,10 @@ class LinkDesk:
         self._tokens_s = now
         if self._tokens_bytes >= 0:
             return 0.0
-        return min(0.1, -self._tokens_bytes * 8 / rate_bps) if rate_bps > 0 else 0.1
+        wait_s = min(0.1, -self._tokens_bytes * 8 / rate_bps) if rate_bps > 0 else 0.1
+        self._held_s += max(0.0, now + wait_s - max(now, self._held_until_s))
+        self._held_until_s = max(self._held_until_s, now + wait_s)
+        return wait_s
 
     def spent(self, sent_bytes: int) -> None:
         self._tokens_bytes -= sent_bytes
@@ -291,6 +297,8 @@ class LinkDesk:
             link=self.link, at_s=now, interval_s=now - self._at_s, delivered_bytes=delta[0],
             backlog_bytes=backlog, rtt_s=min(rtts, default=None), retransmits=delta[1] // 1448,
             segments=delta[2], delivery_rate_bps=sum(rates) or None, failures=delta[3], sender=self.name,
+            # What its share held back says nothing against the link.
+            app_limited=self._held_s > K_HELD_SHARE * (now - self._at_s),
         )  # fmt: skip
-        self._before, self._at_s = sums, now
+        self._before, self._at_s, self._held_s = sums, now, 0.0
         return seen, K_ENDLESS_BPS if backlog else 0.0
