@@ -68,7 +68,7 @@ class LinkDesk:
         self._tokens_bytes = 0.0
         self._tokens_s = now
         self._held_s, self._held_until_s = 0.0, now
-        """How long the share alone kept this pump from sending since the last look, and until when it does."""
+        """How long the share alone kept this pump from sending since the last look, and until when."""
         pump.loop.call_at(now, self._tick)
 
     # Rate
