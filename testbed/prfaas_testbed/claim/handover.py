@@ -201,8 +201,10 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
         [K_TOKENS * one["tokens"] / 1024 for one in found], allowed, "k--", label="round trip, wire and 10 ms"
     )
     panel.set_xscale("log", base=2)
+    ticks = [K_TOKENS * one["tokens"] / 1024 for one in found]
+    panel.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     panel.set(xlabel="Prompt, K tokens", ylabel="More TTFT than near, ms", ylim=(0, None))
-    panel.legend()
+    panel.legend(loc="center right")
     paths = save(figure, folder, "handover", ["part", "world", "K tokens", "more TTFT, ms"], drawn)
     return [path.name for path in paths if path.suffix == ".png"]
 
