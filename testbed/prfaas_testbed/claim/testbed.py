@@ -32,8 +32,8 @@ K_COMPARED = {
     "egress_gbps": "egress, Gbit/s",
 }
 K_WHY = {
-    "two-sites": "over a link with loss each transfer takes about a round trip more than the simulator's fluid, "
-    "which shows where first tokens are quick",
+    "two-sites": "over a link with loss each transfer takes about a round trip more than the simulator's "
+    "fluid, which shows where first tokens are quick",
 }
 K_PUBLISHED = (("homogeneous", 1.54), ("naive", 1.32))
 K_WITHIN = 0.05
