@@ -27,10 +27,10 @@ def run_of(*requests: tuple[float, float, bool | None, str | None]) -> Run:
 
 
 def test_a_request_counts_for_the_trouble_that_began_last_before_it_was_over(tmp_path: Path) -> None:
-    # Calm: at most 0.2 s. Troubles: a cut at 12, the link down from 26 to 28.
+    # Calm: at most 0.2 s. Troubles: a cut at 6, the link down from 14 to 16, flaps from 24.
     run = run_of(
-        (1.0, 0.2, True, None), (11.9, 0.3, True, None), (25.5, 4.0, True, None), (27.0, 0.3, True, None),
-        (29.0, 0.3, True, None), (30.0, 2.0, None, "gone"), (45.0, 0.3, False, None),
+        (1.0, 0.2, True, None), (5.9, 0.3, True, None), (13.5, 4.0, True, None), (15.0, 0.3, True, None),
+        (17.0, 0.3, True, None), (18.0, 2.0, None, "gone"), (25.0, 0.3, False, None),
     )  # fmt: skip
     write_run(run, tmp_path)
     data = pieces.gather("faults", [tmp_path], lambda line: None)
@@ -39,7 +39,7 @@ def test_a_request_counts_for_the_trouble_that_began_last_before_it_was_over(tmp
     assert found["cut stream"].requests == 1
     down = found["link down 2 s"]
     assert (down.requests, down.equal, down.refused, down.slowest_s) == (4, 3, 1, 4.0)
-    assert down.recovery_s == pytest.approx(30.0 + 2.1 - 28.0)
+    assert down.recovery_s == pytest.approx(18.0 + 2.1 - 16.0)
     assert found["flap, 2 s off, 2 times"].wrong == 1
     assert [goal.reached for goal in faults.goals(data)] == [False, True, True]
     assert "| link down 2 s | 4 | 3 | 1 | 0 | 4.00 | 4.1 |" in faults.tell(data)
