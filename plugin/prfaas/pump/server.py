@@ -177,7 +177,11 @@ class Pump:
     # Peers
 
     def _accept_peer(self, sock: socket.socket, now: float) -> None:
-        host = str(sock.getpeername()[0]) if sock.fileno() >= 0 else ""
+        try:
+            host = str(sock.getpeername()[0])
+        except OSError:  # reset before we came to it
+            sock.close()
+            return
         tls = self.trust.context(server=True)
         if self.inbound.crowded or (tls is None and not self.trust.plaintext_allowed(host)):
             self.inbound.count_refusal("crowded" if self.inbound.crowded else "plaintext")

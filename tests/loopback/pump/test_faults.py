@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import time
 import numpy as np
 import pytest
 
+from prfaas.config.pump import split_address
 from prfaas.model.transfer import FailureReason, LeaseGrant, TransferKind
 
 K_WAIT_S = 40
@@ -297,6 +300,21 @@ def test_a_stopped_peer_costs_its_own_transfers_only(pumps):
     os.kill(pumps.pid("west"), signal.SIGCONT)
     assert waiting.wait(K_WAIT_S).ok
     assert landed(src, dst)
+
+
+def test_connections_that_are_reset_before_a_busy_pump_comes_to_them_do_it_no_harm(pumps):
+    east, config = pumps.client(pumps.start("east")), pumps.start("west")
+    west = pumps.client(config)
+    os.kill(pumps.pid("west"), signal.SIGSTOP)
+    for _ in range(20):
+        with socket.create_connection(split_address(west.address)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.kill(pumps.pid("west"), signal.SIGCONT)
+    src, dst = pumps.memory(east, 1 << 16), pumps.memory(west, 1 << 16, fill=0)
+    assert send_all(east, lease_on(west, dst).grant, src, dst).wait(K_WAIT_S).ok
+    assert landed(src, dst)
+    assert west.pump_pid == pumps.pid("west")
+    assert "Traceback" not in pumps.log("west")
 
 
 def test_versions_n_and_n_minus_1_interoperate(pumps):
