@@ -28,7 +28,7 @@ def write(folder: Path) -> list[Path]:
 def text(run: dict[str, Any], samples: Sequence[Row], stamp: str, figures: Sequence[str] = ()) -> str:
     """The page. Pure."""
     parts = [
-        _head(run, stamp),
+        _head(run, stamp, samples),
         "".join(f"![{name}]({stamp}/{name})\n" for name in figures),
         _wan(run, samples),
         _loopback(run, samples),
@@ -41,8 +41,9 @@ def text(run: dict[str, Any], samples: Sequence[Row], stamp: str, figures: Seque
     return "\n".join(part for part in parts if part)
 
 
-def _head(run: dict[str, Any], stamp: str) -> str:
+def _head(run: dict[str, Any], stamp: str, samples: Sequence[Row]) -> str:
     machine = run["machine"]
+    loads = [one["load_1min"] for one in samples if one.get("load_1min") is not None]
     made = [f"{one['part']} at {one['ended']} on {one['commit'][:10]}" for one in run.get("made", [])]
     return (
         "# The transfer engine beside its peers\n\n"
@@ -50,7 +51,9 @@ def _head(run: dict[str, Any], stamp: str) -> str:
         f"{run['emulation']}. Machine: {machine.get('cpu') or machine.get('processor') or 'see run.json'}, "
         f"{machine.get('cores') or machine.get('cpus')} cores, which the emulated link, both ends and their "
         "peers share. Goodput in Mbit/s, the median of the repetitions (lowest to highest).\n\n"
-        f"Measured: {'; '.join(made)}.\n"
+        f"Measured: {'; '.join(made)}.\n\n"
+        f"Load averages when repetitions began: {_spread(loads)}. What is far above the two ends' own work "
+        "is others': such figures compare what ran in the same minutes, and aren't what the machine can do.\n"
     )
 
 

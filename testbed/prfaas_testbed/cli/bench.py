@@ -29,6 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     actions = parser.add_subparsers(title="benches", metavar="BENCH", required=True)
     _register_transfer(actions)
     _register_all(actions)
+    _register_report(actions)
     _bench_simulate.add(actions)
 
 

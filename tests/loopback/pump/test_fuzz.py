@@ -1,7 +1,7 @@
 """A peer that sends whatever it likes: no frame of its brings the pump down, makes it hang or grow, or gets a
 byte into anybody's memory.
 
-Thousands of frames here; PRFAAS_LONG_TESTS=1 sends a million (two minutes).
+Thousands of frames here; PRFAAS_LONG_TESTS=1 sends a million (some minutes).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prfaas.cli.main import main
 from prfaas.config.run import read_run
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.bench import checks, harness, host, latency, report, table
@@ -230,6 +231,7 @@ def test_a_page_says_what_its_run_holds(tmp_path: Path) -> None:
         "neighbour": {"running_mbps": [10.0], "stopped_mbps": [9.0], "to_stopped_mbps": [9.0], "kept": 0.9},
     }
     record.finished("wan")
+    assert main(["bench", "report", str(record.folder)]) == 0
     page, *figures = report.write(record.folder)
     text = page.read_text()
     assert page == tmp_path / "bench" / "README.md"
