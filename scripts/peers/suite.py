@@ -21,7 +21,6 @@ from prfaas_testbed.instances.sglang_server import K_CPU_ARGS, K_CPU_ENV, K_CPU_
 
 K_HERE = Path(__file__).resolve().parent
 K_DECODE_ARGS = ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
-K_FAILURES_TRIED = "SGLANG_TEST_DISAGG_FAILURE_PROB"
 
 
 def environment() -> dict[str, str]:
@@ -86,21 +85,19 @@ def parity(model: str, *decode_args: str) -> Callable[[Path, int], type[unittest
 
 def liveness(name: str) -> Callable[[Path, int], type[unittest.TestCase]]:
     def make(models: Path, port: int) -> type[unittest.TestCase]:
-        prepare(models, port)
+        base = prepare(models, port)
+        # Failures are drawn once a side of a request, not once a poll: see draws/peers_draws.py.
+        path = os.pathsep.join((str(K_CPU_PATH), str(K_HERE / "draws")))
+        base.extra_prefill_env = base.extra_decode_env = {**environment(), "PYTHONPATH": path}
         from sglang.test.manual.disaggregation import test_disaggregation_peer_liveness_abort as module
 
         module.DEFAULT_MODEL_NAME_FOR_TEST = str(models / "dense")
-        # Each poll of a request is one more chance of 12% to fail, and a server without a GPU to feed polls
-        # thousands of times a second: at every turn of decode's loop none of the test's twenty tries would
-        # get through.
-        polls_seldom = ("--disaggregation-decode-polling-interval", "100")
         module.PD_EXTRA_ARGS = cpu_args(
             "dense",
             "--max-running-requests",
             "4",
             "--chunked-prefill-size",
             "512",
-            *polls_seldom,
             *K_DECODE_ARGS,
         )
         # 28,000 characters are more of the tiny tokenizer's tokens than its context holds.

@@ -70,6 +70,8 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
         self.verification.prepare(self.pump.register)
         # By room. What is refused or aborted before the request itself arrives here is kept in `doomed`.
         self.doomed = Remembered()
+        # What has failed on the prefill side before all its grants were here.
+        self.ended = Remembered()
         self.refused_sessions: dict[str, str] = {}
         self.leased = LeasedRooms()
         self.asked = AskedRooms(
@@ -159,8 +161,10 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
                 self._forget_places(bootstrap_room)
             else:
                 self.leased.end(bootstrap_room)
-        elif status == poll.Bootstrapping and (reason := self.doomed.take(bootstrap_room)):
-            self.conclude_failure(bootstrap_room=bootstrap_room, failure_reason=reason)
+        elif status == poll.Bootstrapping:
+            self.ended.take(bootstrap_room)  # an earlier life's
+            if reason := self.doomed.take(bootstrap_room):
+                self.conclude_failure(bootstrap_room=bootstrap_room, failure_reason=reason)
 
     def record_failure(self, bootstrap_room: int, failure_reason: str) -> None:
         """SGLang's, but a refusal stays the reason: the aborts on both sides follow from it."""
@@ -203,7 +207,9 @@ class PrfaasKVSender(compat.MooncakeKVSender):  # type: ignore[misc]
     def failure_exception(self) -> None:
         with self.kv_mgr.failure_lock:
             known = self.kv_mgr.failure_records.get(self.bootstrap_room)
-            self.kv_mgr.failure_records[self.bootstrap_room] = _aborted(self.bootstrap_room, known)
+            reason = _aborted(self.bootstrap_room, known)
+            self.kv_mgr.failure_records[self.bootstrap_room] = reason
+        self.kv_mgr.tell_failed(self.bootstrap_room, reason)
         super().failure_exception()
 
 
@@ -236,6 +242,8 @@ class PrfaasKVReceiver(compat.MooncakeKVReceiver):  # type: ignore[misc]
         with self.kv_mgr.failure_lock:
             known = self.kv_mgr.failure_records.get(self.bootstrap_room)
             self.kv_mgr.failure_records[self.bootstrap_room] = _aborted(self.bootstrap_room, known)
+        # Prefill may not know, and would wait for us.
+        self.ensure_abort_notified()
         super().failure_exception()
 
 

@@ -112,7 +112,7 @@ K_BACKEND_POINTS: tuple[TouchPoint, ...] = (
             "apply_prefill_status": ("bootstrap_room", "status", "prefill_rank", "failure_reason"),
             "is_abort_release_safe": ("bootstrap_room", "required_acks"),
             "_make_worker_recv": ("socket", "timeout_ms"),
-            "_prefill_unique_rank": (),
+            "_prefill_unique_rank": (), "_room_notify_targets": ("bootstrap_room",),
             "try_ensure_parallel_info": ("bootstrap_addr",),
             "_send_multipart_locked": ("endpoint", "parts", "is_ipv6"),
             "_resolve_rebootstrap_prefill_url": ("kv_receiver",),

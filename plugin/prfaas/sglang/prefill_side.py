@@ -97,6 +97,9 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
             return
         if places is not None:
             self.places[session, grant.room] = places
+        if reason := self.ended.take(grant.room):
+            self._refuse(message, reason)
+            return
         self.sending.granted(session, grant)
         self.asked.ask(grant.room, session, grant.site, size_bytes, _target(message))
 
@@ -114,6 +117,16 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         """The links have places for all its bytes: prefill may be scheduled."""
         if room in self.transfer_infos:
             super().update_status(room, compat.KVPoll.WaitingForInput)
+
+    def tell_failed(self, room: int, reason: str) -> None:
+        """A room is given up here: its decode ranks would wait for it, those that grant pages later too."""
+        self.ended.put(room, reason)
+        self.send_kv_status_message(
+            targets=self._room_notify_targets(room),
+            bootstrap_room=room,
+            status=compat.KVPoll.Failed,
+            failure_reason=reason,
+        )
 
     def _end_room(self, room: int, targets: list[Target], reason: str) -> None:
         """Tell both sides at once that this room can't be."""

@@ -403,8 +403,10 @@ def test_what_the_link_refuses_is_served_at_home_and_east_serves_again_when_it_i
 
     async def main() -> None:
         async with door() as (router, url, session):
+            said: list[list[str]] = []
+            router.door._on_outcome = lambda outcome: said.append(outcome.failures)
             with link_down(sites):
-                assert await ask(session, url, 0, stream=True) == ("west", "2")
+                assert await ask(session, url, 0, stream=True) == ("west", "2"), said
             refused = [
                 router.metrics.registry.get_sample_value(
                     "prfaas_router_attempts_failed_total", {"site": "east", "side": side, "kind": "refused"}

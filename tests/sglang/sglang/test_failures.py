@@ -5,19 +5,27 @@ up.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from prfaas.config.loading import check
+from prfaas.config.pump import PumpConfig
+from prfaas.pump_client import LocalPumpClient
 from prfaas.sglang.verify import compare, read_rows
-from prfaas_testbed.instances.sglang_client import Answer, generate, loads, new_room, prompt_of
+from prfaas_testbed.instances.sglang_client import Answer, generate, loads, new_room, post, prompt_of
 from prfaas_testbed.instances.sglang_server import SglangServer
 
 K_OUTPUT_TOKENS = 8
-K_STAGING_BYTES = 12 << 20
+K_STAGING_BYTES = 10 << 20
+K_POOL_TOKENS = 11000
+K_FULL_SHARE = 0.9
+K_KEPT_OPEN = 6
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
@@ -47,6 +55,11 @@ def own(start_own: Any, odd: Any, folder: Path) -> Iterator[Any]:
         folder,
         ("prefill", "decode"),
         prefill_args=("--chunked-prefill-size", "1024"),
+        # A pool that many small requests fill: SGLang keeps room for the largest one's answer.
+        decode_args=(
+            *("--max-total-tokens", str(K_POOL_TOKENS), "--num-reserved-decode-tokens", "16"),
+            *("--max-running-requests", "32"),
+        ),
         # As with pages on a GPU, but for the copies themselves.
         config={"staging": "always", "staging_bytes": K_STAGING_BYTES},
     )
@@ -76,7 +89,7 @@ def test_pages_by_way_of_staging_are_the_pages_that_were_sent(own: Any) -> None:
 
 
 def test_more_than_staging_holds_is_refused_with_the_figures(own: Any) -> None:
-    _, answer = own.pair.generate(prompt_of(13000, 10), K_OUTPUT_TOKENS)
+    _, answer = own.pair.generate(prompt_of(10300, 10), K_OUTPUT_TOKENS)
     assert answer.status == 500
     assert f"bytes of staging wanted, there are {K_STAGING_BYTES}" in (answer.error or "")
     assert answer_of(own, prompt_of(40, 11)).error is None
@@ -113,6 +126,82 @@ def test_decode_killed_and_restarted_is_served_by_the_prefill_that_stayed(own: A
     again = answer_of(own, prompt)
     assert again.error is None
     assert again.tokens == before.tokens
+    own.prefill.check_alive()
+
+
+@contextlib.contextmanager
+def frozen(server: SglangServer) -> Iterator[None]:
+    """All of a server's processes stand still: to its peers, a link over which nothing comes."""
+    assert server.pid is not None
+    root = psutil.Process(server.pid)
+    processes = [root, *root.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def held(servers: Any) -> dict[str, int]:
+    """What decode's processes and their pump have open."""
+    assert servers.decode.pid is not None
+    root = psutil.Process(servers.decode.pid)
+    tree = [root, *root.children(recursive=True)]
+    pump = check({"site": "test", "control_socket": str(servers.verify.parent / "pump.sock")}, PumpConfig, "")
+    with LocalPumpClient.open(pump, start=False) as client:
+        stats: Any = client.stats()
+    load = loads(servers.decode.url)
+    return {
+        "pages": load["num_used_tokens"],
+        "requests": load["num_running_reqs"] + load["num_waiting_reqs"],
+        "crossing": sum(v for k, v in load["disaggregation"].items() if k.endswith("_queue_reqs")),
+        "leases": stats["leases"],
+        "transfers": stats["incoming"] + sum(peer["transfers"] for peer in stats["peers"]),
+        "threads": sum(process.num_threads() for process in tree),
+        "sockets": sum(len(process.net_connections("inet")) for process in tree),
+    }
+
+
+def test_link_lost_with_decodes_pool_nearly_full_frees_its_pages_and_every_fallback_finds_room(
+    own: Any,
+) -> None:
+    prompts = [prompt_of(525, 100 + i) for i in range(19)]
+    # One before, so that what is opened once is open.
+    wanted = [answer_of(own, prompt).tokens for prompt in prompts[:1]]
+    before = eventually(lambda: h if not (h := held(own))["crossing"] else None)
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        with frozen(own.prefill):
+            waiting = [
+                pool.submit(
+                    generate,
+                    own.decode.url,
+                    prompt,
+                    K_OUTPUT_TOKENS,
+                    rid=f"lost-{i}",
+                    bootstrap_host=own.pair.bootstrap_host,
+                    bootstrap_port=own.pair.bootstrap_port,
+                    bootstrap_room=new_room(),
+                )
+                for i, prompt in enumerate(prompts)
+            ]
+            full = K_FULL_SHARE * K_POOL_TOKENS
+            assert eventually(lambda: loads(own.decode.url)["num_used_tokens"] >= full, 10.0)
+            for i in range(len(prompts)):
+                post(f"{own.decode.url}/abort_request", {"rid": f"lost-{i}"})
+            # Nobody is there to acknowledge: SGLang's own release would hold the pages for 30 s.
+            assert eventually(lambda: loads(own.decode.url)["num_used_tokens"] <= before["pages"], 10.0)
+            lost = [one.result(timeout=30) for one in waiting]
+            assert all("abort" in (answer.error or "").lower() for answer in lost), lost
+        # The same prompts by a path that works, all at once.
+        found = list(pool.map(lambda prompt: answer_of(own, prompt), prompts))
+    assert [answer.error for answer in found] == [None] * len(prompts)
+    assert found[0].tokens == wanted[0]
+    # Connections that an abort was the first to need stay open; one a request would be a leak.
+    most = before | {"sockets": before["sockets"] + K_KEPT_OPEN}
+    after = eventually(lambda: h if all((h := held(own))[k] <= most[k] for k in most) else None)
+    assert after, f"before: {before}, now: {held(own)}"
     own.prefill.check_alive()
 
 

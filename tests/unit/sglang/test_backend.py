@@ -91,6 +91,9 @@ class StandInManager:
     def record_failure(self, bootstrap_room: int, failure_reason: str) -> None:
         self.failure_records[bootstrap_room] = failure_reason
 
+    def _room_notify_targets(self, bootstrap_room: int) -> list[str]:
+        return ["decode"] if bootstrap_room in self.transfer_infos else []
+
     def send_kv_status_message(
         self, *, targets: Any, bootstrap_room: int, status: Any, failure_reason: Any = None
     ) -> None:
@@ -456,6 +459,22 @@ def test_a_queued_rooms_abort_gives_its_place_back(prefill: Any, decode: Any) ->
     assert prefill.pump.released == [offer, early]
     early.hear("admitted", "", None, 1.0)  # too late: the room is over
     assert 8 not in prefill.request_status
+
+
+def test_room_that_is_given_up_is_told_to_decode_and_to_whoever_grants_pages_later(
+    prefill: Any, decode: Any
+) -> None:
+    ready(prefill, decode, 7)
+    prefill.tell_failed(7, "aborted here")
+    prefill.tell_failed(8, "aborted here")
+    assert prefill.told == [(7, KVPoll.Failed, "aborted here")]  # nobody has granted pages for 8 yet
+    hear(prefill, metadata(decode, 8))
+    assert prefill.told[-1] == (8, KVPoll.Failed, "aborted here")
+    assert [room for room, _, _ in prefill.told] == [7, 8]
+    # The number's next life is its own.
+    prefill.update_status(7, KVPoll.Bootstrapping)
+    hear(prefill, metadata(decode, 7))
+    assert len(prefill.told) == 2
 
 
 # Decode side
