@@ -22,7 +22,7 @@ K_SETTLE_RTT = 10.0
 K_SETTLE_S = 0.5
 K_RETRY_S = 15.0
 K_QUEUE_S = 0.003
-K_QUEUE_SHARE = 0.3
+K_QUEUE_SHARE = 0.15
 """A smoothed round trip longer than the shortest by this much (and share of it): packets wait."""
 K_FAR_S = 0.01
 K_FAR_STREAMS = 8
