@@ -191,4 +191,4 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
     return [path.name for path in paths if path.suffix == ".png"]
 
 
-PIECE = Piece("steps", "Two bandwidth steps on the testbed", measure, goals, draw, tell, gather)
+PIECE = Piece("steps", "Bandwidth steps on the testbed", measure, goals, draw, tell, gather)
