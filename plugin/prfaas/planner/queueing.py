@@ -6,6 +6,7 @@ any request, prompts prefilled one at a time. Splitting Poisson arrivals by leng
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -46,11 +47,27 @@ class Wait:
         return np.where(seconds < 0, 1.0, late)
 
 
+def constant_share(servers: int, utilisation: float) -> float:
+    """Mean wait of M/D/k over that of M/M/k, by Cosmetatos (1975): a half at one server, more at several."""
+    if servers == 1 or utilisation <= 0:
+        return 0.5
+    excess = (1 - utilisation) * (servers - 1) * (math.sqrt(4 + 5 * servers) - 2)
+    return min(1.0, 0.5 * (1 + excess / (16 * utilisation * servers)))
+
+
 def mgk_wait(servers: int, rate_rps: float, service_s: Floats, arrivals_scv: float = 1.0) -> Wait:
-    """G/G/k by Allen and Cunneen: W = C(k, a) / (k / E[S] − λ) · (c_a² + c_s²) / 2.
+    """G/G/k: between M/D/k and M/M/k by the service times' squared coefficient of variation c_s².
+
+    M/M/k is exact, M/D/k Cosmetatos's. Between them Kimura (1986): (1 + c²) / (2 c² / W_M + (1 − c²) / W_D);
+    beyond, Björklund and Elldin's c² W_M + (1 − c²) W_D. Other arrivals than Poisson's change the wait as
+    Allen and Cunneen's factor does: (c_a² + c_s²) / (1 + c_s²). Exact for M/M/k and, in its mean, for M/G/1.
 
     `service_s`: service times of equal weight; `arrivals_scv` c_a²: squared coefficient of variation of the
-    gaps, 1 for Poisson. Exact for M/M/k and, in its mean, for M/G/1. Raises ValueError at a load of k.
+    gaps, 1 for Poisson. Raises ValueError at a load of k.
+
+    Mean waits of simulated M/G/k queues with 1 to 8 servers at loads of 0.5 and 0.75: within 10% for service
+    times up to exponential's variation and for the two-phase hyperexponential ones tried (c² of 6), 20% for
+    lognormal ones of c² 1.5, which two moments don't tell from others.
     """
     mean = float(service_s.mean())
     load = rate_rps * mean
@@ -58,7 +75,13 @@ def mgk_wait(servers: int, rate_rps: float, service_s: Floats, arrivals_scv: flo
         return Wait(0.0, 0.0, 0.0)
     waits = erlang_c(servers, load)
     scv = float(service_s.var()) / mean**2
-    queued = waits / (servers / mean - rate_rps) * (arrivals_scv + scv) / 2
+    exponential = waits / (servers / mean - rate_rps)
+    constant = exponential * constant_share(servers, load / servers)
+    if scv <= 1:
+        queued = (1 + scv) / (2 * scv / exponential + (1 - scv) / constant)
+    else:
+        queued = scv * exponential + (1 - scv) * constant
+    queued *= (arrivals_scv + scv) / (1 + scv)
     return Wait(waits, queued, load / servers)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
@@ -16,6 +17,7 @@ from prfaas.planner.queueing import (
     PathTimes,
     Ttft,
     Wait,
+    constant_share,
     erlang_c,
     mgk_wait,
     transfer_tail_s,
@@ -43,6 +45,43 @@ def test_the_wait_of_m_d_1_is_pollaczek_and_khinchins() -> None:
     assert mgk_wait(1, 0.4, np.array([1.0, 3.0])).mean_s == pytest.approx(5.0)
     # Half as variable arrivals and constant service: half of that.
     assert mgk_wait(1, 0.4, np.array([2.0]), arrivals_scv=0.5).mean_s == pytest.approx(2.0)
+
+
+def test_several_servers_of_constant_service_wait_more_than_half_as_long_as_exponential_ones() -> None:
+    assert constant_share(1, 0.5) == 0.5
+    # k = 4, ρ = 0.5: ½ (1 + 0.5 · 3 · (√24 − 2) / 32).
+    assert constant_share(4, 0.5) == pytest.approx(0.5 * (1 + 1.5 * (math.sqrt(24) - 2) / 32))
+    assert constant_share(4, 1 - 1e-9) == pytest.approx(0.5)  # in heavy traffic as with one
+    assert constant_share(4, 1e-9) == 1.0
+
+
+def mean_wait(servers: int, load: float, service_s: Sequence[float], count: int) -> float:
+    """Of a simulated queue, Poisson arrivals, first come first served."""
+    rng = Random(servers)
+    rate = load * servers / (sum(service_s) / len(service_s))
+    free, at, waited = [0.0] * servers, 0.0, 0.0
+    for _ in range(count):
+        at += rng.expovariate(rate)
+        start = max(at, heapq.heappop(free))
+        waited += start - at
+        heapq.heappush(free, start + rng.choice(service_s))
+    return waited / count
+
+
+K_QUICK_AND_SLOW = [0.1 * -math.log((i + 0.5) / 300) for i in range(300)] + [
+    3 * -math.log((i + 0.5) / 100) for i in range(100)
+]
+
+
+@pytest.mark.parametrize("servers", [1, 3, 8])
+@pytest.mark.parametrize("load", [0.5, 0.75])
+@pytest.mark.parametrize("service_s", [[1.0], [0.5, 1.5], K_QUICK_AND_SLOW], ids=["one", "two", "hyper"])
+def test_the_mean_wait_is_within_a_tenth_of_a_simulated_queues(
+    servers: int, load: float, service_s: list[float]
+) -> None:
+    rate = load * servers / (sum(service_s) / len(service_s))
+    expected = mgk_wait(servers, rate, np.array(service_s)).mean_s
+    assert expected == pytest.approx(mean_wait(servers, load, service_s, 200_000), rel=0.1)
 
 
 def test_nothing_waits_without_arrivals() -> None:
