@@ -79,8 +79,8 @@ def _made(record: dict[str, Any]) -> str:
     runs = record["runs"]
     commits = ", ".join(f"`{one}`" for one in sorted({run["commit"][:12] for run in runs}))
     return (
-        f"Made again by `prfaas-testbed run claim-{name}`, then `prfaas-testbed claim add {name} FOLDER`: "
-        f"{len(runs)} parts, {sum(run['wall_s'] for run in runs) / 60:.0f} minutes on {cores} cores "
+        f"Made again by `nice -n -15 prfaas-testbed run claim-{name}`, then `prfaas-testbed claim add {name} "
+        f"FOLDER`: {len(runs)} parts, {sum(run['wall_s'] for run in runs) / 60:.0f} minutes on {cores} cores "
         f"beside other load, commits {commits}, {min(run['started'] for run in runs)} to "
         f"{max(run['started'] for run in runs)}.\n"
     )
