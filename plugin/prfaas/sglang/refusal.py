@@ -14,7 +14,7 @@ K_CODE = "prfaas_refused"
 K_STATUS = 503
 K_RETRY_AFTER_S = 5.0
 """Told where the ledger doesn't know when asking again may help."""
-_TEXT = re.compile(rf"{K_CODE}: (?P<reason>[^;]*); retry_after_s=(?P<retry>\d+(?:\.\d+)?)")
+_TEXT = re.compile(rf"{K_CODE}: (?P<reason>[^;]*); retry_after_s=(?P<retry>\d+\.\d\d)")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prfaas.sglang.answers import RefusalAnswers, abort_refused, note_refused
@@ -18,6 +18,7 @@ K_REFUSAL = Refusal("link to west: queue-full", 2.5)
 
 
 @given(st.text(), st.floats(0, 1e6), st.text(), st.text())
+@example("", 1.375, "", "5")
 def test_a_refusals_text_is_read_again_whatever_surrounds_it(
     reason: str, retry_after_s: float, before: str, after: str
 ) -> None:
