@@ -224,10 +224,12 @@ class Runner:
                 shots, where = one_server_shots(requests, fleet.router.url, self.real, limit_s), {}
             watch, timeline = Observer(net, fleet), Timeline(self.experiment.timeline, net, fleet)
             captures = Captures(self.experiment.captures, net, fleet.folder, K_PUMP_PORT)
+            timeline.prepare()
             watch.begin()
             answers, start_s, client = self._send(net, fleet, shots, name, beside=(timeline, captures))
             events = timeline.finish()
             links, seen, void = watch.end(start_s)
+            timeline.check()
             events += captures.finish()
             moved = read_moved(fleet.digests) if fleet.digests.exists() else {}
             if fleet.router is not None:

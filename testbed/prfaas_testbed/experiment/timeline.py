@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,7 @@ class Timeline:
     def __init__(self, events: Sequence[Event], net: Network, fleet: Fleet) -> None:
         self._steps, self._net, self._fleet = steps_of(events), net, fleet
         self._rows: list[EventRow] = []
+        self._changed: set[str] = set()
         self._before: dict[tuple[int, str], Impairments] = {}
         self._traffic: dict[int, Any] = {}
         self._hostile: dict[int, subprocess.Popen[str]] = {}
@@ -93,6 +95,16 @@ class Timeline:
         self._zero_s = 0.0
         self._thread = threading.Thread(target=self._run, name="timeline")
 
+    def prepare(self) -> None:
+        """What would disturb the load if it were done while that runs."""
+        changes = Counter(
+            link
+            for step in self._steps
+            if isinstance(step.event, SetLink | LinkDown | Flap)
+            for link in directed(step.event.link)
+        )
+        self._net.prepare_changes(changes)
+
     def start(self, zero_s: float) -> None:
         self._zero_s = zero_s
         for step in self._steps:
@@ -100,6 +112,13 @@ class Timeline:
                 # Before its time: its imports take a second, and it waits for the time itself.
                 self._hostile[id(step.event)] = self._start_hostile(step, step.event)
         self._thread.start()
+
+    def check(self) -> None:
+        """Once nothing is measured any more. Raises RouterError if a link isn't what it was last told to
+        be.
+        """
+        if self._changed:
+            self._net.check_links()
 
     def finish(self) -> list[EventRow]:
         """Don't begin anything new, end what was begun, and say all that happened."""
@@ -165,7 +184,8 @@ class Timeline:
                 if values.get("rate_mbps") is not None:
                     values["rate_mbps"] *= factor
                 change = LinkChange.model_validate(values)
-            applied = self._net.apply(link, change)
+            applied = self._net.apply(link, change, read_back=False)
+            self._changed.add(link)
             self._record(step, applied.at_s, link=link, change=change.model_dump(exclude_unset=True))
 
     def _kill(self, step: Step, event: Kill) -> None:

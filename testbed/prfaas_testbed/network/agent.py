@@ -5,6 +5,7 @@ natively in the router's network namespace. It speaks lines of JSON over two des
 
 In:  {"id", "do": "run", "node", "argv", "input"}  a command in a node's namespace (null: the router's own)
      {"id", "do": "change", "node", "lines"}       lines for a tc that waits, already started, in that node
+     {"id", "do": "prepare", "nodes": {node: n}}   have n of them wait: to start a process holds up packets
      {"id", "do": "observe", "links", "edges", "every_s"}  start counting; links: {id: [node, device]}, edges
                                                    (devices towards sites): {site: [node, device]}
      {"id", "do": "clock"}
@@ -71,21 +72,22 @@ class Namespaces:
 class Commands:
     def __init__(self, namespaces: Namespaces) -> None:
         self.namespaces = namespaces
-        self.waiting: dict[
-            str, subprocess.Popen[str]
-        ] = {}  # node -> a tc that has started and waits for its lines
+        self.waiting: dict[str, list[subprocess.Popen[str]]] = {}
+        """By node: tcs that have started and wait for their lines."""
 
     def run(self, node: str | None, argv: list[str], text: str | None) -> dict[str, Any]:
         process = self.namespaces.within(node, lambda: self._start(argv))
         return self._finish(process, text)
 
-    def prepare(self, node: str) -> None:
-        if node not in self.waiting:
-            self.waiting[node] = self.namespaces.within(node, lambda: self._start(["tc", "-batch", "-"]))
+    def prepare(self, node: str, n: int = 1) -> None:
+        """Have at least n tcs wait there."""
+        waiting = self.waiting.setdefault(node, [])
+        while len(waiting) < n:
+            waiting.append(self.namespaces.within(node, lambda: self._start(["tc", "-batch", "-"])))
 
     def change(self, node: str, lines: list[str]) -> dict[str, Any]:
         self.prepare(node)
-        process = self.waiting.pop(node)
+        process = self.waiting[node].pop()
         return self._finish(process, "".join(line + "\n" for line in lines))
 
     @staticmethod
@@ -329,6 +331,10 @@ class Agent:
             return self.commands.run(order["node"], order["argv"], order.get("input"))
         if what == "change":
             return self.commands.change(order["node"], order["lines"])
+        if what == "prepare":
+            for node, n in order["nodes"].items():
+                self.commands.prepare(node, n)
+            return {"rc": 0}
         if what == "observe":
             for node, _ in order["links"].values():
                 self.commands.prepare(node)

@@ -43,6 +43,7 @@ from prfaas_testbed.network.traffic import CrossTraffic, Kind
 K_WAN = "wan"
 K_SAMPLE_EVERY_S = 0.1
 K_TRAFFIC_PORT = 5920
+K_CHANGES_MOST = 24  # tcs that wait in a node, of half a MB each
 K_CAPTURE_BLOCK_S = 1.2  # the kernel hands packets over in blocks, up to a second late; an end drops the last
 Progress = Callable[[str], None]
 
@@ -235,10 +236,21 @@ class Network:
 
     # Changing
 
-    def apply(self, link: str, change: LinkChange) -> Applied:
+    def prepare_changes(self, links: Mapping[str, int]) -> None:
+        """Be ready for so many changes of each link: they then start no process, which would hold up the
+        packets of all links for some 50 ms.
+        """
+        nodes: dict[str, int] = {}
+        for link, n in links.items():
+            node = self.plan.links[link].node
+            nodes[node] = min(K_CHANGES_MOST, nodes.get(node, 0) + n)
+        if nodes:
+            self.agent.prepare(nodes)
+
+    def apply(self, link: str, change: LinkChange, *, read_back: bool = True) -> Applied:
         """Change a directed link (`a->b`) now; packets under way keep what they met. Rates are the
-        topology's, before scale. Raises UsageError for an unknown link or an impossible change, RouterError
-        if it failed.
+        topology's, before scale. Without `read_back` that it took the change is only seen by `check_links`.
+        Raises UsageError for an unknown link or an impossible change, RouterError if it failed.
         """
         asked_s = time.monotonic()
         if link not in self.links:
@@ -250,13 +262,16 @@ class Network:
             lines = [" ".join(words) for words in qdisc_commands(place.device, state, "change")]
             began_s, ended_s = self.agent.change(place.node, lines)
             self.links[link] = state
-            rows = json.loads(
-                self.agent.run(place.node, ["tc", "-s", "-j", "qdisc", "show", "dev", place.device])
-            )
-            wrong = differences(state, rows)
-            if wrong:
-                raise RouterError(f"link {link} did not take the change: {'; '.join(wrong)}")
+            if read_back:
+                self._read_back(link)
         return Applied(link, asked_s, ended_s, ended_s - began_s + self.agent.clock_error_s, state)
+
+    def _read_back(self, link: str) -> None:
+        place = self.plan.links[link]
+        shown = self.agent.run(place.node, ["tc", "-s", "-j", "qdisc", "show", "dev", place.device])
+        wrong = differences(self.links[link], json.loads(shown))
+        if wrong:
+            raise RouterError(f"link {link} did not take the change: {'; '.join(wrong)}")
 
     def connections(self, site: str, port: int) -> list[Connection]:
         """Established TCP connections of the site with `port` at either end."""

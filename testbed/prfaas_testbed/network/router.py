@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,10 @@ class RouterAgent:
         """tc lines, by a tc that is already running; when it began and ended, in our time.monotonic()."""
         answer = self.order({"do": "change", "node": node, "lines": list(lines)})
         return self.here_s(answer["began_s"]), self.here_s(answer["ended_s"])
+
+    def prepare(self, changes: Mapping[str, int]) -> None:
+        """Have so many tcs wait in each node, so that as many changes start no process."""
+        self.order({"do": "prepare", "nodes": dict(changes)})
 
     def here_s(self, there_s: float) -> float:
         """The router's monotonic time as ours."""

@@ -15,6 +15,7 @@ import pytest
 from prfaas.config.topology import LinkChange, Topology
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.network import Network, open_network, verdict
+from prfaas_testbed.network.router import RouterError
 from prfaas_testbed.network.state import checkout
 from prfaas_testbed.network.traffic import Kind
 
@@ -154,6 +155,25 @@ def test_every_kind_of_trouble_is_taken_and_read_back(net: Network) -> None:
     back = {name: getattr(before, name) for name in trouble if name not in ("loss_percent", "queue_bytes")}
     net.apply("west->east", LinkChange.model_validate({**back, "bursty_loss": before.bursty_loss}))
     net.check_links()
+
+
+def test_changes_that_were_prepared_are_taken_and_one_that_was_not_shows_when_links_are_checked(
+    net: Network,
+) -> None:
+    net.prepare_changes({"east->west": 3})
+    for delay_ms in (20, 25, 15, 20, 15):  # more of them than were prepared
+        net.apply("east->west", LinkChange(delay_ms=delay_ms), read_back=False)
+    net.check_links()
+    place = net.plan.links["east->west"]
+    found = net.agent.run(place.node, ["tc", "-s", "-j", "qdisc", "show", "dev", place.device])
+    handle = next(row["handle"] for row in json.loads(found) if row["kind"] == "netem")
+    line = ["tc", "qdisc", "change", "dev", place.device, "handle", handle, "root", "netem", "delay", "30ms"]
+    net.agent.run(place.node, line)
+    try:
+        with pytest.raises(RouterError, match="east->west is not as asked for"):
+            net.check_links()
+    finally:
+        net.apply("east->west", LinkChange(delay_ms=15))
 
 
 def test_an_unknown_link_names_those_there_are(net: Network) -> None:
