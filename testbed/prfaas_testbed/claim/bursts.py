@@ -152,7 +152,8 @@ def closed(data: dict[str, Any], part: str, load: float, policy: str = "prices")
 # Where it was missed: what the runs show of the reason.
 K_WHY = {
     "conversation": "plan and bound reckon with one cache for all instances, where each has its own: in"
-    " single runs 9% more was to be prefilled at 0.85 and 18% at 0.95, and local prefill had more than it could do",
+    " single runs 9% more was to be prefilled at 0.85 and 18% at 0.95, and local prefill had more than it"
+    " could do",
     "code": "bursts of four times the capacity, in which a running prefill step isn't interrupted and the"
     " wait of prompts of half a second each is predicted too coarsely",
 }
