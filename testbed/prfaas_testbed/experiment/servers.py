@@ -69,6 +69,7 @@ class Program:
         self.log, self._ready = log, ready
         self._process: subprocess.Popen[Any] | None = None
         self._out: IO[bytes] | None = None
+        self._from = 0
 
     @property
     def pid(self) -> int | None:
@@ -78,6 +79,8 @@ class Program:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._close()
         self._out = self.log.open("ab")
+        # What a process before this one said, in this run or in an interrupted one, isn't this one's word.
+        self._from = self._out.tell()
         self._process = self._site.popen(
             [sys.executable, "-m", *self._words],
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -117,7 +120,7 @@ class Program:
 
     def _text(self) -> str:
         with suppress(FileNotFoundError):
-            return self.log.read_text(encoding="utf-8", errors="replace")
+            return self.log.read_bytes()[self._from :].decode(errors="replace")
         return ""
 
 
