@@ -161,6 +161,9 @@ class PumpConfig(Strict):
     def _consistent(self) -> PumpConfig:
         if self.max_streams < self.min_streams:
             raise ValueError(f"max_streams {self.max_streams} is below min_streams {self.min_streams}")
+        listens = [forward.listen for forward in self.forwards if split_address(forward.listen)[1]]
+        if twice := next((listen for listen in listens if listens.count(listen) > 1), None):
+            raise ValueError(f"forwards: two of them listen on {twice}")
         return self
 
     @property

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from prfaas.config.pump import is_loopback, split_address
+from prfaas.config.pump import ForwardConfig, is_loopback, split_address
 from prfaas.model.errors import MachineError, RemoteProtocolError
 from prfaas.pump.dialling import Dialling, NotAllowed
 from prfaas.pump.handler import Counters, Handler
@@ -51,26 +51,44 @@ class Forwards:
 
     def __init__(self, pump: Pump) -> None:
         self.pump = pump
-        self._listeners: dict[tuple[str, str, int], _Listener] = {}
+        self._fixed: list[_Listener] = []
+        self._shared: dict[tuple[str, str, Forward], _Listener] = {}
         self.connections: set[_Dialled] = set()
         self.counters = Counters()
         self.opened = self.failed = 0
 
-    def open(self, peer: str, site: str, host: str, port: int, listen: str) -> str:
-        """host:port here that leads to host:port at the node of the pump at `peer`; the same at every call.
+    def open_fixed(self, forward: ForwardConfig) -> None:
+        """One of the configuration's, for as long as the pump lives. Raises MachineError."""
+        target = Forward(*split_address(forward.to))
+        self._fixed.append(_Listener(self, forward.pump, forward.site, target, forward.listen))
 
-        `listen`: where, if it is new and can be had; its port 0 takes a free one. Raises MachineError,
-        ValueError.
+    def open(self, peer: str, site: str, target: Forward, listen: str, server: object) -> str:
+        """host:port here that leads to the target at the node of the pump at `peer`, as long as one of the
+        servers that asked for it is attached; the same for all of them.
+
+        `listen`: where, if it is new; its port 0 takes a free one. Raises MachineError, ValueError.
         """
-        key = (peer, host, port)
         split_address(peer)
-        known = self._listeners.get(key)
+        key = (peer, site, target)
+        known = self._shared.get(key)
         if known is None:
-            if len(self._listeners) >= K_FORWARDS_MOST:
+            if len(self._shared) >= K_FORWARDS_MOST:
                 raise MachineError(f"more than {K_FORWARDS_MOST} endpoints forwarded")
-            known = self._listeners[key] = _Listener(self, peer, site, Forward(host, port), listen)
-            log.info("%s leads to %s:%d by the pump at %s", known.address, host, port, peer)
+            known = self._shared[key] = _Listener(self, peer, site, target, listen)
+        known.servers.add(server)
         return known.address
+
+    def withdraw(self, server: object) -> None:
+        """A server has gone: what it alone had asked for ends, but for connections that stand."""
+        for key, listener in list(self._shared.items()):
+            listener.servers.discard(server)
+            if not listener.servers:
+                listener.close()
+                del self._shared[key]
+
+    @property
+    def _listeners(self) -> list[_Listener]:
+        return [*self._fixed, *self._shared.values()]
 
     def stats(self, now: float) -> dict[str, int]:
         """Connections, and the counters of their streams."""
@@ -83,7 +101,7 @@ class Forwards:
         }  # fmt: skip
 
     def close(self, now: float) -> None:
-        for listener in self._listeners.values():
+        for listener in self._listeners:
             listener.close()
         for connection in list(self.connections):
             connection.end(now)
@@ -110,6 +128,8 @@ class _Listener:
         self._sock.setblocking(False)
         host, port = self._sock.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.servers: set[object] = set()
+        log.info("%s leads to %s:%d by the pump at %s", self.address, target.host, target.port, peer)
         forwards.pump.loop.add(self._sock.fileno(), R, self)
 
     def on_ready(self, mask: int, now: float) -> None:

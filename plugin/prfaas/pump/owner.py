@@ -19,7 +19,7 @@ from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump.memory import Gone, OwnerMemory
 from prfaas.pump_client import messages as m
-from prfaas.transfer.frames import Open
+from prfaas.transfer.frames import Forward, Open
 from prfaas.transfer.receiving import Lease
 from prfaas.transfer.segments import U64, Plan, Ranges, iov
 from prfaas.transfer.sending import Completed, SendEvent
@@ -183,9 +183,9 @@ class Owner:
             self.send(m.Reply(serial))
 
     def _forward(self, message: m.Forward) -> None:
-        where = message.peer, message.site, message.host, message.port
+        target = Forward(message.host, message.port)
         try:
-            address = self.pump.forwards.open(*where, message.listen)
+            address = self.pump.forwards.open(message.peer, message.site, target, message.listen, self)
         except (PrfaasError, ValueError) as error:
             self.send(m.Reply(message.serial, str(error)))
         else:

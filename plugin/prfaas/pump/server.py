@@ -129,7 +129,7 @@ class Pump:
     def _open_forwards(self) -> None:
         """What the configuration forwards and exposes. Raises MachineError."""
         for forward in self.config.forwards:
-            self.forwards.open(forward.pump, forward.site, *split_address(forward.to), forward.listen)
+            self.forwards.open_fixed(forward)
         for endpoint in self.config.exposes:
             self.exposed.expose(*split_address(endpoint))
 
@@ -242,6 +242,7 @@ class Pump:
         self._controls.discard(owner)
         self._last_client_s = now
         self.exposed.withdraw(owner)
+        self.forwards.withdraw(owner)
         if self._owners.get(owner.token) is owner:
             del self._owners[owner.token]
             for event in self.receiving.remove_owner(owner.token):

@@ -100,6 +100,13 @@ class Standing:
     def add_forward(self, message: m.Forward, address: str) -> None:
         self._forwards[message.peer, message.host, message.port] = (message, address)
 
+    def _drop_forward(self, serial: int) -> None:
+        """The pump after the one that listened can't: another program may have the port."""
+        with self._lock:
+            for key, (message, _) in list(self._forwards.items()):
+                if message.serial == serial:
+                    del self._forwards[key]
+
     @property
     def leases(self) -> list[LocalLease]:
         return list(self._leases.values())
@@ -195,6 +202,7 @@ class Standing:
                     question.end(message)
                 elif message.error:
                     log.warning("the pump refused: %s", message.error)
+                    self._drop_forward(message.serial)
             case m.OfferNews():
                 self._hear_of_offer(message)
             case m.Refused():
@@ -219,8 +227,8 @@ class Standing:
         for endpoint in self.exposed:
             out += m.encode(endpoint)
         for forward, address in self._forwards.values():
-            # At the port that programs know already.
-            out += m.encode(msgspec.structs.replace(forward, serial=0, listen=address))
+            # At the port that programs know already; where it is taken by now, who asks next gets another.
+            out += m.encode(msgspec.structs.replace(forward, listen=address))
         for lease in self._leases.values():
             lease.message.deadline_s = max(0.0, lease.expires_s - now)
             out += m.encode(lease.message)

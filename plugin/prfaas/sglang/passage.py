@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 K_NOWHERE = "127.0.0.1:9"
 """Refuses at once: the discard service's port."""
 K_SCHEME = "tcp://"
+K_ANSWER_S = 2.0
+"""For this node's own pump, once an address: SGLang's scheduler waits meanwhile."""
 
 
 class Passage:
@@ -35,35 +37,30 @@ class Passage:
         """`pumps`: the pump's host:port by the host that it stands beside."""
         self._pump = pump
         self._named, self._learnt = dict(pumps), dict[str, str]()
-        self._leads: dict[str, str] = {}
         self._behind: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def learn(self, host: str, pump: str) -> None:
         """The peer at `host` says its pump is there. The configuration's word stands."""
         with self._lock:
-            if self._learnt.get(host) != pump:
-                self._learnt[host] = pump
-                self._leads = {a: lead for a, lead in self._leads.items() if split_address(a)[0] != host}
+            self._learnt[host] = pump
 
     def address(self, address: str) -> str:
         """host:port to connect to instead of `address`: itself, if its host isn't one to be reached by a
         pump.
         """
         with self._lock:
-            known = address if address in self._behind else self._leads.get(address)
-            if known is not None:
-                return known
+            if address in self._behind:
+                return address
             host, port = split_address(address)
             pump = self._named.get(host) or self._learnt.get(host)
             if pump is None:
                 return address
             try:
-                lead = self._pump.forward(pump, host, port)
+                lead = self._pump.forward(pump, host, port, timeout_s=K_ANSWER_S)
             except PrfaasError as error:
                 logger.error("prfaas: no way to %s by the pump at %s: %s", address, pump, error)
                 return K_NOWHERE
-            self._leads[address] = lead
             self._behind[lead] = address
             return lead
 

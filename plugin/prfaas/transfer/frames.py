@@ -108,7 +108,7 @@ class LedgerMessage(msgspec.Struct, omit_defaults=True):
     body: dict[str, object] = {}  # msgspec copies empty defaults
 
 
-class Forward(msgspec.Struct, omit_defaults=True):
+class Forward(msgspec.Struct, omit_defaults=True, frozen=True):
     """From here on the stream carries one connection (DATA frames), to an endpoint that the peer's node
     exposes.
     """

@@ -17,6 +17,8 @@ import pytest
 from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import PrfaasError
 from prfaas.pump import keys
+from prfaas.pump_client import messages as m
+from prfaas.pump_client.standing import Standing
 
 K_NOW = datetime.datetime.now(datetime.UTC)
 K_PATIENCE_S = 20.0
@@ -246,6 +248,45 @@ def test_after_its_pump_was_killed_the_same_port_leads_there_again(pumps, serve)
 
     pumps.until(again)
     assert west.forward(east.address, "127.0.0.1", port) == address
+
+
+def test_an_endpoint_is_forwarded_as_long_as_one_of_those_who_asked_is_there(pumps, serve):
+    east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
+    other = pumps.client(pumps.config("west"))
+    port = serve(Echo)
+    east.expose("127.0.0.1", port)
+    address = west.forward(east.address, "127.0.0.1", port)
+    assert other.forward(east.address, "127.0.0.1", port) == address
+    west.close()
+    pumps.until(lambda: other.stats()["clients"] == 1)
+    with call(address) as sock:
+        sock.sendall(b"for the other")
+        sock.shutdown(socket.SHUT_WR)
+        assert all_of(sock) == b"for the other"
+    other.close()
+    third = pumps.client(pumps.config("west"))
+    pumps.until(lambda: third.stats()["clients"] == 1)
+    assert third.stats()["forwards"]["endpoints"] == 0
+    with pytest.raises(ConnectionRefusedError):
+        call(address).close()
+
+
+def test_a_port_that_another_program_took_while_the_pump_was_away_is_not_given_again():
+    standing = Standing(threading.RLock(), None)  # type: ignore[arg-type]
+    asked = m.Forward(7, "192.0.2.1:7700", "", "192.0.2.1", 80)
+    standing.add_forward(asked, "127.0.0.1:40001")
+    assert b"127.0.0.1:40001" in standing.told_again(9)
+    standing.hear(m.Reply(7, "forward 127.0.0.1:40001: Address already in use"))
+    assert standing.forwarded("192.0.2.1:7700", "192.0.2.1", 80) is None
+    assert b"127.0.0.1:40001" not in standing.told_again(9)
+
+
+def test_two_forwards_on_one_port_are_refused_in_the_configuration():
+    one = {"listen": "127.0.0.1:31000", "pump": "192.0.2.1:7700", "to": "192.0.2.1:80"}
+    with pytest.raises(ValueError, match="two of them listen on"):
+        PumpConfig.model_validate({"site": "west", "forwards": [one, {**one, "to": "192.0.2.1:81"}]})
+    free = {**one, "listen": "127.0.0.1:0"}
+    assert len(PumpConfig.model_validate({"site": "west", "forwards": [free, free]}).forwards) == 2
 
 
 @pytest.mark.parametrize(

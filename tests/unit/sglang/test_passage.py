@@ -19,11 +19,12 @@ class Pump:
         self.asked: list[tuple[str, str, int]] = []
         self.away = False
 
-    def forward(self, peer: str, host: str, port: int) -> str:
+    def forward(self, peer: str, host: str, port: int, *, timeout_s: float) -> str:
         if self.away:
             raise PrfaasError("the pump doesn't answer")
-        self.asked.append((peer, host, port))
-        return f"127.0.0.1:{40000 + len(self.asked)}"
+        if (peer, host, port) not in self.asked:
+            self.asked.append((peer, host, port))
+        return f"127.0.0.1:{40001 + self.asked.index((peer, host, port))}"
 
 
 @pytest.fixture
