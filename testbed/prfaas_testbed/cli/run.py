@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         choice = with_parts(choice, args.parts)
     if not isinstance(choice, ExperimentSet) and (args.resume or args.for_s is not None):
         raise UsageError(f"--resume and --for are for sets: {choice.name} is a single experiment")
+    if args.for_s is not None and not args.for_s > 0:
+        raise UsageError(f"--for {args.for_s:g}: seconds, above 0")
     if args.resume and args.out:
         raise UsageError("--resume DIR goes on in DIR: --out would be another place")
     folder = (args.resume or (args.out or K_RESULTS) / choice.name / stamp()).resolve()

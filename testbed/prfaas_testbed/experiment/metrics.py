@@ -234,6 +234,18 @@ def _sites_isolated(view: View) -> float:
     return float(all(bool(field(row, "isolated")) for row in rows))
 
 
+@metric("control_by_pump_share")
+def _control_by_pump(view: View) -> float:
+    """Of the connections of SGLang's own bootstrap and control between sites when a load has ended, those
+    that pass by the pumps."""
+    rows = view.events("accounting")
+    forwarded = sum(number(row, "forwarded") or 0 for row in rows)
+    in_clear = sum(number(row, "in_clear") or 0 for row in rows)
+    if not forwarded + in_clear:
+        raise Unsupported("no such connection")
+    return forwarded / (forwarded + in_clear)
+
+
 @metric("emulator_lag_p99_ms", "ms")
 def _emulator_lag(view: View) -> float:
     """The emulator's own timer lag under load, the worst repetition's p99."""

@@ -39,6 +39,15 @@ def link_rows(samples: Sequence[Sample], zero_s: float) -> list[LinkRow]:
     return rows
 
 
+def in_clear(net: Network, fleet: Fleet, site: str) -> int:
+    """Connections of the site to others that are neither the pumps' nor to a server's HTTP: SGLang's own
+    bootstrap and control, where they don't go by the pumps.
+    """
+    others = {place.address for name, place in net.sites.items() if name != site}
+    known = {K_PUMP_PORT, *(server.port for server in fleet.servers)}
+    return sum(c.peer in others and not {c.local_port, c.peer_port} & known for c in net.connections(site))
+
+
 class Observer:
     """From `begin` to `end` around one repetition of one model."""
 
@@ -70,7 +79,7 @@ class Observer:
         events += costs
         for site, after in self._state().items():
             row = account(self._before[site], after)
-            row["min_rtt_ms"] = after["min_rtt_ms"]
+            row |= {name: after[name] for name in ("min_rtt_ms", "forwarded", "in_clear")}
             events.append(EventRow.model_validate({"at_s": at_s, "event": "accounting", "site": site, **row}))
         return link_rows(samples, zero_s), events, "; ".join(health.reasons) or None
 
@@ -82,6 +91,10 @@ class Observer:
         )
         stats = {name: pump_sent(found) for name, found in zip(names, found_stats, strict=True)}
         rtts = {name: least_rtt_ms(found) for name, found in zip(names, found_stats, strict=True)}
+        forwarded = {
+            name: int(found["forwards"]["connections"])
+            for name, found in zip(names, found_stats, strict=True)
+        }
         time.sleep(K_SETTLE_S)
         sample = self._net.sample()
         found = {}
@@ -90,6 +103,8 @@ class Observer:
             found[name] = {
                 "pump": pump,
                 "min_rtt_ms": rtts[name],
+                "forwarded": forwarded[name],
+                "in_clear": in_clear(self._net, self._fleet, name),
                 "frames": frames_of(self._net, name),
                 "wan_bytes": sum(counters.bytes for counters in out),
                 "wan_packets": sum(counters.packets for counters in out),

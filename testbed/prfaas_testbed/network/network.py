@@ -273,8 +273,8 @@ class Network:
         if wrong:
             raise RouterError(f"link {link} did not take the change: {'; '.join(wrong)}")
 
-    def connections(self, site: str, port: int) -> list[Connection]:
-        """Established TCP connections of the site with `port` at either end."""
+    def connections(self, site: str, port: int | None = None) -> list[Connection]:
+        """Established TCP connections of the site; with `port`, those that have it at either end."""
         return connections(self.sites[site], port)
 
     def cut(self, site: str, port: int, hold_s: float = 1.0) -> Connection | None:

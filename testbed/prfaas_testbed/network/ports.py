@@ -100,12 +100,10 @@ def counters_of(text: str) -> dict[str, PortBytes]:
     return {name: PortBytes(*raw[f"sent_{name}"], *raw[f"received_{name}"]) for name in names}
 
 
-def connections(site: Host, port: int) -> list[Connection]:
-    """Established connections of the site that have `port` at either end."""
-    shown = site.check(
-        ["ss", "-H", "-t", "-n", "state", "established", f"( sport = :{port} or dport = :{port} )"]
-    )
-    return connections_of(shown)
+def connections(site: Host, port: int | None = None) -> list[Connection]:
+    """Established connections of the site, those alone that have `port` at either end if it is named."""
+    which = [] if port is None else [f"( sport = :{port} or dport = :{port} )"]
+    return connections_of(site.check(["ss", "-H", "-t", "-n", "state", "established", *which]))
 
 
 def connections_of(shown: str) -> list[Connection]:
