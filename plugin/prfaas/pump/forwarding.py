@@ -14,12 +14,16 @@ import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from prfaas.config.pump import ForwardConfig, is_loopback, split_address
 from prfaas.model.errors import MachineError, RemoteProtocolError
+from prfaas.pump import tcpinfo
+from prfaas.pump.backoff import Backoff
 from prfaas.pump.dialling import Dialling, NotAllowed
 from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.relay import Relay
-from prfaas.pump.stream import Stream
+from prfaas.pump.stream import K_FORWARD_DEAD_S, Stream
 from prfaas.transfer.frames import (
     Forward,
     FrameType,
@@ -129,6 +133,7 @@ class _Listener:
         host, port = self._sock.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.servers: set[object] = set()
+        self._backoff = Backoff(forwards.pump.loop.now())
         log.info("%s leads to %s:%d by the pump at %s", self.address, target.host, target.port, peer)
         forwards.pump.loop.add(self._sock.fileno(), R, self)
 
@@ -142,10 +147,27 @@ class _Listener:
                 log.warning("accept: %s", error)
                 return
             if len(self.forwards.connections) >= K_CONNECTIONS_MOST:
-                log.warning("%s: %s", self.address, _IN_USE)
-                sock.close()
+                self.failed(_IN_USE, now)
+                tcpinfo.abort(sock)
+            elif now < self._backoff.next_s:
+                # A program that dials again and again is told no at once while the peer's pump rests.
+                self.forwards.failed += 1
+                tcpinfo.abort(sock)
             else:
                 _Dialled(self, sock, now)
+
+    def failed(self, reason: str, now: float) -> None:
+        """A connection came to nothing. Told when it is the first in a row."""
+        self.forwards.failed += 1
+        if not self._backoff.failures:
+            log.warning(
+                "no connection to %s:%d by the pump at %s: %s",
+                self.target.host, self.target.port, self.peer, reason,
+            )  # fmt: skip
+        self._backoff.failed(now, refused=False)
+
+    def succeeded(self, now: float) -> None:
+        self._backoff.succeeded(now)
 
     def close(self) -> None:
         self.forwards.pump.loop.remove(self._sock.fileno())
@@ -166,9 +188,8 @@ class _Dialled(_Carrying):
     """One accepted connection, on its way to the peer's pump and then to the endpoint."""
 
     def __init__(self, listener: _Listener, sock: socket.socket, now: float) -> None:
-        self.forwards, self.site, self.target = listener.forwards, listener.site, listener.target
+        self.forwards, self.site, self.listener = listener.forwards, listener.site, listener
         self.pump = self.forwards.pump
-        self._where = f"{self.target.host}:{self.target.port} by the pump at {listener.peer}"
         self._sock: socket.socket | None = sock
         self._relay: Relay | None = None
         self._stream: Stream | None = None
@@ -194,7 +215,8 @@ class _Dialled(_Carrying):
         return self.pump.trust.check_certificate(certificate, self.site)
 
     def our_hello(self, stream: Stream) -> Hello:
-        return self.pump.hello(0)
+        stream.give_up_after(K_FORWARD_DEAD_S)
+        return msgspec.structs.replace(self.pump.hello(0), forwarding=True)
 
     def on_hello(self, stream: Stream, hello: Hello) -> int:
         version = agree_version(self.pump.config.protocol_versions, (hello.oldest, hello.newest))
@@ -209,11 +231,12 @@ class _Dialled(_Carrying):
     def on_ready(self, stream: Stream, now: float) -> None:
         sock, self._sock = self._sock, None
         assert sock is not None
-        stream.send_control(message_frame(stream.version, FrameType.FORWARD, self.target))
+        stream.send_control(message_frame(stream.version, FrameType.FORWARD, self.listener.target))
         self._relay = Relay(self.pump.loop, sock, stream, self.end, connecting=False)
 
     def on_frame(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
         if header.type is FrameType.DATA and self._relay is not None:
+            self.listener.succeeded(now)
             self._relay.on_data(header, body, now)
         elif header.type is FrameType.REFUSE:
             raise RemoteProtocolError(decode_message(body, Refuse).detail[:200])
@@ -224,8 +247,7 @@ class _Dialled(_Carrying):
         self._fail(reason, now)
 
     def _fail(self, reason: str, now: float) -> None:
-        self.forwards.failed += 1
-        log.warning("a connection to %s ended: %s", self._where, reason)
+        self.listener.failed(reason, now)
         self.end(now)
 
     def end(self, now: float) -> None:

@@ -10,7 +10,7 @@ from prfaas.model.errors import RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.memory import Gone, Withdrawn
-from prfaas.pump.stream import Stream, W
+from prfaas.pump.stream import K_FORWARD_DEAD_S, Stream, W
 from prfaas.transfer.frames import (
     FrameType,
     Header,
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 K_HANDSHAKE_S = 5.0
 K_STREAMS_PER_PUMP = 512
+K_FORWARDED_STREAMS = 1024
 K_UNKNOWN_STREAMS = 256
 """Most connections that haven't said HELLO yet."""
 
@@ -72,11 +73,18 @@ class Inbound(Handler):
         self.pump.check_site(stream, hello)
         if len(hello.boot) != 16:
             raise RemoteProtocolError(f"a boot id of {len(hello.boot)} bytes")
+        if hello.forwarding:
+            # Apart from the others: what is told to the peer's pump goes by none of these, and they take no
+            # place from those that carry data.
+            if sum(s.forwarding for s in self.streams) >= K_FORWARDED_STREAMS:
+                raise RemoteProtocolError(f"more than {K_FORWARDED_STREAMS} forwarded connections")
+            stream.peer_site, stream.session, stream.forwarding = hello.site, hello.boot, True
+            stream.give_up_after(K_FORWARD_DEAD_S)
+            return version
         same = self._by_boot.setdefault(hello.boot, {})
         if len(same) >= K_STREAMS_PER_PUMP:
             raise RemoteProtocolError(f"more than {K_STREAMS_PER_PUMP} streams of one pump")
-        stream.peer_site = hello.site
-        stream.session = hello.boot
+        stream.peer_site, stream.session = hello.site, hello.boot
         same[id(stream)] = stream
         return version
 
@@ -108,6 +116,8 @@ class Inbound(Handler):
 
     def on_frame(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
         kind = header.type
+        if stream.forwarding is not (kind in (FrameType.DATA, FrameType.FORWARD)):
+            raise RemoteProtocolError(f"{kind.name} on a stream of the other kind")
         if kind is FrameType.OPEN:
             self._open(stream, header.transfer_id, decode_message(body, Open), now)
         elif kind is FrameType.CANCEL:

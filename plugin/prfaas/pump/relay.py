@@ -82,7 +82,8 @@ class Relay:
                 self._write(now)
             if mask & R and not self.closed:
                 self._read(now)
-        except OSError:
+        except (OSError, RemoteProtocolError):
+            # The latter: so many small pieces wait for the peer that its stream's queue is full.
             self.close(now)
             return
         self._interest()

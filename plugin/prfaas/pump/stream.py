@@ -42,6 +42,8 @@ K_TURN_BYTES = 2 << 20
 """Most bytes read or written in one turn."""
 K_QUEUE_MAX_BYTES = 8 << 20
 """A peer that doesn't read our answers to its own frames loses the stream."""
+K_FORWARD_DEAD_S = 45.0
+"""Without an acknowledgement for so long a forwarded connection is over; it outlives an outage of 30 s."""
 K_PONG_BYTES = 16  # of a PING that its answer carries back: enough to tell it by, and no load on the way back
 K_SMALL_BUFFER_BYTES = K_CONTROL_MAX_BYTES
 K_LARGE_BUFFER_BYTES = K_BLOCK_MAX_BYTES + K_TABLE_MAX_BYTES + K_HEADER_BYTES
@@ -78,6 +80,7 @@ class Stream(Measured):
         """Whether anybody was there at all."""
         self.opened_s = now
         self.session: object = None
+        self.forwarding = False
         self._context = tls
         self._tls: TlsEnd | None = None
         self._fd = sock.fileno()
@@ -345,6 +348,11 @@ class Stream(Measured):
         return False
 
     # The end
+
+    def give_up_after(self, seconds: float) -> None:
+        """Lose the stream when what it sends isn't acknowledged for so long: keep-alive doesn't see that."""
+        with contextlib.suppress(OSError):
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
     def lose(self, reason: str, now: float) -> None:
         """The stream ends here; its handler hears of it once."""

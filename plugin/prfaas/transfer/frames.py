@@ -67,6 +67,8 @@ class Hello(msgspec.Struct, omit_defaults=True):
     advertise: str
     stream: int
     max_block_bytes: int = K_BLOCK_MAX_BYTES
+    forwarding: bool = False
+    """Whether the stream carries one forwarded connection, and nothing of the pumps' own."""
 
 
 class Open(msgspec.Struct, omit_defaults=True):

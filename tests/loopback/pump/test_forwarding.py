@@ -12,10 +12,12 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import numpy as np
 import pytest
 
 from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import PrfaasError
+from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump import keys
 from prfaas.pump_client import messages as m
 from prfaas.pump_client.standing import Standing
@@ -248,6 +250,32 @@ def test_after_its_pump_was_killed_the_same_port_leads_there_again(pumps, serve)
 
     pumps.until(again)
     assert west.forward(east.address, "127.0.0.1", port) == address
+
+
+def test_what_pumps_have_to_tell_each_other_goes_by_no_forwarded_connection(pumps, serve):
+    east = pumps.client(pumps.start("east", faults={"pause_copy_s": 0.3}))
+    west = pumps.client(pumps.start("west", block_bytes=65536))
+    port = serve(Echo)
+    east.expose("127.0.0.1", port)
+    src, dst = pumps.memory(west, 1 << 18), pumps.memory(east, 1 << 18, fill=0)
+    src[:] = 1
+    with call(west.forward(east.address, "127.0.0.1", port)) as sock:  # east knows this stream of west first
+        sock.sendall(b"before")
+        pumps.until(lambda: east.stats()["forwarded_in"] == 1)
+        lease = east.grant_lease(1, 0, [(dst.ctypes.data, dst.nbytes)], 60)
+        # Small pieces in reverse, so that each block has many and its copy pauses half-way.
+        offsets = np.arange(0, len(src), 1024, dtype=np.uint64)
+        transfer = west.submit(
+            lease.grant, src.ctypes.data + offsets, dst.ctypes.data + offsets[::-1],
+            np.full(len(offsets), 1024), kind=TransferKind.KV, deadline_s=20, last=True,
+        )  # fmt: skip
+        pumps.until(dst.any)
+        lease.revoke()  # which east tells west by some stream of west's
+        assert transfer.wait(K_PATIENCE_S).reason is FailureReason.LEASE_ENDED
+        sock.sendall(b" and after")
+        sock.shutdown(socket.SHUT_WR)
+        assert all_of(sock) == b"before and after"
+    assert west.stats()["forwards"]["failed"] == 0
 
 
 def test_an_endpoint_is_forwarded_as_long_as_one_of_those_who_asked_is_there(pumps, serve):
