@@ -56,6 +56,7 @@ class AskedRooms:
 
     def ask(self, room: int, session: str, site: str, size_bytes: int, target: Any) -> None:
         """A peer of `site` has granted pages for so many bytes. Returns at once."""
+        self._forget_stale()
         offer = self._pump.offer(site, size_bytes, self._within_s, may_queue=self._may_queue)
         with self._lock:
             asked = self._rooms.setdefault(room, _Asked())
@@ -65,6 +66,26 @@ class AskedRooms:
         if before is not None:
             self._pump.release(before)
         offer.add_callback(lambda offer: self._heard(room, session, offer))
+
+    def _forget_stale(self) -> None:
+        """End rooms whose time is over and whose first bytes never came: their request may never have, which
+        SGLang doesn't say, and their promises would stand for ever.
+        """
+        now = time.monotonic()
+        with self._lock:
+            stale = {
+                room: asked
+                for room, asked in self._rooms.items()
+                if asked.due_s < now and not asked.under_way
+            }
+            for room in stale:
+                del self._rooms[room]
+        for room, asked in stale.items():
+            for offer in asked.offers.values():
+                self._pump.release(offer)
+            if asked.held:
+                refusal = Refusal("its link's ledger gave it no place in time", K_RETRY_AFTER_S)
+                self._refuse(room, list(asked.targets.values()), refusal)
 
     def hold(self, room: int) -> bool:
         """Whether prefill of the room must wait. If so `admit` or `refuse` follows, unless the room ends."""

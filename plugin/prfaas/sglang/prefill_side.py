@@ -95,11 +95,11 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         if grant.room != int(message[0]):
             self._refuse(message, f"a lease for room {grant.room} in a message about room {int(message[0])}")
             return
-        if places is not None:
-            self.places[session, grant.room] = places
         if reason := self.ended.take(grant.room):
             self._refuse(message, reason)
             return
+        if places is not None:
+            self.places[session, grant.room] = places
         self.sending.granted(session, grant)
         self.asked.ask(grant.room, session, grant.site, size_bytes, _target(message))
 
