@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from multiprocessing.pool import Pool
+from multiprocessing.pool import IMapIterator, Pool
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from prfaas.simulator.scale import completion_rate_rps
 
 K_MOST_ROWS = 200_000  # requests beyond this leave a summary only
 K_MOST_VARIANTS = 10_000
+K_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,25 @@ def play_all(
             yield play(job, progress)
         return
     with _pool(workers) as pool:  # leaving it ends its processes
-        for played in pool.imap(_play_elsewhere, jobs):
+        ours = {process.pid for process in multiprocessing.active_children()}
+        results = pool.imap(_play_elsewhere, jobs)
+        for _ in jobs:
+            played = _next(results, ours)
             if isinstance(played, PrfaasError):
                 raise played
             yield played
+
+
+def _next(results: IMapIterator[Played | PrfaasError], workers: set[int | None]) -> Played | PrfaasError:
+    """The next result. Raises PrfaasError when a worker is gone: the pool starts another in its place, but
+    what it played is lost.
+    """
+    while True:
+        try:
+            return results.next(timeout=K_LOOK_S)
+        except multiprocessing.TimeoutError:
+            if workers - {process.pid for process in multiprocessing.active_children()}:
+                raise PrfaasError("a process that played was ended from outside: out of memory?") from None
 
 
 def _pool(workers: int) -> Pool:

@@ -1,12 +1,14 @@
-"""A sweep that is interrupted ends at once, with all of its processes."""
+"""A sweep that is interrupted, or loses a process, ends at once, with all of its processes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -48,12 +50,14 @@ def alive(group: int) -> list[int]:
     return found
 
 
-def test_an_interrupted_sweep_leaves_no_process(tmp_path: Path) -> None:
-    path = tmp_path / "endless.yaml"
+@contextlib.contextmanager
+def sweep(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A sweep on two processes, after its first run: one other will take hours, and so does the next."""
+    path = folder / "endless.yaml"
     path.write_text(yaml.safe_dump(K_FILE))
     command = [
         sys.executable, "-m", "prfaas.cli.main", "simulate", str(path), "--workers", "2",
-        "--out", str(tmp_path / "out"), "--sweep", "workload.requests=5,50000000,50000000",
+        "--out", str(folder / "out"), "--sweep", "workload.requests=5,50000000,50000000",
     ]  # fmt: skip
     # A shell in the background may have told its children to ignore what this test is about.
     with subprocess.Popen(
@@ -68,18 +72,37 @@ def test_an_interrupted_sweep_leaves_no_process(tmp_path: Path) -> None:
         try:
             assert process.stdout is not None
             assert "5 requests" in process.stdout.readline()
-            os.killpg(process.pid, signal.SIGINT)
-            _, error = process.communicate(timeout=K_PATIENCE_S)
-            assert process.returncode == 130
-            assert "interrupted" in error
-            assert "Traceback" not in error
-            end_s = time.monotonic() + K_PATIENCE_S
-            while alive(process.pid) and time.monotonic() < end_s:
-                time.sleep(0.05)
-            assert alive(process.pid) == []
+            yield process
         finally:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-    assert not (tmp_path / "out").exists()
+
+
+def ends(process: subprocess.Popen[str], folder: Path) -> str:
+    """What it says last; nothing of it is left."""
+    _, error = process.communicate(timeout=K_PATIENCE_S)
+    assert "Traceback" not in error
+    end_s = time.monotonic() + K_PATIENCE_S
+    while alive(process.pid) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    assert alive(process.pid) == []
+    assert not (folder / "out").exists()
+    return error
+
+
+def test_an_interrupted_sweep_leaves_no_process(tmp_path: Path) -> None:
+    with sweep(tmp_path) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        assert "interrupted" in ends(process, tmp_path)
+        assert process.returncode == 130
+
+
+def test_a_sweep_whose_process_was_killed_says_so_instead_of_waiting_for_ever(tmp_path: Path) -> None:
+    with sweep(tmp_path) as process:
+        workers = [p for p in alive(process.pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        assert "ended from outside" in ends(process, tmp_path)
+        assert process.returncode == 1
