@@ -28,9 +28,14 @@ K_FACTOR = 4.0
 
 
 async def bring(
-    route: Route, move: CacheMove, ticket: Ticket, rng: random.Random, metrics: RouterMetrics
-) -> dict[str, int]:
-    """What the taker has of the prompt afterwards, by its name; empty where that is as before. No error."""
+    route: Route, move: CacheMove, ticket: Ticket, rng: random.Random, metrics: RouterMetrics,
+    background: set[asyncio.Task[None]],
+) -> dict[str, int]:  # fmt: skip
+    """What the taker has of the prompt afterwards, by its name; empty where that is as before. No error.
+
+    A giver that must be told to stop hears it in the `background`: the prompt doesn't wait for one that may
+    be dead.
+    """
     giver, taker = route.giver, route.prefill
     ids = ticket.prompt.ids[: move.tokens]
     if giver is None or taker is None or len(ids) < move.tokens:
@@ -64,7 +69,9 @@ async def bring(
             task.cancel()
         await asyncio.gather(giving, taking, return_exceptions=True)
         if not ended:
-            await abort(giver, rid)
+            telling = asyncio.ensure_future(abort(giver, rid))
+            background.add(telling)
+            telling.add_done_callback(background.discard)
     metrics.cache_moves.labels(move.source, move.target, outcome).inc()
     metrics.cache_move_seconds.observe(time.monotonic() - began_s)
     return {taker.name: move.tokens} if outcome == "done" else {}
