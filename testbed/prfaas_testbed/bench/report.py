@@ -138,9 +138,9 @@ def _host(rows: Sequence[Row]) -> str:
 
 def _faults(measures: dict[str, Any]) -> str:
     lines = [
-        f"- Link cut for {row['down_s']:g} s in the middle of {row['size_bytes'] / 1e6:g} MB: pages given "
-        f"back in {1e3 * row['freed_s']:.1f} ms meanwhile; the transfer was through {row['after_s']:.2f} s "
-        f"after the cut's end; {row['streams_lost']} streams replaced, "
+        f"- Link cut for {row['down_s']:g} s in the middle of {row['size_bytes'] / 1e6:g} MB: an idle lease "
+        f"beside it ended in {1e3 * row['freed_s']:.1f} ms meanwhile; the transfer was through "
+        f"{row['after_s']:.2f} s after the cut's end; {row['streams_lost']} streams replaced, "
         f"{row['payload_bytes'] / row['size_bytes']:.2f} times its bytes received."
         for row in measures.get("outage", [])
     ]

@@ -192,7 +192,9 @@ def summary(sent: dict[str, list[Row]], looks: Sequence[Row]) -> Row:
         "refused": sum("refused" in row for row in rows),
         "failed": sum("ended_s" in row and not row["ok"] for row in rows),
         "missed": sum(
-            row["ended_s"] - row["asked_s"] > row["deadline_s"] for row in rows if "ended_s" in row
+            not row["ok"] or row["ended_s"] - row["asked_s"] > row["deadline_s"]
+            for row in rows
+            if "ended_s" in row
         ),
     }
 

@@ -100,7 +100,13 @@ class Judged:
     wrong: int
     slowest_s: float
     recovery_s: float
-    """From the trouble's end until the last request that it delayed or failed was over; 0: none was."""
+    """From the trouble's end until the last request that it delayed or failed was over, of those sent before
+    the next trouble; 0: none was."""
+
+
+def _end_s(row: dict[str, Any]) -> float:
+    """When a request was over, or answered so far that its trouble was."""
+    return float(row["sent_s"] + ((row["e2e_s"] if row["error"] else row["ttft_s"]) or 0.0))
 
 
 def judged(data: dict[str, Any]) -> list[Judged]:
@@ -114,9 +120,13 @@ def judged(data: dict[str, Any]) -> list[Judged]:
     calm = [row["ttft_s"] for row in groups[0] if row["ttft_s"] is not None and row["error"] is None]
     limit_s = K_DISTURBED * max(calm, default=float("inf"))
     found = []
-    for trouble, rows in zip(troubles, groups, strict=True):
-        late = [row for row in rows if row["error"] or (row["ttft_s"] or 0.0) > limit_s]
-        ends_s = [row["sent_s"] + (row["e2e_s"] if row["error"] else row["ttft_s"] or 0.0) for row in late]
+    late = [row for row in data["rows"] if row["error"] or (row["ttft_s"] or 0.0) > limit_s]
+    nexts_s = [*(one["at_s"] for one in troubles[1:]), float("inf")]
+    for trouble, rows, next_s in zip(troubles, groups, nexts_s, strict=True):
+        # However long it took: a service that stays away isn't the next trouble's.
+        ends_s = [
+            end_s for row in late if row["sent_s"] < next_s and (end_s := _end_s(row)) >= trouble["at_s"]
+        ]
         found.append(
             Judged(
                 trouble["fault"], len(rows), sum(row["equal"] is True for row in rows),

@@ -129,13 +129,12 @@ def _by_length(data: dict[str, Any], part: str, world: str) -> list[dict[str, fl
 def goals(data: dict[str, Any]) -> list[Goal]:
     """At most the round trip, the last piece's wire time and 10 ms, at every length."""
     found = _by_length(data, "far", "testbed")
-    worst = max(found, key=lambda one: one["beyond_s"])
     shown = ", ".join(f"{K_TOKENS * one['tokens'] / 1024:.0f}K {1e3 * one['beyond_s']:+.1f}" for one in found)
     return [
         Goal(
             "prefill 40 ms away adds at most one round trip, the wire time of the last piece and 10 ms",
             f"ms beyond round trip and wire, medians: {shown}",
-            worst["beyond_s"] <= K_ALLOWED_S,
+            all(one["beyond_s"] <= K_ALLOWED_S for one in found),  # a length without an answer is NaN: missed
         )
     ]
 

@@ -38,6 +38,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--for", dest="for_s", type=float, metavar="S",
         help="begin no part of a set later than this; --resume runs the others another time",
     )  # fmt: skip
+    parser.add_argument(
+        "--again", metavar="GLOB[,GLOB]",
+        help="with --resume: run these parts anew, though they ended; the record keeps that they did",
+    )  # fmt: skip
     parser.add_argument("--repetitions", type=int, metavar="N", help="instead of the file's own number")
     parser.add_argument(
         "--wait",
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--resume and --for are for sets: {choice.name} is a single experiment")
     if args.for_s is not None and not args.for_s > 0:
         raise UsageError(f"--for {args.for_s:g}: seconds, above 0")
+    if args.again and not args.resume:
+        raise UsageError("--again goes with --resume DIR: without it every part runs")
     if args.resume and args.out:
         raise UsageError("--resume DIR goes on in DIR: --out would be another place")
     folder = (args.resume or (args.out or K_RESULTS) / choice.name / stamp()).resolve()
@@ -138,7 +144,7 @@ def run_set(choice: ExperimentSet, folder: Path, args: argparse.Namespace) -> Ru
         parts = [(n, e.model_copy(update={"repetitions": args.repetitions})) for n, e in parts]
     for name, experiment in parts:
         check_before(experiment, f"part {name}")
-    whole = SetRun(choice, parts, folder, tell)
+    whole = SetRun(choice, parts, folder, tell, args.again.split(",") if args.again else ())
     if args.resume is not None:
         whole.resume()
     budget_s = choice.wall_time_s if args.for_s is None else min(args.for_s, choice.wall_time_s)

@@ -12,7 +12,9 @@ import aiohttp
 from prfaas_testbed.client.messages import Answer, Shot, Target
 from prfaas_testbed.client.stream import Collected, EventParser, StreamError
 
-K_PREFILL_GRACE_S = 2.0  # how long a prefill server's own answer is awaited once the client has its tokens
+# How long a prefill server's own answer is awaited once the client has its tokens: over a link that is down
+# for seconds it comes late, and without it nobody knows what was sent.
+K_PREFILL_GRACE_S = 10.0
 
 
 class Load:
@@ -58,6 +60,8 @@ class Load:
             for task in others:
                 # A prefill server's POST hangs until the client drops it where decode gave up: drop it.
                 task.cancel()
+            if answer.error and answer.e2e_s is None:
+                answer.e2e_s = time.monotonic() - sent
             results = await asyncio.gather(*others, return_exceptions=True)
         for result in results:
             if isinstance(result, Collected) and answer.cached_tokens is None:

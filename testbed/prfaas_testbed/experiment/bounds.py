@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prfaas.config.run import EventRow
+from prfaas.config.run import EventRow, LinkRow
 from prfaas_testbed.experiment.registry import Unsupported, metric
 from prfaas_testbed.experiment.view import View, field, number
 
@@ -38,15 +38,18 @@ def _gap(view: View) -> float:
 @metric("busy_mbps", "Mbit/s")
 def _busy(view: View) -> float:
     """Throughput of the least busy direction over the middle half of the load."""
-    rows = view.links()
     rates = []
-    for link in dict.fromkeys(row.link for row in rows):
-        mine = [row for row in rows if row.link == link]
-        end_s = max(row.at_s for row in mine)
-        middle = [row for row in mine if K_BUSY_FROM * end_s < row.at_s <= K_BUSY_TO * end_s]
-        if middle:
-            span_s = (K_BUSY_TO - K_BUSY_FROM) * end_s
-            rates.append(sum(row.bytes for row in middle) * 8 / span_s / 1e6)
+    for repetition in view.run.repetitions:
+        loads: dict[tuple[object, ...], list[LinkRow]] = {}
+        for row in repetition.links:
+            if view.ours(row):
+                loads.setdefault((row.link, field(row, "model"), field(row, "part")), []).append(row)
+        for mine in loads.values():
+            end_s = max(row.at_s for row in mine)
+            middle = [row for row in mine if K_BUSY_FROM * end_s < row.at_s <= K_BUSY_TO * end_s]
+            if middle:
+                span_s = (K_BUSY_TO - K_BUSY_FROM) * end_s
+                rates.append(sum(row.bytes for row in middle) * 8 / span_s / 1e6)
     if not rates:
         raise Unsupported("no link was watched")
     return min(rates)

@@ -40,7 +40,7 @@ class Captures:
         self._captures, self._net, self._folder, self._port = captures, net, folder, port
         self._stopped = threading.Event()
         self._rows: list[EventRow] = []
-        self._done: list[tuple[Capture, dict[str, Path]]] = []
+        self._done: list[tuple[Capture, dict[str, Path], float]] = []
         self._threads: list[threading.Thread] = []
         self._zero_s = 0.0
 
@@ -64,7 +64,7 @@ class Captures:
                     both.enter_context(self._net.capture(site, file, K_SNAP_BYTES, K_MOST_PACKETS))
                 self._row("capture", source=capture.source, target=capture.target)
                 self._stopped.wait(max(0.0, self._zero_s + capture.at_s + capture.for_s - time.monotonic()))
-            self._done.append((capture, files))
+            self._done.append((capture, files, time.monotonic() - self._zero_s))
         except (PrfaasError, OSError) as error:
             self._row("capture", source=capture.source, target=capture.target, failed=str(error))
 
@@ -72,16 +72,16 @@ class Captures:
         self._stopped.set()
         for thread in self._threads:
             thread.join()
-        for capture, files in self._done:
+        for capture, files, until_s in self._done:
             try:
-                self._read(capture, files)
+                self._read(capture, files, until_s)
             finally:
                 if not capture.keep:
                     for file in files.values():
                         file.unlink(missing_ok=True)
         return self._rows
 
-    def _read(self, capture: Capture, files: dict[str, Path]) -> None:
+    def _read(self, capture: Capture, files: dict[str, Path], until_s: float) -> None:
         # The files hold the time of day, the record the load's own.
         zero_s = self._zero_s + time.time() - time.monotonic()
         edges: dict[str, Edge] = {}
@@ -91,7 +91,7 @@ class Captures:
         for near, far in both:
             address = socket.inet_aton(self._net.sites[near].address)
             said = told(address, edges[near], edges[far], zero_s)
-            self._row("packets", site=near, peer=far, **said)
+            self._row("packets", site=near, peer=far, until_s=round(until_s, 3), **said)
 
     def _row(self, event: str, **fields: object) -> None:
         at_s = round(time.monotonic() - self._zero_s, 4)

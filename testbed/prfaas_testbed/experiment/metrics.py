@@ -204,6 +204,12 @@ def _streams_cut(view: View) -> float:
     return sum(number(row, "streams") or 0 for row in view.events("cut_stream"))
 
 
+@metric("events_missed")
+def _events_missed(view: View) -> float:
+    """Steps of the timeline that failed or that the load didn't wait for: the trouble that wasn't."""
+    return sum(bool(field(row, "failed") or field(row, "skipped")) for row in view.events())
+
+
 @metric("hostile_packets")
 def _hostile_packets(view: View) -> float:
     """Packets that no well-behaved sender makes, put on the wire."""
@@ -302,7 +308,7 @@ def _egress(view: View) -> float:
     """KV and state moved between sites over the whole series, the median series."""
     rates = []
     for _, rows in view.repetitions():
-        done = [row for row in rows if row.e2e_s is not None]
+        done = [row for row in rows if row.error is None and row.e2e_s is not None]
         if done:
             span_s = max(row.sent_s + (row.e2e_s or 0) for row in done) - min(row.sent_s for row in done)
             if span_s > 0:

@@ -7,6 +7,7 @@ checks -> run.json -> figures
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -152,6 +153,8 @@ class Runner:
 
     def one_model(self, net: Network, model: ModelChoice) -> None:
         folder = self.folder / "work" / model.name
+        # Of an attempt that was interrupted: its digests would stand for some that are missing now.
+        shutil.rmtree(folder, ignore_errors=True)
         fleet = Fleet(net, self.experiment, model, folder, self.tell, self.scale)
         try:
             began_s = time.monotonic()

@@ -12,6 +12,7 @@ Each part keeps its own start, commit, machine and load under `part_runs`, with 
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,10 +45,12 @@ class SetRun:
     """One set's record as it grows."""
 
     def __init__(
-        self, choice: ExperimentSet, parts: Sequence[tuple[str, Experiment]], folder: Path, tell: Progress
-    ) -> None:
+        self, choice: ExperimentSet, parts: Sequence[tuple[str, Experiment]], folder: Path, tell: Progress,
+        again: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """`again`: globs of parts that run although they are in the record, which says so."""
         self._parts, self._folder, self._tell = dict(parts), folder, tell
-        self._choice = choice
+        self._choice, self._again = choice, tuple(again)
         self.record: Run | None = None
 
     def resume(self) -> None:
@@ -69,6 +72,8 @@ class SetRun:
         done = self.part_runs.get(name)
         if done is None:
             return "not run yet"
+        if any(fnmatch.fnmatchcase(name, glob) for glob in self._again):
+            return "asked for again"
         assert self.record is not None
         if self.record.definition["parts"][name] != _definition(self._parts[name]):
             return "its definition has changed"
@@ -109,6 +114,17 @@ class SetRun:
             **own,
         }
         before = self.part_runs.get(name)
+        if (
+            before is not None
+            and own.get("stopped_by") == "machine"
+            and not any(one.requests for one in record.repetitions)
+        ):
+            # It gave nothing: what there was stays, whatever that is worth.
+            brief = {key: own[key] for key in ("started", "commit", "stopped") if key in own}
+            before["attempts_before"] = [*before.get("attempts_before", []), brief]
+            assert self.record is not None
+            write_run(self.record, self._folder)
+            return
         if before is not None:
             brief = {key: before[key] for key in ("started", "commit", "stopped") if key in before}
             own["attempts_before"] = [*before.get("attempts_before", []), brief]

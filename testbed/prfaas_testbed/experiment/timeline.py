@@ -166,7 +166,7 @@ class Timeline:
             else:
                 folder = self._fleet.folder / "keys" / event.site
                 self._replace(step, event, folder)
-        except (PrfaasError, OSError) as error:
+        except (PrfaasError, OSError, subprocess.SubprocessError) as error:
             self._record(step, time.monotonic(), failed=str(error))
 
     def _link(self, step: Step, event: SetLink | LinkDown | Flap) -> None:
@@ -213,6 +213,8 @@ class Timeline:
             )
             self._traffic[id(event)] = traffic
             self._record(step, time.monotonic(), kind=event.kind, source=event.source, target=event.target)
+        elif id(event) not in self._traffic:
+            self._record(step, time.monotonic(), failed="it hadn't begun")
         else:
             self._traffic[id(event)].stop()
             self._record(step, time.monotonic(), kind=event.kind, source=event.source, target=event.target)

@@ -10,7 +10,9 @@ from prfaas_testbed.experiment.view import View, field, number
 
 
 def beside(view: View) -> Iterator[tuple[EventRow, EventRow]]:
-    """Each site's packets in a repetition and model, with its account of the same load."""
+    """Each site's packets in a repetition and model, with its account of the same load. Raises Unsupported
+    for a capture that ended before the account did: its bytes are of a part of the load.
+    """
     for repetition in view.run.repetitions:
         kept = [row for row in repetition.events if view.ours(row)]
         for packets in kept:
@@ -18,6 +20,9 @@ def beside(view: View) -> Iterator[tuple[EventRow, EventRow]]:
                 continue
             for row in kept:
                 if row.event == "accounting" and _key(row) == _key(packets):
+                    until_s = number(packets, "until_s")
+                    if until_s is not None and until_s < row.at_s:
+                        raise Unsupported(f"the capture ended at {until_s:g} s, the load at {row.at_s:g} s")
                     yield packets, row
 
 

@@ -46,6 +46,18 @@ def test_a_request_counts_for_the_trouble_that_began_last_before_it_was_over(tmp
     assert faults.draw(data, tmp_path / "figures") == ["faults.png"]
 
 
+def test_a_service_that_stays_away_is_no_recovery_and_an_error_may_have_no_end(tmp_path: Path) -> None:
+    run = run_of(
+        (1.0, 0.2, True, None), (15.0, 86.0, None, "no whole answer within 90 s"), (26.0, 0.2, True, None)
+    )
+    run.repetitions[0].requests.append(run.repetitions[0].requests[1].model_copy(update={"e2e_s": None}))
+    write_run(run, tmp_path)
+    data = pieces.gather("faults", [tmp_path], lambda line: None)
+    down = next(one for one in faults.judged(data) if one.fault == "link down 2 s")
+    assert down.recovery_s == pytest.approx(15.0 + 86.1 - 16.0)
+    assert not faults.goals(data)[2].reached
+
+
 def test_every_trouble_of_the_file_has_a_name_of_its_own() -> None:
     ((_, experiment),) = runs.parts(faults.K_EXPERIMENT)
     names = [faults.name_of(event) for event in experiment.timeline]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,11 @@ class Conductor:
         results.repetition(0).events.append(EventRow(at_s=0.0, event="load"))
 
 
-def a_set(folder: Path, parts: str = K_PARTS, resume: bool = False) -> SetRun:
+def a_set(folder: Path, parts: str = K_PARTS, resume: bool = False, again: Sequence[str] = ()) -> SetRun:
     matrix = load_experiment("matrix", K_TOPOLOGIES)
     assert isinstance(matrix, ExperimentSet)
     chosen = with_parts(matrix, parts)
-    found = SetRun(chosen, list(parts_of(chosen, K_TOPOLOGIES)), folder, lambda line: None)
+    found = SetRun(chosen, list(parts_of(chosen, K_TOPOLOGIES)), folder, lambda line: None, again)
     if resume:
         found.resume()
     return found
@@ -93,6 +94,34 @@ def test_a_part_whose_definition_changed_runs_again_and_its_old_rows_go(tmp_path
     assert again.ran == ["metro-cut"]
     rows = read_run(tmp_path).repetitions[0].requests
     assert sorted(str(row.model_extra["part"]) for row in rows) == sorted(K_PARTS.split(","))  # type: ignore[index]
+
+
+def test_rows_stay_where_the_machine_lets_the_next_attempt_give_none(tmp_path: Path) -> None:
+    a_set(tmp_path).go(Conductor())
+    record = read_run(tmp_path)
+    for part in record.parts:
+        record.definition["parts"][part]["description"] = "as it was told before"
+    write_run(record, tmp_path)
+    busy = Conductor(dict.fromkeys(K_PARTS.split(","), MachineError("another run holds the network")))
+    a_set(tmp_path, resume=True).go(busy)
+    record = read_run(tmp_path)
+    assert len(record.repetitions[0].requests) == 3
+    extra = record.model_extra or {}
+    assert extra["stopped_parts"] == {}
+    assert all(run["attempts_before"][0]["stopped"] for run in extra["part_runs"].values())
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == K_PARTS.split(",")
+
+
+def test_a_part_that_ended_runs_anew_when_it_is_asked_for_and_the_record_says_so(tmp_path: Path) -> None:
+    a_set(tmp_path).go(Conductor({"metro-cut": PrfaasError("a fault of ours")}))
+    again = Conductor()
+    a_set(tmp_path, resume=True, again=["*-cut"]).go(again)
+    assert again.ran == ["metro-cut", "two-sites-cut"]
+    extra = read_run(tmp_path).model_extra or {}
+    assert extra["stopped_parts"] == {}
+    assert extra["part_runs"]["metro-cut"]["attempts_before"][0]["stopped"] == "a fault of ours"
 
 
 def test_no_part_begins_when_the_time_is_over_and_more_parts_may_join_later(tmp_path: Path) -> None:
