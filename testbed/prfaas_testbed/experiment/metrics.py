@@ -207,6 +207,8 @@ def _streams_cut(view: View) -> float:
 @metric("events_missed")
 def _events_missed(view: View) -> float:
     """Steps of the timeline that failed or that the load didn't wait for: the trouble that wasn't."""
+    if not view.events("load"):
+        raise Unsupported("no load ran")
     return sum(bool(field(row, "failed") or field(row, "skipped")) for row in view.events())
 
 

@@ -61,4 +61,7 @@ def test_trouble_that_failed_or_that_the_load_did_not_wait_for_is_counted() -> N
         event("flap", 2.0), event("flap", 6.0, skipped="the load ended before it"),
         event("kill", 3.0, failed="it didn't start"),
     ]  # fmt: skip
-    assert K_METRICS["events_missed"].compute(view(Repetition(index=0, events=events))) == 2
+    measure = K_METRICS["events_missed"].compute
+    with pytest.raises(Unsupported, match="no load ran"):
+        measure(view(Repetition(index=0, events=events)))
+    assert measure(view(Repetition(index=0, events=[*events, event("load", 0.0)]))) == 2
