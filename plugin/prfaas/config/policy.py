@@ -100,7 +100,10 @@ class SlowLoopConfig(Strict):
     patience: int = Field(default=3, ge=1)
     """Looks in a row that must ask for the same change."""
     least_gain: float = Field(default=0.05, ge=0)
-    """Share of throughput that a change must promise."""
+    """Share of throughput that a change must promise, over `holds_s`."""
+    holds_s: float = Field(default=600.0, gt=0)
+    """How long a change is expected to be of use. The seconds that conversions take (the profile's
+    `role_switch`, then their last one's) are part of it."""
     settle_s: float = Field(default=60.0, ge=0)
     """Pause after a change, for its effect to be seen; twice as long after one that failed."""
     drain_limit_s: float = Field(default=120.0, gt=0)

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from prfaas.config.loading import Strict, load
 from prfaas.model.errors import ConfigError, UsageError
-from prfaas.model.profiles import K_MIB, Curve, DecodeProfile, Profile, ProfileError, check_points
+from prfaas.model.profiles import K_MIB, Curve, DecodeProfile, Profile, ProfileError, RoleSwitch, check_points
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Points = Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -106,6 +106,15 @@ class DecodeConfig(Strict):
         return DecodeProfile(self.max_batch, Curve(self.batch, self.step_s, "step_s"))
 
 
+class RoleSwitchConfig(Strict):
+    """Seconds that an idle instance takes to change its role (SGLang's `/pd_role_switch`, to its answer)."""
+
+    to_prefill_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    to_decode_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    source: Source
+    """Where these two come from: the profile's other figures may come from elsewhere."""
+
+
 class ProfileConfig(CurvesConfig):
     """A profile file: one model on one kind of instance."""
 
@@ -119,6 +128,8 @@ class ProfileConfig(CurvesConfig):
     block_tokens: Annotated[int, Field(ge=1)] = 64
     chunk_tokens: Annotated[int, Field(ge=1)] = 8192
     pool_tokens: Annotated[int, Field(ge=1)] | None = None
+    role_switch: RoleSwitchConfig | None = None
+    """What a change between prefill and decode takes; absent: not known, and reckoned as nothing."""
 
     @model_validator(mode="after")
     def _has_sizes(self) -> ProfileConfig:
@@ -129,6 +140,7 @@ class ProfileConfig(CurvesConfig):
     def profile(self) -> Profile:
         kv = self.kv_curve()
         assert kv is not None  # _has_sizes
+        switch = self.role_switch
         return Profile(
             name=self.name,
             prefill=self.prefill_curve(),
@@ -139,6 +151,7 @@ class ProfileConfig(CurvesConfig):
             chunk_tokens=self.chunk_tokens,
             pool_tokens=self.pool_tokens,
             gpus=self.gpus,
+            role_switch=RoleSwitch(switch.to_prefill_s, switch.to_decode_s) if switch else None,
         )
 
 

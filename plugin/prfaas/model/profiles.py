@@ -111,6 +111,23 @@ class DecodeProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleSwitch:
+    """What it takes an idle instance to change between prefill and decode: it serves nothing meanwhile."""
+
+    to_prefill_s: float
+    to_decode_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("to_prefill_s", "to_decode_s"):
+            value: float = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ProfileError(f"role_switch.{name}", f"found {value:g}; must be 0 or more, and finite")
+
+    def seconds(self, to_prefill: bool) -> float:
+        return self.to_prefill_s if to_prefill else self.to_decode_s
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """One kind of instance: a model on some hardware."""
 
@@ -131,6 +148,8 @@ class Profile:
     pool_tokens: int | None = None
     """Tokens of KV it can hold, running requests and prefix cache together; None: not limited."""
     gpus: int = 8
+    role_switch: RoleSwitch | None = None
+    """None: not known."""
     scale: float = field(default=1.0)
     """Bytes are already divided by this; see `scaled`."""
 

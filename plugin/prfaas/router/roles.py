@@ -24,6 +24,7 @@ import msgspec
 from prfaas.config.router import RouterConfig, SlowLoop
 from prfaas.model.ids import SiteId
 from prfaas.model.observations import Role, Snapshot
+from prfaas.model.profiles import Profile
 from prfaas.planner.system import Plan
 from prfaas.router.fleet import ServerHandle, ServerPool
 from prfaas.router.outcome import Outcome
@@ -82,7 +83,8 @@ class _Cluster:
     """One site that decodes."""
 
     def __init__(self, site: SiteId, config: SlowLoop, profiles: Mapping[SiteId, CostProfile]) -> None:
-        self.loop = Loop(site, config)
+        costs = profiles.get(site)
+        self.loop = Loop(site, config, costs.role_switch if isinstance(costs, Profile) else None)
         self.meter = StageMeter(site, profiles, config.window_s)
         self.proposal: Proposal | None = None
         self.loads: list[StageLoad] = []
@@ -357,6 +359,10 @@ class RoleKeeper:
             "threshold_tokens": cluster.threshold,
             "binding": proposal.binding if proposal else None,
             "agreed": proposal.agreed if proposal else 0,
+            "requests_gained": proposal.gained if proposal else None,
+            "out_of_service_s": {
+                role.value: cluster.loop.out_of_service_s(role) for role in (Role.PREFILL, Role.DECODE)
+            },
             "here": _plan(proposal.here) if proposal else None,
             "target": _plan(proposal.target) if proposal else None,
             "stages": {

@@ -3,9 +3,13 @@
 Stages of a local cluster and its PrfaaS clusters (the report's Θ): offloaded prefill, local prefill,
 decode. At each look the loop is given how busy they are and the planner's System: the lengths of late, the
 bandwidth of now, the instances. When the planner's optimum asks for another split of the local instances
-`patience` looks in a row, and promises `least_gain` more throughput, one instance is converted towards it:
-drain, switch, settle, look again. The loop answers steps and does nothing itself. In a dry run steps are
-marked as such and nothing is expected to follow.
+`patience` looks in a row, and promises `least_gain` more throughput over the next `holds_s`, one instance is
+converted towards it: drain, switch, settle, look again. The loop answers steps and does nothing itself. In a
+dry run steps are marked as such and nothing is expected to follow.
+
+What a conversion costs is time: the gain begins once all instances that the plan asks for have turned. It
+costs no throughput, for the role that gives an instance has it to spare, or the plan wouldn't ask for it. The
+seconds are the profile's until a conversion has been seen, and the last one's from then on.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from enum import StrEnum
 from prfaas.config.policy import SlowLoopConfig
 from prfaas.model.ids import InstanceId, SiteId
 from prfaas.model.observations import InstanceObservation, Role, SiteObservation
+from prfaas.model.profiles import RoleSwitch
 from prfaas.planner.optimum import best_threshold, grid_of, optimum
 from prfaas.planner.system import Plan, System
 
@@ -73,6 +78,8 @@ class Proposal:
     agreed: int
     """Looks in a row that asked for the same change."""
     step: Step | None = None
+    gained: float = 0.0
+    """Requests that the target would carry beyond `here` within `holds_s`, once instances have turned."""
 
 
 @dataclass(slots=True)
@@ -81,17 +88,23 @@ class _Conversion:
     role: Role
     since_s: float
     switching: bool = False
+    drained_s: float = 0.0
+    """How long it drained."""
 
 
 class SlowLoop:
     """One local cluster's roles.
 
-    The shell calls `look` now and then, `on_drained`, `on_switched`, `on_failed`.
+    The shell calls `look` now and then, `on_drained`, `on_switched`, `on_failed`. `switch`: what a conversion
+    takes by the cluster's profile; None: not known, and reckoned as nothing until one has been seen.
     """
 
-    def __init__(self, site: SiteId, config: SlowLoopConfig) -> None:
+    def __init__(self, site: SiteId, config: SlowLoopConfig, switch: RoleSwitch | None = None) -> None:
         self.site = site
         self.config = config
+        self._out_s: dict[Role, float] = {}
+        if switch is not None:
+            self._out_s = {Role.PREFILL: switch.to_prefill_s, Role.DECODE: switch.to_decode_s}
         self._wanted = 0
         self._agreed = 0
         self._next_look_s = -math.inf
@@ -101,6 +114,10 @@ class SlowLoop:
     def converting(self) -> InstanceId | None:
         """The one instance that is being converted."""
         return None if self._conversion is None else self._conversion.instance
+
+    def out_of_service_s(self, role: Role) -> float:
+        """Seconds that a conversion to `role` is believed to take, in which the instance gives nothing."""
+        return self._out_s.get(role, 0.0)
 
     def due(self, now: float) -> bool:
         """Whether `look` would look."""
@@ -134,10 +151,10 @@ class SlowLoop:
             here = best_threshold(now_system, len(prefills), grid)
         if self._conversion is not None:
             return Proposal(binding, target, here, self._agreed, self._overdue(now))
-        wanted = 0
+        wanted, gained = 0, 0.0
         if target is not None and here is not None and target.prefill != len(prefills):
-            worth_rps = here.throughput_rps * (1 + self.config.least_gain)
-            if target.throughput_rps >= worth_rps:
+            gained = self._gained(here, target)
+            if gained >= here.throughput_rps * self.config.least_gain * self.config.holds_s and gained > 0:
                 wanted = 1 if target.prefill > len(prefills) else -1
         self._agreed = self._agreed + 1 if wanted and wanted == self._wanted else int(bool(wanted))
         self._wanted = wanted
@@ -151,7 +168,7 @@ class SlowLoop:
             or len(giving) < 2
             or not free
         ):
-            return Proposal(binding, target, here, self._agreed)
+            return Proposal(binding, target, here, self._agreed, None, gained)
         one = min(free, key=_busyness)
         role = Role.PREFILL if wanted > 0 else Role.DECODE
         split = f"{len(prefills)}/{len(decodes)}"
@@ -159,11 +176,13 @@ class SlowLoop:
             f"{binding.value} binds; {target.prefill}/{target.decode} would carry "
             f"{target.throughput_rps:.2f} req/s, {split} carries {here.throughput_rps:.2f}"
         )
+        if out_s := self.out_of_service_s(role):
+            reason += f"; out for {out_s:.3g} s, {gained:.0f} requests more in {self.config.holds_s:g} s"
         self._agreed = 0
         step = Step(StepKind.DRAIN, self.site, one.instance, role, reason, self.config.dry_run)
         if not self.config.dry_run:
             self._conversion = _Conversion(one.instance, role, now)
-        return Proposal(binding, target, here, self._agreed, step)
+        return Proposal(binding, target, here, self._agreed, step, gained)
 
     def on_drained(self, instance: InstanceId, now: float) -> Step | None:
         """It is idle: switch it. None when it isn't being converted."""
@@ -171,16 +190,25 @@ class SlowLoop:
         if conversion is None or conversion.instance != instance or conversion.switching:
             return None
         conversion.switching = True
-        conversion.since_s = now
+        conversion.drained_s, conversion.since_s = now - conversion.since_s, now
         return Step(StepKind.SWITCH, self.site, instance, conversion.role, "drained")
 
     def on_switched(self, instance: InstanceId, now: float) -> Step | None:
         """The server says that it has its new role; the next look waits for its effect."""
+        conversion = self._conversion
+        if conversion is not None and conversion.instance == instance and conversion.switching:
+            self._out_s[conversion.role] = conversion.drained_s / 2 + now - conversion.since_s
         return self._end(instance, f"switched to {self._role(instance)}", now, self.config.settle_s)
 
     def on_failed(self, instance: InstanceId, reason: str, now: float) -> Step | None:
         """The server refused or died: back into service as it was, and not at once again."""
         return self._end(instance, f"conversion failed: {reason}", now, 2 * self.config.settle_s)
+
+    def _gained(self, here: Plan, target: Plan) -> float:
+        """Requests more within `holds_s`, of which one instance after another takes its time to turn."""
+        turns = target.prefill - here.prefill
+        away_s = abs(turns) * self.out_of_service_s(Role.PREFILL if turns > 0 else Role.DECODE)
+        return (target.throughput_rps - here.throughput_rps) * max(0.0, self.config.holds_s - away_s)
 
     def _overdue(self, now: float) -> Step | None:
         """A drain that doesn't end is given up; a switch is the shell's to end."""
