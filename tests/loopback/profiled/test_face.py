@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from prfaas.model.profiles import Curve, DecodeProfile, Profile
+from prfaas.model.profiles import Curve, DecodeProfile, Profile, RoleSwitch
 from prfaas_testbed.client.load import Load
 from prfaas_testbed.client.messages import Answer, Shot, Target
 from prfaas_testbed.instances.profiled.face import application
@@ -31,6 +31,7 @@ PROFILE = Profile(
     block_tokens=16,
     chunk_tokens=256,
     pool_tokens=20_000,
+    role_switch=RoleSwitch(to_prefill_s=30.0, to_decode_s=0.2),
 )
 
 
@@ -265,16 +266,51 @@ def test_openai_endpoints_stream_pieces_and_usage(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+async def until(so: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if so():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never became so")
+
+
+def test_an_instance_that_changes_its_role_refuses_what_comes_meanwhile(tmp_path: Path) -> None:
+    async def scene(cluster: Cluster) -> None:
+        async def switch(role: str) -> aiohttp.ClientResponse:
+            url = cluster.url("decode", "/pd_role_switch")
+            return await cluster.session.post(url, json={"new_role": role})
+
+        changing = asyncio.ensure_future(switch("prefill"))
+        instance = cluster.instances["decode"]
+        await until(lambda: instance._switching)
+        body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 2}, "bootstrap_room": 1}
+        async with cluster.session.post(cluster.url("decode"), json=body) as reply:
+            assert reply.status == 503
+        async with await switch("decode") as reply:
+            assert reply.status == 400
+            assert "not idle" in (await reply.json())["error"]["message"]
+        assert instance.scheduler.role == "decode"
+        changing.cancel()
+        await asyncio.gather(changing, return_exceptions=True)
+        await until(lambda: not instance._switching)  # who asked has left: it stays what it is
+        assert instance.scheduler.role == "decode"
+
+    play(tmp_path, scene)
+
+
 def test_loads_role_switch_and_bad_bodies(tmp_path: Path) -> None:
     async def scene(cluster: Cluster) -> None:
         async with cluster.session.get(cluster.url("prefill", "/v1/loads")) as reply:
             load = (await reply.json())["loads"][0]
             assert load["num_waiting_uncached_tokens"] == 0
             assert load["max_total_num_tokens"] == 20_000
+        began_s = time.monotonic()
         async with cluster.session.post(
             cluster.url("prefill", "/pd_role_switch"), json={"new_role": "decode"}
         ) as reply:
             assert reply.status == 200
+            assert (await reply.json())["seconds"] >= 0.2
+        assert time.monotonic() - began_s >= 0.2, "it takes the profile's time"
         assert cluster.instances["prefill"].scheduler.role == "decode"
         for body in ([], {"input_ids": []}, {"input_ids": ["x"]}, {"input_ids": [1]}):
             async with cluster.session.post(cluster.url("decode"), json=body) as reply:

@@ -250,7 +250,7 @@ class _Face:
         if role not in ("prefill", "decode"):
             raise Refused(f"new_role {role!r}; allowed: prefill, decode", 400)
         started = time.monotonic()
-        self._instance.switch_role(role)
+        await self._instance.switch_role(role)
         return web.json_response({"success": True, "message": role, "seconds": time.monotonic() - started})
 
     async def take_prefix(self, request: web.Request) -> web.Response:

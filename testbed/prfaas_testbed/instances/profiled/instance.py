@@ -72,6 +72,7 @@ class Instance:
         self._grants: dict[int, asyncio.Future[_Grant]] = {}
         self._notes: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._wake = asyncio.Event()
+        self._switching = False
         self.aborted: set[str] = set()
         self._tasks: dict[str, asyncio.Task[Any]] = {}
 
@@ -126,6 +127,8 @@ class Instance:
         everything."""
         if rid in self._queues:
             raise Refused(f"request {rid} is here already", 400)
+        if self._switching:
+            raise Refused("the server is changing its role", 503)
         self._queues[rid] = asyncio.Queue()
         if self.settings.priority_scheduling:
             self._priorities[rid] = priority
@@ -338,10 +341,18 @@ class Instance:
             raise Refused(f"no request waits for room {room}", 404)
         self._notes[room].put_nowait(note)
 
-    def switch_role(self, role: str) -> None:
-        """Raises Refused where a request is under way."""
-        if self._queues:
+    async def switch_role(self, role: str) -> None:
+        """Takes what the profile says it takes, and requests are refused meanwhile. Raises Refused where one
+        is under way, or another change of role is."""
+        if self._queues or self._switching:
             raise Refused("instance is not idle", 400)
+        switch = self.profile.role_switch
+        self._switching = True
+        try:
+            if switch is not None and role != self.scheduler.role:
+                await asyncio.sleep(switch.seconds(role == "prefill"))
+        finally:
+            self._switching = False
         self.scheduler.flush()
         changes = self.scheduler.cache.changes
         self.scheduler = self._fresh(role)
