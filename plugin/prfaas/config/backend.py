@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from prfaas.config.loading import Strict, load
 from prfaas.config.pump import PumpConfig, split_address
@@ -69,6 +70,47 @@ class ControlConfig(Strict):
         return value
 
 
+class NearConfig(Strict):
+    """On a decode server: prefill servers of its own site, reached by SGLang's stock engine (Mooncake), as
+    SGLang does alone. They run `--disaggregation-transfer-backend mooncake` or `mooncake_tcp`. All others are
+    reached by ours.
+    """
+
+    hosts: tuple[str, ...] = Field(min_length=1)
+    """The site's own: addresses, networks ("10.2.0.0/16") or names, as requests say them (bootstrap_host)."""
+    transport: Literal["rdma", "tcp"] = "rdma"
+    """Mooncake's, as on those servers: rdma by --disaggregation-ib-device, tcp where there is none."""
+
+    @field_validator("hosts")
+    @classmethod
+    def _are_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if "/" in host:
+                ipaddress.ip_network(host)
+            elif not host or any(c in host for c in " []") or (":" in host and _ip_address(host) is None):
+                raise ValueError(
+                    f"{host!r} is not an address, a network or a name; without port and brackets"
+                )
+        return value
+
+    def holds(self, host: str) -> bool:
+        """Whether a prefill server is of this site, by the host it is named by. Names aren't resolved."""
+        address = _ip_address(host)
+        return any(
+            (address is not None and address in ipaddress.ip_network(one))
+            if "/" in one
+            else host == one or (address is not None and address == _ip_address(one))
+            for one in self.hosts
+        )
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
 class BackendConfig(Strict):
     """One SGLang server's side of the backend."""
 
@@ -86,9 +128,19 @@ class BackendConfig(Strict):
     """
     control: ControlConfig | None = None
     """Without it SGLang's endpoints are dialled as they are, in plaintext."""
+    near: NearConfig | None = None
+    """Without it every prefill server is reached by our engine."""
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     verify: VerifyConfig | None = None
     faults: BackendFaults | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_each(self) -> BackendConfig:
+        if self.near is not None and self.control is not None:
+            for host in self.control.pumps:
+                if self.near.holds(host):
+                    raise ValueError(f"{host} is of this site by near.hosts, and elsewhere by control.pumps")
+        return self
 
 
 def load_backend_config(path: Path | str | None) -> BackendConfig:

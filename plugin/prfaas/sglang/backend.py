@@ -66,6 +66,7 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
         # Of peers whose pages are staged: where, by session and room.
         self.places: dict[tuple[str, int], Places] = {}
         self._open_passage(config)
+        self._open_near(config)
         self.verification = Verification(config, self.kv_args, self.disaggregation_mode.value)
         self.verification.prepare(self.pump.register)
         # By room. What is refused or aborted before the request itself arrives here is kept in `doomed`.
@@ -135,12 +136,16 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
             super().register_buffer_to_engine()
         else:
             self.engine.batch_register(self.kv_args.aux_data_ptrs, self.kv_args.aux_data_lens)
+        if self.near is not None:
+            self.near.resume()
 
     def deregister_buffer_to_engine(self) -> None:
         if self.staging is None:
             super().deregister_buffer_to_engine()
         else:
             self.engine.batch_deregister(self.kv_args.aux_data_ptrs)
+        if self.near is not None:
+            self.near.release()
 
     # Both sides: status
 
@@ -185,6 +190,8 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
 
     def teardown(self) -> None:
         """SGLang's, at a role switch, then the transport's: the next role makes a new one."""
+        if self.near is not None:
+            self.near.close()
         super().teardown()
         self.pump.close()
 
@@ -215,6 +222,10 @@ class PrfaasKVSender(compat.MooncakeKVSender):  # type: ignore[misc]
 
 class PrfaasKVReceiver(compat.MooncakeKVReceiver):  # type: ignore[misc]
     """Decode side of a request."""
+
+    def __new__(cls, mgr: Any, bootstrap_addr: str, bootstrap_room: int | None = None) -> Any:
+        """SGLang's own receiver instead, when prefill is in this site."""
+        return mgr.near_receiver(bootstrap_addr, bootstrap_room) or super().__new__(cls)
 
     @classmethod
     def _connect(cls, endpoint: str, is_ipv6: bool = False) -> Any:

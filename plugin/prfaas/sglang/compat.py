@@ -114,6 +114,7 @@ K_BACKEND_POINTS: tuple[TouchPoint, ...] = (
             "_make_worker_recv": ("socket", "timeout_ms"),
             "_prefill_unique_rank": (), "_room_notify_targets": ("bootstrap_room",),
             "try_ensure_parallel_info": ("bootstrap_addr",),
+            "submit_prefill_recompute": ("kv_receiver", "payload"),
             "_send_multipart_locked": ("endpoint", "parts", "is_ipv6"),
             "_resolve_rebootstrap_prefill_url": ("kv_receiver",),
         },
@@ -198,6 +199,25 @@ K_BACKEND_POINTS: tuple[TouchPoint, ...] = (
     ),
 )  # fmt: skip
 
+# What the stock engine is started by, for prefill servers of the same site; checked where there are any.
+K_NEAR_POINTS: tuple[TouchPoint, ...] = (
+    TouchPoint(
+        "sglang.srt.distributed.device_communicators.mooncake_transfer_engine",
+        "init_mooncake_transfer_engine",
+        parameters=("hostname", "gpu_id", "ib_device"),
+    ),
+    TouchPoint(
+        _MOONCAKE,
+        "MooncakeKVManager",
+        methods={"__init__": ("args", "disaggregation_mode", "server_args", "is_mla_backend")},
+    ),
+    TouchPoint(
+        _MOONCAKE,
+        "MooncakeKVReceiver",
+        methods={"__init__": ("mgr", "bootstrap_addr", "bootstrap_room")},
+    ),
+)
+
 # What a refused request's answer is made by; checked in the process that serves HTTP.
 K_HTTP_POINTS: tuple[TouchPoint, ...] = (
     TouchPoint(
@@ -209,7 +229,10 @@ K_HTTP_POINTS: tuple[TouchPoint, ...] = (
     TouchPoint("sglang.srt.entrypoints.http_server", "app", members=("add_middleware",)),
 )
 
-_NAMES = {point.name: point for point in (*K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS, *K_HTTP_POINTS)}
+_NAMES = {
+    point.name: point
+    for point in (*K_NEAR_POINTS, *K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS, *K_HTTP_POINTS)
+}
 
 
 def __getattr__(name: str) -> Any:

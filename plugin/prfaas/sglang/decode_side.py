@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from prfaas.config.backend import BackendConfig
 from prfaas.model.errors import PrfaasError
 from prfaas.sglang import compat, layout
 from prfaas.sglang.control import K_GRANT_TAG, K_NO_GRANT
+from prfaas.sglang.near import NearTier, ReachedServers
 from prfaas.sglang.rooms import LeasedRoom, describe
 from prfaas.sglang.staging import Places
 
@@ -22,6 +24,30 @@ def _nothing() -> None:
 
 class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
     """Part of PrfaasKVManager, which has what it uses: pump, leased, staging, verification, deadline_s."""
+
+    near: NearTier | None = None
+
+    def _open_near(self, config: BackendConfig) -> None:
+        """The second tier: prefill servers of this site."""
+        if config.near is None or self.disaggregation_mode != compat.DisaggregationMode.DECODE:
+            return
+        if self.passage is None:
+            self.near = NearTier.open(config.near, self)
+        else:
+            self.near = NearTier.open(config.near, self, self.passage.behind)
+        self.prefill_info_table = ReachedServers(self.near)
+
+    def near_receiver(self, bootstrap_addr: str, bootstrap_room: int | None) -> Any | None:
+        """SGLang's own receiver, of a request whose prefill server is of this site."""
+        if self.near is None or not self.near.holds(bootstrap_addr):
+            return None
+        return self.near.receiver(bootstrap_addr, bootstrap_room)
+
+    def submit_prefill_recompute(self, kv_receiver: Any, payload: dict[str, Any]) -> None:
+        if kv_receiver.kv_mgr is self:
+            super().submit_prefill_recompute(kv_receiver, payload)
+        else:
+            kv_receiver.kv_mgr.submit_prefill_recompute(kv_receiver, payload)
 
     def build_receiver_registration_message(self) -> list[bytes]:
         return [
@@ -111,13 +137,16 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
         """SGLang's, but a prefill server that doesn't match costs its own requests, not the decode
         scheduler's life.
         """
+        manager, ensure = self, super().try_ensure_parallel_info
+        if self.near is not None and self.near.holds(bootstrap_addr):
+            manager, ensure = self.near.manager, self.near.manager.try_ensure_parallel_info
         try:
-            return bool(super().try_ensure_parallel_info(bootstrap_addr))
+            return bool(ensure(bootstrap_addr))
         except RuntimeError as error:
             logger.error("prfaas: prefill server %s refused: %s", bootstrap_addr, error)
-            for room in list(self.addr_to_rooms_tracker[bootstrap_addr]):
-                self.record_failure(room, f"Aborted: prefill server {bootstrap_addr} refused: {error}")
-                self.update_status(room, compat.KVPoll.Failed)
+            for room in list(manager.addr_to_rooms_tracker[bootstrap_addr]):
+                manager.record_failure(room, f"Aborted: prefill server {bootstrap_addr} refused: {error}")
+                manager.update_status(room, compat.KVPoll.Failed)
             return False
 
     def apply_prefill_status(

@@ -52,7 +52,11 @@ class Passage:
         with self._lock:
             if address in self._behind:
                 return address
-            host, port = split_address(address)
+            try:
+                host, port = split_address(address)
+            except ValueError:
+                # A client's own words: SGLang says what is wrong with them, and goes on.
+                return address
             pump = self._named.get(host) or self._learnt.get(host)
             if pump is None:
                 return address

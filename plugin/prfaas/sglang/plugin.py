@@ -39,6 +39,10 @@ def load_plugin() -> None:
             # SGLang's schedulers are children of the process that serves HTTP.
             serves_http = multiprocessing.parent_process() is None
             compat.check_backend(with_http=serves_http)
+            if config.near is not None and _said(sys.argv, "--disaggregation-mode", "decode"):
+                from prfaas.sglang import near
+
+                near.check_installed()
             _register_answers(serves_http)
             if config.control is not None:
                 _register_passage()
@@ -59,10 +63,11 @@ def _check_configuration() -> BackendConfig:
 
 def backend_asked_for(argv: Sequence[str]) -> bool:
     """Whether the command line names this backend; spawned children inherit their parent's."""
-    flag = "--disaggregation-transfer-backend"
-    return f"{flag}={compat.K_BACKEND}" in argv or any(
-        (word, value) == (flag, compat.K_BACKEND) for word, value in itertools.pairwise(argv)
-    )
+    return _said(argv, "--disaggregation-transfer-backend", compat.K_BACKEND)
+
+
+def _said(argv: Sequence[str], flag: str, value: str) -> bool:
+    return f"{flag}={value}" in argv or (flag, value) in itertools.pairwise(argv)
 
 
 def _register_answers(serves_http: bool) -> None:

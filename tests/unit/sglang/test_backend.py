@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from enum import IntEnum
+from pathlib import Path
 from queue import Queue
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -59,7 +61,7 @@ class StandInManager:
 
     mode: ClassVar[Mode] = Mode.PREFILL
 
-    def __init__(self, args: Any, mode: Mode) -> None:
+    def __init__(self, args: Any, mode: Mode, server_args: Any = None, is_mla_backend: bool = False) -> None:
         self.kv_args, self.disaggregation_mode = args, mode
         self.server_args = SimpleNamespace(served_model_name="m")
         self.attn_tp_size, self.rank_port, self.local_ip = 1, 4242, "127.0.0.1"
@@ -69,11 +71,27 @@ class StandInManager:
         self.failure_lock = threading.Lock()
         self.required_prefill_response_num_table: dict[int, int] = {}
         self.prefill_info_table: dict[str, Any] = {}
+        self.addr_to_rooms_tracker: defaultdict[str, set[int]] = defaultdict(set)
+        self.recomputed: list[Any] = []
         self.transfer_infos: dict[int, dict[str, Any]] = {}
         self.decode_kv_args_table: dict[str, Any] = {}
         self.told: list[tuple[int, KVPoll, str | None]] = []
         self.inbox: list[list[bytes]] = []
         self.init_engine()
+
+    def init_engine(self) -> None: ...
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        if bootstrap_addr.endswith(":16"):
+            raise RuntimeError("Page size mismatch")
+        self.prefill_info_table[bootstrap_addr] = bootstrap_addr
+        return True
+
+    def submit_prefill_recompute(self, kv_receiver: Any, payload: dict[str, Any]) -> None:
+        self.recomputed.append(payload)
+
+    def teardown(self) -> None:
+        self.recomputed.append("torn down")
 
     def _prefill_unique_rank(self) -> int:
         return 0
@@ -227,6 +245,9 @@ class StandInRole:
     """Sender or receiver."""
 
     supports_host_tensor_indices = True
+
+    def __init__(self, mgr: Any = None, bootstrap_addr: str = "", bootstrap_room: int | None = None) -> None:
+        self.kv_mgr, self.bootstrap_addr, self.bootstrap_room = mgr, bootstrap_addr, bootstrap_room
 
 
 def forget_backend() -> None:
@@ -615,3 +636,58 @@ def test_aborted_room_stops_sending_and_takes_no_later_chunk(prefill: Any, decod
     assert prefill.pump.transfers[0].outcome is not None
     work(prefill, chunk(7))
     assert len(prefill.pump.transfers) == 1
+
+
+# Two tiers
+
+
+@pytest.fixture
+def tiers(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A decode server whose own site is 10.2.0.0/16."""
+    file = tmp_path / "west.yaml"
+    file.write_text("pump: {site: west}\nnear: {hosts: [10.2.0.0/16]}\n")
+    monkeypatch.setenv("PRFAAS_CONFIG", str(file))
+    monkeypatch.setitem(vars(compat), "init_mooncake_transfer_engine", lambda **asked: None)
+    monkeypatch.setitem(vars(compat), "get_local_ip_auto", lambda: "10.2.0.9")
+    return backend.PrfaasKVManager(kv_args(), Mode.DECODE)
+
+
+K_HERE, K_FAR = "10.2.0.1:8998", "10.1.0.5:8998"
+
+
+def test_a_requests_receiver_and_manager_follow_from_its_prefill_servers_site(
+    backend: ModuleType, tiers: Any
+) -> None:
+    make = backend.PrfaasKVReceiver
+    here, far = (make(mgr=tiers, bootstrap_addr=a, bootstrap_room=7) for a in (K_HERE, K_FAR))
+    assert (type(here), here.kv_mgr, here.bootstrap_room) == (StandInRole, tiers.near.manager, 7)
+    assert (type(far), far.kv_mgr, far.bootstrap_room) == (make, tiers, 7)
+    assert type(tiers.near.manager) is StandInManager
+    for receiver in (here, far):
+        tiers.submit_prefill_recompute(receiver, {"for": receiver.bootstrap_addr})
+    assert tiers.near.manager.recomputed == [{"for": K_HERE}]
+    assert tiers.recomputed == [{"for": K_FAR}]
+
+
+def test_each_tier_learns_its_own_servers_and_the_scheduler_sees_both(tiers: Any) -> None:
+    assert tiers.try_ensure_parallel_info(K_HERE)
+    assert tiers.try_ensure_parallel_info(K_FAR)
+    assert list(tiers.prefill_info_table) == [K_FAR]
+    assert list(tiers.near.manager.prefill_info_table) == [K_HERE]
+    assert tiers.prefill_info_table.get(K_HERE) == K_HERE
+
+
+def test_a_server_that_does_not_match_costs_its_own_rooms_in_either_tier(tiers: Any) -> None:
+    for manager, other in ((tiers, tiers.near.manager), (tiers.near.manager, tiers)):
+        address = "10.2.0.1:16" if manager is not tiers else "10.1.0.5:16"
+        manager.addr_to_rooms_tracker[address].add(7)
+        for one in (manager, other):
+            one.update_status(7, KVPoll.Bootstrapping)
+        assert not tiers.try_ensure_parallel_info(address)
+        assert manager.request_status.pop(7) == KVPoll.Failed
+        assert "Page size mismatch" in manager.failure_records[7]
+        assert other.request_status.pop(7) == KVPoll.Bootstrapping
+
+
+def test_a_prefill_server_has_one_tier_whatever_the_file_says(backend: ModuleType, tiers: Any) -> None:
+    assert backend.PrfaasKVManager(kv_args(), Mode.PREFILL).near is None

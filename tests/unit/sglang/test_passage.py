@@ -93,3 +93,8 @@ def test_a_pump_that_is_no_address_is_refused_in_the_configuration():
     with pytest.raises(ValueError, match="is not host:port"):
         BackendConfig.model_validate({"control": {"pumps": {"10.0.1.1": "7700"}}})
     assert BackendConfig.model_validate({"control": {}}).control is not None
+
+
+@pytest.mark.parametrize("address", ["", "no port", "a b:1", "10.0.1.1:99999"])
+def test_what_is_no_address_is_left_for_sglang_to_refuse(pump, address):
+    assert Passage(pump, {"10.0.1.1": "10.0.1.1:7700"}).address(address) == address
