@@ -165,6 +165,9 @@ class TraceCommon(Common):
     """Play so many times as fast; duration_s counts played seconds."""
     rate_rps: Positive | None = None
     """Play at this mean rate instead."""
+    arrivals: Arrivals | None = None
+    """Play the trace's requests in their order, but at these arrivals: its lengths and prefixes without its
+    bursts, or with others."""
     length_divisor: Annotated[float, Field(ge=1, le=1_000_000)] = 1.0
     """Prompts, and the blocks of their prefixes, are this many times shorter (rounded up); answers too."""
     max_input_tokens: Tokens | None = None
@@ -177,6 +180,8 @@ class TraceCommon(Common):
     def _one_rate(self) -> TraceCommon:
         if self.rate_scale is not None and self.rate_rps is not None:
             raise ValueError("give rate_scale or rate_rps, not both")
+        if self.arrivals is not None and (self.rate_scale is not None or self.rate_rps is not None):
+            raise ValueError("arrivals have their own rate: give them, or rate_scale or rate_rps")
         return self
 
 

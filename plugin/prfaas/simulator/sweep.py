@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.pool import IMapIterator, Pool
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
 
@@ -34,6 +34,9 @@ from prfaas.simulator.scale import completion_rate_rps
 K_MOST_ROWS = 200_000  # requests beyond this leave a summary only
 K_MOST_VARIANTS = 10_000
 K_LOOK_S = 1.0
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -109,17 +112,32 @@ def play_all(
         for job in jobs:
             yield play(job, progress)
         return
+    yield from spread(play, jobs, workers)
+
+
+def spread(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
+) -> Generator[Result, None, None]:
+    """function(item) of each, in as many processes as there are cores, or `workers`; in the order of `items`.
+
+    `function` is a module's own, so that it can be named to another process. A PrfaasError of it is raised
+    here, and any other error as one.
+    """
+    workers = min(len(items), workers or len(os.sched_getaffinity(0)))
+    if workers <= 1:
+        yield from map(function, items)
+        return
     with _pool(workers) as pool:  # leaving it ends its processes
         ours = {process.pid for process in multiprocessing.active_children()}
-        results = pool.imap(_play_elsewhere, jobs)
-        for _ in jobs:
-            played = _next(results, ours)
-            if isinstance(played, PrfaasError):
-                raise played
-            yield played
+        results = pool.imap(_Elsewhere(function), items)
+        for _ in items:
+            found = _next(results, ours)
+            if isinstance(found, PrfaasError):
+                raise found
+            yield found
 
 
-def _next(results: IMapIterator[Played | PrfaasError], workers: set[int | None]) -> Played | PrfaasError:
+def _next(results: IMapIterator[Result | PrfaasError], workers: set[int | None]) -> Result | PrfaasError:
     """The next result. Raises PrfaasError when a worker is gone: the pool starts another in its place, but
     what it played is lost.
     """
@@ -144,16 +162,21 @@ def _pool(workers: int) -> Pool:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _play_elsewhere(job: Job) -> Played | PrfaasError:
+@dataclass(frozen=True)
+class _Elsewhere(Generic[Item, Result]):
     """What goes wrong travels as a line of text: not every error survives the way between processes."""
-    try:
-        return play(job)
-    except UsageError as error:
-        return UsageError(str(error))
-    except PrfaasError as error:
-        return PrfaasError(str(error))
-    except Exception:
-        return PrfaasError(f"{job.experiment.name} {job.part}: {traceback.format_exc()}")
+
+    function: Callable[[Item], Result]
+
+    def __call__(self, item: Item) -> Result | PrfaasError:
+        try:
+            return self.function(item)
+        except UsageError as error:
+            return UsageError(str(error))
+        except PrfaasError as error:
+            return PrfaasError(str(error))
+        except Exception:
+            return PrfaasError(f"{item}: {traceback.format_exc()}"[-4000:])
 
 
 def variants(

@@ -183,11 +183,13 @@ def _sessions(config: Sessions, rng: Random) -> Iterator[TimedRequest]:
 def _traced(config: Mooncake | Azure, rng: Random, lines: Sequence[str]) -> Iterator[TimedRequest]:
     rows = parse_trace(config, lines)
     names = _Names(config, rng)
-    for index, row in enumerate(play(config, rows, Random(rng.getrandbits(64)))):
+    played = play(config, rows, Random(rng.getrandbits(64)))
+    others = None if config.arrivals is None else arrival_times(config.arrivals, Random(rng.getrandbits(64)))
+    for index, row in enumerate(played):
         tenant, slo_class = names.draw()
         yield TimedRequest(
             index,
-            row.at_s,
+            row.at_s if others is None else next(others),
             row.input_tokens,
             row.output_tokens,
             row.block_ids,

@@ -16,11 +16,12 @@ def scaled_rate(
     """
     if not factor > 0:
         raise ValueError(f"factor {factor:g} must be above 0")
-    if isinstance(config, (Mooncake, Azure)):
+    if isinstance(config, (Mooncake, Azure)) and config.arrivals is None:
         if config.rate_rps is not None:
             return config.model_copy(update={"rate_rps": config.rate_rps * factor})
         return config.model_copy(update={"rate_scale": (config.rate_scale or 1.0) * factor})
     arrivals = config.arrivals
+    assert arrivals is not None  # a trace without any has been dealt with
     rates = [name for name in ("rate_rps", "mean_rps", "on_rps", "off_rps") if hasattr(arrivals, name)]
     if not rates:
         raise ValueError("arrivals at once have no rate")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.claim import bandwidth, bursts, capacity, faults, handover, links, steps, testbed
+from prfaas_testbed.claim import bandwidth, bursts, capacity, faults, handover, links, steps, testbed, traces
 from prfaas_testbed.claim.judge import Piece
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
@@ -20,6 +20,7 @@ PIECES: dict[str, Piece] = {
     for piece in (
         capacity.PIECE,
         bursts.PIECE,
+        traces.PIECE,
         bandwidth.PIECE,
         links.PIECE,
         testbed.PIECE,

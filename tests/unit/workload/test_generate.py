@@ -203,6 +203,17 @@ def test_a_trace_is_shortened_cut_scaled_and_repeated_as_stated() -> None:
     assert len(at_rate) / at_rate[-1].arrival_s == pytest.approx(6, rel=0.02)
 
 
+def test_a_trace_at_other_arrivals_keeps_its_requests_in_order() -> None:
+    as_recorded = play(mooncake(bucket_s=0), lines=K_LINES)
+    even = play(mooncake(bucket_s=0, arrivals={"process": "paced", "rate_rps": 4}), lines=K_LINES)
+    assert [one.block_ids for one in even] == [one.block_ids for one in as_recorded]
+    assert gaps(even) == pytest.approx([0.25] * (len(even) - 1))
+    twice = scaled_rate(mooncake(arrivals={"process": "paced", "rate_rps": 4}), 2)
+    assert gaps(play(twice, lines=K_LINES)) == pytest.approx([0.125] * (len(even) - 1))
+    with pytest.raises(ConfigError, match="own rate"):
+        mooncake(rate_rps=3, arrivals={"process": "paced", "rate_rps": 4})
+
+
 @pytest.mark.parametrize(
     ("line", "field"),
     [
