@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prfaas.config.loading import Strict, check, read_yaml
-from prfaas.config.policy import PolicyConfig
+from prfaas.config.policy import PolicyConfig, SlowLoopConfig
 from prfaas.config.topology import LinkChange
 from prfaas.config.workload import WorkloadConfig
 from prfaas.model.errors import ConfigError, UsageError
@@ -72,6 +72,8 @@ class RouterChoice(Strict):
 
     site: Name
     policy: PolicyConfig = PolicyConfig()
+    slow_loop: SlowLoopConfig | None = None
+    """Roles follow the load. Of the testbed's instances, profiled ones change theirs."""
 
 
 class Baseline(Strict):

@@ -23,6 +23,7 @@ from prfaas.simulator.collection import seldom_collected
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.network import Network
 from prfaas.simulator.record import Record
+from prfaas.simulator.roles import RoleChanges, of_sites
 from prfaas.simulator.timeline import play_timeline
 from prfaas.simulator.world import Settings, World
 from prfaas.workload.generate import timed_requests
@@ -121,6 +122,7 @@ def simulation_of(
     local = frozenset(engine.site for engine in engines if engine.role != "prefill")
     chosen = policy or (experiment.router.policy if experiment.router else PolicyConfig(name="naive"))
     policy_object: Policy = create_policy(chosen, Fleet(profiles, local))
+    slow_loop = experiment.router.slow_loop if experiment.router else None
     world = World(
         agenda,
         engines,
@@ -135,6 +137,8 @@ def simulation_of(
             homes=_homes(experiment, local),
         ),
     )
+    if slow_loop is not None:
+        RoleChanges(world, slow_loop, of_sites(profiles), policy_object)
     seed = experiment.seed * 1_000_003 + repetition
     if requests is None:
         lines = trace_lines(experiment.workload, topologies)

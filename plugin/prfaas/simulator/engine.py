@@ -333,6 +333,17 @@ class Engine:
         self._fill()
         self._steps_at_s = now
 
+    def become(self, role: Role, now: float) -> None:
+        """Change the role of an idle instance; what its cache holds is gone. Raises ValueError where its
+        profile can't tell how it decodes."""
+        if role != "prefill" and self.profile.decode is None:
+            raise ValueError(f"{self.name}: profile {self.profile.name} has no decode figures")
+        self.role = role
+        self.cache.clear()
+        self._steps_at_s = now
+        self.fullness = math.inf
+        self._fill()
+
     @property
     def draining(self) -> bool:
         """Takes nothing new."""

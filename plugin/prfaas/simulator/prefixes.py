@@ -37,6 +37,14 @@ class HeardPrefixes:
         for engine in self._engines:
             self._listen(engine)
 
+    def join(self, engine: Engine) -> None:
+        """One that decoded until now will prefill."""
+        if engine not in self._engines:
+            self._engines.append(engine)
+            self._listen(engine)
+            if self.index is not None:
+                self.index.add_holder(engine.name, K_MODEL, hybrid=engine.cache.exact)
+
     def _listen(self, engine: Engine) -> None:
         def heard(stored: Sequence[Key], removed: Sequence[Key], state: Key | None) -> None:
             due_s = self._clock() + self._delay_s

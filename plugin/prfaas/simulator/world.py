@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from prfaas.model.decisions import Action, Decision, Verdict
 from prfaas.model.ids import LinkId, SiteId
@@ -24,6 +25,9 @@ from prfaas.simulator.observing import Outlook
 from prfaas.simulator.prefixes import HeardPrefixes
 from prfaas.simulator.record import Record
 from prfaas.workload.requests import TimedRequest
+
+if TYPE_CHECKING:
+    from prfaas.simulator.roles import RoleChanges
 
 K_ATTEMPTS = 6  # a request that failed so often is answered with an error
 K_NO_DEADLINE_S = 600.0  # s, order of sending for requests without one
@@ -94,10 +98,9 @@ class World:
         self._by_site: dict[SiteId, list[Engine]] = {}
         for engine in self.engines.values():
             self._by_site.setdefault(engine.site, []).append(engine)
-        self._prefills, self._decodes = (
-            {site: [one for one in engines if one.role != other] for site, engines in self._by_site.items()}
-            for other in ("decode", "prefill")
-        )
+        self.sort_roles()
+        self.roles: RoleChanges | None = None
+        """Who watches, and changes roles; None: they stay."""
         self.links = {
             LinkId(*ends): WatchedLink(pipe, network, agenda, self._link_went_down)
             for ends, pipe in network.pipes.items()
@@ -108,6 +111,13 @@ class World:
         self._requests: Iterator[TimedRequest] = iter(())
         self.exhausted = True
         """No further arrivals."""
+
+    def sort_roles(self) -> None:
+        """Which engines take what, anew after a change of role."""
+        self._prefills, self._decodes = (
+            {site: [one for one in engines if one.role != other] for site, engines in self._by_site.items()}
+            for other in ("decode", "prefill")
+        )
 
     # Arrivals.
 
@@ -223,6 +233,8 @@ class World:
                 self._retry(live, chosen.prefill_site, str(answer.reason), now, dispatched=False)
                 return
         self.policy.on_dispatch(request=view, decision=decision, now=now)
+        if self.roles is not None:
+            self.roles.on_dispatch(live, decision, now)
         live.prefill, live.decode = prefill, decode
         live.link = link_id
         live.prefill_job = Job(
@@ -311,6 +323,8 @@ class World:
     def _on_done(self, job: Job, now: float) -> None:
         live = job.payload
         assert isinstance(live, Live)
+        if self.roles is not None:
+            self.roles.on_answered(live, now)
         self._end(live, now, None)
 
     # Ends and failures.
