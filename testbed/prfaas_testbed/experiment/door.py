@@ -70,6 +70,8 @@ def router_file(
         "logs": {"events": str(folder / "router-events.jsonl")},
         "seed": experiment.seed,
     }
+    if experiment.router.slow_loop is not None:
+        config["slow_loop"] = experiment.router.slow_loop.model_dump(mode="json")
     return write_json(folder / "router.yaml", config)
 
 
@@ -77,6 +79,8 @@ def _server(server: Server, experiment: Experiment) -> dict[str, Any]:
     row: dict[str, Any] = {"name": server.name, "role": server.role, "url": server.url}
     if server.role == "prefill":
         row["bootstrap_port"] = server.bootstrap_port
+    if _turns(server, experiment):
+        row |= {"convertible": True, "bootstrap_port": server.bootstrap_port}
     row["ordered"] = experiment.ordered() and server.role != "decode"
     if "profiled" in experiment.kinds():
         first = server.port + K_EVENTS_OFFSET
@@ -86,6 +90,13 @@ def _server(server: Server, experiment: Experiment) -> dict[str, Any]:
             "topic": "kv-events",
         }
     return row
+
+
+def _turns(server: Server, experiment: Experiment) -> bool:
+    """Whether the slow loop may change its role: profiled instances are ready for it as they are."""
+    loop = experiment.router.slow_loop if experiment.router else None
+    profiled = any(one.kind == "profiled" and server.name in one.names() for one in experiment.instances)
+    return loop is not None and profiled and server.role != "collocated"
 
 
 def _scaled(name: str, scale: float, folder: Path) -> Path:

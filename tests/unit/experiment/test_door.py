@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from prfaas.config.experiment import Experiment, RouterChoice, load_experiment
+from prfaas.config.loading import check
+from prfaas.config.policy import SlowLoopConfig
 from prfaas.config.profile import find_profile, load_profile
-from prfaas_testbed.experiment.door import _scaled
+from prfaas.config.router import Server
+from prfaas_testbed.experiment.door import _scaled, _server
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.servers import Server as Running
 
 
 @pytest.mark.parametrize("name", ["1t-hybrid-h20", "kimi-linear-48b"])
@@ -24,3 +30,17 @@ def test_a_scaled_profile_s_file_says_what_the_instances_move(name: str, tmp_pat
 def test_an_unscaled_one_is_read_where_it_lies(tmp_path: Path) -> None:
     assert _scaled("toy", 1, tmp_path) == K_TOPOLOGIES / "profiles" / "toy.yaml"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["profiled", "sglang"])
+def test_profiled_instances_may_change_their_roles_where_there_is_a_slow_loop(kind: str) -> None:
+    found = load_experiment("hello", K_TOPOLOGIES)
+    assert isinstance(found, Experiment)
+    instances = [one.model_copy(update={"kind": kind}) for one in found.instances]
+    plain, loop = RouterChoice(site="west"), RouterChoice(site="west", slow_loop=SlowLoopConfig())
+    for router in (plain, loop):
+        experiment = found.model_copy(update={"instances": instances, "router": router})
+        for one in instances:
+            running = Running(one.names()[0], one.site, one.role, "10.0.0.1", 80, Mock(), bootstrap_port=80)
+            server = check(_server(running, experiment), Server, "the router's file")
+            assert server.convertible == (router is loop and kind == "profiled" and one.role != "collocated")
