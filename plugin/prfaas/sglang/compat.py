@@ -30,6 +30,8 @@ K_BOOTSTRAP_ADDRESS = "sglang.srt.disaggregation.decode._bootstrap_addr"
 K_PREPARE_ABORT = "sglang.srt.disaggregation.utils.prepare_abort"
 K_HANDLE_ABORT = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason"
 K_SERVE_HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+K_APP_PATH = "SGLANG_HTTP_SERVER_APP_PATH"
+"""Names the application that each of several HTTP workers imports."""
 
 _COMMON = "sglang.srt.disaggregation.common.conn"
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
@@ -70,7 +72,7 @@ K_ENTRANCE: tuple[TouchPoint, ...] = (
     TouchPoint(
         "sglang.srt.plugins.hook_registry",
         "HookRegistry",
-        methods={"register": ("target", "hook", "hook_type")},
+        methods={"register": ("target", "hook", "hook_type"), "apply_hooks": ()},
     ),
     TouchPoint("sglang.srt.plugins.hook_registry", "HookType", members=("AROUND", "BEFORE")),
 )
@@ -227,6 +229,8 @@ K_HTTP_POINTS: tuple[TouchPoint, ...] = (
     ),
     TouchPoint("sglang.srt.entrypoints.http_server", "_setup_and_run_http_server"),
     TouchPoint("sglang.srt.entrypoints.http_server", "app", members=("add_middleware",)),
+    TouchPoint("sglang.srt.environ", "envs", members=(K_APP_PATH,)),
+    TouchPoint("sglang.srt.plugins", "load_plugins"),
 )
 
 _NAMES = {

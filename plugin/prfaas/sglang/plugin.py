@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+K_APPLICATION = "prfaas.sglang.http_app:app"
+
 _registered = False
 _hooked = False
 _answering = False
@@ -44,6 +46,8 @@ def load_plugin() -> None:
 
                 near.check_installed()
             _register_answers(serves_http)
+            if serves_http:
+                _name_application()
             if config.control is not None:
                 _register_passage()
         register(with_classes=asked or compat.utils_loaded())
@@ -81,6 +85,31 @@ def _register_answers(serves_http: bool) -> None:
     answers.register_in_scheduler()
     if serves_http:
         answers.register_in_http_process()
+
+
+def _name_application() -> None:
+    """What several HTTP workers import, should there be any: ours, which loads plugins first."""
+    named = os.environ.setdefault(compat.K_APP_PATH, K_APPLICATION)
+    if named != K_APPLICATION:
+        logger.warning(
+            "prfaas: %s names %s: with --tokenizer-worker-num above 1 that must import %s first, or the "
+            "workers don't know the backend",
+            compat.K_APP_PATH,
+            named,
+            K_APPLICATION.partition(":")[0],
+        )
+
+
+def serve_http_in_worker() -> None:
+    """In one of several HTTP workers, plugins being loaded: refusals are answered here too."""
+    if not backend_asked_for(sys.argv):
+        return
+    from prfaas.sglang import answers
+
+    compat.check(compat.K_HTTP_POINTS)
+    answers.register_in_http_process()
+    compat.HookRegistry.apply_hooks()
+    answers.add_middleware()
 
 
 def _register_passage() -> None:

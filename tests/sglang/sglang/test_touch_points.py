@@ -80,6 +80,35 @@ def test_plugin_loads_once_however_often_and_leaves_other_backends_alone() -> No
     assert json.loads(hooks) == K_HANDS_ON | {name: ["prfaas.sglang.answers"] for name in answering}
 
 
+K_WORKERS = """
+import multiprocessing
+from sglang.srt.plugins import load_plugins
+load_plugins()
+worker = multiprocessing.get_context("spawn").Process(target=exec, args=(sys.argv[-1],))
+worker.start()
+worker.join()
+sys.exit(worker.exitcode)
+"""
+K_WORKER = """
+import importlib, json, os
+module, name = os.environ["SGLANG_HTTP_SERVER_APP_PATH"].split(":")
+app = getattr(importlib.import_module(module), name)
+from sglang.srt.disaggregation.utils import TransferBackend
+print(TransferBackend("prfaas").value, [one.cls.__name__ for one in app.user_middleware])
+print(json.dumps(hooks_of_ours()))
+"""
+
+
+def test_each_of_several_http_workers_knows_the_backend_and_answers_refusals() -> None:
+    worker = K_HOOKS.replace("def hooks_of_ours", "global hooks_of_ours\ndef hooks_of_ours") + K_WORKER
+    flags = ("--disaggregation-transfer-backend", "prfaas", "--tokenizer-worker-num", "2")
+    done = run_python("import sys\n" + K_WORKERS, *flags, worker)
+    assert done.returncode == 0, done.stderr[-2000:]
+    knows, hooks = done.stdout.strip().splitlines()[-2:]
+    assert knows.startswith("prfaas ['RefusalAnswers'")  # around all others
+    assert json.loads(hooks)[compat.K_HANDLE_ABORT] == ["prfaas.sglang.answers"]
+
+
 K_WITHOUT = """
 import json, sys
 from sglang.srt.disaggregation import utils  # as a scheduler has, before its plugins load
