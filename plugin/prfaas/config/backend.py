@@ -120,6 +120,11 @@ class BackendConfig(Strict):
     """The pump's own file instead of `pump`; relative to this one."""
     deadline_s: float = Field(default=300.0, gt=0, le=3600)
     """How long a request's pages are leased at most, from allocation to the last byte."""
+    overlap: Literal["layer", "chunk", "end"] = "chunk"
+    """When a prefill server sends a request's KV. layer: each layer's part of a chunk as soon as it is
+    written, so that what is left after prefill is the last layer's; chunk: each chunk when all its layers are
+    done, as SGLang does; end: all of it after prefill. Recurrent state and windows go at the end in any case.
+    """
     staging: Literal["auto", "always"] = "auto"
     """auto: pages in GPU memory are copied by way of host memory; always: pages in host memory too."""
     staging_bytes: int = Field(default=2 << 30, ge=1 << 20)

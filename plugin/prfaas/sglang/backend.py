@@ -6,7 +6,7 @@ of rooms. Ours are:
 
 * what the decode side sends beside its page indices: a lease (`_grant`), made when the pages are allocated;
 * the worker: it plans a chunk by SGLang's methods, hands the parts over and goes on; nothing waits for a
-link;
+link; layers of a chunk leave as they are done (layer_side.py);
 * success: on the decode side the receiver's own word that every part has landed, on the prefill side its
   acknowledgement; a room that fails takes nothing else with it;
 * the end of a lease: local, so that aborted pages are free at the scheduler's next turn.
@@ -29,9 +29,9 @@ from prfaas.pump_client import LocalPumpClient
 from prfaas.sglang import compat, passage
 from prfaas.sglang.asking import AskedRooms
 from prfaas.sglang.decode_side import DecodeSide
+from prfaas.sglang.layer_side import LayerSide
 from prfaas.sglang.passage import Passage
 from prfaas.sglang.planning import RecordingEngine
-from prfaas.sglang.prefill_side import PrefillSide
 from prfaas.sglang.refusal import Refusal
 from prfaas.sglang.rooms import LeasedRooms, Remembered, SendingRooms
 from prfaas.sglang.staging import CudaMemory, HostMemory, Places, Staging
@@ -47,7 +47,7 @@ def load_config() -> BackendConfig:
     return load_backend_config(os.environ.get(K_ENVIRONMENT))
 
 
-class PrfaasKVManager(DecodeSide, PrefillSide):
+class PrfaasKVManager(DecodeSide, LayerSide):
     """One a scheduler process: a rank of a prefill or of a decode server."""
 
     kv_status_msg_carries_reason = True
@@ -84,6 +84,7 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
         )
         source = f"rank {self._prefill_unique_rank()}"
         self.sending = SendingRooms(self.pump, source, self._sent, self.asked.offer_of)
+        self._open_overlap(config.overlap, PrfaasKVSender)
         logger.info(
             "prfaas: %s rank at %s, session %s",
             self.disaggregation_mode.value,
@@ -164,6 +165,7 @@ class PrfaasKVManager(DecodeSide, PrefillSide):
                 self.asked.end(bootstrap_room)
                 self.sending.cancel(bootstrap_room, "the room failed")
                 self._forget_places(bootstrap_room)
+                self._forget_overlap(bootstrap_room)
             else:
                 self.leased.end(bootstrap_room)
         elif status == poll.Bootstrapping:
@@ -209,6 +211,7 @@ class PrfaasKVSender(compat.MooncakeKVSender):  # type: ignore[misc]
     def clear(self) -> None:
         self.kv_mgr.asked.end(self.bootstrap_room)
         self.kv_mgr.sending.cancel(self.bootstrap_room, "the request ended")
+        self.kv_mgr._forget_overlap(self.bootstrap_room)
         super().clear()
 
     def failure_exception(self) -> None:

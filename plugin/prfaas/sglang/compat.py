@@ -32,9 +32,14 @@ K_HANDLE_ABORT = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle
 K_SERVE_HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 K_APP_PATH = "SGLANG_HTTP_SERVER_APP_PATH"
 """Names the application that each of several HTTP workers imports."""
+K_RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
+K_MHA_WRITE = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer"
+K_MLA_WRITE = "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.set_kv_buffer"
+K_MLA_WRITE_PARTS = "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.set_mla_kv_buffer"
 
 _COMMON = "sglang.srt.disaggregation.common.conn"
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
+_POOLS = "sglang.srt.mem_cache.memory_pool"
 
 
 class SglangMoved(MachineError):
@@ -220,6 +225,25 @@ K_NEAR_POINTS: tuple[TouchPoint, ...] = (
     ),
 )
 
+# What layers are seen by as they finish; checked with the others. Fields of a batch and its requests are made
+# in constructors, where they can't be checked: layers.py gives up when one is missing, and KV leaves by the
+# chunk.
+K_LAYER_POINTS: tuple[TouchPoint, ...] = (
+    TouchPoint("sglang.srt.managers.scheduler", "Scheduler", methods={"run_batch": ("batch",)}),
+    TouchPoint(
+        _POOLS, "MHATokenToKVPool",
+        methods={"set_kv_buffer": ("layer", "loc_info", "layer_id_override", "dcp_kv_mask")},
+    ),
+    TouchPoint(
+        _POOLS, "MLATokenToKVPool",
+        methods={
+            "set_kv_buffer": ("layer", "loc_info", "layer_id_override"),
+            "set_mla_kv_buffer": ("layer", "loc_info", "layer_id_override"),
+        },
+    ),
+    TouchPoint(_POOLS, "unwrap_write_loc", parameters=("loc_info",)),
+)  # fmt: skip
+
 # What a refused request's answer is made by; checked in the process that serves HTTP.
 K_HTTP_POINTS: tuple[TouchPoint, ...] = (
     TouchPoint(
@@ -235,7 +259,14 @@ K_HTTP_POINTS: tuple[TouchPoint, ...] = (
 
 _NAMES = {
     point.name: point
-    for point in (*K_NEAR_POINTS, *K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS, *K_HTTP_POINTS)
+    for point in (
+        *K_NEAR_POINTS,
+        *K_ENTRANCE,
+        *K_ENTRANCE_UTILS,
+        *K_BACKEND_POINTS,
+        *K_LAYER_POINTS,
+        *K_HTTP_POINTS,
+    )
 }
 
 
@@ -273,7 +304,7 @@ def check_backend(with_http: bool = True) -> None:
             f"install sglang=={K_VERSION} or a prfaas made for {version}"
         )
     http = K_HTTP_POINTS if with_http else ()
-    check((*K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS, *http), version)
+    check((*K_ENTRANCE, *K_ENTRANCE_UTILS, *K_BACKEND_POINTS, *K_LAYER_POINTS, *http), version)
 
 
 def installed_version() -> str:

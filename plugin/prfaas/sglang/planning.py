@@ -36,8 +36,21 @@ class Segments:
     def total_bytes(self) -> int:
         return int(self.length.sum())
 
+    def some(self, rows: NDArray[np.bool_]) -> Segments:
+        """Those of them."""
+        return Segments(self.source[rows], self.destination[rows], self.length[rows])
+
     def __len__(self) -> int:
         return int(self.length.size)
+
+
+def joined(parts: Sequence[Segments]) -> Segments:
+    """One after the other."""
+    if not parts:
+        empty = np.empty(0, dtype=np.uint64)
+        return Segments(empty, empty, empty)
+    columns = ("source", "destination", "length")
+    return Segments(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
 
 class Recorder:

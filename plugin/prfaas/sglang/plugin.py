@@ -30,6 +30,7 @@ _registered = False
 _hooked = False
 _answering = False
 _passing = False
+_watching = False
 
 
 def load_plugin() -> None:
@@ -50,6 +51,10 @@ def load_plugin() -> None:
                 _name_application()
             if config.control is not None:
                 _register_passage()
+            # A decode server's layers aren't looked at, unless it may change its role.
+            prefills = _said(sys.argv, "--disaggregation-mode", "prefill")
+            if config.overlap == "layer" and (prefills or "--enable-pd-role-switch" in sys.argv):
+                _register_layers()
         register(with_classes=asked or compat.utils_loaded())
     except PrfaasError as error:
         if asked:
@@ -120,6 +125,16 @@ def _register_passage() -> None:
         from prfaas.sglang import passage
 
         passage.register_in_scheduler()
+
+
+def _register_layers() -> None:
+    """The hooks by which a prefill server's layers are seen as they finish."""
+    global _watching
+    if not _watching:
+        _watching = True
+        from prfaas.sglang import layers
+
+        layers.register_in_scheduler()
 
 
 def register(with_classes: bool) -> None:

@@ -46,7 +46,11 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
                 take(message, *message[frames + 1 :])
                 return message[:frames]
         if message and len(message) >= K_METADATA_FRAMES and message[4] != b"" and message[0].isdigit():
-            self._refuse(message, "the decode server's backend is not prfaas, or another version of it")
+            self._refuse(
+                message,
+                "the decode server's backend is not prfaas, or another version of it, "
+                "or its configuration names this server's host in near.hosts",
+            )
         return message
 
     def _note_early_abort(self, room: bytes) -> None:
@@ -219,36 +223,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         wanted = request.dst_kv_indices[chunk.index_slice]
         have = chunk.prefill_kv_indices[: len(wanted)]
         if len(have) and self.kv_args.kv_data_ptrs and not skip_kv:
-            with self.engine.recording() as recorder:
-                if (
-                    self.is_mla_backend
-                    or self.is_hybrid_mla_backend
-                    or self.attn_tp_size == peer.dst_attn_tp_size
-                ):
-                    failed = self.send_kvcache(
-                        request.mooncake_session_id,
-                        have,
-                        peer.dst_kv_ptrs,
-                        wanted,
-                        executor,
-                        dst_layer_ids=peer.dst_kv_layer_ids,
-                        dst_kv_item_len=peer.dst_kv_item_len,
-                        dst_attn_tp_size=peer.dst_attn_tp_size,
-                    )
-                else:
-                    failed = self.send_kvcache_slice(
-                        request.mooncake_session_id,
-                        have,
-                        peer.dst_kv_ptrs,
-                        wanted,
-                        peer.dst_tp_rank,
-                        peer.dst_attn_tp_size,
-                        peer.dst_kv_item_len,
-                        executor,
-                        peer.dst_kv_layer_ids,
-                    )
-            self._must_plan(failed, "KV")
-            planned.append((TransferKind.KV, recorder.segments()))
+            planned.append((TransferKind.KV, self._plan_kv(chunk, request, have, wanted, executor)))
         if not chunk.is_last_chunk:
             return planned
         if chunk.state_indices and not skip_state:
@@ -261,6 +236,47 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         self._must_plan(failed, "auxiliary data")
         planned.append((TransferKind.AUX, recorder.segments()))
         return planned
+
+    def _plan_kv(
+        self, chunk: Any, request: Any, have: Any, wanted: Any, executor: InlineExecutor
+    ) -> Segments:
+        """What one decode rank gets of a chunk's KV: pages `have` of ours, to pages `wanted` of its own."""
+        return self._map_kv(request, have, wanted, executor)
+
+    def _map_kv(self, request: Any, have: Any, wanted: Any, executor: InlineExecutor) -> Segments:
+        """SGLang's mapping of pages to a decode rank's."""
+        peer = self.decode_kv_args_table[request.mooncake_session_id]
+        with self.engine.recording() as recorder:
+            if (
+                self.is_mla_backend
+                or self.is_hybrid_mla_backend
+                or self.attn_tp_size == peer.dst_attn_tp_size
+            ):
+                failed = self.send_kvcache(
+                    request.mooncake_session_id,
+                    have,
+                    peer.dst_kv_ptrs,
+                    wanted,
+                    executor,
+                    dst_layer_ids=peer.dst_kv_layer_ids,
+                    dst_kv_item_len=peer.dst_kv_item_len,
+                    dst_attn_tp_size=peer.dst_attn_tp_size,
+                )
+            else:
+                failed = self.send_kvcache_slice(
+                    request.mooncake_session_id,
+                    have,
+                    peer.dst_kv_ptrs,
+                    wanted,
+                    peer.dst_tp_rank,
+                    peer.dst_attn_tp_size,
+                    peer.dst_kv_item_len,
+                    executor,
+                    peer.dst_kv_layer_ids,
+                )
+        self._must_plan(failed, "KV")
+        segments: Segments = recorder.segments()
+        return segments
 
     def _must_plan(self, failed: Any, what: str) -> None:
         if failed:

@@ -72,14 +72,29 @@ class SendingRooms:
                 if idle is not None:
                     del self._rooms[idle]
 
-    def send(self, room_id: int, parts: list[Part], last: bool, deadline_s: float) -> bool:
-        """Hand over parts; `last`: there will be no more of this room. Whether the room still takes them: if
-        not, none of them is sent, and all are released."""
+    def grant_of(self, room_id: int, session: str) -> LeaseGrant | None:
+        """The lease that a peer has given the room now."""
+        with self._lock:
+            room = self._rooms.get(room_id)
+            return room.grants.get(session) if room else None
+
+    def send(
+        self,
+        room_id: int,
+        parts: list[Part],
+        last: bool,
+        deadline_s: float,
+        under: LeaseGrant | None = None,
+    ) -> bool:
+        """Hand over parts; `last`: there will be no more of this room; `under`: only if that is its peers'
+        lease still. Whether the room still takes them: if not, none of them is sent, and all are released."""
         full = [part for part in parts if len(part.segments)]
         last_of = {part.session: i for i, part in enumerate(full)}
         started: list[tuple[Part, Transfer]] = []
         with self._lock:
             room = self._rooms.get(room_id)
+            if room is not None and under is not None:
+                room = room if all(room.grants.get(part.session) is under for part in parts) else None
             if room is not None:
                 for i, part in enumerate(full):
                     is_last = last and last_of[part.session] == i

@@ -252,7 +252,7 @@ class StandInRole:
 
 def forget_backend() -> None:
     """Their classes are made on whatever stood for SGLang's when they were imported."""
-    for name in ("backend", "decode_side", "prefill_side"):
+    for name in ("backend", "decode_side", "layer_side", "prefill_side"):
         sys.modules.pop(f"prfaas.sglang.{name}", None)
 
 
