@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
@@ -19,6 +20,25 @@ class Strict(BaseModel):
 
 M = TypeVar("M", bound=BaseModel)
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+
+
+class _Loader(yaml.SafeLoader):
+    """A field given twice is an error: YAML's libraries let the last one win, without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name in seen:
+                problem = f"{key.value!r} a second time"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if name is not None:
+                seen.add(name)
+        return node
+
 
 def read_yaml(path: Path | str) -> object:
     """The file's YAML as plain objects. Raises UsageError (no such file) or ConfigError (not YAML)."""
@@ -30,12 +50,19 @@ def read_yaml(path: Path | str) -> object:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read: {error}") from None
     try:
-        data: object = yaml.safe_load(text)
+        data: object = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
         problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(str(path), where, problem, "expected YAML") from None
+        twice = isinstance(error, yaml.constructor.ConstructorError) and "second time" in problem
+        raise ConfigError(
+            str(path), where, problem, "expected each field once" if twice else "expected YAML"
+        ) from None
+    except (ValueError, OverflowError) as error:  # of a date that isn't one, or a number without digits
+        raise ConfigError(str(path), "the file", str(error), "expected YAML") from None
+    except RecursionError:
+        raise ConfigError(str(path), "the file", "nested too deeply", "expected YAML") from None
     return data
 
 
@@ -77,8 +104,11 @@ def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> Co
     elif fault["type"] == "union_tag_not_found":
         field, found = f"{field}.{str(fault['ctx']['discriminator']).strip(chr(39))}", None
         allowed = "this field is required"
-    elif isinstance(found, (dict, list)) and len(repr(found)) > 80:
-        found = repr(found)[:77] + "..."
+    elif isinstance(found, (dict, list)) and len(_SHORT.repr(found)) > 80:
+        # Aliases make an object of any size out of a few lines: it isn't written out whole.
+        found = _SHORT.repr(found)[:77] + "..."
+    elif isinstance(found, str):
+        found = found if len(found) <= 200 else found[:197] + "..."
     return ConfigError(file, field, found, allowed)
 
 

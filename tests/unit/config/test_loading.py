@@ -1,0 +1,68 @@
+"""Files that aren't what they should be: one clear error each, whatever is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prfaas.config.loading import load, read_yaml
+from prfaas.config.profile import ProfileConfig
+from prfaas.config.router import RouterConfig
+from prfaas.model.errors import ConfigError, UsageError
+
+K_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("models: [\n", "line 2, column 1"),
+        ("home: west\nmodels: 1\nhome: east\n", "line 3, column 1: found \"'home' a second time\""),
+        ("policy: {name: a, name: b}\n", "expected each field once"),
+        ("home: 2026-13-45\n", "month must be in 1..12"),
+        ("home: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("home: &a [*a]\n", "models: found None; this field is required"),
+        (K_BOMB + "home: *i\n", "unknown field|this field is required"),
+        ("models: " + "y" * 100_000, r"models: found 'y{197}\.\.\.'"),
+        ("- a\n", "expected a mapping of fields"),
+        ("", "expected a mapping of fields"),
+    ],
+)
+def test_a_bad_file_is_told_in_a_short_line(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load(path, RouterConfig)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < len(str(path)) + 1500
+
+
+def test_an_object_that_aliases_make_huge_is_not_written_out(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(K_BOMB.replace("i: &i", "name: &i"))
+    with pytest.raises(ConfigError) as caught:
+        load(path, ProfileConfig)
+    assert len(str(caught.value)) < len(str(path)) + 1500
+
+
+def test_fields_that_replace_what_an_anchor_brought_are_no_repeats(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text("base: &b {x: 1, y: 2}\nnext: &n {<<: *b, y: 3}\nlast: {<<: *n, x: 4}\n")
+    assert read_yaml(path) == {
+        "base": {"x": 1, "y": 2}, "next": {"x": 1, "y": 3}, "last": {"x": 4, "y": 3},
+    }  # fmt: skip
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=200), st.text("[]{}:&*!|>-,'\"#% \n0ax.~?", max_size=80).map(str.encode)))
+def test_any_bytes_are_a_file_or_a_told_error(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_bytes(data)
+    with pytest.raises(UsageError):
+        load(path, RouterConfig)
