@@ -158,10 +158,31 @@ class Kill(Strict):
     do: Literal["kill"]
     at_s: Seconds
     instance: Name
+    """An instance's name, or `router`."""
     what: Literal["server", "pump"] = "server"
     signal: Literal["kill", "freeze"] = "kill"
     restart_after_s: Positive | None = None
-    """Start it again (thaw it) after this long; never where absent."""
+    """Start it again (thaw it) after this long; never where absent. Servers start a pump that they miss
+    themselves."""
+
+
+class FillDisk(Strict):
+    """The disk that servers, pumps and the router write their files and logs to has no byte left."""
+
+    do: Literal["fill_disk"]
+    at_s: Seconds
+    for_s: Positive
+
+
+class StepClock(Strict):
+    """What a site's programs take for the time of day is this much later (or earlier); then it is right
+    again. Clocks that only go on, and timers, aren't touched: a step doesn't touch them either."""
+
+    do: Literal["step_clock"]
+    at_s: Seconds
+    site: Name
+    step_s: Annotated[int, Field(ge=-86400, le=86400)]
+    for_s: Positive
 
 
 class ReplaceCertificate(Strict):
@@ -199,9 +220,28 @@ class Capture(Strict):
 
 
 Event = Annotated[
-    SetLink | LinkDown | Flap | CrossTraffic | CutStream | Kill | ReplaceCertificate | Hostile,
+    SetLink
+    | LinkDown
+    | Flap
+    | CrossTraffic
+    | CutStream
+    | Kill
+    | FillDisk
+    | StepClock
+    | ReplaceCertificate
+    | Hostile,
     Field(discriminator="do"),
 ]
+
+
+class Round(Strict):
+    """The workload once more on the same servers, with a timeline of its own. After it servers are awaited
+    until nothing is left of its requests, and asked until they answer rightly."""
+
+    name: Annotated[str, Field(min_length=1, max_length=60)]
+    duration_s: Positive | None = None
+    """The workload's arrivals are stretched to this; as they are where absent."""
+    timeline: tuple[Event, ...] = ()
 
 
 class Control(Strict):
@@ -284,6 +324,8 @@ class Experiment(Strict):
     transfer: Transfer = Transfer()
     controls: tuple[Control, ...] = ()
     timeline: tuple[Event, ...] = ()
+    rounds: tuple[Round, ...] = ()
+    """In place of plain repetitions: a repetition plays all of them, one after the other."""
     captures: tuple[Capture, ...] = ()
     capacity: Capacity | None = None
     checks: tuple[CheckSpec, ...] = ()
@@ -296,11 +338,18 @@ class Experiment(Strict):
                 if name in seen:
                     raise ValueError(f"two instances are named {name}")
                 seen.add(name)
-        for event in self.timeline:
-            if isinstance(event, Kill) and event.instance not in seen:
+        if "router" in seen and self.router is not None:
+            raise ValueError("an instance can't be named router where there is one")
+        killable = seen | ({"router"} if self.router is not None else set())
+        for event in self.events():
+            if isinstance(event, Kill) and event.instance not in killable:
                 raise ValueError(
-                    f"timeline kills {event.instance}, which isn't one of {', '.join(sorted(seen))}"
+                    f"timeline kills {event.instance}, which isn't one of {', '.join(sorted(killable))}"
                 )
+        if self.rounds and (self.timeline or self.captures or self.capacity):
+            raise ValueError("rounds have timelines of their own, and neither captures nor a capacity search")
+        if len({one.name for one in self.rounds}) != len(self.rounds):
+            raise ValueError("two rounds have the same name")
         names = [spec.name for spec in self.checks]
         if len(names) != len(set(names)):
             raise ValueError("two checks have the same name")
@@ -314,6 +363,10 @@ class Experiment(Strict):
         if ("prefill" in roles) != ("decode" in roles):
             raise ValueError("prefill and decode instances come together")
         return self
+
+    def events(self) -> tuple[Event, ...]:
+        """Of the timeline, and of those of all rounds."""
+        return (*self.timeline, *(event for one in self.rounds for event in one.timeline))
 
     def ordered(self) -> bool:
         """Whether prefill instances serve by the router's order instead of that of arrival."""

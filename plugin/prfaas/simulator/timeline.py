@@ -6,12 +6,14 @@ from prfaas.config.experiment import (
     CrossTraffic,
     CutStream,
     Event,
+    FillDisk,
     Flap,
     Hostile,
     Kill,
     LinkDown,
     ReplaceCertificate,
     SetLink,
+    StepClock,
     directed,
 )
 from prfaas.config.topology import LinkChange
@@ -49,6 +51,8 @@ def play_timeline(world: World, events: tuple[Event, ...]) -> list[str]:
                     )
             case CutStream():
                 unsupported.append(f"at {event.at_s:g} s: a cut stream costs a fluid nothing")
+            case FillDisk() | StepClock():
+                unsupported.append(f"at {event.at_s:g} s: {event.do} isn't simulated")
             case ReplaceCertificate():
                 unsupported.append(f"at {event.at_s:g} s: certificates aren't simulated")
             case Hostile():

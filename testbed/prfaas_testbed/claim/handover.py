@@ -10,14 +10,14 @@ import numpy as np
 
 from prfaas.config.experiment import Experiment
 from prfaas.config.profile import find_profile
-from prfaas.config.run import Run, read_run
+from prfaas.config.run import Run
 from prfaas.config.topology import load_topology
 from prfaas.figures import new_figure, save
 from prfaas.model.errors import UsageError
 from prfaas_testbed.claim import worlds
+from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each
 from prfaas_testbed.claim.judge import Goal, Piece, table
-from prfaas_testbed.claim.runs import K_TOPOLOGIES, parts
-from prfaas_testbed.experiment.view import View
+from prfaas_testbed.claim.runs import K_TOPOLOGIES
 
 K_EXPERIMENT = "claim-handover"
 K_COLD = 3  # requests that open the router's connections and don't count
@@ -29,36 +29,22 @@ K_GUIDE = ((8192, 0.81), (16384, 1.56))  # a published guide for another stack, 
 
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Raises UsageError: it takes a network."""
-    raise UsageError(
-        f"handover: `prfaas-testbed run {K_EXPERIMENT}` measures it, `prfaas-testbed claim add handover DIR` "
-        "makes its record"
-    )
+    raise by_hand("handover", K_EXPERIMENT)
 
 
 def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
     """The record of the last run of each part. Raises UsageError."""
-    found: dict[str, tuple[Run, Experiment]] = {}
-    for run in map(read_run, folders):
-        if run.experiment != K_EXPERIMENT:
-            raise UsageError(f"a run of {run.experiment}; this piece is made of {K_EXPERIMENT}")
-        found |= {
-            part: (run, experiment) for part, experiment in parts(K_EXPERIMENT) if View(run, part).requests()
-        }
+    found = last_of_each(gathered(folders, K_EXPERIMENT))
     missing = [part for part in ("near", "far") if part not in found]
     if missing:
         raise UsageError(f"{K_EXPERIMENT}: no run of the part {missing[0]}")
-    rows = [row for part, (run, experiment) in found.items() for row in _rows(part, run, experiment)]
-    record = {"rows": rows, **_link(found["far"][1])}
+    rows = [row for part, one in found.items() for row in _rows(part, one.run, one.experiment)]
+    record = {"rows": rows, **_link(found["far"].experiment)}
     for part in found:
         if part != "near":
             for one in _by_length(record, part, "testbed"):
                 say(f"{part}: {one['tokens']} tokens: {1e3 * one['beyond_s']:+.1f} ms beyond RTT and wire")
-    runs = [
-        {"part": part, **(run.model_extra or {}).get("part_runs", {}).get(part, {})}
-        for part, (run, _) in found.items()
-    ]
-    keep = ("part", "commit", "started", "machine", "wall_s")
-    return {**record, "runs": [{name: run[name] for name in keep if name in run} for run in runs]}
+    return {**record, "runs": [one.brief for one in found.values()]}
 
 
 def _rows(part: str, run: Run, experiment: Experiment) -> list[dict[str, Any]]:

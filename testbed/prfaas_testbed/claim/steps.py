@@ -12,17 +12,16 @@ from prfaas.config.case import CaseConfig, TraceLengths, load_case
 from prfaas.config.experiment import Experiment, SetLink
 from prfaas.config.lengths import lengths_of
 from prfaas.config.policy import PolicyConfig
-from prfaas.config.run import Run, read_run
+from prfaas.config.run import Run
 from prfaas.figures import new_figure, save
-from prfaas.model.errors import UsageError
 from prfaas.planner.build import system_of
 from prfaas.planner.optimum import best_threshold
 from prfaas_testbed.claim import worlds
 from prfaas_testbed.claim.bandwidth import K_GRACE_S, K_PREFILL
+from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, mean, table
-from prfaas_testbed.claim.runs import K_TOPOLOGIES, parts
+from prfaas_testbed.claim.runs import K_TOPOLOGIES
 from prfaas_testbed.claim.testbed import K_TIME_SCALE
-from prfaas_testbed.experiment.view import View
 
 K_EXPERIMENT = "claim-steps"
 K_GOAL = 0.95
@@ -34,30 +33,20 @@ K_BEST = "best threshold, simulated"
 
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Raises UsageError: it takes a network."""
-    raise UsageError(
-        f"steps: `prfaas-testbed run {K_EXPERIMENT}` measures it, `prfaas-testbed claim add steps DIR` makes "
-        "its record"
-    )
+    raise by_hand("steps", K_EXPERIMENT)
 
 
 def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
     """The record of the last run of each part. Raises UsageError."""
+    found = last_of_each(gathered(folders, K_EXPERIMENT))
     rows: list[dict[str, Any]] = []
-    runs: dict[str, dict[str, Any]] = {}
-    for run in map(read_run, folders):
-        if run.experiment != K_EXPERIMENT:
-            raise UsageError(f"a run of {run.experiment}; this piece is made of {K_EXPERIMENT}")
-        for part, experiment in parts(K_EXPERIMENT):
-            if View(run, part).requests():
-                fresh = _rows(part, run, experiment)
-                rows = [row for row in rows if row["part"] != part] + fresh
-                found = (run.model_extra or {}).get("part_runs", {}).get(part, {})
-                keep = ("commit", "started", "machine", "wall_s")
-                runs[part] = {"part": part, **{name: found[name] for name in keep if name in found}}
-                for row in fresh:
-                    planned = f"plan {row['planned_rps']:.2f}"
-                    say(f"{part} Gbit/s, {row['world']}: {_rate(row).text()} req/s, {planned}")
-    return {"rows": rows, "runs": list(runs.values())}
+    for part, one in found.items():
+        fresh = _rows(part, one.run, one.experiment)
+        for row in fresh:
+            planned = f"plan {row['planned_rps']:.2f}"
+            say(f"{part} Gbit/s, {row['world']}: {_rate(row).text()} req/s, {planned}")
+        rows += fresh
+    return {"rows": rows, "runs": [one.brief for one in found.values()]}
 
 
 def _rows(part: str, run: Run, experiment: Experiment) -> list[dict[str, Any]]:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from prfaas.config.experiment import Experiment
-from prfaas.config.run import Run, read_run
+from prfaas.config.run import Run
 from prfaas.figures import new_figure, save, series
-from prfaas.model.errors import UsageError
 from prfaas_testbed.claim import worlds
+from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, column, mean, ratios, table
 from prfaas_testbed.claim.runs import parts
-from prfaas_testbed.experiment.view import field
 
 K_EXPERIMENT = "claim-testbed"
 K_HALF = "hundred-gig-half"  # the network of what runs at half the 1T case's size
@@ -41,32 +40,21 @@ K_WITHIN = 0.05
 
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Raises UsageError: it takes a network, and half an hour of it."""
-    raise UsageError(
-        f"testbed: `prfaas-testbed run {K_EXPERIMENT}` measures it (in pieces: --for S, --resume DIR); "
-        "`prfaas-testbed claim add testbed DIR` puts it beside the simulator"
-    )
+    raise by_hand("testbed", K_EXPERIMENT)
 
 
 def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
-    """The record of testbed runs and of the same requests simulated. Raises UsageError."""
+    """The record of the last run of each part, and of the same requests simulated. Raises UsageError."""
+    found = last_of_each(gathered(folders, K_EXPERIMENT))
     rows: list[dict[str, Any]] = []
-    runs: dict[str, dict[str, Any]] = {}
-    for run in map(read_run, folders):
-        if run.experiment != K_EXPERIMENT:
-            raise UsageError(f"a run of {run.experiment}; this piece is made of {K_EXPERIMENT}")
-        for part, experiment in parts(K_EXPERIMENT):
-            if any(field(row, "part") == part for one in run.repetitions for row in one.requests):
-                fresh = both(run, part, experiment)
-                rows = [row for row in rows if row["part"] != part] + fresh
-                runs[part] = {"part": part, **(run.model_extra or {}).get("part_runs", {}).get(part, {})}
-                say(_line(part, fresh))
-    order = {part: place for place, (part, _) in enumerate(parts(K_EXPERIMENT))}
+    for part, one in found.items():
+        fresh = both(one.run, part, one.experiment)
+        say(_line(part, fresh))
+        rows += fresh
+    places = {part: place for place, (part, _) in enumerate(parts(K_EXPERIMENT))}
+    order = {part: places.get(part, len(places)) for part in found}
     rows.sort(key=lambda row: (order[row["part"]], row["world"], row["repetition"]))
-    return {"rows": rows, "runs": [_brief(one) for one in runs.values()]}
-
-
-def _brief(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: run[name] for name in ("part", "commit", "started", "machine", "wall_s") if name in run}
+    return {"rows": rows, "runs": [one.brief for one in found.values()]}
 
 
 def both(run: Run, part: str, experiment: Experiment) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
     if experiment.captures:
         check_reader()
     links = topology.directed()
-    for event in experiment.timeline:
+    for event in experiment.events():
         for name in _sites_of(event):
             if name not in topology.sites:
                 raise ConfigError(

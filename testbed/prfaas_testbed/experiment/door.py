@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 K_ROUTER_PORT = 28000
 K_EVENTS_OFFSET = 2000
 K_STATUS_PORT = 7601
+K_TOLD_SHARE = 0.8
 
 
 def router_file(
@@ -66,7 +67,11 @@ def router_file(
         "links": links,
         "home": experiment.router.site,
         "policy": experiment.router.policy.model_dump(mode="json"),
-        "retry": {"total_s": experiment.request_timeout_s},
+        # The door's own word comes before the client gives up.
+        "retry": {
+            "total_s": K_TOLD_SHARE * experiment.request_timeout_s,
+            "stall_s": min(120.0, K_TOLD_SHARE * experiment.request_timeout_s),
+        },
         "logs": {"events": str(folder / "router-events.jsonl")},
         "seed": experiment.seed,
     }

@@ -26,6 +26,7 @@ from prfaas_testbed.experiment.door import (
 from prfaas_testbed.experiment.machine import K_CHECKOUT
 from prfaas_testbed.experiment.servers import Process, Program, Progress, Real, Server
 from prfaas_testbed.experiment.sites import write_json
+from prfaas_testbed.experiment.upset import Clocks
 from prfaas_testbed.instances.models import K_MODELS, TinyModel
 from prfaas_testbed.instances.sglang_server import K_BY_PRIORITY, K_SAME_CHUNKS, ServerSpec, SglangServer
 
@@ -58,6 +59,9 @@ class Fleet:
     pumps: dict[str, Program] = field(default_factory=dict)
     fault: str | None = None
     """A control's, planted in the prefill servers."""
+    given_up: set[str] = field(default_factory=set)
+    """Sites whose pump was killed for good: the site's servers start another, which isn't ours to watch."""
+    clocks: Clocks | None = None
 
     @property
     def digests(self) -> Path:
@@ -106,7 +110,10 @@ class Fleet:
         )
         site = self.net.sites[self.experiment.router.site]
         log = self.folder / "router.log"
-        process = Program("router", site, "prfaas.cli.main", config, log, "listening on", ["router"])
+        process = Program(
+            "router", site, "prfaas.cli.main", config, log, "listening on", ["router"],
+            self.environment(site.name),
+        )  # fmt: skip
         process.start()
         self.router = Server("router", site.name, "router", site.address, K_ROUTER_PORT, process)
         process.wait_ready(self.progress)
@@ -128,14 +135,20 @@ class Fleet:
     def check_alive(self) -> None:
         for server in self.everything():
             server.process.check_alive()
-        for pump in self.pumps.values():
-            pump.check_alive()
+        for site, pump in self.pumps.items():
+            if site not in self.given_up:
+                pump.check_alive()
 
     def by_role(self, *roles: str) -> list[Server]:
         return [server for server in self.servers if server.role in roles]
 
     def named(self, name: str) -> Server:
-        return next(server for server in self.servers if server.name == name)
+        """An instance, or the router."""
+        return next(server for server in self.everything() if server.name == name)
+
+    def environment(self, site: str) -> dict[str, str]:
+        """What programs of the site are started with besides our own environment."""
+        return self.clocks.environment(site) if self.clocks is not None else {}
 
     def restart_prefill(self, fault: str | None) -> None:
         """The prefill servers anew, with a control's fault or without."""
@@ -155,6 +168,8 @@ class Fleet:
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if any(event.do == "step_clock" for event in self.experiment.events()):
+            self.clocks = Clocks(self.folder / "clocks")
         moving = sorted({i.site for i in self.experiment.instances if i.role != "collocated"})
         if self.experiment.transfer.tls and moving:
             self._make_keys(moving)
@@ -163,8 +178,9 @@ class Fleet:
             log = self.folder / f"pump-{site}.log"
             name = f"pump of {site}"
             self.pumps[site] = Program(
-                name, self.net.sites[site], "prfaas.pump", config, log, f"pump of site {site}"
-            )
+                name, self.net.sites[site], "prfaas.pump", config, log, f"pump of site {site}",
+                environment=self.environment(site),
+            )  # fmt: skip
         self.servers = [self._server(*planned) for planned in self._planned()]
         if self.experiment.baseline is not None:
             self.plain = self._plain(self.experiment.baseline.site)
@@ -242,7 +258,7 @@ class Fleet:
         config = write_json(self.folder / f"{name}.yaml", settings)
         process = Program(
             name, site, "prfaas_testbed.instances.profiled", config, self.folder / f"{name}.log",
-            f"profiled instance ready: {name}",
+            f"profiled instance ready: {name}", environment=self.environment(site.name),
         )  # fmt: skip
         return Server(name, instance.site, instance.role, site.address, port, process, bootstrap_port=port)
 
@@ -266,7 +282,7 @@ class Fleet:
         spec = ServerSpec(
             role=instance.role if instance.role != "collocated" else "plain",
             model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
-            bootstrap_port=bootstrap, config_path=config,
+            bootstrap_port=bootstrap, config_path=config, extra_env=self.environment(site.name),
             extra_args=(*K_SAME_CHUNKS, *(K_BY_PRIORITY if self.experiment.ordered() else ())),
         )  # fmt: skip
         server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from prfaas.config.experiment import Capacity, Control, Experiment, ModelChoice
+from prfaas.config.experiment import Capacity, Event, Experiment, ModelChoice
 from prfaas.config.profile import find_profile
 from prfaas.config.run import (
     CalibrationRow,
     EventRow,
+    LinkRow,
     Repetition,
     RequestRow,
     Row,
@@ -30,6 +32,7 @@ from prfaas.model.errors import MachineError, PrfaasError
 from prfaas_testbed.client import Answer, Shot
 from prfaas_testbed.experiment.capacity import Search, rate_of, slo_share, with_rate
 from prfaas_testbed.experiment.captures import Captures
+from prfaas_testbed.experiment.controls import try_control
 from prfaas_testbed.experiment.door import where_of
 from prfaas_testbed.experiment.fleet import K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.load import (
@@ -43,9 +46,11 @@ from prfaas_testbed.experiment.load import (
 )
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.metrics import equal_tokens
+from prfaas_testbed.experiment.rounds import play_rounds, probe_of
 from prfaas_testbed.experiment.sites import try_isolation
 from prfaas_testbed.experiment.timeline import Timeline
-from prfaas_testbed.experiment.transfers import Moved, read_moved
+from prfaas_testbed.experiment.transfers import read_moved
+from prfaas_testbed.experiment.upset import small_disk
 from prfaas_testbed.experiment.watch import Observer
 
 if TYPE_CHECKING:
@@ -53,8 +58,6 @@ if TYPE_CHECKING:
 
 K_VOID_AGAIN = 2  # how often a void repetition is run again before the machine is too busy
 K_WARM_TOKENS = 64
-K_CONTROL_TOKENS = 600
-K_CONTROL_OUTPUT_TOKENS = 16
 
 Progress = Callable[[str], None]
 
@@ -65,6 +68,17 @@ class TooBusy(MachineError):
 
 class CalibrationMissed(PrfaasError):
     """The network isn't as the file asks for, so the load was not run."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one pass of the load gave."""
+
+    rows: list[RequestRow]
+    links: list[LinkRow]
+    events: list[EventRow]
+    void: str | None
+    """Why it doesn't count: the emulator wasn't faithful."""
 
 
 @dataclass
@@ -117,7 +131,14 @@ class Runner:
         # Not before: it needs mininet, which reading and checking files don't.
         from prfaas_testbed.network import open_network
 
-        with open_network(self.topology, self.folder, progress=self.tell, wait_s=self.wait_s) as net:
+        with ExitStack() as stack:
+            if any(event.do == "fill_disk" for event in self.experiment.events()):
+                # Before the sites are made: later mounts aren't theirs.
+                for model in self.experiment.models:
+                    stack.enter_context(small_disk(self.work(model)))
+            net = stack.enter_context(
+                open_network(self.topology, self.folder, progress=self.tell, wait_s=self.wait_s)
+            )
             self._deadline_s = time.monotonic() + self.experiment.wall_time_s - net.up_s
             self.results.emulation = net.emulation
             self.calibrate(net)
@@ -152,7 +173,7 @@ class Runner:
             )
 
     def one_model(self, net: Network, model: ModelChoice) -> None:
-        folder = self.folder / "work" / model.name
+        folder = self.work(model)
         # Of an attempt that was interrupted: its digests would stand for some that are missing now.
         shutil.rmtree(folder, ignore_errors=True)
         fleet = Fleet(net, self.experiment, model, folder, self.tell, self.scale)
@@ -163,18 +184,25 @@ class Runner:
             self.tell(f"{model.name}: all servers ready after {time.monotonic() - began_s:.0f} s")
             requests = plan(self.experiment, self.real, self.experiment.seed)
             self.warm_up(net, fleet)
+            probes = [probe_of(requests, self.real)] if self.experiment.rounds else []
             if fleet.plain is not None:
-                self.plain_answers(net, fleet, requests)
+                self.plain_answers(net, fleet, [*requests, *probes])
             if self.experiment.capacity is not None:
                 self.search(net, fleet, self.experiment.capacity)
+            elif self.experiment.rounds:
+                play_rounds(self, net, fleet, requests, probes[0])
             else:
                 for index in range(self.experiment.repetitions):
                     self.repetition(net, fleet, requests, index)
             for control in self.experiment.controls:
                 if control.model in (None, model.name):
-                    self.control(net, fleet, control)
+                    try_control(self, net, fleet, control)
         finally:
             fleet.stop()
+
+    def work(self, model: ModelChoice) -> Path:
+        """Where a model's servers write."""
+        return self.folder / "work" / model.name
 
     def _what(self, fleet: Fleet) -> str:
         kinds = "real SGLang servers" if self.real else "profiled instances"
@@ -194,7 +222,7 @@ class Runner:
         if fleet.plain is not None:
             plain = one_server_shots(warm, fleet.plain.url, self.real, self.experiment.request_timeout_s)
             shots += [Shot(f"p-{s.id}", s.at_s, s.body, s.targets, s.timeout_s) for s in plain]
-        answers, _, _ = self._send(net, fleet, shots, "warm", quiet=True)
+        answers, _, _ = self.send(net, fleet, shots, "warm", quiet=True)
         failed = [answer.error for answer in answers if answer.error]
         if failed:
             raise PrfaasError(f"the servers are up but don't answer: {failed[0]}")
@@ -203,7 +231,7 @@ class Runner:
         assert fleet.plain is not None
         self.tell(f"{fleet.model.name}: {len(requests)} requests to the plain server")
         shots = one_server_shots(requests, fleet.plain.url, self.real, self.experiment.request_timeout_s)
-        answers, start_s, _ = self._send(net, fleet, shots, "plain")
+        answers, start_s, _ = self.send(net, fleet, shots, "plain")
         rows = rows_of(
             answers, requests, fleet.model.name, start_s, {}, {}, lambda tokens: None, fleet.plain.site
         )
@@ -219,56 +247,76 @@ class Runner:
                 f"{fleet.model.name}: repetition {index + 1} of {total}, {len(requests)} requests"
                 + (f" (attempt {attempt + 1})" if attempt else "")
             )
-            rooms = Random(f"{self.experiment.seed}/{fleet.model.name}/{name}")
-            limit_s = self.experiment.request_timeout_s
-            if fleet.router is None:
-                shots, where = direct_shots(requests, fleet, self.real, rooms, limit_s)
-            else:
-                shots, where = one_server_shots(requests, fleet.router.url, self.real, limit_s), {}
-            watch, timeline = Observer(net, fleet), Timeline(self.experiment.timeline, net, fleet)
-            captures = Captures(self.experiment.captures, net, fleet.folder, K_PUMP_PORT)
-            timeline.prepare()
-            watch.begin()
-            answers, start_s, client = self._send(net, fleet, shots, name, beside=(timeline, captures))
-            events = timeline.finish()
-            links, seen, void = watch.end(start_s)
-            timeline.check()
-            events += captures.finish()
-            moved = read_moved(fleet.digests) if fleet.digests.exists() else {}
-            if fleet.router is not None:
-                where = where_of(answers, fleet.servers, moved)
-            home = self.client_site()
-            rows = rows_of(
-                answers, requests, fleet.model.name, start_s, where, moved, self._wanted(fleet), home
-            )
-            load = {
-                "at_s": 0.0, "event": "load", "requests": len(requests), "client_cpu_share": client.cpu_share
-            }  # fmt: skip
-            events += [EventRow.model_validate(load), *seen]
-            if void is None:
+            found = self.attempt(net, fleet, requests, name, self.experiment.timeline)
+            if found.void is None:
                 break
-            self.tell(f"{fleet.model.name}: repetition {index + 1} is void: {void}")
-            row = {"index": index, "attempt": attempt, "model": fleet.model.name, "reason": void}
+            self.tell(f"{fleet.model.name}: repetition {index + 1} is void: {found.void}")
+            row = {"index": index, "attempt": attempt, "model": fleet.model.name, "reason": found.void}
             self.results.void.append(
                 Row.model_validate(
-                    {**row, "requests": [r.model_dump(exclude={"output_ids", "logprobs"}) for r in rows]}
+                    {
+                        **row,
+                        "requests": [r.model_dump(exclude={"output_ids", "logprobs"}) for r in found.rows],
+                    }
                 )
             )
         else:
             raise TooBusy(
-                f"machine too busy: repetition {index + 1} of {fleet.model.name} was void each time: {void}"
+                f"machine too busy: repetition {index + 1} of {fleet.model.name} was void each time: "
+                f"{found.void}"
             )
+        self.keep(fleet, found, index)
+
+    def attempt(
+        self,
+        net: Network,
+        fleet: Fleet,
+        requests: list[Planned],
+        name: str,
+        planned: Sequence[Event],
+        then: Callable[[float], list[EventRow]] = lambda zero_s: [],
+    ) -> Attempt:
+        """The requests once, with trouble beside them. `then` is called when all are over and nothing is
+        broken any more, with the load's zero."""
+        rooms = Random(f"{self.experiment.seed}/{fleet.model.name}/{name}")
+        limit_s = self.experiment.request_timeout_s
+        if fleet.router is None:
+            shots, where = direct_shots(requests, fleet, self.real, rooms, limit_s)
+        else:
+            shots, where = one_server_shots(requests, fleet.router.url, self.real, limit_s), {}
+        watch, timeline = Observer(net, fleet), Timeline(planned, net, fleet)
+        captures = Captures(self.experiment.captures, net, fleet.folder, K_PUMP_PORT)
+        timeline.prepare()
+        watch.begin()
+        answers, start_s, client = self.send(net, fleet, shots, name, beside=(timeline, captures))
+        events = timeline.finish()
+        events += then(start_s)
+        links, seen, void = watch.end(start_s)
+        timeline.check()
+        events += captures.finish()
+        moved = read_moved(fleet.digests) if fleet.digests.exists() else {}
+        if fleet.router is not None:
+            where = where_of(answers, fleet.servers, moved)
+        home = self.client_site()
+        rows = rows_of(answers, requests, fleet.model.name, start_s, where, moved, self._wanted(fleet), home)
+        load = {
+            "at_s": 0.0, "event": "load", "requests": len(requests), "client_cpu_share": client.cpu_share
+        }  # fmt: skip
+        return Attempt(rows, links, [*events, EventRow.model_validate(load), *seen], void)
+
+    def keep(self, fleet: Fleet, found: Attempt, index: int) -> None:
+        """An attempt's rows as those of repetition `index`, each answer compared with the plain server's."""
         target = self.results.repetition(index)
-        for event in events:
+        for event in found.events:
             event.__pydantic_extra__ = {**(event.model_extra or {}), "model": fleet.model.name}
-        for link in links:
+        for link in found.links:
             link.__pydantic_extra__ = {**(link.model_extra or {}), "model": fleet.model.name}
         plain = {(row.model, row.id): row for row in self.results.baseline}
-        for request in rows:
+        for request in found.rows:
             request.tokens_equal = equal_tokens(request, plain.get((request.model, request.id)))
-        target.requests += rows
-        target.links += links
-        target.events += sorted(events, key=lambda event: event.at_s)
+        target.requests += found.rows
+        target.links += found.links
+        target.events += sorted(found.events, key=lambda event: event.at_s)
 
     def search(self, net: Network, fleet: Fleet, choice: Capacity) -> None:
         """Trials at rising and halving rates, a repetition each; see capacity.py for the rule."""
@@ -290,53 +338,7 @@ class Runner:
             self.tell(f"{fleet.model.name}: {rate:.2f} requests/s: {share:.1%} within the SLO")
             index += 1
 
-    def control(self, net: Network, fleet: Fleet, control: Control) -> None:
-        """The same comparisons with a fault planted: they must notice."""
-        self.tell(f"{fleet.model.name}: control {control.name}: prefill starts again with a planted fault")
-        fleet.restart_prefill(control.fault)
-        rng = Random(f"{self.experiment.seed}/{control.name}")
-        low, high = (4, 1000) if self.real else (0, 32000)
-        requests = [
-            Planned(
-                f"{control.name}{i}",
-                0.3 * i,
-                [rng.randrange(low, high) for _ in range(K_CONTROL_TOKENS)],
-                K_CONTROL_OUTPUT_TOKENS,
-            )
-            for i in range(control.requests)
-        ]
-        shots, where = direct_shots(requests, fleet, self.real, rng, self.experiment.request_timeout_s)
-        plain: dict[str, Answer] = {}
-        if fleet.plain is not None:
-            limit_s = self.experiment.request_timeout_s
-            to_plain = one_server_shots(requests, fleet.plain.url, self.real, limit_s)
-            found, _, _ = self._send(net, fleet, to_plain, f"{control.name}-plain", quiet=True)
-            failed = [answer.error for answer in found if answer.error]
-            if failed:
-                raise PrfaasError(f"the plain server didn't answer a control's prompt: {failed[0]}")
-            plain = {answer.id: answer for answer in found}
-        answers, _, _ = self._send(net, fleet, shots, control.name, quiet=True)
-        moved = read_moved(fleet.digests)
-        for answer in answers:
-            room = where[answer.id][0]
-            seen = moved.get(room, Moved())
-            right = plain[answer.id].output_ids if answer.id in plain else []
-            tokens_caught = answer.error is None and bool(right) and answer.output_ids != right
-            digest_caught = None not in (seen.source_digest, seen.landed_digest) and (
-                seen.source_digest != seen.landed_digest
-            )
-            row = {
-                "model": fleet.model.name, "control": control.name, "fault": control.fault, "id": answer.id,
-                "prompt_tokens": K_CONTROL_TOKENS, "output_ids": answer.output_ids, "plain_output_ids": right,
-                "source_digest": seen.source_digest, "landed_digest": seen.landed_digest,
-                "error": answer.error, "tokens_caught": tokens_caught, "digest_caught": digest_caught,
-            }  # fmt: skip
-            self.results.controls.append(Row.model_validate(row))
-            verdict = "caught" if tokens_caught and digest_caught else "NOT CAUGHT"
-            why = f"tokens {tokens_caught}, digest {digest_caught}, error {answer.error}"
-            self.tell(f"  {answer.id}: {verdict} ({why})")
-
-    def _send(
+    def send(
         self,
         net: Network,
         fleet: Fleet,
@@ -346,8 +348,10 @@ class Runner:
         beside: tuple[Timeline | Captures, ...] = (),
     ) -> tuple[list[Answer], float, Client]:
         self._check_time()
-        client = Client(net.sites[self.client_site()], fleet.folder, name)
-        killed = {event.instance for event in self.experiment.timeline if event.do == "kill"}
+        # Not in the servers' own folder: a disk that is full is theirs.
+        folder = fleet.folder.with_name(f"{fleet.model.name}-load")
+        client = Client(net.sites[self.client_site()], folder, name)
+        killed = any(isinstance(thing, Timeline) and thing.kills for thing in beside)
 
         def poll(done: int) -> None:
             self._check_time()

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +64,11 @@ class Program:
         log: Path,
         ready: str | None,
         words: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`environment`: on top of our own."""
         self.name, self._site, self._words = name, site, [module, *words, "--config", str(config)]
-        self.log, self._ready = log, ready
+        self.log, self._ready, self._environment = log, ready, dict(environment or {})
         self._process: subprocess.Popen[Any] | None = None
         self._out: IO[bytes] | None = None
         self._from = 0
@@ -83,7 +85,7 @@ class Program:
         self._from = self._out.tell()
         self._process = self._site.popen(
             [sys.executable, "-m", *self._words],
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
             stdout=self._out,
             stderr=subprocess.STDOUT,
         )

@@ -24,12 +24,14 @@ from prfaas.config.experiment import (
     CrossTraffic,
     CutStream,
     Event,
+    FillDisk,
     Flap,
     Hostile,
     Kill,
     LinkDown,
     ReplaceCertificate,
     SetLink,
+    StepClock,
     directed,
 )
 from prfaas.config.run import EventRow
@@ -38,12 +40,13 @@ from prfaas.model.errors import PrfaasError
 from prfaas.pump import keys
 from prfaas_testbed.experiment.fleet import K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.sites import cut_streams
+from prfaas_testbed.experiment.upset import empty_disk, fill_disk
 
 if TYPE_CHECKING:
     from prfaas_testbed.network import Network
 
 
-K_BESIDE = CutStream | Kill | ReplaceCertificate | CrossTraffic | Hostile
+K_BESIDE = CutStream | Kill | FillDisk | ReplaceCertificate | CrossTraffic | Hostile
 """What takes time, and must not hold up the next."""
 K_HOSTILE_S = 20.0  # it waits for live segments, and sends
 
@@ -70,7 +73,7 @@ def steps_of(events: Sequence[Event]) -> list[Step]:
         steps.append(Step(event.at_s, event, "begin"))
         if isinstance(event, Kill):
             length_s = event.restart_after_s
-        elif isinstance(event, SetLink | LinkDown | CrossTraffic):
+        elif isinstance(event, SetLink | LinkDown | CrossTraffic | FillDisk | StepClock):
             length_s = event.for_s
         else:
             length_s = None
@@ -94,6 +97,11 @@ class Timeline:
         self._beside: list[threading.Thread] = []
         self._zero_s = 0.0
         self._thread = threading.Thread(target=self._run, name="timeline")
+
+    @property
+    def kills(self) -> bool:
+        """Whether servers or pumps are away for a while, as planned."""
+        return any(isinstance(step.event, Kill) for step in self._steps)
 
     def prepare(self) -> None:
         """What would disturb the load if it were done while that runs."""
@@ -163,6 +171,13 @@ class Timeline:
                 self._cross(step, event)
             elif isinstance(event, Hostile):
                 self._attack(step, event)
+            elif isinstance(event, FillDisk):
+                self._disk(step)
+            elif isinstance(event, StepClock):
+                assert self._fleet.clocks is not None  # the fleet was made with this event known
+                seconds = event.step_s if step.phase == "begin" else 0
+                self._fleet.clocks.step(event.site, seconds)
+                self._record(step, time.monotonic(), site=event.site, seconds=seconds)
             else:
                 folder = self._fleet.folder / "keys" / event.site
                 self._replace(step, event, folder)
@@ -197,6 +212,8 @@ class Timeline:
                 os.kill(process.pid, signal.SIGSTOP if step.phase == "begin" else signal.SIGCONT)
             self._record(step, at_s, instance=event.instance, what=event.what)
         elif step.phase == "begin":
+            if event.what == "pump" and event.restart_after_s is None:
+                self._fleet.given_up.add(server.site)
             process.kill()
             self._record(step, at_s, instance=event.instance, what=event.what)
         else:
@@ -205,6 +222,14 @@ class Timeline:
             self._record(
                 step, at_s, instance=event.instance, what=event.what, ready_s=time.monotonic() - at_s
             )
+
+    def _disk(self, step: Step) -> None:
+        disk, at_s = self._fleet.folder, time.monotonic()
+        if step.phase == "begin":
+            self._record(step, at_s, filled_bytes=fill_disk(disk))
+        else:
+            empty_disk(disk)
+            self._record(step, at_s)
 
     def _cross(self, step: Step, event: CrossTraffic) -> None:
         if step.phase == "begin":

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from prfaas.config.run import Run, write_run
+from prfaas_testbed.claim import runs
 from prfaas_testbed.cli import claim
 from prfaas_testbed.cli import run as testbed_run
+
+K_PART = "machines-dense"
 
 
 def test_a_piece_of_the_testbed_is_run_and_then_gathered(
@@ -20,11 +23,17 @@ def test_a_piece_of_the_testbed_is_run_and_then_gathered(
 
     def conduct(args: argparse.Namespace) -> int:
         asked.append(args.experiment)
-        row = {"id": "r0", "model": "dense", "prompt_tokens": 9, "sent_s": 1.0, "ttft_s": 0.2, "e2e_s": 0.3}
+        mine = {"part": K_PART, "model": "dense"}
+        row = {**mine, "id": "r0", "prompt_tokens": 9, "sent_s": 1.0, "ttft_s": 0.2, "e2e_s": 0.3}
+        events = [{**mine, "at_s": 0.0, "event": "round", "round": name} for name in ("calm", "disk full")]
+        experiment = dict(runs.parts(args.experiment))[K_PART]
         run = Run.model_validate(
             {"experiment": args.experiment, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
              "versions": {}, "machine": {}, "emulation": "appliance",
-             "repetitions": [{"index": 0, "requests": [row]}]}
+             "definition": {"parts": {K_PART: experiment.model_dump(mode="json", exclude_defaults=True)}},
+             "repetitions": [
+                 {"index": i, "requests": [row], "events": [event]} for i, event in enumerate(events)
+             ]}
         )  # fmt: skip
         write_run(run, args.out / args.experiment / "20260101T000000Z")
         return 1
@@ -36,4 +45,4 @@ def test_a_piece_of_the_testbed_is_run_and_then_gathered(
     assert args.run(args) == 0
     assert asked == ["claim-faults"]
     record = json.loads((tmp_path / "faults.json").read_text())
-    assert (record["world"], len(record["rows"])) == ("testbed", 1)
+    assert (record["world"], len(record["rows"])) == ("testbed", 2)

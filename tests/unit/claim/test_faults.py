@@ -1,4 +1,4 @@
-"""Trouble on real servers: each request is told with the trouble it met, and recovery from its end."""
+"""Trouble on real servers: what became of each request, when service was whole, what was still held."""
 
 from __future__ import annotations
 
@@ -8,59 +8,140 @@ from typing import Any
 import pytest
 
 from prfaas.config.run import Run, write_run
+from prfaas.model.errors import UsageError
 from prfaas_testbed.claim import faults, pieces, runs
 
+Asked = tuple[float, float, bool | None, str | None]
+K_PART = "network-dense"
 
-def run_of(*requests: tuple[float, float, bool | None, str | None]) -> Run:
+
+def round_of(
+    index: int,
+    name: str,
+    requests: list[Asked],
+    steps: list[dict[str, Any]],
+    *,
+    free_s: float | None = 0.5,
+    probes: tuple[tuple[float, bool], ...] = ((20.0, True),),
+    planned: int | None = None,
+) -> dict[str, Any]:
     """(sent, first token after, equal, error) of each request; each answer ends 0.1 s after its first."""
-    rows: list[dict[str, Any]] = [
-        {"id": f"r{i}", "model": "dense", "prompt_tokens": 100, "sent_s": sent_s, "ttft_s": ttft_s,
-         "e2e_s": ttft_s + 0.1, "tokens_equal": equal, "error": error}
+    rows = [
+        {"id": f"r{i}", "model": "dense", "part": K_PART, "prompt_tokens": 100, "sent_s": sent_s,
+         "ttft_s": ttft_s, "e2e_s": ttft_s + 0.1, "tokens_equal": equal, "error": error}
         for i, (sent_s, ttft_s, equal, error) in enumerate(requests)
     ]  # fmt: skip
-    load = {"at_s": 0.0, "event": "load", "requests": len(rows)}
-    return Run.model_validate(
+    count = len(rows) if planned is None else planned
+    events: list[dict[str, Any]] = [
+        *steps,
+        {"at_s": 0.0, "event": "load", "requests": count},
+        {"at_s": 19.0, "event": "settled", "site": "east", "free_s": 0.25, "held": {"pages": 0}},
+        {"at_s": 19.0, "event": "settled", "site": "west", "free_s": free_s, "held": {"pages": 7}},
+        *({"at_s": at_s, "event": "probe", "good": good, "e2e_s": 0.5} for at_s, good in probes),
+        {"at_s": 0.0, "event": "round", "round": name, "lagged": None},
+    ]  # fmt: skip
+    return {
+        "index": index,
+        "requests": rows,
+        "events": [{**e, "part": K_PART, "model": "dense"} for e in events],
+    }
+
+
+def gathered(folder: Path, *rounds: dict[str, Any]) -> dict[str, Any]:
+    experiment = dict(runs.parts(faults.K_EXPERIMENT))[K_PART]
+    run = Run.model_validate(
         {"experiment": faults.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
-         "versions": {}, "machine": {"cores": 2}, "emulation": "appliance",
-         "repetitions": [{"index": 0, "requests": rows, "events": [load]}]}
+         "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "parts": [K_PART],
+         "definition": {"parts": {K_PART: experiment.model_dump(mode="json", exclude_defaults=True)}},
+         "part_runs": {K_PART: {"commit": "0" * 40, "started": "2026", "wall_s": 60.0}},
+         "repetitions": list(rounds)}
     )  # fmt: skip
+    write_run(run, folder)
+    return pieces.gather("faults", [folder], lambda line: None)
 
 
-def test_a_request_counts_for_the_trouble_that_began_last_before_it_was_over(tmp_path: Path) -> None:
-    # Calm: at most 0.2 s. Troubles: a cut at 6, the link down from 14 to 16, flaps from 24.
-    run = run_of(
-        (1.0, 0.2, True, None), (5.9, 0.3, True, None), (13.5, 4.0, True, None), (15.0, 0.3, True, None),
-        (17.0, 0.3, True, None), (18.0, 2.0, None, "gone"), (25.0, 0.3, False, None),
-    )  # fmt: skip
-    write_run(run, tmp_path)
-    data = pieces.gather("faults", [tmp_path], lambda line: None)
-    found = {one.fault: one for one in faults.judged(data)}
-    assert found["none, before the first"].requests == 1
-    assert found["cut stream"].requests == 1
-    down = found["link down 2 s"]
-    assert (down.requests, down.equal, down.refused, down.slowest_s) == (4, 3, 1, 4.0)
-    assert down.recovery_s == pytest.approx(18.0 + 2.1 - 16.0)
-    assert found["flap, 2 s off, 2 times"].wrong == 1
-    assert [goal.reached for goal in faults.goals(data)] == [False, True, True]
-    assert "| link down 2 s | 4 | 3 | 1 | 0 | 4.00 | 4.1 |" in faults.tell(data)
+CALM = round_of(0, "calm", [(1.0, 0.2, True, None), (2.0, 0.3, True, None)], [])
+DOWN = [
+    {"at_s": 4.0, "event": "link_down", "planned_s": 4.0},
+    {"at_s": 6.0, "event": "link_down_end", "planned_s": 6.0},
+]
+
+
+def test_each_request_is_equal_refused_lost_or_wrong(tmp_path: Path) -> None:
+    asked: list[Asked] = [
+        (3.0, 3.5, True, None),
+        (3.1, 0.1, None, "StreamError: HTTP 503: no path"),
+        (3.2, 60.0, None, "no whole answer within 60 s"),
+        (3.3, 0.1, None, "ServerDisconnectedError: Server disconnected"),
+        (3.4, 0.3, False, None),
+        (3.5, 0.3, None, None),
+    ]
+    data = gathered(tmp_path, CALM, round_of(1, "link down 2 s", asked, DOWN, planned=7))
+    calm, down = faults.judged(data)
+    assert (calm.equal, calm.requests, calm.recovery_s) == (2, 2, 0.0)
+    assert (down.equal, down.refused, down.lost, down.wrong, down.requests) == (1, 1, 3, 2, 7)
+    assert [goal.reached for goal in faults.goals(data)] == [False, False, True, False, False]
+    assert "| link down 2 s, dense | 1 | 7 | 1 | 1 | 2 | 3 |" in faults.tell(data)
     assert faults.draw(data, tmp_path / "figures") == ["faults.png"]
 
 
-def test_a_service_that_stays_away_is_no_recovery_and_an_error_may_have_no_end(tmp_path: Path) -> None:
-    run = run_of(
-        (1.0, 0.2, True, None), (15.0, 86.0, None, "no whole answer within 90 s"), (26.0, 0.2, True, None)
-    )
-    run.repetitions[0].requests.append(run.repetitions[0].requests[1].model_copy(update={"e2e_s": None}))
-    write_run(run, tmp_path)
-    data = pieces.gather("faults", [tmp_path], lambda line: None)
-    down = next(one for one in faults.judged(data) if one.fault == "link down 2 s")
-    assert down.recovery_s == pytest.approx(15.0 + 86.1 - 16.0)
-    assert not faults.goals(data)[2].reached
+def test_a_reset_is_an_error_where_the_router_was_killed(tmp_path: Path) -> None:
+    asked: list[Asked] = [(3.3, 0.1, None, "ServerDisconnectedError: Server disconnected")]
+    killed = [
+        {"at_s": 4.0, "event": "kill", "planned_s": 4.0},
+        {"at_s": 5.0, "event": "kill_end", "planned_s": 5.0, "ready_s": 1.5},
+    ]
+    data = gathered(tmp_path, CALM, round_of(1, faults.K_ROUTER, asked, killed))
+    assert (faults.judged(data)[1].refused, faults.judged(data)[1].lost) == (1, 0)
+    # Back when the next process says so.
+    assert data["rounds"][1]["until_s"] == 6.5
 
 
-def test_every_trouble_of_the_file_has_a_name_of_its_own() -> None:
-    ((_, experiment),) = runs.parts(faults.K_EXPERIMENT)
-    names = [faults.name_of(event) for event in experiment.timeline]
-    assert len(set(names)) == len(names) == 11
-    assert {"1% loss", "bursty loss", "1% corruption", "2% reordering", "rate to 2 Mbit/s"} <= set(names)
-    assert "prefill's pump frozen 3 s" in names
+@pytest.mark.parametrize(
+    ("asked", "probes", "recovery_s"),
+    [
+        ([(3.0, 0.3, True, None)], ((20.0, True),), 0.0),
+        ([(5.0, 2.0, True, None)], ((20.0, True),), 1.0),  # late: beyond twice the calm's 0.3 s
+        ([(7.0, 2.0, None, "HTTP 503")], ((20.0, True),), 3.1),
+        ([(3.0, 0.3, True, None)], ((20.0, False), (25.0, True)), 19.5),
+        ([(3.0, 0.3, True, None)], ((20.0, False),), float("inf")),
+    ],
+)
+def test_service_is_whole_when_nobody_is_late_or_refused_any_more_and_a_probe_is_answered(
+    tmp_path: Path, asked: list[Asked], probes: tuple[tuple[float, bool], ...], recovery_s: float
+) -> None:
+    data = gathered(tmp_path, CALM, round_of(1, "link down 2 s", asked, DOWN, probes=probes))
+    assert faults.judged(data)[1].recovery_s == pytest.approx(recovery_s)
+    assert faults.goals(data)[3].reached == (recovery_s <= faults.K_RECOVER_S)
+
+
+@pytest.mark.parametrize(("free_s", "reached"), [(12.0, True), (31.0, False), (None, False)])
+def test_what_is_still_held_is_told(tmp_path: Path, free_s: float | None, reached: bool) -> None:
+    asked: list[Asked] = [(3.0, 0.3, True, None)]
+    data = gathered(tmp_path, CALM, round_of(1, "link down 2 s", asked, DOWN, free_s=free_s))
+    assert faults.goals(data)[2].reached == reached
+
+
+def test_a_trouble_that_did_not_happen_is_not_one_that_was_tried(tmp_path: Path) -> None:
+    steps = [{"at_s": 4.0, "event": "link_down", "planned_s": 4.0, "skipped": "the load ended before it"}]
+    data = gathered(tmp_path, CALM, round_of(1, "link down 2 s", [(3.0, 0.3, True, None)], steps))
+    assert faults.judged(data)[1].missed == 1
+
+
+def test_a_run_is_told_by_the_definition_that_it_carries(tmp_path: Path) -> None:
+    gathered(tmp_path, CALM)
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text().replace('"definition"', '"definition_lost"', 1))
+    with pytest.raises(UsageError, match="by which definition"):
+        pieces.gather("faults", [tmp_path], lambda line: None)
+
+
+def test_the_matrix_has_every_kind_of_trouble_on_both_models() -> None:
+    by_model: dict[str, list[str]] = {}
+    for _, experiment in runs.parts(faults.K_EXPERIMENT):
+        names = [one.name for one in experiment.rounds if one.name != faults.K_CALM]
+        by_model.setdefault(experiment.models[0].name, []).extend(names)
+    assert set(by_model) == set(faults.K_MODELS)
+    assert by_model["dense"] == by_model["hybrid"]
+    assert len(set(by_model["dense"])) == len(by_model["dense"]) == 18
+    assert faults.K_ROUTER in by_model["dense"]

@@ -25,10 +25,12 @@ def run_of(late_s: float, *names: str) -> Run:
                 {"part": name, "id": f"r{place}", "model": "m", "prompt_tokens": tokens, "site": "east",
                  "sent_s": near["sent_s"][place], "ttft_s": near["ttft_s"][place] + more_s, "e2e_s": 3.0}
             )  # fmt: skip
+    definitions = {n: known[n].model_dump(mode="json", exclude_defaults=True) for n in names}
     return Run.model_validate(
         {"experiment": handover.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
          "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "scale": 100,
-         "parts": list(names), "repetitions": [{"index": 0, "requests": rows}],
+         "parts": list(names), "definition": {"parts": definitions},
+         "repetitions": [{"index": 0, "requests": rows}],
          "part_runs": {n: {"commit": "0" * 40, "started": "2026", "wall_s": 60.0} for n in names}}
     )  # fmt: skip
 

@@ -7,24 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prfaas.config.experiment import Experiment
 from prfaas.config.run import Run, write_run
 from prfaas_testbed.claim import pieces, runs, steps, worlds
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(part: str) -> Experiment:
     """A quarter of the load: these tests are about what is made of it."""
-    whole = runs.parts(steps.K_EXPERIMENT)
-    cut = [
-        (part, one.model_copy(update={"workload": one.workload.model_copy(update={"duration_s": 60})}))
-        for part, one in whole
-    ]
-    monkeypatch.setattr(steps, "parts", lambda name: cut)
+    whole = dict(runs.parts(steps.K_EXPERIMENT))[part]
+    return whole.model_copy(update={"workload": whole.workload.model_copy(update={"duration_s": 60})})
 
 
 def run_of(part: str, share: float) -> Run:
     """A testbed's record of one step: what the simulator answered, a share of it with an error."""
-    experiment = dict(steps.parts(steps.K_EXPERIMENT))[part]
+    experiment = short(part)
     played = worlds.simulated(experiment, worlds.requests_of_testbed(experiment))
     kept = np.arange(len(played)) * share % 1 < share
     rows = [
@@ -36,6 +32,7 @@ def run_of(part: str, share: float) -> Run:
     return Run.model_validate(
         {"experiment": steps.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
          "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "scale": 500, "parts": [part],
+         "definition": {"parts": {part: experiment.model_dump(mode="json", exclude_defaults=True)}},
          "repetitions": [{"index": 0, "requests": rows}],
          "part_runs": {part: {"commit": "0" * 40, "started": "2026", "wall_s": 60.0}}}
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prfaas.config.experiment import Experiment
 from prfaas.config.run import Run, write_run
 from prfaas.model.errors import UsageError
 from prfaas_testbed.claim import pieces, runs, testbed, worlds
@@ -16,20 +17,18 @@ from prfaas_testbed.claim.report import write_report
 K_PARTS = ("homogeneous-1.2", "paper-1.2")
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short() -> dict[str, Experiment]:
     """A half of the load: these tests are about what is made of it."""
-    cut = [
-        (part, one.model_copy(update={"workload": one.workload.model_copy(update={"duration_s": 30})}))
+    return {
+        part: one.model_copy(update={"workload": one.workload.model_copy(update={"duration_s": 30})})
         for part, one in runs.parts(testbed.K_EXPERIMENT)
-    ]
-    monkeypatch.setattr(testbed, "parts", lambda name: cut)
+    }
 
 
 def run_of(stretch: float, names: tuple[str, ...] = K_PARTS) -> Run:
     """A testbed's record whose answers are the simulator's, with first tokens `stretch` times as late."""
-    rows, costs, part_runs = [], [], {}
-    for part, experiment in testbed.parts(testbed.K_EXPERIMENT):
+    rows, costs, part_runs, definitions = [], [], {}, {}
+    for part, experiment in short().items():
         if part in names:
             played = worlds.simulated(experiment, worlds.requests_of_testbed(experiment))
             for place in range(len(played)):
@@ -43,13 +42,14 @@ def run_of(stretch: float, names: tuple[str, ...] = K_PARTS) -> Run:
                 )  # fmt: skip
             costs.append({"at_s": 9.0, "event": "cost", "part": part, "name": "router", "role": "router",
                           "cpu_s": 2.0, "wall_s": 10.0})  # fmt: skip
+            definitions[part] = experiment.model_dump(mode="json", exclude_defaults=True)
             part_runs[part] = {"commit": "0" * 40, "started": "2026-01-01T00:00:00Z", "wall_s": 60.0}
     for row in rows:
         row["kv_bytes"] = round(row["kv_bytes"])
     return Run.model_validate(
         {"experiment": testbed.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
          "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "scale": 500,
-         "parts": list(names), "part_runs": part_runs,
+         "parts": list(names), "part_runs": part_runs, "definition": {"parts": definitions},
          "repetitions": [{"index": 0, "requests": rows, "events": costs}]}
     )  # fmt: skip
 
