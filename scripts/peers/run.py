@@ -1,5 +1,6 @@
 """Runs SGLang's own cases against each backend and reports them side by side.
 
+With --out the report of a folder is made in parts: rows that aren't run again stay.
 `--smoke`, a minute: that each case can be imported and takes its flags and that the backend's name is legal,
 without a server. Exit status: 0 prfaas passed all it supports; 1 it didn't; 2 usage.
 """
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,7 @@ def run_case(backend: str, case: str, out: Path) -> dict[str, Any]:
         "case": case,
         "outcome": "failed",
         "seconds": round(time.monotonic() - started_s, 1),
-        "why": f"ended with {process.returncode}: see {log}",
+        "why": f"ended with {process.returncode}: see {log.name}",
     }
     lines = log.read_text(errors="replace").strip().splitlines()
     try:
@@ -128,6 +130,18 @@ def smoke() -> int:
     return 0 if ok else 1
 
 
+def earlier(report: Path, backends: Sequence[str], cases: Sequence[str]) -> list[dict[str, Any]]:
+    """What an earlier run left in the same folder, less what is about to be run again."""
+    if not report.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(report.read_text())["rows"]
+    return [
+        row
+        for row in rows
+        if row["outcome"] != "unsupported" and not (row["backend"] in backends and row["case"] in cases)
+    ]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'backend':14}{'case':34}{'outcome':12}{'seconds':>8}  why"]
     for row in rows:
@@ -150,16 +164,18 @@ def main() -> int:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     out = (args.out or K_CHECKOUT / "results" / "test-peers" / stamp).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    rows = earlier(out / "report.json", args.backend or K_BACKENDS, args.case or K_CASES)
     for case in args.case or K_CASES:
         for backend in args.backend or K_BACKENDS:
             sys.stderr.write(f"{backend}: {case} …\n")
             rows.append(run_case(backend, case, out))
             sys.stderr.write(table(rows[-1:]).splitlines()[-1] + "\n")
+    rows.sort(key=lambda row: (K_CASES.index(row["case"]), K_BACKENDS.index(row["backend"])))
     unsupported = [
         {"backend": backend, "case": case, "outcome": "unsupported", "why": why}
         for case, why in K_UNSUPPORTED
-        for backend in args.backend or K_BACKENDS
+        for backend in K_BACKENDS
+        if backend in {row["backend"] for row in rows}
     ]
     (out / "report.json").write_text(
         json.dumps({"stamp": stamp, "rows": rows + unsupported}, indent=1) + "\n"

@@ -17,6 +17,11 @@ from prfaas.sglang.staging import Places
 
 logger = logging.getLogger(__name__)
 
+K_NO_REASON = (
+    "Aborted: the prefill server failed the transfer without a reason, as one does that doesn't run prfaas; "
+    "if it is of this site, name its host in near.hosts"
+)
+
 
 def _nothing() -> None:
     pass
@@ -157,6 +162,9 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
         """
         if status == compat.KVPoll.Success:
             return
+        if not failure_reason:
+            # SGLang's own backend says none, and ours always does.
+            failure_reason = K_NO_REASON
         super().apply_prefill_status(
             bootstrap_room=bootstrap_room,
             status=status,

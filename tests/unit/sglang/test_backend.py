@@ -638,6 +638,13 @@ def test_aborted_room_stops_sending_and_takes_no_later_chunk(prefill: Any, decod
     assert len(prefill.pump.transfers) == 1
 
 
+def test_a_failure_without_a_reason_is_told_as_what_it_most_likely_is(decode: Any) -> None:
+    decode.update_status(7, KVPoll.Bootstrapping)
+    decode.apply_prefill_status(bootstrap_room=7, status=KVPoll.Failed, prefill_rank=0)
+    assert decode.request_status[7] == KVPoll.Failed
+    assert "doesn't run prfaas" in decode.failure_records[7]
+
+
 # Two tiers
 
 
