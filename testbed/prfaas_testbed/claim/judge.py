@@ -42,6 +42,8 @@ class Piece:
     """Markdown: tables and what they mean."""
     gather: Callable[[Sequence[Path], Callable[[str], None]], dict[str, Any]] | None = None
     """Of a piece that runs on the testbed: from the folders of its runs to the record's own fields."""
+    world: str = "simulator"
+    """Where `measure` runs."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.claim import bandwidth, bursts, capacity, faults, handover, links, steps, testbed, traces
+from prfaas_testbed.claim import (
+    bandwidth,
+    bursts,
+    capacity,
+    faults,
+    handover,
+    links,
+    memory,
+    steps,
+    testbed,
+    traces,
+)
 from prfaas_testbed.claim.judge import Piece
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
@@ -27,9 +38,12 @@ PIECES: dict[str, Piece] = {
         steps.PIECE,
         handover.PIECE,
         faults.PIECE,
+        memory.PIECE,
     )
 }
-SIMULATED = tuple(name for name, piece in PIECES.items() if piece.gather is None)
+SIMULATED = tuple(
+    name for name, piece in PIECES.items() if piece.gather is None and piece.world == "simulator"
+)
 
 
 def piece(name: str) -> Piece:
@@ -45,7 +59,7 @@ def measure(name: str, repetitions: int, say: Callable[[str], None]) -> dict[str
     piece, and for one that runs on the testbed.
     """
     begun = time.monotonic()
-    return _record(name, "simulator", repetitions, begun, lambda: piece(name).measure(repetitions, say))
+    return _record(name, piece(name).world, repetitions, begun, lambda: piece(name).measure(repetitions, say))
 
 
 def gather(name: str, folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         pieces.piece(name)
     pieces.check_folder(args.out)
     for name in names:
-        if name not in pieces.SIMULATED:
+        if pieces.piece(name).gather is not None:
             _run_and_gather(name, args.out)
             continue
         record = pieces.measure(name, args.repetitions, lambda line: _say(f"  {line}\n"))

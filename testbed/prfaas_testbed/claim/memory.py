@@ -1,0 +1,213 @@
+"""Piece `memory`: what router, pumps and instances hold while load goes on, on this machine's loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from prfaas.config.experiment import Experiment
+from prfaas.config.topology import Topology, load_topology
+from prfaas.figures import new_figure, save
+from prfaas_testbed.claim.judge import Goal, Piece, table
+from prfaas_testbed.claim.runs import K_TOPOLOGIES, parts
+from prfaas_testbed.experiment.cost import spent
+from prfaas_testbed.experiment.fleet import Fleet
+from prfaas_testbed.experiment.load import Client, one_server_shots, plan
+
+if TYPE_CHECKING:
+    from prfaas_testbed.network import Network
+
+K_EXPERIMENT = "claim-memory"
+K_SAMPLE_S = 10.0
+K_SETTLED = 0.5  # of the time: before, caches and pools fill
+K_GROWTH_MIB = 5.0  # an hour, for each process
+K_MIB = 2.0**20
+
+
+@dataclass(frozen=True)
+class HereSite:
+    """A site that is this machine under another loopback address."""
+
+    name: str
+    address: str
+
+    def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        options.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.Popen(list(argv), start_new_session=True, **options)
+
+
+class Here:
+    """As much of a Network as servers and a load ask for. Sites are joined by loopback."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.sites = {
+            name: HereSite(name, f"127.41.{place}.1") for place, name in enumerate(topology.sites, start=1)
+        }
+
+    def path(self, source: str, target: str) -> list[str]:
+        return [f"{source}->{target}"]
+
+
+def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Each repetition is the experiment's load once more on servers that stay."""
+    ((_, experiment),) = parts(K_EXPERIMENT)
+    return {"rows": played(experiment, repetitions, say), "load_s": experiment.workload.duration_s}
+
+
+def played(experiment: Experiment, repetitions: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """A row a process and sample; the first row of a repetition carries what was answered."""
+    net = cast("Network", Here(load_topology(experiment.network, K_TOPOLOGIES / "networks")))
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="prfaas-memory-") as held:
+        fleet = Fleet(net, experiment, experiment.models[0], Path(held) / "servers", say)
+        try:
+            fleet.start()
+            begun_s, over = time.monotonic(), threading.Event()
+            sampler = threading.Thread(target=_sample, args=(fleet, rows, begun_s, over))
+            sampler.start()
+            try:
+                for repetition in range(repetitions):
+                    answered, failed = _load(net, fleet, experiment, repetition, Path(held) / "load")
+                    row = {"repetition": repetition, "name": "load", "at_s": time.monotonic() - begun_s}
+                    rows.append({**row, "answered": answered, "failed": failed})
+                    say(f"repetition {repetition + 1}: {answered} answered, {failed} failed")
+            finally:
+                over.set()
+                sampler.join()
+        finally:
+            fleet.stop()
+    return rows
+
+
+def _load(
+    net: Network, fleet: Fleet, experiment: Experiment, repetition: int, folder: Path
+) -> tuple[int, int]:
+    """(answered, failed) of one repetition, whose prompts no other has."""
+    requests = plan(experiment, False, experiment.seed + repetition)
+    assert fleet.router is not None
+    shots = one_server_shots(requests, fleet.router.url, False, experiment.request_timeout_s)
+    client = Client(net.sites[fleet.router.site], folder, f"load{repetition}")
+    try:
+        client.start(shots)
+        answers = client.finish(lambda done: fleet.check_alive(), every_s=5.0)
+    finally:
+        client.stop()
+    failed = sum(answer.error is not None for answer in answers)
+    for path in folder.iterdir():
+        path.unlink()
+    return len(answers) - failed, failed + len(requests) - len(answers)
+
+
+def _sample(fleet: Fleet, rows: list[dict[str, Any]], begun_s: float, over: threading.Event) -> None:
+    while True:
+        at_s = time.monotonic() - begun_s
+        for name, one in spent(fleet).items():
+            rows.append(
+                {"repetition": 0, "name": name, "role": one.role, "at_s": at_s, "rss_bytes": one.rss_bytes,
+                 "cpu_s": one.cpu_s}
+            )  # fmt: skip
+        if over.wait(K_SAMPLE_S):
+            return
+
+
+@dataclass(frozen=True)
+class Held:
+    """One process over the whole load."""
+
+    name: str
+    first_mib: float
+    settled_mib: float
+    last_mib: float
+    growth_mib: float
+    """An hour, over the time after it has settled: the slope of the least squares."""
+    cores: float
+
+
+def held(data: dict[str, Any]) -> list[Held]:
+    """A row a process, by name."""
+    found = []
+    rows = [row for row in data["rows"] if row["name"] != "load"]
+    for name in sorted({row["name"] for row in rows}):
+        ours = [row for row in rows if row["name"] == name]
+        at_s = np.array([row["at_s"] for row in ours])
+        mib = np.array([row["rss_bytes"] for row in ours]) / K_MIB
+        late = at_s >= at_s[0] + K_SETTLED * (at_s[-1] - at_s[0])
+        slope = float(np.polyfit(at_s[late], mib[late], 1)[0]) if late.sum() > 2 else float("nan")
+        span_s = max(1e-9, at_s[-1] - at_s[0])
+        found.append(
+            Held(
+                name, float(mib[0]), float(mib[late][0]), float(mib[-1]), 3600 * slope,
+                (ours[-1]["cpu_s"] - ours[0]["cpu_s"]) / span_s,
+            )
+        )  # fmt: skip
+    return found
+
+
+def goals(data: dict[str, Any]) -> list[Goal]:
+    """No process grows, none failed."""
+    found = held(data)
+    worst = max(found, key=lambda one: one.growth_mib)
+    loads = [row for row in data["rows"] if row["name"] == "load"]
+    minutes = max(row["at_s"] for row in data["rows"]) / 60
+    failed = sum(row["failed"] for row in loads)
+    return [
+        Goal(
+            f"no process grows by more than {K_GROWTH_MIB:g} MiB an hour of load, once settled",
+            f"most: {worst.name} {worst.growth_mib:+.1f} MiB an hour, over the second half of {minutes:.0f} "
+            "minutes",
+            worst.growth_mib <= K_GROWTH_MIB,
+        ),
+        Goal(
+            "every request of that load answered",
+            f"{sum(row['answered'] for row in loads)} answered, {failed} failed",
+            failed == 0,
+        ),
+    ]
+
+
+def tell(data: dict[str, Any]) -> str:
+    """A table of processes."""
+    lines = [
+        [
+            one.name, f"{one.first_mib:.1f}", f"{one.settled_mib:.1f}", f"{one.last_mib:.1f}",
+            f"{one.growth_mib:+.2f}", f"{100 * one.cores:.1f}",
+        ]
+        for one in held(data)
+    ]  # fmt: skip
+    head = ["process", "MiB at the start", "at half-time", "at the end", "MiB an hour after", "% of a core"]
+    return table(head, lines) + K_TOLD
+
+
+K_TOLD = """
+Router, pumps and profiled instances of two sites on this machine's loopback, four requests a second of 64 to
+4,096 tokens, no two with a common prefix; pumps with mutual TLS, their links estimated. Nothing is started
+again in between. Resident memory of a process with its descendants, every ten seconds. Real SGLang servers
+are not among them: their memory is seen, over shorter loads, in the records of their own experiments.
+"""
+
+
+def draw(data: dict[str, Any], folder: Path) -> list[str]:
+    """Resident memory over time, of each process."""
+    figure, (panel,) = new_figure(1, 1, width=6.4, height=3.2)
+    drawn: list[list[Any]] = []
+    rows = [row for row in data["rows"] if row["name"] != "load"]
+    for name in sorted({row["name"] for row in rows}):
+        ours = [row for row in rows if row["name"] == name]
+        panel.plot([row["at_s"] / 60 for row in ours], [row["rss_bytes"] / K_MIB for row in ours], label=name)
+        drawn += [[name, round(row["at_s"], 1), row["rss_bytes"]] for row in ours]
+    panel.set(xlabel="Minutes of load", ylabel="Resident, MiB", ylim=(0, None))
+    panel.legend(loc="lower right", ncols=2)
+    paths = save(figure, folder, "memory", ["process", "s", "resident bytes"], drawn)
+    return [path.name for path in paths if path.suffix == ".png"]
+
+
+PIECE = Piece("memory", "Memory over load", measure, goals, draw, tell, world="loopback")
