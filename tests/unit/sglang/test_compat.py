@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,3 +126,21 @@ def test_a_moved_sglang_leaves_other_launches_alone(
     monkeypatch.setattr(sys, "argv", ["x"])
     plugin.load_plugin()
     assert "prfaas isn't available: expected this, found that" in caplog.text
+
+
+def test_http_workers_are_given_an_application_that_loads_plugins_unless_another_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(compat.K_APP_PATH, "theirs:app")
+    plugin._name_application()
+    assert os.environ[compat.K_APP_PATH] == "theirs:app"
+    assert (
+        "names theirs:app: with --tokenizer-worker-num above 1 that must import prfaas.sglang.http_app first"
+        in (caplog.text)
+    )
+    caplog.clear()
+    monkeypatch.delenv(compat.K_APP_PATH)
+    plugin._name_application()
+    assert os.environ[compat.K_APP_PATH] == "prfaas.sglang.http_app:app"
+    plugin._name_application()
+    assert not caplog.text
