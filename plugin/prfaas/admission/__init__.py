@@ -1,6 +1,7 @@
 from prfaas.admission.edf import Promise, finish_times
 from prfaas.admission.estimator import EstimatorEvent, LinkCameUp, LinkEstimator, LinkWentDown, RateFell
 from prfaas.admission.ledger import Admitted, Expired, Ledger, LedgerEvent, LedgerStatistics, PromiseBroken
+from prfaas.admission.offers import OfferBook, Standing
 from prfaas.admission.shares import Share, ShareBook, ShareHolder
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "LinkCameUp",
     "LinkEstimator",
     "LinkWentDown",
+    "OfferBook",
     "Promise",
     "PromiseBroken",
     "RateFell",
     "Share",
     "ShareBook",
     "ShareHolder",
+    "Standing",
     "finish_times",
 ]

@@ -146,6 +146,36 @@ class Ledger:
         reason = RefusalReason.QUEUE_FULL if may_queue else RefusalReason.WOULD_BREAK_OTHERS
         return self._refuse(reason, self._retry_after(new, now), now)
 
+    def restore(
+        self,
+        transfer: Hashable,
+        size_bytes: int,
+        deadline_s: float,
+        *,
+        now: float,
+        first_s: float | None = None,
+        ready_s: float | None = None,
+    ) -> list[LedgerEvent]:
+        """Takes over what was promised elsewhere (before this ledger began, or while it was out of reach):
+        its bytes will be sent, so it always gets a place. Where its deadline can't be kept beside what is
+        promised here, that is broken, and no other. Raises LocalProtocolError if it is known or isn't sane.
+        """
+        first = now if first_s is None else first_s
+        ready = max(first, now if ready_s is None else ready_s)
+        wrong = self._obstacle(transfer, size_bytes, deadline_s, ready, now)
+        if wrong in (RefusalReason.BAD_REQUEST, RefusalReason.DUPLICATE):
+            raise LocalProtocolError(f"{self.link}: {transfer!r} can't be restored: {wrong.value}")
+        self._serial += 1
+        new = Promise(transfer, float(size_bytes), deadline_s, first, ready, self._serial)
+        if wrong is None and self._finish_if_kept(new, now) is not None:
+            self._held[transfer] = new
+            return []
+        new.late, new.deadline_s = True, float("inf")
+        self._held[transfer] = new
+        self._kept_until_s = -float("inf")
+        self._broken += 1
+        return [self._promise_anew(new, now)]
+
     def on_progress(self, transfer: Hashable, remaining_bytes: int, *, now: float) -> list[LedgerEvent]:
         """So many bytes of it are still to be acknowledged.
 
@@ -155,6 +185,14 @@ class Ledger:
         if promise is None:
             raise LocalProtocolError(f"{self.link}: progress of {transfer!r}, which holds no promise")
         promise.remaining_bytes = min(promise.remaining_bytes, float(max(0, remaining_bytes)))
+        return self.poll(now)
+
+    def on_progress_of_all(self, left_bytes: Mapping[Hashable, int], *, now: float) -> list[LedgerEvent]:
+        """The same for many at once, looked at once. Those that aren't admitted are ignored."""
+        for transfer, remaining_bytes in left_bytes.items():
+            promise = self._held.get(transfer)
+            if promise is not None:
+                promise.remaining_bytes = min(promise.remaining_bytes, float(max(0, remaining_bytes)))
         return self.poll(now)
 
     def release(self, transfer: Hashable, *, now: float) -> list[LedgerEvent]:
@@ -182,6 +220,22 @@ class Ledger:
         if transfer in self._held:
             return Verdict.ADMITTED
         return Verdict.QUEUED if transfer in self._waiting else None
+
+    def is_late(self, transfer: Hashable) -> bool:
+        """Whether it is admitted, and its first promise was broken."""
+        one = self._held.get(transfer)
+        return one is not None and one.late
+
+    def finish_by(self, transfer: Hashable, now: float) -> float:
+        """When an admitted transfer is through; what was promised anew, if it is late (inf while the link is
+        down). Raises LocalProtocolError if it isn't admitted.
+        """
+        one = self._held.get(transfer)
+        if one is None:
+            raise LocalProtocolError(f"{self.link}: {transfer!r} holds no promise")
+        return (
+            one.deadline_s if one.late else finish_times(self._held.values(), self._rate_bps, now)[transfer]
+        )
 
     def statistics(self) -> LedgerStatistics:
         held = self._held.values()

@@ -163,6 +163,11 @@ class ShareHolder:
         self._share = share
         self._expires_s = asked_s + share.ttl_s
 
+    @property
+    def has_share(self) -> bool:
+        """Whether it ever had one."""
+        return self._share is not None
+
     def rate_bps(self, now: float) -> float:
         if self._share is None:
             return 0.0

@@ -12,12 +12,9 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from prfaas.admission import (
-    Ledger,
-    Share,
-    ShareHolder,
-)
+from prfaas.admission import Ledger, OfferBook, Share, ShareHolder, Standing
 from prfaas.config.pump import LinkConfig
+from prfaas.model.decisions import Verdict
 from prfaas.model.ids import LinkId
 from prfaas.model.observations import LinkEstimate, LinkObservation
 from prfaas.pump.ledger_host import LedgerHost, News, decision_body
@@ -55,9 +52,10 @@ class LinkDesk:
         self._holder = ShareHolder(self.link, self.name)
         self._told: LinkEstimate | None = None
         self._news: dict[str, News] = {}
-        self._remote: set[str] = set()
+        self._book = OfferBook()
+        """What was asked of a ledger that another pump keeps."""
         self._serial = 0
-        self._asked: dict[int, tuple[float, str]] = {}
+        self._asked: dict[int, float] = {}
         self._answered_s = -math.inf
         self._started_s = now
         self._early: dict[str, tuple[dict[str, Any], News, float]] = {}
@@ -91,9 +89,13 @@ class LinkDesk:
         self._tokens_bytes -= sent_bytes
 
     def _rate_bps(self, now: float) -> float:
-        floor_bps = self.config.admission.nominal_bps * self.config.admission.floor_share
-        floor_bps /= self.config.admission.max_pumps
-        return K_OVER * max(self._holder.rate_bps(now), floor_bps)
+        return K_OVER * max(self._holder.rate_bps(now), self._floor_bps)
+
+    @property
+    def _floor_bps(self) -> float:
+        """What this pump may use before it has heard from the ledger."""
+        admission = self.config.admission
+        return admission.nominal_bps * admission.floor_share / admission.max_pumps
 
     def estimate(self, now: float) -> LinkEstimate | None:
         """What is believed of the link: by the ledger here, or as its host last said."""
@@ -124,15 +126,28 @@ class LinkDesk:
         self._news[key] = news
         if self.host is not None:
             news(key, self.host.offer(self.name, key, body, news, now))
-        elif self._reachable(now) and self._ask({"op": "offer", "key": key, **body}, key, now):
-            self._remote.add(key)
+            return
+        question = self._book.ask(key, body, now)
+        if not (self._reachable(now) and self._ask(question, now)):
+            self._decide_alone(key, question, now)
+
+    def _decide_alone(self, key: str, question: dict[str, Any], now: float) -> None:
+        """Promise against this pump's own share: the ledger can't be reached. It takes the promise over when
+        it is back.
+        """
+        if self._holder.has_share:
+            alone_bps = self._holder.rate_bps(now)
         else:
-            floor_bps = K_OVER * self._holder.rate_bps(now)
-            self._fallback.set_capacity(floor_bps, now=now)
-            decision = self._fallback.offer(
-                key, int(body["size_bytes"]), now + float(body["deadline_s"]), now=now, may_queue=False
-            )
-            news(key, {**decision_body(decision), "alone": True})
+            alone_bps = self._floor_bps
+        self._fallback.set_capacity(alone_bps, now=now)
+        decision = self._fallback.offer(
+            key, int(question["size_bytes"]), now + float(question["deadline_s"]), now=now, may_queue=False
+        )
+        if decision.verdict is Verdict.ADMITTED:
+            self._book.decide(key, Standing.ADMITTED)
+        else:
+            self._book.drop(key)
+        self._news[key](key, {**decision_body(decision), "alone": True})
 
     def _just_started(self, now: float) -> bool:
         """Whether this pump hasn't had the time yet to reach the ledger, which will most likely answer."""
@@ -148,8 +163,10 @@ class LinkDesk:
     def progress(self, key: str, remaining_bytes: int, now: float) -> None:
         if self.host is not None:
             self.host.progress(key, remaining_bytes, now)
-        elif key in self._remote:
-            self._ask({"op": "progress", "key": key, "remaining_bytes": remaining_bytes}, "", now)
+        else:
+            self._book.progress(key, remaining_bytes)
+            if self._fallback.holds(key) is not None:
+                self._fallback.on_progress(key, remaining_bytes, now=now)
 
     def release(self, key: str, now: float) -> None:
         """The transfer is over or given up; unknown ones are ignored."""
@@ -157,54 +174,40 @@ class LinkDesk:
         self._early.pop(key, None)
         if self.host is not None:
             self.host.release(key, now)
-        elif key in self._remote:
-            self._remote.discard(key)
-            self._ask({"op": "release", "key": key}, "", now)
-        elif self._fallback.holds(key) is not None:
+            return
+        said = self._book.drop(key)
+        if said is not None:
+            self._ask(said, now)
+        if self._fallback.holds(key) is not None:
             self._fallback.release(key, now=now)
 
     # The host's side of the wire
 
     def on_question(self, stream: Stream, message: LedgerMessage, now: float) -> None:
         """Another pump of the site asks; only those of our own site may. Answers on the same stream."""
-        body, host = message.body, self.host
+        host = self.host
         answer: dict[str, Any] = {"error": "the ledger isn't kept here"}
         if stream.peer_site != self.pump.config.site:
             answer = {"error": "another site's ledger"}
         elif host is not None:
             try:
-                answer = self._answer(stream, host, body, now)
+                answer = host.answer(message.body, self._teller(stream.session), now)
             except (KeyError, TypeError, ValueError) as error:
                 answer = {"error": f"not a question: {error}"}
         reply = LedgerMessage(str(self.link), False, message.serial, answer)
         stream.send_control(message_frame(stream.version, FrameType.LEDGER, reply))
 
-    def _answer(self, stream: Stream, host: LedgerHost, body: dict[str, Any], now: float) -> dict[str, Any]:
-        key, op = str(body.get("key", "")), body["op"]
-        if op == "report":
-            seen = LinkObservation(link=self.link, at_s=now, **body["seen"])
-            share = host.report(seen, float(body["demand_bps"]), now)
-            estimate = {
-                k: v for k, v in asdict(host.estimator.estimate(now)).items() if k not in ("link", "at_s")
-            }
-            said = asdict(share) if share else {}
-            said.pop("link", None)
-            return {"op": "share", "share": said, "estimate": estimate}
-        if op == "offer":
-            session = stream.session
+    def _teller(self, session: object) -> News:
+        """Says to the pump that asked what becomes of its offer, by whichever of its streams is there."""
 
-            def news(name: str, what: dict[str, Any]) -> None:
-                back = self.pump.inbound.any_stream(session)
-                if back is not None:
-                    said = LedgerMessage(str(self.link), False, 0, {"op": "news", "key": name, **what})
-                    back.send_control(message_frame(back.version, FrameType.LEDGER, said))
+        def news(key: str, what: dict[str, Any]) -> None:
+            back = self.pump.inbound.any_stream(session)
+            if back is not None:
+                said = LedgerMessage(str(self.link), False, 0, {"op": "news", "key": key, **what})
+                back.send_control(message_frame(back.version, FrameType.LEDGER, said))
+                self.pump.loop.call_again(back, 2)
 
-            return {"op": "news", "key": key, **host.offer(str(body["pump"]), key, body, news, now)}
-        if op == "progress":
-            host.progress(key, int(body["remaining_bytes"]), now)
-        elif op == "release":
-            host.release(key, now)
-        return {"op": "done"}
+        return news
 
     # The asking side of the wire
 
@@ -214,19 +217,19 @@ class LinkDesk:
     def _reachable(self, now: float) -> bool:
         return self.host is not None or now - self._answered_s < K_SILENT_S
 
-    def _ask(self, body: dict[str, Any], key: str, now: float) -> bool:
+    def _ask(self, body: dict[str, Any], now: float) -> bool:
         stream = next((s for s in self._host_peer(now).streams if s.ready), None)
         if stream is None:
             return False
         self._serial += 1
-        self._asked[self._serial] = (now, key)
+        self._asked[self._serial] = now
         question = LedgerMessage(str(self.link), True, self._serial, {**body, "pump": self.name})
         stream.send_control(message_frame(stream.version, FrameType.LEDGER, question))
         self.pump.loop.call_again(stream, 2)
         return True
 
     def on_answer(self, message: LedgerMessage, now: float) -> None:
-        asked_s, _ = self._asked.pop(message.serial, (now, ""))
+        asked_s = self._asked.pop(message.serial, None)
         body = message.body
         if "error" in body:
             log.warning("link %s: %s", self.link, body["error"])
@@ -234,14 +237,24 @@ class LinkDesk:
         self._answered_s = now
         self._offer_early(now)
         share: Any = body.get("share")
-        if share:
+        if share and asked_s is not None:
             self._holder.on_share(Share(link=self.link, **share), asked_s=asked_s)
         estimate: Any = body.get("estimate")
         if estimate:
             self._told = LinkEstimate(link=self.link, at_s=now, **estimate)
-        key = str(body.get("key", ""))
-        if body.get("op") == "news" and key in self._news:
-            self._news[key](key, {k: v for k, v in body.items() if k not in ("op", "key")})
+        try:
+            news, again = self._book.hear(body, now)
+        except (TypeError, ValueError) as error:
+            log.warning("link %s: not an answer: %s", self.link, error)
+            return
+        for question in again:
+            self._ask(question, now)
+        for key, said in news:
+            if self._fallback.holds(key) is not None:  # the ledger has taken it over
+                self._fallback.release(key, now=now)
+            tell = self._news.get(key)
+            if tell is not None:
+                tell(key, said)
 
     # Time
 
@@ -256,11 +269,15 @@ class LinkDesk:
             else:
                 self._host_peer(now).prepare(now)
                 fields = {k: v for k, v in asdict(seen).items() if k not in ("link", "at_s")}
-                self._ask({"op": "report", "seen": fields, "demand_bps": demand_bps}, "", now)
+                report = {"op": "report", "seen": fields, "demand_bps": demand_bps, "page": self._book.page()}
+                self._ask(report, now)
                 if self._early and not self._just_started(now):
                     self._offer_early(now)
-                for serial in [n for n, (at_s, _) in self._asked.items() if now - at_s > 5.0]:
+                for serial in [n for n, at_s in self._asked.items() if now - at_s > 5.0]:
                     del self._asked[serial]
+                if not self._reachable(now):
+                    for key, question in self._book.unheard(now, K_SILENT_S):
+                        self._decide_alone(key, question, now)
             self._probe(now)
         self.pump.loop.call_at(now + K_TICK_S, self._tick)
 

@@ -194,6 +194,34 @@ def test_a_pump_started_anew_moves_its_promises_at_the_keeper_and_holds_none_twi
     assert not offer.late
 
 
+def test_a_keeper_started_anew_hears_what_stood_and_takes_over_what_was_promised_without_it(pumps):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = "{}:{}".format(*free.getsockname())
+    keeper = pumps.client(pumps.start("east", listen=address, links=link()))
+    other = pumps.client(pumps.start("other", site="east", links=link(host=address)))
+    wait_for(lambda: status(other)["reachable"])
+    offer = other.offer("west", 150_000_000, 60.0)
+    assert offer.wait(K_WAIT_S) is Verdict.ADMITTED
+    assert not offer.alone
+    pumps.kill("east")
+    wait_for(lambda: not status(other)["reachable"])
+    alone = other.offer("west", 100_000, 60.0)
+    assert alone.wait(K_WAIT_S) is Verdict.ADMITTED
+    assert alone.alone
+    lost = keeper.pump_pid
+    pumps.start("east", listen=address, links=link())
+    wait_for(lambda: keeper.pump_pid != lost)
+    wait_for(lambda: status(keeper)["promised_bytes"] == 150_100_000)
+    wait_for(lambda: not alone.alone)
+    assert (offer.verdict, alone.verdict) == (Verdict.ADMITTED, Verdict.ADMITTED)
+    assert not offer.late
+    assert not alone.late
+    assert status(other)["admitted"] == 0  # nothing is promised twice
+    other.release(alone)
+    other.release(offer)
+    wait_for(lambda: status(keeper)["admitted"] == 0)
+
+
 def test_another_sites_pump_gets_no_share(pumps):
     keeper = pumps.client(pumps.start("east", links=link()))
     thief = pumps.client(pumps.start("thief", links=link(host=keeper.address)))

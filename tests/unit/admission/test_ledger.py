@@ -242,7 +242,7 @@ class PlainLedger(Ledger):
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["offer", "offer", "offer", "progress", "release", "capacity", "poll"]),
+        st.sampled_from(["offer", "offer", "offer", "restore", "progress", "release", "capacity", "poll"]),
         st.integers(0, 40),  # hundred KB, or which transfer
         st.one_of(st.floats(0.1, 15), st.just(float("inf"))),  # until the deadline
         st.floats(0, 4),  # until the first byte
@@ -274,6 +274,15 @@ def test_a_ledger_that_skips_needless_looks_says_the_same_as_one_that_never_does
                         serial, size * 10**5, now + within_s, now=now, first_s=first, ready_s=first + making_s
                     )
                 )
+            elif what == "restore":
+                others = {key: (one.deadline_s, one.late) for key, one in link._held.items()}
+                told.append(link.restore(serial, size * 10**5, now + within_s, now=now))
+                mine = link._held[serial]
+                if mine.late:  # it, and no other, pays for what doesn't fit
+                    assert all(
+                        (link._held[key].deadline_s, link._held[key].late) == was
+                        for key, was in others.items()
+                    )
             elif what == "progress" and held:
                 transfer = held[size % len(held)]
                 left = int(link._held[transfer].remaining_bytes * making_s / 4)
