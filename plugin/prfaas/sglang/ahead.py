@@ -84,8 +84,10 @@ class Piece:
             return None
         return self._segments.some(rows), rows
 
-    def sent(self, rows: NDArray[np.bool_]) -> None:
+    def sent(self, rows: NDArray[np.bool_]) -> int:
+        """Note it; how many bytes that is."""
         self._sent |= rows
+        return int(self._segments.length[rows].sum())
 
     def rest(self) -> Segments:
         """What hasn't been sent."""
@@ -102,6 +104,7 @@ class Ahead:
         self._starts = starts[self._order]
         self._lock = threading.Lock()
         self._pieces: dict[int, list[Piece]] = {}
+        self._sent_bytes: dict[int, int] = {}
 
     def buffers_of(self, addresses: U64) -> U64:
         """The buffer that each address lies in."""
@@ -116,10 +119,20 @@ class Ahead:
         with self._lock:
             return list(self._pieces.get(room, ()))
 
+    def sent(self, room: int, piece: Piece, rows: NDArray[np.bool_]) -> None:
+        """These of a piece's segments are on their way."""
+        with self._lock:
+            self._sent_bytes[room] = self._sent_bytes.get(room, 0) + piece.sent(rows)
+
+    def sent_bytes(self, room: int) -> int:
+        """What of a room has left before its chunks."""
+        return self._sent_bytes.get(room, 0)
+
     def forget(self, room: int) -> None:
         """Unknown rooms are ignored."""
         with self._lock:
             self._pieces.pop(room, None)
+            self._sent_bytes.pop(room, None)
 
     def rest(
         self,

@@ -124,7 +124,10 @@ class LayerSide(PrefillSide):
             logger.exception("prfaas: room %s: its layers go with their chunk", room)
             self.ahead.forget(room)
             return
-        piece.sent(rows)
+        self.ahead.sent(room, piece, rows)
+
+    def _ahead_bytes(self, room: int) -> int:
+        return self.ahead.sent_bytes(room)
 
     def _sent(self, room: SendingRoom, failure: str | None) -> None:
         self._forget_overlap(room.room)

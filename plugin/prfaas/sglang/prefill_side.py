@@ -180,7 +180,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
             return
         self.asked.under_way(chunk.room)
         self.update_status(chunk.room, compat.KVPoll.Transferring)
-        self.verification.sending(chunk)
+        self.verification.sending(chunk, self._ahead_bytes(chunk.room))
         last: list[Part] = []
         for peer in peers:
             session = peer.mooncake_session_id
@@ -236,6 +236,10 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         self._must_plan(failed, "auxiliary data")
         planned.append((TransferKind.AUX, recorder.segments()))
         return planned
+
+    def _ahead_bytes(self, room: int) -> int:
+        """What of a room's KV has left before its chunks were handed over."""
+        return 0
 
     def _plan_kv(
         self, chunk: Any, request: Any, have: Any, wanted: Any, executor: InlineExecutor

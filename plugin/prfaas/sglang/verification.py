@@ -52,8 +52,10 @@ class Verification:
 
     # Prefill side
 
-    def sending(self, chunk: Any) -> None:
-        """Digest a chunk's source before it goes; the last one writes the row. One thread a room."""
+    def sending(self, chunk: Any, ahead_bytes: int = 0) -> None:
+        """Digest a chunk's source before what is left of it goes; the last one writes the row, with how much
+        of the room's KV had left before its chunks. One thread a room.
+        """
         if self._rows is None:
             return
         args = self._args
@@ -75,6 +77,7 @@ class Verification:
             chunk.prefill_aux_index,
             sent.n_chunks,
             begun_s=sent.begun_s,
+            ahead_bytes=ahead_bytes,
         )
 
     def fault(self, kind: TransferKind, segments: Segments, room: int) -> Segments:
@@ -129,6 +132,7 @@ class Verification:
         n_chunks: int,
         generation: int = 0,
         begun_s: float | None = None,
+        ahead_bytes: int = 0,
     ) -> None:
         assert self._rows is not None
         args = self._args
@@ -149,6 +153,7 @@ class Verification:
                 "room": room,
                 "generation": generation,
                 "n_chunks": n_chunks,
+                "ahead_bytes": ahead_bytes,
                 # CLOCK_MONOTONIC, which all processes of a machine share.
                 "begun_s": begun_s,
                 "at_s": time.monotonic(),

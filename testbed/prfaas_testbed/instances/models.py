@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,21 @@ K_MODELS: dict[str, TinyModel] = {
             # Beyond, decode's torch_native attention reads outside of the pool of windows.
             longest_prompt_tokens=1024,
         ),
+        TinyModel(
+            name="wide",
+            kind="full attention without groups, 8 layers (Llama): much KV for its compute",
+            kv_bytes_per_token=2 * 4 * 32 * 8 * K_BYTES_PER_VALUE,
+            # A long prompt is computed, and handed over, in pieces.
+            server_args=("--chunked-prefill-size", "1024"),
+        ),
     )
 }
 
 
-def make_all(directory: Path) -> None:
-    """Make every model afresh; each appears whole or not at all."""
+def make_all(directory: Path, names: Sequence[str] = tuple(K_MODELS)) -> None:
+    """Make these models afresh; each appears whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name in K_MODELS:
+    for name in names:
         make(name, directory)
 
 
@@ -140,6 +147,13 @@ def _make_dense(directory: Path) -> None:
     # A wide initialiser, so that tokens depend on far context and a missing page shows.
     config = LlamaConfig(**_COMMON, num_key_value_heads=2, initializer_range=0.3)
     _save(config, LlamaForCausalLM, 0, directory)
+
+
+def _make_wide(directory: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {**_COMMON, "num_hidden_layers": 8}
+    _save(LlamaConfig(**shape, num_key_value_heads=4, initializer_range=0.3), LlamaForCausalLM, 4, directory)
 
 
 def _make_hybrid(directory: Path) -> None:
@@ -240,14 +254,16 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "hybrid": _make_hybrid,
     "mla": _make_mla,
     "window": _make_window,
+    "wide": _make_wide,
 }
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 2:
-        sys.stderr.write("usage: models.py DIR\n")
+    names = argv[2:] or list(K_MODELS)
+    if len(argv) < 2 or not set(names) <= set(K_MODELS):
+        sys.stderr.write(f"usage: models.py DIR [NAME…]; names: {', '.join(K_MODELS)}\n")
         return 2
-    make_all(Path(argv[1]))
+    make_all(Path(argv[1]), names)
     return 0
 
 

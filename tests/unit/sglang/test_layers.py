@@ -128,6 +128,8 @@ class Rig:
             v_buffer=[tensor(b) for b in self.ours[K_LAYERS:]],
         )
         self.queue: Queue[Any] = Queue()
+        self.ahead: list[int] = []
+        """Of each chunk that was handed over, what of its room had left before."""
         self.pump = CopyingPump()
         m = module.LayerSide.__new__(module.LayerSide)
         m.kv_args = SimpleNamespace(
@@ -142,7 +144,8 @@ class Rig:
         m.engine = RecordingEngine(self.pump, "s")  # type: ignore[arg-type]
         m.asked = SimpleNamespace(under_way=lambda room: None, end=lambda room: None)
         m.verification = SimpleNamespace(
-            sending=lambda chunk: None, fault=lambda kind, segments, room: segments
+            sending=lambda chunk, ahead_bytes: self.ahead.append(ahead_bytes),
+            fault=lambda kind, segments, room: segments,
         )
         m.sending = SendingRooms(self.pump, "rank 0", m._sent)  # type: ignore[arg-type]
         m._open_overlap(overlap, Sender)
@@ -326,7 +329,7 @@ def test_layers_leave_before_their_chunk_is_handed_over(rig: Rig) -> None:
     assert sent == [layer, 2 * layer, 3 * layer]
     rig.hand_over(req, 100)
     rig.work()
-    assert rig.pump.sent_bytes == 3 * layer
+    assert rig.pump.sent_bytes == rig.ahead[0] == 3 * layer
     assert rig.landed()
 
 
