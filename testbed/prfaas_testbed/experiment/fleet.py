@@ -60,7 +60,7 @@ class Fleet:
     fault: str | None = None
     """A control's, planted in the prefill servers."""
     given_up: set[str] = field(default_factory=set)
-    """Sites whose pump was killed for good: the site's servers start another, which isn't ours to watch."""
+    """Sites whose pump was killed: a server of the site started another, which isn't ours to watch."""
     clocks: Clocks | None = None
 
     @property
@@ -171,6 +171,8 @@ class Fleet:
         if any(event.do == "step_clock" for event in self.experiment.events()):
             self.clocks = Clocks(self.folder / "clocks")
         moving = sorted({i.site for i in self.experiment.instances if i.role != "collocated"})
+        if self.experiment.transfer.engine != "prfaas":
+            moving = []  # its servers move KV themselves
         if self.experiment.transfer.tls and moving:
             self._make_keys(moving)
         for site in moving:
@@ -206,11 +208,15 @@ class Fleet:
             for other in folders.values():
                 keys.trust(folder, other / keys.K_AUTHORITY_CERTIFICATE)
 
+    @staticmethod
+    def control_socket(site: str) -> Path:
+        return Path(f"/run/prfaas-{site}.sock")
+
     def _pump(self, site: str) -> dict[str, Any]:
         config: dict[str, Any] = {
             "site": site,
             "listen": f"{self.net.sites[site].address}:{K_PUMP_PORT}",
-            "control_socket": f"/run/prfaas-{site}.sock",
+            "control_socket": str(self.control_socket(site)),
         }
         if self.experiment.transfer.streams is not None:
             config["min_streams"] = config["max_streams"] = self.experiment.transfer.streams
@@ -277,12 +283,13 @@ class Fleet:
             backend["verify"] = {"directory": str(self.digests)}
         if self.fault is not None and instance.role == "prefill":
             backend["faults"] = {"kv": {"zero_kv": "zero", "drop_page": "drop_page"}[self.fault]}
-        config = write_json(self.folder / f"{name}.yaml", backend)
+        engine = self.experiment.transfer.engine
+        config = write_json(self.folder / f"{name}.yaml", backend) if engine == "prfaas" else None
         bootstrap = port + K_BOOTSTRAP_OFFSET
         spec = ServerSpec(
             role=instance.role if instance.role != "collocated" else "plain",
             model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
-            bootstrap_port=bootstrap, config_path=config, extra_env=self.environment(site.name),
+            bootstrap_port=bootstrap, backend=engine, config_path=config, extra_env=self.environment(site.name),
             extra_args=(*K_SAME_CHUNKS, *(K_BY_PRIORITY if self.experiment.ordered() else ())),
         )  # fmt: skip
         server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))

@@ -38,6 +38,7 @@ from prfaas.config.run import EventRow
 from prfaas.config.topology import Impairments, LinkChange
 from prfaas.model.errors import PrfaasError
 from prfaas.pump import keys
+from prfaas.pump_client.launch import connect
 from prfaas_testbed.experiment.fleet import K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.sites import cut_streams
 from prfaas_testbed.experiment.upset import empty_disk, fill_disk
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 K_BESIDE = CutStream | Kill | FillDisk | ReplaceCertificate | CrossTraffic | Hostile
 """What takes time, and must not hold up the next."""
+K_OTHER_PUMP_S = 5.0  # it took the port first, and answers soon
 K_HOSTILE_S = 20.0  # it waits for live segments, and sends
 
 
@@ -218,10 +220,28 @@ class Timeline:
             self._record(step, at_s, instance=event.instance, what=event.what)
         else:
             process.start()
-            process.wait_ready(lambda line: None)
+            by: dict[str, str] = {}
+            try:
+                process.wait_ready(lambda line: None)
+            except PrfaasError:
+                # A server that missed its pump may have started one first. Both can be on the way.
+                if event.what != "pump" or not self._pump_answers(server.site):
+                    raise
+                self._fleet.given_up.add(server.site)
+                by = {"by": "a server that missed it"}
             self._record(
-                step, at_s, instance=event.instance, what=event.what, ready_s=time.monotonic() - at_s
+                step, at_s, instance=event.instance, what=event.what, ready_s=time.monotonic() - at_s, **by
             )
+
+    def _pump_answers(self, site: str) -> bool:
+        end_s = time.monotonic() + K_OTHER_PUMP_S
+        while time.monotonic() < end_s:
+            sock = connect(self._fleet.control_socket(site))
+            if sock is not None:
+                sock.close()
+                return True
+            time.sleep(0.05)
+        return False
 
     def _disk(self, step: Step) -> None:
         disk, at_s = self._fleet.folder, time.monotonic()

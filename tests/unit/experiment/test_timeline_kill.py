@@ -1,0 +1,62 @@
+"""A killed pump comes back: by the timeline, or by a server that missed it sooner."""
+
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from prfaas.config.experiment import Kill
+from prfaas.model.errors import PrfaasError
+from prfaas_testbed.experiment import timeline as module
+from prfaas_testbed.experiment.timeline import Timeline
+
+
+class Pump:
+    """Like a Program whose port another process has."""
+
+    pid = None
+
+    def kill(self) -> None: ...
+
+    def start(self) -> None: ...
+
+    def wait_ready(self, progress: Any) -> None:
+        raise PrfaasError("pump-west ended with 3: listen: Address already in use")
+
+
+def rows_of_a_kill(control: Path) -> tuple[list[Any], set[str]]:
+    fleet: Any = SimpleNamespace(
+        named=lambda name: SimpleNamespace(site="west", process=Pump()),
+        pumps={"west": Pump()},
+        given_up=set(),
+        control_socket=lambda site: control,
+    )
+    event = Kill.model_validate(
+        {"do": "kill", "at_s": 0, "instance": "decode", "what": "pump", "restart_after_s": 0.05}
+    )
+    timeline = Timeline([event], SimpleNamespace(), fleet)  # type: ignore[arg-type]
+    timeline.start(time.monotonic())
+    timeline._thread.join()
+    return timeline.finish(), fleet.given_up
+
+
+def test_a_pump_that_a_server_brought_back_first_is_back(tmp_path: Path) -> None:
+    control = tmp_path / "pump.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as there:
+        there.bind(str(control))
+        there.listen()
+        rows, given_up = rows_of_a_kill(control)
+    end = rows[-1].model_dump()
+    assert (end["event"], end["by"]) == ("kill_end", "a server that missed it")
+    assert not end.get("failed")
+    assert given_up == {"west"}
+
+
+def test_a_pump_that_nobody_brings_back_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "K_OTHER_PUMP_S", 0.2)
+    rows, given_up = rows_of_a_kill(tmp_path / "nobody.sock")
+    assert "Address already in use" in rows[-1].model_dump()["failed"]
+    assert given_up == set()
