@@ -26,7 +26,7 @@ from prfaas.model.ids import RequestId, SiteId
 from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.answers import BookingPolicy
 from prfaas.routing.base import Fleet, register_policy
-from prfaas.routing.due import DueQueues
+from prfaas.routing.due import DueQueue, DueQueues
 from prfaas.routing.pricing import PriceList, Way
 from prfaas.routing.tenants import TenantShares
 
@@ -122,28 +122,33 @@ class PricesPolicy(BookingPolicy):
         }
         prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
         miss_s = K_MISS_S * self._weight(request)
-        best, best_order_s, best_cost = None, 0.0, math.inf
-        for path, price in zip(paths, prices, strict=True):
+        best, best_at, best_order_s, best_cost = None, -1, 0.0, math.inf
+        for at, (path, price) in enumerate(zip(paths, prices, strict=True)):
             if not path.feasible:
                 continue
-            instances, queue = (
-                snapshot.sites[path.prefill_site].prefill_instances,
-                self.due.at(path.prefill_site),
-            )
             backlog_s = backlogs_s[path.prefill_site]
-            for order_s in (behind_s, in_time_s):  # behind where both cost the same: it is late anyway
-                there = self._after(
-                    request, path, snapshot, queue.ahead_s(order_s, backlog_s) / instances, now
-                )
-                if order_s == behind_s:
-                    cost = there.ttft_s + miss_s
-                else:
-                    late = now + there.ttft_s + K_MARGIN_S > deadline_s
-                    delayed = queue.delayed(order_s, path.prefill_s, instances, backlog_s, now)
-                    cost = there.ttft_s + price + miss_s * late + K_MISS_S * len(delayed)
-                if cost < best_cost:
-                    object.__setattr__(there, "price", 0.0 if order_s == behind_s else price)
-                    best, best_order_s, best_cost = there, order_s, cost
+            instances = snapshot.sites[path.prefill_site].prefill_instances
+            queue = self.due.at(path.prefill_site)
+            there = self._after(request, path, snapshot, queue, in_time_s, backlog_s, now)
+            late = now + there.ttft_s + K_MARGIN_S > deadline_s
+            delayed = queue.delayed(in_time_s, path.prefill_s, instances, backlog_s, now)
+            cost = there.ttft_s + price + miss_s * late + K_MISS_S * len(delayed)
+            if cost < best_cost:
+                best, best_at, best_order_s, best_cost = there, at, in_time_s, cost
+        if best is not None:
+            object.__setattr__(best, "price", prices[best_at])
+        # Behind costs miss_s at least, and is seldom looked at. It wins where both cost the same: it is late
+        # anyway.
+        for at, path in enumerate(paths) if best_cost >= miss_s else ():
+            if not path.feasible:
+                continue
+            queue, backlog_s = self.due.at(path.prefill_site), backlogs_s[path.prefill_site]
+            there = self._after(request, path, snapshot, queue, behind_s, backlog_s, now)
+            cost = there.ttft_s + miss_s
+            if cost < best_cost or (cost == best_cost and at <= best_at and best_order_s == in_time_s):
+                best, best_at, best_order_s, best_cost = there, at, behind_s, cost
+        if best is not None and best_order_s == behind_s:
+            object.__setattr__(best, "price", 0.0)
         if best is None:
             return self.no_path(request, now, paths)
         if self.config.shed and request.attempt == 0 and best_order_s == behind_s:
@@ -155,11 +160,21 @@ class PricesPolicy(BookingPolicy):
         )
 
     def _after(
-        self, request: RequestView, path: PathPrediction, snapshot: Snapshot, queue_s: float, now: float
+        self,
+        request: RequestView,
+        path: PathPrediction,
+        snapshot: Snapshot,
+        queue: DueQueue,
+        order_s: float,
+        backlog_s: float,
+        now: float,
     ) -> PathPrediction:
-        """The path with another wait."""
+        """The path with the wait that a place in its queue has; itself where all that waits is before it."""
+        if not queue.entries or queue.entries[-1].order_s <= order_s:
+            return path
         giver = None if path.cache_move is None else path.cache_move.source
-        return self.paths.predict(request, snapshot, path.prefill_site, path.decode_site, now, giver, queue_s)
+        wait_s = queue.ahead_s(order_s, backlog_s) / snapshot.sites[path.prefill_site].prefill_instances
+        return self.paths.predict(request, snapshot, path.prefill_site, path.decode_site, now, giver, wait_s)
 
     def on_prefill_done(self, *, request: RequestId, now: float) -> None:
         super().on_prefill_done(request=request, now=now)
