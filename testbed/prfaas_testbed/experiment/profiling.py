@@ -99,7 +99,7 @@ def measure(
 ) -> Measured:
     """Start a plain server of the model, measure it, and hold a profiled instance against it (`rounds` 0:
     don't)."""
-    ports = _free_ports(2)
+    ports = free_ports(2)
     spec = ServerSpec(
         role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=ports[0],
         extra_args=K_SAME_CHUNKS,
@@ -208,7 +208,7 @@ def _profile(
     }
 
 
-def _free_ports(n: int) -> list[int]:
+def free_ports(n: int) -> list[int]:
     """Below the range that outgoing connections are given, for a server takes a minute to bind."""
     found: list[int] = []
     while len(found) < n:
