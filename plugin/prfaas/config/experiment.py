@@ -292,6 +292,8 @@ class CheckSpec(Strict):
 class Transfer(Strict):
     """How KV travels between sites."""
 
+    engine: Literal["prfaas", "mooncake_tcp"] = "prfaas"
+    """`mooncake_tcp`: SGLang's stock backend of that name, real servers without pumps, for comparison."""
     streams: Annotated[int, Field(ge=1, le=64)] | None = None
     """TCP connections a peer; None leaves the choice to the engine."""
     tls: bool = True
@@ -359,6 +361,8 @@ class Experiment(Strict):
                     raise ValueError(f"model {model.name} needs a profile: profiled instances take its times")
         if self.capacity is not None and self.slo_ttft_s is None:
             raise ValueError("a capacity search needs slo_ttft_s")
+        if self.transfer.engine != "prfaas" and self.kinds() != {"sglang"}:
+            raise ValueError(f"transfer.engine {self.transfer.engine} is one of real servers alone")
         roles = {instance.role for instance in self.instances}
         if ("prefill" in roles) != ("decode" in roles):
             raise ValueError("prefill and decode instances come together")

@@ -13,6 +13,7 @@ from typing import Any
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.claim import (
     bandwidth,
+    baselines,
     bursts,
     capacity,
     faults,
@@ -38,6 +39,7 @@ PIECES: dict[str, Piece] = {
         steps.PIECE,
         handover.PIECE,
         faults.PIECE,
+        baselines.PIECE,
         memory.PIECE,
     )
 }
@@ -60,6 +62,20 @@ def measure(name: str, repetitions: int, say: Callable[[str], None]) -> dict[str
     """
     begun = time.monotonic()
     return _record(name, piece(name).world, repetitions, begun, lambda: piece(name).measure(repetitions, say))
+
+
+def kept(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The record with what one before has of parts that it hasn't. Raises UsageError where a piece's rows
+    don't say of which part they are.
+    """
+    if not all("part" in row for one in (record, before) for row in (*one["rows"], *one["runs"])):
+        raise UsageError(f"{record['piece']}: its rows have no parts to keep; add all runs at once")
+    fresh = {run["part"] for run in record["runs"]}
+    return {
+        **record,
+        **{name: [one for one in before[name] if one["part"] not in fresh] + record[name]
+           for name in ("rows", "runs")},
+    }  # fmt: skip
 
 
 def gather(name: str, folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:

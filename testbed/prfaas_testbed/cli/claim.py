@@ -26,6 +26,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add.add_argument("piece", metavar="PIECE")
     add.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that hold a run.json")
     add.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    add.add_argument(
+        "--keep", action="store_true", help="parts that these runs don't have stay in the record as they are"
+    )
     add.set_defaults(run=gather)
     report = commands.add_parser("report", help="README.md and figures from the records")
     report.add_argument("folder", type=Path, nargs="?", default=K_FOLDER, metavar="DIR")
@@ -60,7 +63,7 @@ def _run_and_gather(name: str, out: Path) -> None:
     # A check that fell short is told by the run, and shows in the record.
     asked.run(asked)
     folder = max((out / "runs" / f"claim-{name}").iterdir())
-    gather(argparse.Namespace(piece=name, runs=[folder], out=out))
+    gather(argparse.Namespace(piece=name, runs=[folder], out=out, keep=False))
 
 
 def gather(args: argparse.Namespace) -> int:
@@ -68,6 +71,8 @@ def gather(args: argparse.Namespace) -> int:
 
     pieces.check_folder(args.out)
     record = pieces.gather(args.piece, args.runs, lambda line: _say(f"  {line}\n"))
+    if args.keep:
+        record = pieces.kept(record, pieces.read(args.out / f"{args.piece}.json"))
     _say(f"{args.piece}: {pieces.write(record, args.out)}\n")
     return EXIT_OK
 

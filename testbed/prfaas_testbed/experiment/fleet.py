@@ -289,7 +289,8 @@ class Fleet:
         spec = ServerSpec(
             role=instance.role if instance.role != "collocated" else "plain",
             model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
-            bootstrap_port=bootstrap, backend=engine, config_path=config, extra_env=self.environment(site.name),
+            bootstrap_port=bootstrap, backend=engine, config_path=config,
+            extra_env=self.environment(site.name),
             extra_args=(*K_SAME_CHUNKS, *(K_BY_PRIORITY if self.experiment.ordered() else ())),
         )  # fmt: skip
         server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))

@@ -82,6 +82,19 @@ def test_its_section_is_made_of_the_record_alone(tmp_path: Path) -> None:
     assert 1.3 < float(ratio.split()[0]) < 1.7
 
 
+def test_what_a_later_run_has_no_part_of_can_be_kept(tmp_path: Path) -> None:
+    write_run(run_of(1.0), tmp_path / "both")
+    write_run(run_of(1.2, K_PARTS[1:]), tmp_path / "one")
+    before = pieces.gather("testbed", [tmp_path / "both"], lambda line: None)
+    fresh = pieces.gather("testbed", [tmp_path / "one"], lambda line: None)
+    whole = pieces.kept(fresh, before)
+    assert {run["part"] for run in whole["runs"]} == set(K_PARTS)
+    assert [row["part"] for row in whole["rows"]] == [part for part in K_PARTS for _ in range(2)]
+    assert whole["rows"][2:] == fresh["rows"]
+    with pytest.raises(UsageError, match="no parts to keep"):
+        pieces.kept({"piece": "x", "rows": [{"a": 1}], "runs": []}, before)
+
+
 def test_columns_come_back_as_they_were_written() -> None:
     (_, experiment), *_ = [one for one in runs.parts(testbed.K_EXPERIMENT) if one[0] == "two-sites-0.9"]
     requests = worlds.requests_of_testbed(experiment)[:30]

@@ -1,0 +1,163 @@
+"""Piece `baselines`: SGLang's stock `mooncake_tcp` and ours on the same link, with real servers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prfaas.figures import new_figure, save
+from prfaas_testbed.claim.faults import fate
+from prfaas_testbed.claim.gathering import by_hand, gathered
+from prfaas_testbed.claim.judge import Goal, Piece, table
+from prfaas_testbed.experiment.view import field
+
+K_EXPERIMENT = "claim-baselines"
+K_OURS, K_STOCK = "prfaas", "mooncake_tcp"
+K_COLOURS = {K_OURS: "#0072B2", K_STOCK: "#D55E00"}
+
+
+def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Raises UsageError: it takes a network and real servers."""
+    raise by_hand("baselines", K_EXPERIMENT)
+
+
+def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
+    """A row a request; every run of a part is a further repetition of its rounds. Raises UsageError."""
+    rows: list[dict[str, Any]] = []
+    parts = gathered(folders, K_EXPERIMENT)
+    played: Counter[tuple[str, str]] = Counter()
+    for one in parts:
+        for repetition in one.run.repetitions:
+            events = [row for row in repetition.events if one.view.ours(row) and row.event == "round"]
+            for event in events:
+                name = str(field(event, "round"))
+                rows += [
+                    {
+                        "part": one.part, "fault": name, "repetition": played[one.part, name],
+                        "sent_s": row.sent_s, "ttft_s": row.ttft_s, "e2e_s": row.e2e_s,
+                        "prompt_tokens": row.prompt_tokens, "far": field(row, "transfer") == "wan",
+                        "equal": row.tokens_equal, "error": row.error,
+                    }
+                    for row in repetition.requests if one.view.ours(row)
+                ]  # fmt: skip
+                played[one.part, name] += 1
+    data = {"rows": rows, "runs": [one.brief for one in parts]}
+    for fault, part in _cells(data):
+        median_s = np.median(_ttfts_s(data, part, fault) or [np.nan])
+        say(f"{fault}, {part}: {dict(_fates(data, part, fault))}, median {median_s:.2f} s")
+    return data
+
+
+def _cells(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """(condition, engine), ours first."""
+    faults = dict.fromkeys(row["fault"] for row in data["rows"])
+    parts = {row["part"] for row in data["rows"]}
+    return [(fault, part) for fault in faults for part in (K_OURS, K_STOCK) if part in parts]
+
+
+def _rows(data: dict[str, Any], part: str, fault: str) -> list[dict[str, Any]]:
+    return [row for row in data["rows"] if (row["part"], row["fault"]) == (part, fault)]
+
+
+def _fates(data: dict[str, Any], part: str, fault: str) -> Counter[str]:
+    return Counter(map(fate, _rows(data, part, fault)))
+
+
+def _ttfts_s(data: dict[str, Any], part: str, fault: str) -> list[float]:
+    """Of what was prefilled in the other site and answered rightly."""
+    return [
+        row["ttft_s"] for row in _rows(data, part, fault)
+        if row["far"] and fate(row) == "equal" and row["ttft_s"] is not None
+    ]  # fmt: skip
+
+
+def goals(data: dict[str, Any]) -> list[Goal]:
+    """Ours never fails where the stock engine answers, and isn't slower."""
+    conditions = list(dict.fromkeys(fault for fault, _ in _cells(data)))
+    missing, slower = {}, {}
+    for fault in conditions:
+        ours, stock = (_fates(data, part, fault) for part in (K_OURS, K_STOCK))
+        missing[fault] = (sum(ours.values()) - ours["equal"], sum(stock.values()) - stock["equal"])
+        pair = [_ttfts_s(data, part, fault) for part in (K_OURS, K_STOCK)]
+        slower[fault] = float(np.median(pair[0]) / np.median(pair[1])) if all(pair) else float("nan")
+    return [
+        Goal(
+            "on real servers, ours leaves no more requests without a right answer than mooncake_tcp",
+            "; ".join(f"{fault}: {ours} against {stock}" for fault, (ours, stock) in missing.items()),
+            all(ours <= stock for ours, stock in missing.values()),
+        ),
+        Goal(
+            "its first tokens from the other site come no later than mooncake_tcp's (median)",
+            "; ".join(f"{fault}: {ratio:.2f} of its TTFT" for fault, ratio in slower.items()),
+            all(ratio <= 1.0 for ratio in slower.values() if not np.isnan(ratio)),
+        ),
+    ]
+
+
+def tell(data: dict[str, Any]) -> str:
+    """A table of conditions and engines."""
+    lines = []
+    for fault, part in _cells(data):
+        rows, fates, ttfts_s = (
+            _rows(data, part, fault),
+            _fates(data, part, fault),
+            _ttfts_s(data, part, fault),
+        )
+        near_s = [row["ttft_s"] for row in rows if not row["far"] and fate(row) == "equal"]
+        shown = [f"{np.quantile(ttfts_s, q):.2f}" if ttfts_s else "–" for q in (0.5, 0.9)]
+        lines.append(
+            [
+                f"{fault}, {part}", f"{len({row['repetition'] for row in rows})}", f"{len(rows)}",
+                *(f"{fates[name]}" for name in ("equal", "refused", "wrong", "lost")),
+                f"{sum(row['far'] for row in rows)}", *shown,
+                f"{np.median(near_s):.2f}" if near_s else "–",
+            ]
+        )  # fmt: skip
+    head = [
+        "link, engine", "times", "requests", "equal", "refused", "wrong", "lost", "prefilled far",
+        "their TTFT P50, s", "P90", "near: P50",
+    ]  # fmt: skip
+    return table(head, lines) + K_TOLD
+
+
+K_TOLD = """
+Real SGLang servers on CPU with the dense test model: prefill in both sites, decode, the router and the plain
+server in west; 40 ms, 200 Mbit/s and 0.1% loss. The router has the report's policy with a threshold of 1,024
+tokens; 1.5 requests a second of 256 to 4,096 tokens for 20 s, the same for both engines. *Wrong*: a whole
+answer whose tokens differ from the plain server's. *Lost*: neither an answer nor an error within 60 s, or a
+connection that just ended. Ours has mutual TLS and checks every piece; mooncake_tcp has neither. KV of a test
+model is small (1 KiB a token), so that prefill on a shared CPU is most of a first token's time here.
+"""
+
+
+def draw(data: dict[str, Any], folder: Path) -> list[str]:
+    """First tokens of what was prefilled in the other site, as shares."""
+    conditions = list(dict.fromkeys(fault for fault, _ in _cells(data)))
+    figure, axes = new_figure(1, len(conditions), width=3.2, height=2.8, sharey=True)
+    drawn: list[list[Any]] = []
+    for fault, panel in zip(conditions, axes, strict=True):
+        for part in (K_OURS, K_STOCK):
+            rows = [row for row in _rows(data, part, fault) if row["far"]]
+            ttfts_s = sorted(_ttfts_s(data, part, fault))
+            if rows:
+                # Of all that were sent there: what has no right answer never comes.
+                share = np.arange(1, len(ttfts_s) + 1) / len(rows)
+                panel.step(ttfts_s, share, where="post", color=K_COLOURS[part], label=part)
+                drawn += [
+                    [fault, part, round(a, 4), round(float(b), 4)]
+                    for a, b in zip(ttfts_s, share, strict=True)
+                ]
+        panel.set(title=fault, xlabel="TTFT, s", xlim=(0, None), ylim=(0, 1.02))
+    axes[0].set_ylabel("share of requests")
+    axes[0].legend(loc="lower right")
+    paths = save(figure, folder, "baselines", ["condition", "engine", "TTFT, s", "share"], drawn)
+    return [path.name for path in paths if path.suffix == ".png"]
+
+
+PIECE = Piece(
+    "baselines", "Beside SGLang's mooncake_tcp, on real servers", measure, goals, draw, tell, gather
+)

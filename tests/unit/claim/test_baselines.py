@@ -1,0 +1,66 @@
+"""Two engines on one link: what each left without a right answer, and when first tokens came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prfaas.config.run import Run, write_run
+from prfaas.model.errors import UsageError
+from prfaas_testbed.claim import baselines, pieces, runs
+
+
+def run_of(ttfts_s: dict[str, float], wrong: str = "") -> Run:
+    """A run whose engines have these first tokens; the last answer of `wrong` is another than the plain
+    server's."""
+    known = dict(runs.parts(baselines.K_EXPERIMENT))
+    rows: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
+    for part, ttft_s in ttfts_s.items():
+        for i in range(4):
+            rows.append(
+                {"part": part, "id": f"r{i}", "model": "dense", "prompt_tokens": 2000, "sent_s": 1.0 * i,
+                 "ttft_s": ttft_s + 0.1 * i, "e2e_s": 2.0, "tokens_equal": not (part == wrong and i == 3),
+                 "transfer": "wan" if i else "local"}
+            )  # fmt: skip
+        events.append({"part": part, "model": "dense", "at_s": 0.0, "event": "round", "round": "healthy"})
+    definitions = {part: known[part].model_dump(mode="json", exclude_defaults=True) for part in ttfts_s}
+    return Run.model_validate(
+        {"experiment": baselines.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
+         "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "parts": list(ttfts_s),
+         "definition": {"parts": definitions},
+         "part_runs": {part: {"commit": "0" * 40, "started": "2026", "wall_s": 60.0} for part in ttfts_s},
+         "repetitions": [{"index": 0, "requests": rows, "events": events}]}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours_s", "wrong", "reached"),
+    [(0.5, "", [True, True]), (0.5, "prfaas", [False, True]), (1.5, "mooncake_tcp", [True, False])],
+)
+def test_ours_is_judged_beside_the_stock_engine(
+    tmp_path: Path, ours_s: float, wrong: str, reached: list[bool]
+) -> None:
+    write_run(run_of({"mooncake_tcp": 1.0, "prfaas": ours_s}, wrong), tmp_path)
+    data = pieces.gather("baselines", [tmp_path], lambda line: None)
+    assert [goal.reached for goal in baselines.goals(data)] == reached
+    assert "| healthy, prfaas | 1 | 4 |" in baselines.tell(data)
+    assert baselines.draw(data, tmp_path / "figures") == ["baselines.png"]
+
+
+def test_a_further_run_is_a_further_repetition(tmp_path: Path) -> None:
+    write_run(run_of({"mooncake_tcp": 1.0, "prfaas": 0.5}), tmp_path / "a")
+    write_run(run_of({"prfaas": 0.6}), tmp_path / "b")
+    data = pieces.gather("baselines", [tmp_path / "a", tmp_path / "b"], lambda line: None)
+    assert "| healthy, prfaas | 2 | 8 |" in baselines.tell(data)
+    assert "| healthy, mooncake_tcp | 1 | 4 |" in baselines.tell(data)
+
+
+def test_both_engines_get_the_same_requests_on_the_same_link() -> None:
+    stock, ours = (one for _, one in runs.parts(baselines.K_EXPERIMENT))
+    assert stock.transfer.engine == "mooncake_tcp"
+    assert ours.model_copy(update={"transfer": stock.transfer}) == stock
+    with pytest.raises(UsageError, match="claim add baselines"):
+        pieces.measure("baselines", 1, lambda line: None)
