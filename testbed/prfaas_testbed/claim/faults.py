@@ -261,7 +261,7 @@ def tell(data: dict[str, Any]) -> str:
 
 K_TOLD = """
 Real SGLang servers on CPU, prefill in east alone, decode, the router and the plain server in west, 40 ms and
-200 Mbit/s with 0.1% loss between them. Each row's rounds played the same thirty requests (Poisson, 2.5 a
+200 Mbit/s with 0.1% loss between them. Each row's rounds played the same 36 requests (Poisson, 2.5 a
 second; the 30 s of a dead link over 42 s), the trouble 4 s after the first. *Refused*: an error in the
 server's or the router's own words; where the router was killed, a reset as well. *Lost*: neither an answer
 nor an error within 60 s, or a connection that just ended. *Recovery*: the longest of the rounds, from the
