@@ -29,10 +29,9 @@ class LayerSide(PrefillSide):
         # With `end`: chunks that wait for the last, by room.
         self.kept: dict[int, list[Any]] = {}
         watching = overlap == "layer" and self.disaggregation_mode == compat.DisaggregationMode.PREFILL
+        on_gpu = str(getattr(self.server_args, "device", "cpu")).startswith("cuda")
         layers.use(
-            layers.LayerWatch(self.kv_args, sender_class, self._queue_of, compat.has_cuda())
-            if watching
-            else None
+            layers.LayerWatch(self.kv_args, sender_class, self._queue_of, on_gpu) if watching else None
         )
 
     def _forget_overlap(self, room: int) -> None:

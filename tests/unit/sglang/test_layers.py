@@ -137,6 +137,7 @@ class Rig:
             kv_item_lens=[page * K_TOKEN_BYTES] * len(self.ours),
             aux_data_ptrs=[int(self.aux.ctypes.data)],
         )
+        m.server_args = SimpleNamespace(device="cpu")
         m.disaggregation_mode, m.attn_tp_size, m.deadline_s = Mode.PREFILL, 1, 30.0
         m.is_mla_backend = m.is_hybrid_mla_backend = False
         m.request_status = {K_ROOM: KVPoll.WaitingForInput}
@@ -267,7 +268,6 @@ def module() -> Iterator[ModuleType]:
             "MooncakeKVManager": StandInManager,
             "KVPoll": KVPoll,
             "DisaggregationMode": Mode,
-            "has_cuda": lambda: False,
             "unwrap_write_loc": lambda loc: (loc, None, None),
         }.items():
             patch.setitem(vars(compat), name, thing)
@@ -408,6 +408,20 @@ def test_what_fails_in_watching_costs_no_request(rig: Rig, caplog: pytest.LogCap
     assert ran == [1]
     assert "KV leaves chunk by chunk" in caplog.text
     assert layers._here is None
+
+
+def test_the_hooks_are_on_the_scheduler_and_on_both_kinds_of_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooked: list[tuple[str, str]] = []
+    registry = SimpleNamespace(register=lambda target, hook, kind: hooked.append((target, kind)))
+    monkeypatch.setitem(vars(compat), "HookRegistry", registry)
+    monkeypatch.setitem(vars(compat), "HookType", SimpleNamespace(AROUND="around", AFTER="after"))
+    layers.register_in_scheduler()
+    assert hooked == [
+        (compat.K_RUN_BATCH, "around"),
+        (compat.K_MHA_WRITE, "after"),
+        (compat.K_MLA_WRITE, "after"),
+        (compat.K_MLA_WRITE_PARTS, "after"),
+    ]
 
 
 def test_a_concluded_room_leaves_no_pieces(rig: Rig) -> None:
