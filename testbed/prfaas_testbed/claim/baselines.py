@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from prfaas.config.run import Repetition
 from prfaas.figures import new_figure, save
 from prfaas_testbed.claim.faults import fate
-from prfaas_testbed.claim.gathering import by_hand, gathered
+from prfaas_testbed.claim.gathering import Gathered, by_hand, gathered
 from prfaas_testbed.claim.judge import Goal, Piece, table
-from prfaas_testbed.experiment.view import field
+from prfaas_testbed.experiment.view import field, number
 
 K_EXPERIMENT = "claim-baselines"
 K_OURS, K_STOCK = "prfaas", "mooncake_tcp"
+K_HEALTHY = "healthy"
+K_ROLES = ("router", "pump", "prefill", "decode")
 K_COLOURS = {K_OURS: "#0072B2", K_STOCK: "#D55E00"}
 
 
@@ -28,6 +31,7 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
 def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
     """A row a request; every run of a part is a further repetition of its rounds. Raises UsageError."""
     rows: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
     parts = gathered(folders, K_EXPERIMENT)
     played: Counter[tuple[str, str]] = Counter()
     for one in parts:
@@ -44,12 +48,28 @@ def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any
                     }
                     for row in repetition.requests if one.view.ours(row)
                 ]  # fmt: skip
+                costs.append(
+                    {"part": one.part, "fault": name, "repetition": played[one.part, name],
+                     **_cpu_s(repetition, one)}
+                )  # fmt: skip
                 played[one.part, name] += 1
-    data = {"rows": rows, "runs": [one.brief for one in parts]}
+    data = {"rows": rows, "costs": costs, "runs": [one.brief for one in parts]}
     for fault, part in _cells(data):
         median_s = np.median(_ttfts_s(data, part, fault) or [np.nan])
         say(f"{fault}, {part}: {dict(_fates(data, part, fault))}, median {median_s:.2f} s")
     return data
+
+
+def _cpu_s(repetition: Repetition, one: Gathered) -> dict[str, float]:
+    """CPU seconds of a round by role, of all its processes together; and resident bytes at its end."""
+    found: dict[str, float] = {}
+    for row in repetition.events:
+        role = str(field(row, "role"))
+        if row.event == "cost" and one.view.ours(row) and role in K_ROLES:
+            found[role] = found.get(role, 0.0) + (number(row, "cpu_s") or 0.0)
+            held = f"{role}_rss_bytes"
+            found[held] = found.get(held, 0.0) + (number(row, "rss_bytes") or 0.0)
+    return found
 
 
 def _cells(data: dict[str, Any]) -> list[tuple[str, str]]:
@@ -121,7 +141,21 @@ def tell(data: dict[str, Any]) -> str:
         "link, engine", "times", "requests", "equal", "refused", "wrong", "lost", "prefilled far",
         "their TTFT P50, s", "P90", "near: P50",
     ]  # fmt: skip
-    return table(head, lines) + K_TOLD
+    return table(head, lines) + "\n" + _costs(data) + K_TOLD
+
+
+def _costs(data: dict[str, Any]) -> str:
+    """CPU a request and memory, by engine and role, on the healthy link."""
+    lines = []
+    for part in (K_OURS, K_STOCK):
+        rounds = [one for one in data["costs"] if one["part"] == part and one["fault"] == K_HEALTHY]
+        requests = len(_rows(data, part, K_HEALTHY))
+        if rounds and requests:
+            each = [1e3 * sum(one.get(role, 0.0) for one in rounds) / requests for role in K_ROLES]
+            held = [float(np.mean([one.get(f"{role}_rss_bytes", 0.0) for one in rounds])) for role in K_ROLES]
+            lines.append([part, *(f"{ms:.0f}" for ms in each), *(f"{size / 2**20:.0f}" for size in held)])
+    head = ["CPU ms a request, healthy", "router", "pumps", "prefill", "decode"]
+    return table([*head, *(f"{role}, MiB" for role in head[1:])], lines)
 
 
 K_TOLD = """
@@ -130,7 +164,9 @@ server in west; 40 ms, 200 Mbit/s and 0.1% loss. The router has the report's pol
 tokens; 1.5 requests a second of 256 to 4,096 tokens for 20 s, the same for both engines. *Wrong*: a whole
 answer whose tokens differ from the plain server's. *Lost*: neither an answer nor an error within 60 s, or a
 connection that just ended. Ours has mutual TLS and checks every piece; mooncake_tcp has neither. KV of a test
-model is small (1 KiB a token), so that prefill on a shared CPU is most of a first token's time here.
+model is small (1 KiB a token), so that prefill on a shared CPU is most of a first token's time here. CPU: of
+all processes of a role together, from before the first request until nothing is held; a real server's idle
+loop is in it. Memory: resident, shared libraries counted with each process.
 """
 
 

@@ -26,6 +26,12 @@ def run_of(ttfts_s: dict[str, float], wrong: str = "") -> Run:
                  "transfer": "wan" if i else "local"}
             )  # fmt: skip
         events.append({"part": part, "model": "dense", "at_s": 0.0, "event": "round", "round": "healthy"})
+        events += [
+            {"part": part, "model": "dense", "at_s": 9.0, "event": "cost", "name": name, "role": role,
+             "cpu_s": cpu_s, "wall_s": 9.0, "rss_bytes": 3 << 20}
+            for name, role, cpu_s in (("e", "pump", 0.2), ("w", "pump", 0.6), ("p", "plain", 9.0))
+            if part == "prfaas"
+        ]  # fmt: skip
     definitions = {part: known[part].model_dump(mode="json", exclude_defaults=True) for part in ttfts_s}
     return Run.model_validate(
         {"experiment": baselines.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
@@ -47,6 +53,8 @@ def test_ours_is_judged_beside_the_stock_engine(
     data = pieces.gather("baselines", [tmp_path], lambda line: None)
     assert [goal.reached for goal in baselines.goals(data)] == reached
     assert "| healthy, prfaas | 1 | 4 |" in baselines.tell(data)
+    # Both sites' pumps, 0.8 s for four requests.
+    assert "| prfaas | 0 | 200 | 0 | 0 | 0 | 6 | 0 | 0 |" in baselines.tell(data)
     assert baselines.draw(data, tmp_path / "figures") == ["baselines.png"]
 
 
