@@ -29,13 +29,13 @@ divided and round trips and loss are not. Whatever a scaled link shows of throug
 the CPU isn't the limit. Seeds vary arrivals and lengths; they don't vary profiles, so the intervals (95 %,
 Student's t over repetitions) say nothing of a profile's error.
 
-What ran on the testbed ran the product's own router, pumps and protocol in sites of their own over an emulated
-WAN, with profiled instances where a policy is judged and with real SGLang servers where an answer must be
-exact. Those are SGLang 0.5.23 on CPU with small models of random weights, all on one machine's few cores, so
-that they show what becomes of a request, and not how fast a GPU would have served it: no GPU memory, no RDMA,
-no tensor or pipeline parallelism is in any of it, sites have one server of each role, trouble comes one kind at
-a time, and what is killed is killed whole. A load is some tens of requests: a fault that strikes one request
-in a thousand can have gone unseen.
+What ran on the testbed ran the product's own router, pumps and protocol in sites of their own over an
+emulated WAN, with profiled instances where a policy is judged and with real SGLang servers where an answer
+must be exact. Those are SGLang 0.5.23 on CPU with small models of random weights, all on one machine's few
+cores, so that they show what becomes of a request, and not how fast a GPU would have served it: no GPU
+memory, no RDMA, no tensor or pipeline parallelism is in any of it, sites have one server of each role,
+trouble comes one kind at a time, and what is killed is killed whole. A load is some tens of requests: a fault
+that strikes one request in a thousand can have gone unseen.
 """
 
 
