@@ -11,14 +11,15 @@ import signal
 import sys
 
 from prfaas.config.router import load_router_config
-from prfaas.model.errors import EXIT_OK
+from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_OK
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "router",
         help="the OpenAI-compatible front door that decides where each prompt is prefilled",
-        description="SIGHUP (or POST /reload) reads the file again; SIGTERM lets running requests end.",
+        description="SIGHUP (or POST /reload) reads the file again; SIGTERM lets running requests end, "
+        "a second one ends at once.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see the README")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -46,11 +47,18 @@ def run(args: argparse.Namespace) -> int:
     async def main() -> None:
         router = Router(config, reread=lambda: load_router_config(args.config))
         if args.check:
+            sys.stdout.write(f"{args.config}: router, no fault found\n")
             return
         stop, reload = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            if stop.is_set():  # asked before, and tired of waiting: what is open is cut
+                os._exit(EXIT_INTERRUPTED)
+            stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, end)
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         await router.start()
         # What lives now lives long: leaving it out of collections keeps their pauses short.

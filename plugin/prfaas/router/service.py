@@ -321,6 +321,8 @@ class Router:
         """Take nothing new, let running requests end (for K_GRACE_S at most), close everything."""
         for listener in self._listeners:
             listener.close()
+        if self.clients.in_flight:
+            log.info("stopping: %d under way have %g s to end", self.clients.in_flight, K_GRACE_S)
         if self._runner is not None:
             await self._runner.cleanup()
         if self.door.background:

@@ -244,7 +244,10 @@ def test_a_port_that_is_taken_is_a_machine_error(stand: Any) -> None:
     asyncio.run(main())
 
 
-def test_the_command_serves_reloads_on_sighup_and_ends_on_sigterm(stand: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("second_signal", [None, signal.SIGINT])
+def test_the_command_serves_reloads_on_sighup_and_ends_on_sigterm(
+    stand: Any, tmp_path: Path, second_signal: signal.Signals | None
+) -> None:
     async def main() -> None:
         async with stand() as s:
             path = tmp_path / "router.yaml"
@@ -275,9 +278,22 @@ def test_the_command_serves_reloads_on_sighup_and_ends_on_sigterm(stand: Any, tm
                 path.write_text("models: 3")
                 process.send_signal(signal.SIGHUP)
                 assert "models" in await line_with("reload refused")
-                process.send_signal(signal.SIGTERM)
+                s.servers["west-d"].hold.clear()
+                body = {"prompt": "x", "stream": True}
+                async with s.session.post(f"http://{address}/v1/completions", json=body) as running:
+                    assert await running.content.readany()
+                    process.send_signal(signal.SIGTERM)
+                    assert "1 under way" in await line_with("stopping")
+                    again = second_signal is not None
+                    if again:
+                        process.send_signal(second_signal)
+                        with pytest.raises(aiohttp.ClientError):
+                            await running.read()
+                    s.servers["west-d"].hold.set()
+                    if not again:
+                        assert (await running.text()).endswith("data: [DONE]\n\n")
                 async with asyncio.timeout(50):
-                    assert await process.wait() == 0
+                    assert await process.wait() == (130 if again else 0)
             finally:
                 if process.returncode is None:
                     process.kill()
