@@ -107,6 +107,8 @@ class LinkEstimator:
         before = self._senders.get(seen.sender)
         was_waiting = before is not None and before.backlog_bytes > 0
         since_s = before.busy_since_s if before is not None and was_waiting else now
+        if seen.app_limited:
+            since_s = now  # what comes next has to gather speed first
         # Something waiting at both ends of the interval, after the streams gathered speed: the link was the
         # limit.
         ramp_s = min(1.0, max(K_RAMP_S, K_RAMP_RTTS * (self._rtt_s or 0.0)))

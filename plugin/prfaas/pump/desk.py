@@ -35,6 +35,8 @@ K_OVER = 1.1
 """
 K_BURST_S = 0.02
 K_HELD_SHARE = 0.5
+K_STARVED_SHARE = 0.1
+"""Of an interval in which there was nothing to send: more, and it doesn't show what the link carries."""
 K_ENDLESS_BPS = 1e15
 
 
@@ -310,12 +312,17 @@ class LinkDesk:
         backlog = sum(p.sending.backlog_bytes + p.sending.in_flight_bytes for p in peers)
         rtts = [peer.rtt_s for peer in peers if peer.rtt_s]
         rates = [s.info.delivery_rate_bps for p in peers for s in p.streams if s.info]
+        interval_s = now - self._at_s
+        # Each peer's streams share the link: it was kept busy while one of them had something to send.
+        starved_s = min((p.starved_s(now) for p in peers), default=interval_s)
         seen = LinkObservation(
-            link=self.link, at_s=now, interval_s=now - self._at_s, delivered_bytes=delta[0],
+            link=self.link, at_s=now, interval_s=interval_s, delivered_bytes=delta[0],
             backlog_bytes=backlog, rtt_s=min(rtts, default=None), retransmits=delta[1] // 1448,
             segments=delta[2], delivery_rate_bps=sum(rates) or None, failures=delta[3], sender=self.name,
-            # What its share held back says nothing against the link.
-            app_limited=self._held_s > K_HELD_SHARE * (now - self._at_s),
+            # What its share held back, or want of bytes, says nothing against the link.
+            app_limited=self._held_s > K_HELD_SHARE * interval_s
+            or starved_s > K_STARVED_SHARE * interval_s
+            or all(p.app_limited for p in peers),
         )  # fmt: skip
         self._before, self._at_s, self._held_s = sums, now, 0.0
         return seen, K_ENDLESS_BPS if backlog else 0.0

@@ -31,3 +31,14 @@ def windows_bytes(infos: Sequence[TcpInfo]) -> int:
     if len(infos) < 2 or min_rtt_s(infos) < K_LONG_PATH_S:
         return 0
     return sum(i.cwnd_packets * i.mss_bytes for i in infos)
+
+
+def all_app_limited(infos: Sequence[TcpInfo]) -> bool:
+    """Whether the kernel says of every stream that its sender was the limit: none was kept full."""
+    return all(i.app_limited for i in infos)
+
+
+def unsent_s(infos: Sequence[TcpInfo]) -> float:
+    """How long the kernel has to send from what it holds unsent, at the rate that it last delivered."""
+    rate_bps = sum(i.delivery_rate_bps for i in infos)
+    return sum(i.notsent_bytes for i in infos) * 8 / rate_bps if rate_bps else 0.0

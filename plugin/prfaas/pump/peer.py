@@ -35,6 +35,7 @@ from prfaas.transfer.frames import (
 )
 from prfaas.transfer.segments import Plan
 from prfaas.transfer.sending import Failed, SendEvent, Sending
+from prfaas.transfer.starving import Starving
 from prfaas.transfer.streams import StreamCount, block_bytes_for
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Peer(Handler):
         self._spreading = Spreading(pump.loop, self.kick)
         self._keep_warm = self._paced = False
         self._packer = Packer(pump.config.faults)
+        self._starving = Starving(now)
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
         self.alive = True
@@ -139,8 +141,30 @@ class Peer(Handler):
             total.add(stream.counters)
         return total
 
+    def starved_s(self, now: float) -> float:
+        """Time without anything to send that the receivers' windows had room for, since last asked."""
+        self._note_work(now)
+        return self._starving.take_s(now)
+
+    @property
+    def app_limited(self) -> bool:
+        """Whether the kernel says of all streams that they were not kept full."""
+        return gauges.all_app_limited(self._infos())
+
+    def _note_work(self, now: float) -> None:
+        has_work = self.sending.can_send()
+        if has_work != self._starving.starved:
+            return
+        lasts_s = 0.0
+        if not has_work:
+            for stream in self._streams.values():
+                stream.sample(now)
+            lasts_s = gauges.unsent_s(self._infos())
+        self._starving.look(has_work, now, lasts_s)
+
     def kick(self, now: float) -> None:
         """Let every stream that can take something have a turn."""
+        self._note_work(now)
         able = [s for s in self._streams.values() if s.ready and not s.waiting_to_write]
         if able and self._little_left():
             for stream in able:
@@ -153,6 +177,7 @@ class Peer(Handler):
                 stream.on_ready(W, now)
         if self.sending.backlog_bytes and self.n_ready and self._little_left():
             self._spreading.look_again(now)
+        self._note_work(now)
 
     def _little_left(self) -> bool:
         return self._spreading.little_left(self.sending.backlog_bytes)
@@ -254,6 +279,7 @@ class Peer(Handler):
         while True:
             draw = self.sending.draw(stream.index, now)
             if draw is None:
+                self._note_work(now)
                 return 0
             if desk is not None:
                 desk.spent(draw.payload_bytes)

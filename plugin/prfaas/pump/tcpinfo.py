@@ -37,6 +37,8 @@ class TcpInfo:
     delivery_rate_bps: float
     segments_out: int
     segments_in: int
+    app_limited: bool = False
+    """The kernel's last rate sample is of a stream that had nothing to send for a part of it."""
 
 
 def _u32(data: bytes, at: int) -> int:
@@ -65,6 +67,7 @@ def parse(data: bytes) -> TcpInfo:
         delivery_rate_bps=_u64(data, 160) * 8.0,
         segments_out=_u32(data, 136),
         segments_in=_u32(data, 140),
+        app_limited=len(data) > 7 and bool(data[7] & 1),
     )
 
 

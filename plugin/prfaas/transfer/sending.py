@@ -7,8 +7,8 @@ A block is pending, in flight on one stream, or acknowledged:
        +--nack, stream lost, peer restarted
 
 At a transfer's end, when nothing else can be sent, a block that has been in flight for long is sent once more
-over another stream (`hedge_after_s`): one stream that lost a packet doesn't hold up the rest. The receiver
-applies a block once, whichever copy comes first.
+over another stream (`hedge_after_s`, and within hedging.py's budget): one stream that lost a packet doesn't
+hold up the rest. The receiver applies a block once, whichever copy comes first.
 
 A transfer completes when every block is acknowledged, and fails by its deadline, the receiver's refusal or
 its owner's cancelling; either is said once, in one event. A stream's loss costs its unacknowledged blocks. No
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.transfer.frames import K_BLOCK_MAX_BYTES, Open
+from prfaas.transfer.hedging import HedgeBudget
 from prfaas.transfer.line import Line
 from prfaas.transfer.order import SendOrder
 from prfaas.transfer.segments import Plan
@@ -115,6 +116,7 @@ class Sending:
         self._flying: dict[int, int] = {}
         self.hedge_after_s = 1.0
         """How long a block may be in flight before an idle stream carries it as well."""
+        self.hedges = HedgeBudget()
         self._leases: dict[int, dict[int, _Transfer]] = {}
         self._block_bytes = 64 * 1024
         """Of the block drawn last."""
@@ -189,6 +191,7 @@ class Sending:
         self._oldest_s = min(self._oldest_s, now)
         lease = t.opening.lease_id
         self._flying[lease] = self._flying.get(lease, 0) + size
+        self.hedges.sent(size)
         self._line.sent(key, size)
         self._order.sent(now, key, size, (key,))
         self._look_at(t)
@@ -208,6 +211,7 @@ class Sending:
                 del t.in_flight[block]
                 t.doubled[block] = [first, stream]
                 t.resent += 1
+                self.hedges.copied(t.plan.block_bytes(block))
                 open_first = stream not in t.opened_on
                 t.opened_on.add(stream)
                 return Draw(key, block, t.plan.block_bytes(block), open_first)
@@ -215,7 +219,7 @@ class Sending:
 
     def can_double(self, now: float) -> bool:
         """Whether a stream that is idle now has a second copy to carry."""
-        if now - self._oldest_s < self.hedge_after_s:
+        if now - self._oldest_s < self.hedge_after_s or not self.hedges.open:
             return False
         drawn_s = [next(iter(t.in_flight.values()))[1] for t in self._transfers.values() if t.in_flight]
         self._oldest_s = min(drawn_s, default=float("inf"))

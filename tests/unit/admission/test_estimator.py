@@ -192,3 +192,26 @@ def test_no_observation_makes_the_estimate_nonsense(many: list[LinkObservation])
     assert 0 <= told.usable_bps < float("inf")
     assert 0 <= told.loss <= 1
     assert 0 <= told.rtt_s < float("inf")
+
+
+def test_what_was_limited_by_the_application_never_lowers_the_estimate_and_may_raise_it(
+    estimator: LinkEstimator,
+) -> None:
+    run(estimator, 0, 20, 1e9)
+    for k in range(1, 100):
+        estimator.on_observation(busy(20 + k * STEP_S, 0.02e9, app_limited=True))
+    assert estimator.estimate(30).rate_bps == pytest.approx(1e9, rel=0.01)
+    for k in range(1, 50):
+        estimator.on_observation(busy(30 + k * STEP_S, 2e9, app_limited=True))
+    assert estimator.estimate(35).rate_bps > 1.7e9
+
+
+def test_streams_that_had_little_to_do_may_gather_speed_before_they_count(estimator: LinkEstimator) -> None:
+    run(estimator, 0, 20, 1e9)
+    for k in range(1, 20):
+        estimator.on_observation(busy(20 + k * STEP_S, 0.02e9, app_limited=True))
+    events = estimator.on_observation(busy(22.0, 0.1e9))
+    assert events == []
+    assert estimator.estimate(22.0).rate_bps == pytest.approx(1e9, rel=0.01)
+    run(estimator, 22.0, 2, 0.1e9)
+    assert estimator.estimate(24).rate_bps < 0.3e9

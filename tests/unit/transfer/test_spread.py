@@ -86,3 +86,12 @@ def test_the_kernels_words_are_read_where_they_lie():
         data[at : at + 4] = value.to_bytes(4, "little")
     data[104:112] = (10**9).to_bytes(8, "little")
     assert tcpinfo.parse_room(bytes(data)) == 100_000 - 23_000 - 7000
+
+
+def test_the_kernels_word_on_who_was_the_limit_is_read_where_it_lies():
+    data = bytearray(256)
+    assert not tcpinfo.parse(bytes(data)).app_limited
+    data[7] = 0b110  # fast open's bits beside it
+    assert not tcpinfo.parse(bytes(data)).app_limited
+    data[7] = 0b111
+    assert tcpinfo.parse(bytes(data)).app_limited
