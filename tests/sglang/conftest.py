@@ -25,6 +25,8 @@ from prfaas_testbed.instances.sglang_server import K_CHECKOUT, K_SAME_CHUNKS, Se
 K_HOST = "127.0.0.1"
 K_ELSEWHERE = "127.0.0.2"
 """Of servers that have a pump of their own, and are dialled as they are."""
+K_NEAR = "127.0.0.3"
+"""Of a prefill server in decode's own site, which SGLang's stock engine serves."""
 K_PORTS = (20000, 28000)
 K_ZERO_ROOM, K_DROP_ROOM = 7_000_000_000_001, 7_000_000_000_002
 """Requests with these rooms are the controls: the prefill server damages their KV."""
@@ -58,6 +60,9 @@ class Servers:
     decode: SglangServer
     pair: Pair
     verify: Path
+    near: SglangServer | None = None
+    """A second prefill server, of decode's own site."""
+    near_pair: Pair | None = None
 
 
 def write_config(directory: Path, **more: Any) -> Path:
@@ -90,21 +95,25 @@ def start_servers(
     model_name: str, directory: Path, roles: tuple[str, ...] = ("plain", "prefill", "decode"), **options: Any
 ) -> Servers:
     """Start them together (most of a start is imports) and wait for all. `options`: config=, prefill_args=,
-    decode_args=. What fails ends what had started."""
+    decode_args=; the role "near" is a prefill server of decode's own site. What fails ends what had started.
+    """
     stop_running()
     model = K_MODELS[model_name]
     config = write_config(directory, **options.get("config", {}))
-    ports = dict(zip(("plain", "prefill", "decode", "bootstrap"), free_ports(4), strict=True))
+    names = ("plain", "prefill", "decode", "near", "bootstrap", "near bootstrap")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     servers: dict[str, SglangServer] = {}
     for role in roles:
+        near = role == "near"
         spec = ServerSpec(
-            role=role,  # type: ignore[arg-type]
+            role="prefill" if near else role,  # type: ignore[arg-type]
             model=model,
             model_dir=K_CHECKOUT / ".cache" / "models" / model_name,
-            host=K_HOST,
+            host=K_NEAR if near else K_HOST,
             port=ports[role],
-            bootstrap_port=ports["bootstrap"],
-            config_path=config,
+            bootstrap_port=ports["near bootstrap" if near else "bootstrap"],
+            backend="mooncake_tcp" if near else "prfaas",
+            config_path=None if near else config,
             extra_args=(*K_SAME_CHUNKS, *options.get(f"{role}_args", ())),
         )
         servers[role] = SglangServer(spec, directory / f"{role}.log")
@@ -117,8 +126,20 @@ def start_servers(
         stop_all(servers.values())
         raise
     pair = Pair(servers["prefill"].url, servers["decode"].url, K_HOST, ports["bootstrap"])
+    near_pair = (
+        Pair(servers["near"].url, pair.decode_url, K_NEAR, ports["near bootstrap"])
+        if "near" in servers
+        else None
+    )
     started = Servers(
-        model, servers.get("plain"), servers["prefill"], servers["decode"], pair, directory / "verify"
+        model,
+        servers.get("plain"),
+        servers["prefill"],
+        servers["decode"],
+        pair,
+        directory / "verify",
+        servers.get("near"),
+        near_pair,
     )
     _running.append(started)
     return started
@@ -137,7 +158,8 @@ def stop_running() -> None:
 def stop(servers: Servers) -> None:
     if servers in _running:
         _running.remove(servers)
-    stop_all(server for server in (servers.plain, servers.prefill, servers.decode) if server is not None)
+    all_of_them = (servers.plain, servers.prefill, servers.decode, servers.near)
+    stop_all(server for server in all_of_them if server is not None)
 
 
 @pytest.fixture(scope="session", params=["dense", "hybrid"])
@@ -145,7 +167,12 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """One model's servers after the other's: pytest groups the tests by the parameter."""
     # With a radix cache on decode only what it lacks crosses; where SGLang has one for the kind of model.
     radix = ("--disaggregation-decode-enable-radix-cache",) if request.param in ("dense", "hybrid") else ()
-    started = start_servers(request.param, tmp_path_factory.mktemp(request.param), decode_args=radix)
+    # One model has a second prefill server, in decode's own site.
+    near: dict[str, Any] = {}
+    if request.param == "dense":
+        near["roles"] = ("plain", "prefill", "decode", "near")
+        near["config"] = {"near": {"hosts": [K_NEAR], "transport": "tcp"}}
+    started = start_servers(request.param, tmp_path_factory.mktemp(request.param), decode_args=radix, **near)
     yield started
     stop(started)
 
