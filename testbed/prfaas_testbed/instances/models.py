@@ -2,8 +2,8 @@
 weigh.
 
 As a script, with a Python that has torch and transformers (SGLang's environment): `python models.py DIR`
-makes DIR/dense, DIR/hybrid, DIR/mla and DIR/window: weights, configuration, tokenizer and chat template. The
-same seed gives the same bytes with the same torch.
+makes DIR/dense, DIR/hybrid, DIR/kda, DIR/mla and DIR/window: weights, configuration, tokenizer and chat
+template. The same seed gives the same bytes with the same torch.
 As a module it needs neither: names, and the bytes that the architecture predicts.
 """
 
@@ -81,6 +81,18 @@ K_MODELS: dict[str, TinyModel] = {
             decode_args=("--max-mamba-cache-size", "64"),
         ),
         TinyModel(
+            name="kda",
+            kind="Kimi delta attention and multi-head latent attention, 3:1 (Kimi-Linear)",
+            # A latent of 48 and 16 more of the key, in one layer.
+            kv_bytes_per_token=(48 + 16) * 1 * K_BYTES_PER_VALUE,
+            # A layer: convolution (Q, K and V of 4 heads of 32) x (kernel 4 - 1), bfloat16, and the recurrent
+            # matrix, 4 heads x 32 x 32, float32.
+            state_bytes=3 * ((3 * 4 * 32) * 3 * K_BYTES_PER_VALUE + 4 * 32 * 32 * 4),
+            server_args=("--max-mamba-cache-size", "32"),
+            server_env=(("PRFAAS_CPU_KDA", "1"),),
+            decode_args=("--max-mamba-cache-size", "64"),
+        ),
+        TinyModel(
             name="mla",
             kind="multi-head latent attention, as DeepSeek's (MiniCPM3)",
             # A latent of 48 and a rotary key of 16, by layers; no heads, no V.
@@ -152,7 +164,8 @@ def _make_dense(directory: Path) -> None:
 def _make_wide(directory: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {**_COMMON, "num_hidden_layers": 8}
+    # Most of a token's cost is the same at every length: so is KV's share of the time.
+    shape = {**_COMMON, "num_hidden_layers": 8, "intermediate_size": 2048}
     _save(LlamaConfig(**shape, num_key_value_heads=4, initializer_range=0.3), LlamaForCausalLM, 4, directory)
 
 
@@ -178,6 +191,84 @@ def _make_hybrid(directory: Path) -> None:
     _save(config, Qwen3NextForCausalLM, 1, directory)
     # transformers 5 leaves these out or folds them into rope_parameters; SGLang reads them at the top level.
     _amend(directory, full_attention_interval=4, rope_theta=10000.0, partial_rotary_factor=0.25)
+
+
+def _make_kda(directory: Path) -> None:
+    """By hand, under the names of the published checkpoint: transformers' own are others."""
+    import torch
+    from safetensors.torch import save_file  # type: ignore[import-not-found]
+
+    heads, size, width = 4, 32, _COMMON["hidden_size"]
+    nope, rope, latent, inner = 16, 16, 48, _COMMON["intermediate_size"]
+    drawn = torch.Generator().manual_seed(4)
+
+    def matrix(*shape: int, scale: float = 0.2) -> Any:
+        return (torch.randn(*shape, generator=drawn) * scale).to(torch.bfloat16)
+
+    def ones(n: int) -> Any:
+        return torch.ones(n, dtype=torch.bfloat16)
+
+    def uniform(low: float, high: float, *shape: int) -> Any:
+        return low + (high - low) * torch.rand(*shape, generator=drawn)
+
+    weights = {
+        "model.embed_tokens.weight": matrix(K_VOCABULARY, width),
+        "model.norm.weight": ones(width),
+        "lm_head.weight": matrix(K_VOCABULARY, width),
+    }
+    for i in range(4):
+        layer: dict[str, Any] = {
+            "input_layernorm": ones(width),
+            "post_attention_layernorm": ones(width),
+            "mlp.gate_proj": matrix(inner, width),
+            "mlp.up_proj": matrix(inner, width),
+            "mlp.down_proj": matrix(width, inner),
+            "self_attn.o_proj": matrix(width, heads * size),
+        }
+        if i < 3:
+            layer |= {f"self_attn.{name}_proj": matrix(heads * size, width) for name in "qkv"}
+            layer |= {f"self_attn.{name}_conv1d": matrix(heads * size, 1, 4, scale=0.5) for name in "qkv"}
+            for gate in "fg":
+                layer[f"self_attn.{gate}_a_proj"] = matrix(size, width)
+                layer[f"self_attn.{gate}_b_proj"] = matrix(heads * size, size)
+            layer |= {"self_attn.b_proj": matrix(heads, width), "self_attn.o_norm": ones(size)}
+            # Slow decays, so that tokens depend on far context.
+            weights[f"model.layers.{i}.self_attn.A_log"] = uniform(-4.0, -1.0, 1, 1, heads, 1)
+            weights[f"model.layers.{i}.self_attn.dt_bias"] = uniform(-6.0, -2.0, heads * size)
+        else:
+            layer |= {
+                "self_attn.q_proj": matrix(heads * (nope + rope), width),
+                "self_attn.kv_a_proj_with_mqa": matrix(latent + rope, width),
+                "self_attn.kv_a_layernorm": ones(latent),
+                "self_attn.kv_b_proj": matrix(heads * (nope + size), latent),
+            }
+        weights |= {f"model.layers.{i}.{name}.weight": values for name, values in layer.items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        **_COMMON,
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": "kimi_linear",
+        "dtype": "bfloat16",
+        "num_key_value_heads": heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "kv_lora_rank": latent,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": nope,
+        "qk_rope_head_dim": rope,
+        "v_head_dim": size,
+        "mla_use_nope": True,
+        # Counted from 1.
+        "linear_attn_config": {
+            "kda_layers": [1, 2, 3],
+            "full_attn_layers": [4],
+            "head_dim": size,
+            "num_heads": heads,
+            "short_conv_kernel_size": 4,
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _make_mla(directory: Path) -> None:
@@ -252,6 +343,7 @@ def _save_tokenizer(directory: Path) -> None:
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "dense": _make_dense,
     "hybrid": _make_hybrid,
+    "kda": _make_kda,
     "mla": _make_mla,
     "window": _make_window,
     "wide": _make_wide,

@@ -185,3 +185,4 @@ def test_without_an_sglang_environment_the_error_says_how_to_get_one(
 def test_models_predict_their_bytes() -> None:
     assert K_MODELS["dense"].kv_bytes_per_token == 1024
     assert (K_MODELS["hybrid"].kv_bytes_per_token, K_MODELS["hybrid"].state_bytes) == (256, 53760)
+    assert (K_MODELS["kda"].kv_bytes_per_token, K_MODELS["kda"].state_bytes) == (128, 56064)

@@ -4,8 +4,13 @@ reaches users."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from prfaas_cpu import kda
+
+K_KDA = "PRFAAS_CPU_KDA"
+"""Set for servers of models with Kimi delta attention, whose modules others needn't import."""
 _loaded = False
 
 
@@ -61,6 +66,8 @@ def _register_hooks() -> None:
         with_device_indices,
         HookType.BEFORE,
     )
+    if os.environ.get(K_KDA):
+        kda.register(HookRegistry, HookType.REPLACE, HookType.AROUND)
 
 
 def fused_gate_sigmoid_mul_add(
