@@ -10,6 +10,8 @@ In:  {"id", "do": "run", "node", "argv", "input"}  a command in a node's namespa
                                                    (devices towards sites): {site: [node, device]}
      {"id", "do": "clock"}
      {"id", "do": "stop"}                          and the guest, if this is one, powers off
+     An order whose id was answered before isn't done again: its answer is only repeated, since a guest's
+     line can lose bytes. A line that can't be read is left out for the same reason.
 Out: {"id", "rc", "out", "err", "began_s", "ended_s"}
      {"sample": {...}}                             every every_s: see Observer.sample
 Times are the router's CLOCK_MONOTONIC.
@@ -39,6 +41,7 @@ K_PROBE_ETHERTYPE = 0x88B5  # for local experiments
 K_PROBE_DELAY_S = 0.010
 K_PROBE_EVERY_S = 0.050
 K_SO_TIMESTAMPNS = 35
+K_KEPT_ANSWERS = 32
 
 Counters = tuple[int, int, int, int, int]  # bytes, packets, drops, backlog bytes, queued packets
 
@@ -279,6 +282,7 @@ class Agent:
         self.observer: Observer | None = None
         self.probe: LagProbe | None = None
         self.pending = b""
+        self.answers: dict[int, dict[str, Any]] = {}
         self.going = True
 
     def say(self, message: dict[str, Any]) -> None:
@@ -315,14 +319,24 @@ class Agent:
         for line in lines:
             if not line.strip():
                 continue
-            order = json.loads(line)
+            try:
+                order = json.loads(line)
+                number, what = int(order["id"]), str(order["do"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if number in self.answers:
+                self.say(self.answers[number])
+                continue
             try:
                 answer = self._do(order)
             except Exception as error:
                 answer = {"rc": 255, "out": "", "err": f"{type(error).__name__}: {error}"}
-            self.say({"id": order["id"], "now_s": time.monotonic(), **answer})
+            self.answers[number] = {"id": number, "now_s": time.monotonic(), **answer}
+            while len(self.answers) > K_KEPT_ANSWERS:
+                del self.answers[next(iter(self.answers))]
+            self.say(self.answers[number])
             # The next change must not wait for a process to start.
-            if order["do"] == "change":
+            if what == "change":
                 self.commands.prepare(order["node"])
 
     def _do(self, order: dict[str, Any]) -> dict[str, Any]:

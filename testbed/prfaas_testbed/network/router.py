@@ -14,6 +14,7 @@ from typing import Any
 from prfaas.model.errors import MachineError, PrfaasError
 
 K_ANSWER_S = 30.0
+K_ASK_AGAIN_S = 2.0
 K_KEPT_SAMPLES = 40_000  # over an hour at ten a second
 
 
@@ -80,20 +81,22 @@ class RouterAgent:
             self.order({"do": "clock"})
 
     def order(self, order: dict[str, Any], timeout_s: float = K_ANSWER_S) -> dict[str, Any]:
-        """Send an order, wait for its answer. Raises RouterError when it can't be had or its status isn't
-        0.
+        """Send an order, wait for its answer, and ask for that again now and then: the appliance's line can
+        lose bytes. Raises RouterError when it can't be had or its status isn't 0.
         """
         with self._changed:
             number, self._next_id = self._next_id, self._next_id + 1
             self._answers[number] = None
-            data = (json.dumps({"id": number, **order}) + "\n").encode()
+            line = (json.dumps({"id": number, **order}) + "\n").encode()
             sent_s = time.monotonic()
-            try:
-                while data:
-                    data = data[os.write(self._write_fd, data) :]
-            except OSError as error:
-                raise RouterError(f"the router is gone: {error}") from None
-            self._changed.wait_for(lambda: self._answers[number] is not None or self._dead, timeout=timeout_s)
+            left_s = timeout_s
+            while left_s > 0 and self._answers[number] is None and not self._dead:
+                self._write(line)
+                self._changed.wait_for(
+                    lambda: self._answers[number] is not None or self._dead,
+                    timeout=min(left_s, K_ASK_AGAIN_S),
+                )
+                left_s = sent_s + timeout_s - time.monotonic()
             answer = self._answers.pop(number)
         if answer is None:
             raise RouterError(f"the router gave no answer to {order['do']!r}: {self._dead or 'too slow'}")
@@ -108,6 +111,13 @@ class RouterAgent:
                 f"the router refused {order.get('argv') or order.get('lines') or order['do']}: {said}"
             )
         return answer
+
+    def _write(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[os.write(self._write_fd, line) :]
+        except OSError as error:
+            raise RouterError(f"the router is gone: {error}") from None
 
     def run(self, node: str | None, argv: Sequence[str], lines: Sequence[str] = ()) -> str:
         """A command in a node's namespace, `lines` on its input; its output. Raises RouterError if it

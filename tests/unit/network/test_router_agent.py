@@ -1,0 +1,96 @@
+"""The router's near and far end over a line that loses bytes."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from prfaas_testbed.network import router
+from prfaas_testbed.network.agent import Agent
+from prfaas_testbed.network.router import RouterAgent, RouterError
+
+Line = Callable[[int, bytes], bytes]
+"""What of the nth line arrives."""
+
+
+def whole(n: int, line: bytes) -> bytes:
+    return line
+
+
+def carry(source: int, sink: int, line_of: Line) -> None:
+    with os.fdopen(source, "rb") as lines, os.fdopen(sink, "wb", buffering=0) as out:
+        for n, line in enumerate(lines):
+            out.write(line_of(n, line))
+
+
+@contextmanager
+def ends(orders: Line = whole, answers: Line = whole) -> Iterator[RouterAgent]:
+    """Both ends with a carrier of lines each way between them."""
+    there_in, order_out = os.pipe()
+    order_in, here_out = os.pipe()
+    here_in, answer_out = os.pipe()
+    answer_in, there_out = os.pipe()
+    far = Agent(there_in, there_out)
+
+    def serve() -> None:
+        far.loop()
+        os.close(there_in)
+        os.close(there_out)
+        os.close(far.namespaces.home)
+
+    threads = [
+        threading.Thread(target=serve),
+        threading.Thread(target=carry, args=(order_in, order_out, orders)),
+        threading.Thread(target=carry, args=(answer_in, answer_out, answers)),
+    ]
+    for thread in threads:
+        thread.start()
+    near = RouterAgent(here_out, here_in)
+    try:
+        near.wait_ready(20)
+        yield near
+    finally:
+        near.stop()
+        near.close()
+        for thread in threads:
+            thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "K_ASK_AGAIN_S", 0.2)
+
+
+def count_up(near: RouterAgent, path: Path) -> int:
+    return int(near.run(None, ["sh", "-c", f"echo >> {path}; wc -l < {path}"]))
+
+
+@pytest.mark.parametrize("damage", ["gone", "byte"])
+@pytest.mark.parametrize("way", ["orders", "answers"])
+def test_an_order_is_done_once_however_its_line_loses_bytes(tmp_path: Path, way: str, damage: str) -> None:
+    def line_of(n: int, line: bytes) -> bytes:
+        if n % 2 == 0:
+            return line
+        return b"" if damage == "gone" else line[:3] + line[4:]
+
+    lossy = {way: line_of}
+    with ends(**lossy) as near:
+        assert [count_up(near, tmp_path / "count") for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_line_that_stays_silent_is_an_error_within_its_time() -> None:
+    answers_end = threading.Event()
+
+    def line_of(n: int, line: bytes) -> bytes:
+        return b"" if answers_end.is_set() else line
+
+    with ends(answers=line_of) as near:
+        answers_end.set()
+        with pytest.raises(RouterError, match="no answer to 'clock'"):
+            near.order({"do": "clock"}, timeout_s=0.5)
+        answers_end.clear()
+        near.order({"do": "clock"})
