@@ -206,6 +206,13 @@ def test_both_servers_are_healthy_after_all_of_it(servers: Any) -> None:
         assert get(f"{server.url}/health")[0] == 200
 
 
+# A length within a chunk and one across chunks: what else there is to see, `hybrid` shows.
+@pytest.mark.parametrize("length", [512, 4500])
+@pytest.mark.parametrize("servers", ["kda"], indirect=True)
+def test_a_kimi_linear_models_tokens_and_logprobs_equal_a_plain_servers(servers: Any, length: int) -> None:
+    equals_plain_cold_and_warm(servers, length)
+
+
 # Last, so that its servers don't come between another model's tests. SGLang's windowed attention on CPU takes
 # prompts of one chunk: 6000 would be the case before again.
 @pytest.mark.parametrize("length", K_LENGTHS[:-1])
