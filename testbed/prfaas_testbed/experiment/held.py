@@ -61,11 +61,11 @@ def main(argv: list[str]) -> int:
     held: dict[str, int] | None = None
     said = ""
     while True:
-        waited_s = time.monotonic() - began_s
         try:
             held, said = look(pump, urls), ""
         except (OSError, PrfaasError) as error:
             held, said = None, str(error)
+        waited_s = time.monotonic() - began_s
         if (held is not None and not any(held.values())) or waited_s > limit_s:
             break
         time.sleep(K_EVERY_S)
