@@ -1,0 +1,165 @@
+"""What the plugin costs a server that doesn't use it: stock single-site SGLang with it and without.
+
+Two plain servers of one model, alike but that one loads no plugin of ours (SGLANG_PLUGINS names the testbed's
+own for CPU servers alone). Each block starts one, then the other, and times it; then asks both in turns:
+single requests by length, then bursts. The next block has them the other way round.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prfaas.model.errors import PrfaasError
+from prfaas_testbed.client.asker import Asker
+from prfaas_testbed.experiment.fleet import K_MODELS_DIR
+from prfaas_testbed.experiment.profiling import K_HOST, free_ports, undisturbed
+from prfaas_testbed.instances.models import TinyModel
+from prfaas_testbed.instances.sglang_client import generate, prompt_of
+from prfaas_testbed.instances.sglang_server import K_SAME_CHUNKS, ServerSpec, SglangServer
+
+K_ARMS = ("without", "with")
+K_CPU_PLUGIN = "prfaas_cpu"
+K_LENGTHS = (16, 512, 2048)
+K_OUTPUT_TOKENS = 16
+K_ROUNDS = 8
+"""Of single requests a block, each length to each server."""
+K_BURSTS = 3
+K_BURST_REQUESTS, K_BURST_TOKENS = 8, 256
+K_EQUAL_LENGTHS = (20, 300, 1500)
+K_MOST_RATIO = 1.03
+"""Of medians, with over without: what noise leaves on two shared cores."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Found:
+    """Raw values."""
+
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    """`block`, `arm`, `seconds`."""
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    """`block`, `round`, `arm`, `tokens`, `ttft_s`, `e2e_s`."""
+    bursts: list[dict[str, Any]] = field(default_factory=list)
+    """`block`, `round`, `arm`, `seconds`, `tokens_per_s` (in and out)."""
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """`block`, `tokens`, and whether token ids and log probabilities are `equal`, bit by bit."""
+
+
+def measure(model: TinyModel, folder: Path, tell: Progress, blocks: int) -> Found:
+    """Raises PrfaasError where a server dies or doesn't answer."""
+    found = Found()
+    with undisturbed(tell):
+        for block in range(blocks):
+            arms = K_ARMS if block % 2 == 0 else K_ARMS[::-1]
+            ports = dict(zip(arms, free_ports(2), strict=True))
+            servers = {arm: _server(model, arm, ports[arm], folder, block) for arm in arms}
+            try:
+                for arm in arms:
+                    servers[arm].start()
+                    servers[arm].wait_ready()
+                    seconds = round(servers[arm].start_seconds or 0.0, 3)
+                    found.starts.append({"block": block, "arm": arm, "seconds": seconds})
+                    tell(f"block {block + 1} of {blocks}: {arm} the plugin, started in {seconds:.1f} s")
+                _ask(servers, arms, block, found)
+            finally:
+                for server in servers.values():
+                    server.stop()
+            tell(f"block {block + 1} of {blocks}: asked")
+    return found
+
+
+def _server(model: TinyModel, arm: str, port: int, folder: Path, block: int) -> SglangServer:
+    spec = ServerSpec(
+        role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=port,
+        extra_args=K_SAME_CHUNKS, extra_env={} if arm == "with" else {"SGLANG_PLUGINS": K_CPU_PLUGIN},
+    )  # fmt: skip
+    return SglangServer(spec, folder / f"{block}-{arm}.log")
+
+
+def _ask(servers: dict[str, SglangServer], arms: Sequence[str], block: int, found: Found) -> None:
+    asker = Asker()
+
+    def one(arm: str, tokens: int, seed: int) -> dict[str, Any]:
+        order = {
+            "tokens": tokens, "seed": seed, "output_tokens": K_OUTPUT_TOKENS, "fields": {},
+            "targets": [servers[arm].url],
+        }  # fmt: skip
+        answer = asker.ask(order)
+        if answer["error"]:
+            raise PrfaasError(f"{servers[arm].name}: {answer['error']}")
+        return answer
+
+    for tokens in K_LENGTHS:
+        for arm in arms:
+            one(arm, tokens, 1)
+    for number in range(K_ROUNDS):
+        for tokens in K_LENGTHS:
+            for arm in arms if number % 2 == 0 else arms[::-1]:
+                answer = one(arm, tokens, 1000 * block + 10 * number + 2)
+                row = {"block": block, "round": number, "arm": arm, "tokens": tokens}
+                found.requests.append({**row, "ttft_s": answer["ttft_s"], "e2e_s": answer["e2e_s"]})
+    for number in range(K_BURSTS):
+        for arm in arms if number % 2 == 0 else arms[::-1]:
+            seconds = _burst(servers[arm], 1000 * block + 10 * number)
+            tokens_all = K_BURST_REQUESTS * (K_BURST_TOKENS + K_OUTPUT_TOKENS)
+            row = {"block": block, "round": number, "arm": arm, "seconds": round(seconds, 4)}
+            found.bursts.append({**row, "tokens_per_s": round(tokens_all / seconds, 1)})
+    for tokens in K_EQUAL_LENGTHS:
+        first, second = (
+            generate(servers[arm].url, prompt_of(tokens, block), K_OUTPUT_TOKENS) for arm in K_ARMS
+        )
+        equal = first.error is None and (first.tokens, first.logprobs) == (second.tokens, second.logprobs)
+        found.answers.append({"block": block, "tokens": tokens, "equal": equal})
+    asker.close()
+
+
+def _burst(server: SglangServer, seed: int) -> float:
+    prompts = [prompt_of(K_BURST_TOKENS, seed + i) for i in range(K_BURST_REQUESTS)]
+    began_s = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(K_BURST_REQUESTS) as pool:
+        answers = list(pool.map(lambda prompt: generate(server.url, prompt, K_OUTPUT_TOKENS), prompts))
+    failed = next((answer.error for answer in answers if answer.error), None)
+    if failed:
+        raise PrfaasError(f"{server.name}: {failed}")
+    return time.monotonic() - began_s
+
+
+def ratios(found: Found) -> dict[str, float]:
+    """With over without: of the median start, of the median of pairs of a request asked of both, and of a
+    burst's time. Above 1 the plugin costs something."""
+    starts = {arm: [row["seconds"] for row in found.starts if row["arm"] == arm] for arm in K_ARMS}
+    result = {"start": statistics.median(starts["with"]) / statistics.median(starts["without"])}
+    for tokens in K_LENGTHS:
+        rows = [row for row in found.requests if row["tokens"] == tokens]
+        for what in ("ttft_s", "e2e_s"):
+            result[f"{what.removesuffix('_s')}/{tokens}"] = _paired(rows, what)
+    result["burst"] = _paired(found.bursts, "seconds")
+    return {name: round(value, 4) for name, value in result.items()}
+
+
+def _paired(rows: Sequence[dict[str, Any]], what: str) -> float:
+    """The median over pairs that ran one after the other."""
+    pairs: dict[tuple[int, int], dict[str, float]] = {}
+    for row in rows:
+        pairs.setdefault((row["block"], row["round"]), {})[row["arm"]] = row[what]
+    return statistics.median(pair["with"] / pair["without"] for pair in pairs.values())
+
+
+def checks(found: Found) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "name": f"ratio/{name}", "outcome": "passed" if value <= K_MOST_RATIO else "failed",
+            "value": value, "wanted": K_MOST_RATIO,
+        }
+        for name, value in ratios(found).items()
+    ]  # fmt: skip
+    equal = sum(row["equal"] for row in found.answers) / len(found.answers)
+    outcome = "passed" if equal == 1 else "failed"
+    return [*rows, {"name": "answers_equal_share", "outcome": outcome, "value": equal, "wanted": 1}]

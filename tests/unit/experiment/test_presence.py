@@ -1,0 +1,32 @@
+"""How a presence run is judged, from raw rows alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from prfaas_testbed.experiment import presence
+
+
+def found_of(with_over_without: float, equal: bool = True) -> presence.Found:
+    factor = {"with": with_over_without, "without": 1.0}
+    blocks = [(block, arm) for block in range(3) for arm in presence.K_ARMS]
+    return presence.Found(
+        starts=[{"block": b, "arm": a, "seconds": 40 * factor[a]} for b, a in blocks],
+        requests=[
+            # A slow block is slow for both: only pairs are compared.
+            {"block": b, "round": 0, "arm": a, "tokens": n, "ttft_s": (1 + b) * factor[a], "e2e_s": factor[a]}
+            for b, a in blocks
+            for n in presence.K_LENGTHS
+        ],
+        bursts=[{"block": b, "round": 0, "arm": a, "seconds": factor[a]} for b, a in blocks],
+        answers=[{"block": 0, "tokens": 20, "equal": equal}],
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "equal", "passed"), [(1.0, True, True), (1.1, True, False), (1.0, False, False)]
+)
+def test_a_plugin_that_costs_time_or_changes_answers_is_seen(ratio: float, equal: bool, passed: bool) -> None:
+    judged = presence.checks(found_of(ratio, equal))
+    assert all(row["outcome"] == "passed" for row in judged) is passed
+    assert {row["value"] for row in judged if row["name"].startswith("ratio/")} == {ratio}
