@@ -97,6 +97,7 @@ class Pump:
             self._serve_page()
             self._open_forwards()
             self._control = self._listen_control(config.control_path)
+            self._control_inode = os.stat(config.control_path).st_ino
         except BaseException:
             self._listener.close()
             self.forwards.close(self.loop.now())
@@ -357,10 +358,16 @@ class Pump:
     def stop(self) -> None:
         self.loop.stop()
 
+    def _unlink_control(self) -> None:
+        """Unless the path has become another pump's: one that waits for clients may end late."""
+        path = self.config.control_path
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_ino == self._control_inode:
+                path.unlink()
+
     def close(self) -> None:
         now = self.loop.now()
-        with contextlib.suppress(OSError):
-            self.config.control_path.unlink()
+        self._unlink_control()
         self._listener.close()
         self._control.close()
         self.page.close()

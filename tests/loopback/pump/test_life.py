@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from prfaas.model.errors import MachineError
 from prfaas.model.transfer import TransferKind
+from prfaas.pump.server import Pump
 from prfaas.pump_client import LocalPumpClient
 
 from_start = {"idle_exit_s": 0.5}
@@ -64,6 +67,16 @@ def test_a_second_pump_at_the_same_control_socket_is_refused(pumps):
     )  # fmt: skip
     assert second.returncode == 3
     assert "another pump is at work" in second.stderr
+
+
+def test_a_pump_that_ends_late_leaves_another_pumps_control_socket_alone(pumps):
+    config = pumps.start("west")
+    os.unlink(config.control_path)
+    with contextlib.closing(Pump(config)) as other:
+        os.kill(pumps.pid("west"), signal.SIGTERM)
+        pumps.until(lambda: gone(pumps.pid("west")))
+        assert stat.S_ISSOCK(other.config.control_path.stat().st_mode)
+    assert not config.control_path.exists()
 
 
 def test_the_page_shows_peers_streams_links_and_refusals(pumps):
