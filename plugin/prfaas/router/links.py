@@ -22,6 +22,8 @@ class LinkState:
     down_until_s: float = float("-inf")
     failures: int = 0
     """Attempts in a row that failed on it."""
+    failed_at_s: float = float("-inf")
+    """When the last of them did."""
     probing: int = 0
     """Requests on it since it was last down: until one succeeds, one at a time."""
 
@@ -101,12 +103,15 @@ class LinkBook:
         if state is not None:
             state.probing = 0
 
-    def on_failed(self, link: LinkId, now: float) -> None:
-        """Leave it alone for a while, longer each time, then try one request."""
+    def on_failed(self, link: LinkId, now: float, sent_s: float = float("inf")) -> None:
+        """Leave it alone for a while, longer each time, then try one request. An attempt that was sent before
+        the last failure says nothing new, however late it fails.
+        """
         state = self._states.get(link)
-        if state is not None:
-            state.probing = 0
-            if now >= state.down_until_s:
-                pause_s = min(K_MAX_COOL_DOWN_S, self._cool_down_s * 2**state.failures)
-                state.down_until_s = now + pause_s
-                state.failures += 1
+        if state is None or sent_s < state.failed_at_s:
+            return
+        state.probing = 0
+        if now >= state.down_until_s:
+            pause_s = min(K_MAX_COOL_DOWN_S, self._cool_down_s * 2**state.failures)
+            state.down_until_s, state.failed_at_s = now + pause_s, now
+            state.failures += 1

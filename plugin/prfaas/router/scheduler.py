@@ -288,6 +288,7 @@ class Scheduler:
         assert decision.chosen is not None
         ticket.link = decision.chosen.link
         if ticket.link is not None:
+            ticket.link_sent_s = self._clock()
             self._links.on_sent(ticket.link)
         self.policy.on_dispatch(request=view, decision=decision, now=now)
         self._record(ticket, decision, route)
@@ -337,7 +338,7 @@ class Scheduler:
         elif ticket.link is not None:
             ticket.failed_sites.add(prefill_site)
             if failed.kind in (FailureKind.SERVER, FailureKind.TIMEOUT):
-                self._links.on_failed(ticket.link, now)
+                self._links.on_failed(ticket.link, now, ticket.link_sent_s)
         elif failed.kind is not FailureKind.SERVER:
             ticket.failed_servers.add(culprit.name)
         # Inside a site an error answer doesn't tell which of the two failed: both become second choice.

@@ -35,6 +35,8 @@ class Ticket:
     """The policy that was told of its dispatch, and is told of its end, even if a reload has replaced it."""
     link: LinkId | None = None
     """What the running attempt's KV crosses."""
+    link_sent_s: float = 0.0
+    """When that attempt began."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ memory.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,8 @@ from numpy.typing import NDArray
 
 from prfaas.model.transfer import TransferKind
 from prfaas.sglang.planning import Segments
+
+logger = logging.getLogger(__name__)
 
 K_POISON = 0x5A  # bfloat16 0x5A5A is 1.5e16: attention to such a page can't go unnoticed
 
@@ -72,11 +76,24 @@ class Rows:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"{role}-{os.getpid()}.jsonl"
         self._lock = threading.Lock()
+        self._missing = 0
 
     def write(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row, separators=(",", ":")) + "\n"
-        with self._lock, self.path.open("a", encoding="utf-8") as out:
-            out.write(line)
+        """A row that can't be written (a full disk) is left out, and said so: it's a proof that is missing
+        then, and no reason to fail a transfer."""
+        line = (json.dumps(row, separators=(",", ":")) + "\n").encode()
+        with self._lock:
+            try:
+                with self.path.open("ab", buffering=0) as out:
+                    whole = out.tell()
+                    if out.write(line) < len(line):
+                        out.truncate(whole)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                self._missing += 1
+                if self._missing.bit_count() == 1:
+                    words = "prfaas: verify: %s: %s; rows that are missing: %d"
+                    logger.error(words, self.path, error.strerror, self._missing)
 
 
 class KvFault:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ class Moved:
 
 
 def read_moved(folder: Path) -> dict[int, Moved]:
-    """By room, from every *.jsonl of the folder; a last line that was cut off is left out."""
+    """By room, from every *.jsonl of the folder, without lines that were cut off (the last, or by a full
+    disk).
+    """
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.jsonl")):
         text = path.read_text(encoding="utf-8")
-        rows += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        for line in text[: text.rfind("\n") + 1].splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
     return moved_of(rows)
 
 

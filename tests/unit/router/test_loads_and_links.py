@@ -103,6 +103,17 @@ def test_a_link_that_failed_rests_then_one_request_tries_it_and_the_rest_grows()
     assert links.estimates(26.3)[K_LINK].up
 
 
+def test_an_attempt_from_before_a_failure_does_not_prolong_the_rest_however_late_it_fails() -> None:
+    links = book()
+    links.on_failed(K_LINK, 10.0, sent_s=2.0)
+    links.on_sent(K_LINK)  # the probe, after the rest
+    links.on_failed(K_LINK, 16.0, sent_s=3.0)
+    assert not links.estimates(16.1)[K_LINK].up, "one probe at a time"
+    links.on_failed(K_LINK, 17.0, sent_s=15.5)
+    assert not links.estimates(26.9)[K_LINK].up
+    assert links.estimates(27.1)[K_LINK].up
+
+
 def test_a_link_that_carries_others_through_does_not_rest_for_one_that_failed() -> None:
     links = book()
     links.on_failed(K_LINK, 10.0)

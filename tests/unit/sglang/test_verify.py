@@ -116,3 +116,20 @@ def test_rows_are_compared_by_room_and_the_difference_is_named(tmp_path: Path) -
         3: "no row of what landed",
         4: "no row of what was sent",
     }
+
+
+def test_a_row_that_finds_no_room_is_left_out_and_the_next_one_is_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = Rows(tmp_path, "prefill")
+    rows.write({"side": "sent", "room": 1})
+    whole = rows.path
+    rows.path = Path("/dev/full")
+    for room in (2, 3, 4):
+        rows.write({"side": "sent", "room": room})
+    rows.path = whole
+    rows.write({"side": "sent", "room": 5})
+    assert [row["room"] for row in read_rows(tmp_path, "sent")] == [1, 5]
+    # Said once for one, two, four … of them.
+    assert len(caplog.records) == 2
+    assert "No space left" in caplog.text
