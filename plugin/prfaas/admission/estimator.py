@@ -4,7 +4,8 @@ Bad news counts at once and good news slowly. Two averages follow the samples of
 fast one (K_FAST_S) and a slow one (K_SLOW_S). While the fast one stays within the noise of the slow one,
 the slow one is the estimate, so that the sawtooth of congestion control doesn't pull it down; once it falls
 below the noise, the slow one is set to it. A sample from a sender that had too little to send, or was still
-gathering speed, says only "at least this much".
+gathering speed, says only "at least this much": senders that keep to their shares of an estimate which is too
+low can show no more, so such proof counts faster (K_PROOF_S) than other good news.
 
 Silence with bytes under way for `outage_after_s` means down. A dead or idle link is known only by probes:
 `probe_at` says when the next one is due and `probe_bytes` how large; the shell sends it and reports it as any
@@ -23,6 +24,7 @@ from prfaas.model.observations import LinkEstimate, LinkObservation
 
 K_FAST_S = 0.25  # s, time constant for bad news
 K_SLOW_S = 3.0  # s, time constant for good news
+K_PROOF_S = 1.0  # s, time constant for what was delivered although the link wasn't the limit: that is proof
 K_NOISE = 2.5  # mean deviations below the slow average that are news and not noise
 K_NOISE_SHARE = (0.05, 0.3)  # least and most share of the rate that is taken for noise
 K_FALL_GAP_S = 1.0  # s, falls closer than this are one event
@@ -216,7 +218,8 @@ class LinkEstimator:
         busy = any(one.busy for one in fresh)
         if not busy:  # a lower bound at most
             if sample_bps > self._slow_bps:
-                self._slow_bps += (sample_bps - self._slow_bps) * _weight(seen.interval_s, K_SLOW_S)
+                step_s = min(seen.interval_s, K_SENDER_WINDOW_S) / len(fresh)
+                self._slow_bps += (sample_bps - self._slow_bps) * _weight(step_s, K_PROOF_S)
                 self._fast_bps = max(self._fast_bps, self._slow_bps)
             return []
         if not self._measured:  # the first true sample replaces the nominal figure, downwards only

@@ -15,12 +15,11 @@ from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import gauges
 from prfaas.pump.dialling import Dialling, NotAllowed
-from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.memory import Gone, OwnerMemory, Withdrawn
 from prfaas.pump.packing import Packer
+from prfaas.pump.peer_figures import PeerFigures
 from prfaas.pump.spreading import Spreading
 from prfaas.pump.stream import Stream, W
-from prfaas.pump.tcpinfo import TcpInfo
 from prfaas.transfer.frames import (
     FrameType,
     Header,
@@ -35,7 +34,6 @@ from prfaas.transfer.frames import (
 )
 from prfaas.transfer.segments import Plan
 from prfaas.transfer.sending import Failed, SendEvent, Sending
-from prfaas.transfer.starving import Starving
 from prfaas.transfer.streams import StreamCount, block_bytes_for
 
 if TYPE_CHECKING:
@@ -51,23 +49,20 @@ K_CUT_S = 0.02
 K_HEDGE_S = 0.1
 
 
-class Peer(Handler):
+class Peer(PeerFigures):
     """Transfers to `address`, over its streams."""
 
     def __init__(self, pump: Pump, address: str, now: float) -> None:
         self.pump, self.address, self.wanted_site = pump, address, ""
         self.site = ""
-        self.sending = Sending(pump.config.window_bytes)
-        self.counters = Counters()
+        super().__init__(Sending(pump.config.window_bytes), now)
         self.count = StreamCount(pump.config.min_streams, pump.config.max_streams)
         self.boot: bytes | None = None
         self._sources: dict[int, tuple[OwnerMemory, tuple[int, int], Callable[[SendEvent], None]]] = {}
-        self._streams: dict[int, Stream] = {}
         self._dialling = Dialling(pump.loop, pump.trust, address, self, now)
         self._spreading = Spreading(pump.loop, self.kick)
         self._keep_warm = self._paced = False
         self._packer = Packer(pump.config.faults)
-        self._starving = Starving(now)
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
         self.alive = True
@@ -114,53 +109,8 @@ class Peer(Handler):
         self._event(self.sending.fail(transfer_id, reason, detail), now)
 
     @property
-    def n_ready(self) -> int:
-        return sum(s.ready for s in self._streams.values())
-
-    @property
     def last_error(self) -> str:
         return self._dialling.last_error
-
-    @property
-    def streams(self) -> list[Stream]:
-        return list(self._streams.values())
-
-    @property
-    def rtt_s(self) -> float:
-        """The smallest smoothed RTT of the open streams; 0 when unknown."""
-        return gauges.rtt_s(self._infos())
-
-    def _infos(self) -> list[TcpInfo]:
-        return [s.info for s in self._streams.values() if s.info is not None]
-
-    def totals(self) -> Counters:
-        """Counters of closed and open streams together."""
-        total = Counters()
-        total.add(self.counters)
-        for stream in self._streams.values():
-            total.add(stream.counters)
-        return total
-
-    def starved_s(self, now: float) -> float:
-        """Time without anything to send that the receivers' windows had room for, since last asked."""
-        self._note_work(now)
-        return self._starving.take_s(now)
-
-    @property
-    def app_limited(self) -> bool:
-        """Whether the kernel says of all streams that they were not kept full."""
-        return gauges.all_app_limited(self._infos())
-
-    def _note_work(self, now: float) -> None:
-        has_work = self.sending.can_send()
-        if has_work != self._starving.starved:
-            return
-        lasts_s = 0.0
-        if not has_work:
-            for stream in self._streams.values():
-                stream.sample(now)
-            lasts_s = gauges.unsent_s(self._infos())
-        self._starving.look(has_work, now, lasts_s)
 
     def kick(self, now: float) -> None:
         """Let every stream that can take something have a turn."""
