@@ -130,11 +130,13 @@ def test_decode_killed_and_restarted_is_served_by_the_prefill_that_stayed(own: A
 
 
 @contextlib.contextmanager
-def frozen(server: SglangServer) -> Iterator[None]:
-    """All of a server's processes stand still: to its peers, a link over which nothing comes."""
+def frozen(server: SglangServer, *, bootstrap_alone: bool = False) -> Iterator[None]:
+    """All of a server's processes stand still: to its peers, a link over which nothing comes. Or the one with
+    its HTTP and bootstrap servers alone.
+    """
     assert server.pid is not None
     root = psutil.Process(server.pid)
-    processes = [root, *root.children(recursive=True)]
+    processes = [root] if bootstrap_alone else [root, *root.children(recursive=True)]
     for process in processes:
         process.suspend()
     try:
@@ -202,6 +204,34 @@ def test_link_lost_with_decodes_pool_nearly_full_frees_its_pages_and_every_fallb
     most = before | {"sockets": before["sockets"] + K_KEPT_OPEN}
     after = eventually(lambda: h if all((h := held(own))[k] <= most[k] for k in most) else None)
     assert after, f"before: {before}, now: {held(own)}"
+    own.prefill.check_alive()
+
+
+def losses(decode: SglangServer) -> int:
+    """How often it has given a prefill server up."""
+    return decode.log_path.read_text(errors="replace").count("Lost connection with prefill instance (")
+
+
+def test_bootstrap_away_costs_the_requests_of_that_time_and_the_next_one_works(own: Any) -> None:
+    prompt = prompt_of(400, 200)
+    wanted = answer_of(own, prompt).tokens
+    before = eventually(lambda: h if not (h := held(own))["crossing"] else None)
+    known = losses(own.decode)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with frozen(own.prefill, bootstrap_alone=True):
+            waiting = [pool.submit(answer_of, own, prompt_of(300, 201 + i)) for i in range(4)]
+            # Two of SGLang's heartbeats, each 5 s and its time-out.
+            assert eventually(lambda: losses(own.decode) > known, 40.0)
+        lost = [one.result(timeout=30) for one in waiting]
+    assert {answer.status for answer in lost} == {500}
+    assert all("Lost connection with prefill instance" in (answer.error or "") for answer in lost), lost
+    # It is back, with all that it was asked meanwhile: nothing of that is done for nobody.
+    most = before | {"sockets": before["sockets"] + K_KEPT_OPEN}
+    after = eventually(lambda: h if all((h := held(own))[k] <= most[k] for k in most) else None)
+    assert after, f"before: {before}, now: {held(own)}"
+    again = eventually(lambda: a if (a := answer_of(own, prompt)).error is None else None)
+    assert again.tokens == wanted
+    assert eventually(lambda: loads(own.prefill.url)["num_waiting_reqs"] == 0)
     own.prefill.check_alive()
 
 
