@@ -6,12 +6,15 @@ Rows are open maps so that a writer can add raw values; every reader may rely on
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,7 +23,9 @@ from prfaas.model.errors import UsageError
 
 K_RUN_FILE = "run.json"
 K_INLINE_BYTES = 20_000_000  # beyond this, raw rows go to files beside run.json
+K_OUTSIDE = ("repetitions", "baseline", "void")
 K_STAMP = "%Y%m%dT%H%M%SZ"
+K_NAME_DIGITS = 12
 _STAMP_FORM = re.compile(r"^\d{8}T\d{6}Z$")
 
 Outcome = Literal["passed", "failed", "unsupported"]
@@ -141,23 +146,47 @@ def is_stamp(name: str) -> bool:
 
 
 def write_run(run: Run, folder: Path) -> Path:
-    """Write FOLDER/run.json, atomically; where it would be too large, raw rows go to .jsonl.gz files."""
+    """Write FOLDER/run.json; where it would be too large, raw rows go to .jsonl.gz files.
+
+    What was there stays whole until all that is new is on the disk: files of rows have names of their own
+    content, and run.json, which names them, is replaced last. Raises OSError, for example where the disk is
+    full; the former record is then untouched.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data = run.model_dump(mode="json")
     text = _dumps(data)
     if len(text) > K_INLINE_BYTES:
         data["files"] = {}
-        for field in ("repetitions", "baseline", "void"):
-            name = f"{field}.jsonl.gz"
-            _write_rows(folder / name, _flat(data[field]) if field == "repetitions" else data[field])
-            data["files"][field] = name
+        for field in K_OUTSIDE:
+            rows = _flat(data[field]) if field == "repetitions" else data[field]
+            data["files"][field] = _write_rows(folder, field, rows)
             data[field] = []
         text = _dumps(data)
     target = folder / K_RUN_FILE
-    fresh = target.with_suffix(".json.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(target)
+    with _draft(target) as (file, draft):
+        file.write(text.encode())
+    draft.replace(target)
+    named = set((data.get("files") or {}).values())
+    for field in K_OUTSIDE:
+        for old in folder.glob(f"{field}*.jsonl.gz"):
+            if old.name not in named:
+                old.unlink()
     return target
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A file beside `target`, on the disk when the context ends; gone where it can't be written."""
+    path = target.with_name(f".{target.name}.new")
+    try:
+        with path.open("wb") as file:
+            yield file, path
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
 
 
 def read_run(path: Path) -> Run:
@@ -172,7 +201,7 @@ def read_run(path: Path) -> Run:
     if not isinstance(data, dict):
         raise UsageError(f"{file}: not a run: a {type(data).__name__}")
     for field, name in (data.get("files") or {}).items():
-        if "/" in name or field not in ("repetitions", "baseline", "void"):
+        if "/" in name or field not in K_OUTSIDE:
             raise UsageError(f"{file}: files.{field} names {name!r}, which isn't a file beside it")
         rows = list(_read_rows(file.parent / name))
         data[field] = _nested(rows) if field == "repetitions" else rows
@@ -207,11 +236,20 @@ def _nested(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    # mtime 0: the same rows give the same file.
-    with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+def _write_rows(folder: Path, field: str, rows: Iterable[dict[str, Any]]) -> str:
+    """The name of the file, which is made of what it holds: the same rows give the same file."""
+    seen = hashlib.sha256()
+    with (
+        _draft(folder / f"{field}.jsonl.gz") as (raw, draft),
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file,
+    ):
         for row in rows:
-            file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+            line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+            seen.update(line)
+            file.write(line)
+    name = f"{field}-{seen.hexdigest()[:K_NAME_DIGITS]}.jsonl.gz"
+    draft.replace(folder / name)
+    return name
 
 
 def _read_rows(path: Path) -> Iterable[dict[str, Any]]:

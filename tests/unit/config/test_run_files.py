@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,11 +49,43 @@ def test_a_large_run_keeps_its_raw_rows_in_files_that_run_json_names(
     monkeypatch.setattr(run_module, "K_INLINE_BYTES", 10)
     write_run(example(), tmp_path)
     stored = json.loads((tmp_path / "run.json").read_text())
-    assert stored["files"]["repetitions"] == "repetitions.jsonl.gz"
     assert stored["repetitions"] == []
+    named = set(stored["files"].values())
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", *named}
+    assert stored["files"]["repetitions"].startswith("repetitions-")
     back = read_run(tmp_path)
     assert back.repetitions == example().repetitions
     assert back.baseline == example().baseline
+
+
+def test_rows_kept_outside_give_way_only_to_a_whole_new_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "K_INLINE_BYTES", 10)
+    write_run(example(), tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    grown = example()
+    grown.repetitions[0].requests *= 2
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for writes in range(1, 5):
+        # Each file is brought to the disk once: the disk is full at the first, the second, ...
+        left = iter(range(writes - 1))
+        monkeypatch.setattr(
+            run_module.os, "fsync", lambda fd, left=left: None if next(left, None) is not None else full(fd)
+        )
+        with pytest.raises(OSError, match="No space left"):
+            write_run(grown, tmp_path)
+        assert read_run(tmp_path) == example().model_copy(update={"files": read_run(tmp_path).files})
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, "K_INLINE_BYTES", 10)
+    write_run(grown, tmp_path)
+    assert len(read_run(tmp_path).repetitions[0].requests) == 2
+    after = sorted(path.name for path in tmp_path.iterdir())
+    assert len(after) == len(before) == 4
 
 
 def test_what_is_not_a_run_is_said_to_be_none(tmp_path: Path) -> None:
