@@ -8,6 +8,7 @@ default to a function (args) -> exit status. Other packages add commands by the 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import pkgutil
@@ -20,6 +21,8 @@ import prfaas.cli
 from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, PrfaasError
 
 K_FROM_TESTBED = ("bench",)
+# A disk that is full, over its quota, read-only or broken: no fault of ours, and nothing to trace.
+K_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def command_modules(package: ModuleType, argv: Sequence[str], others: Sequence[str] = ()) -> list[str]:
@@ -86,6 +89,12 @@ def run_command(
         # The reader of our output has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in K_MACHINE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"{prog}: {where}{error.strerror}\n")
+        return EXIT_MACHINE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

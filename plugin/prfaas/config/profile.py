@@ -130,11 +130,17 @@ class ProfileConfig(CurvesConfig):
     pool_tokens: Annotated[int, Field(ge=1)] | None = None
     role_switch: RoleSwitchConfig | None = None
     """What a change between prefill and decode takes; absent: not known, and reckoned as nothing."""
+    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Part of prefill_s in which a request doesn't keep the instance from the next one."""
 
     @model_validator(mode="after")
     def _has_sizes(self) -> ProfileConfig:
         if self.kv_curve() is None:
             raise ValueError("a profile file needs kv_mib, kv_bytes or kv_bytes_per_token")
+        if self.latency_s >= self.prefill_s[0]:
+            raise ValueError(
+                f"latency_s {self.latency_s:g} isn't below the least prefill_s, {self.prefill_s[0]:g}"
+            )
         return self
 
     def profile(self) -> Profile:
@@ -151,6 +157,7 @@ class ProfileConfig(CurvesConfig):
             chunk_tokens=self.chunk_tokens,
             pool_tokens=self.pool_tokens,
             gpus=self.gpus,
+            latency_s=self.latency_s,
             role_switch=RoleSwitch(switch.to_prefill_s, switch.to_decode_s) if switch else None,
         )
 
@@ -160,15 +167,24 @@ def load_profile(path: Path | str) -> Profile:
     return load(path, ProfileConfig).profile()
 
 
-def find_profile(name: str, topologies: Path) -> Profile:
-    """A profile by name under topologies/profiles, or by path. Raises UsageError that lists what there is."""
+def profile_file(name: str, topologies: Path) -> Path:
+    """The file of a name under topologies/profiles, or the path itself. Raises UsageError that lists what
+    there is."""
     if "/" in name or name.endswith((".yaml", ".yml")):
-        return load_profile(name)
+        return Path(name)
     folder = topologies / "profiles"
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or f"none in {folder}"
         raise UsageError(f"unknown profile {name!r}; known: {known}")
+    return path
+
+
+def find_profile(name: str, topologies: Path) -> Profile:
+    """A profile by name under topologies/profiles, or by path. Raises UsageError that lists what there is."""
+    path = profile_file(name, topologies)
+    if str(path) == name:
+        return load_profile(path)
     found = load(path, ProfileConfig)
     if found.name != name:
         raise ConfigError(str(path), "name", found.name, f"the file's name says {name}")

@@ -313,18 +313,24 @@ def network_names(folder: Path = K_NETWORKS) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
+def topology_file(name_or_path: str | Path, folder: Path = K_NETWORKS) -> Path:
+    """The file of a name under topologies/networks/, or the path itself. Raises UsageError for an unknown
+    name."""
+    text = str(name_or_path)
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", text):
+        return Path(text)
+    path = folder / f"{text}.yaml"
+    if not path.exists():
+        raise UsageError(f"no topology {text!r}; there are: {', '.join(network_names(folder)) or 'none'}")
+    return path
+
+
 def load_topology(name_or_path: str | Path, folder: Path = K_NETWORKS) -> Topology:
     """A topology by its name under topologies/networks/, or by the path of a file.
 
     Raises UsageError for an unknown name or ConfigError for a faulty file.
     """
-    text = str(name_or_path)
-    if re.fullmatch(r"[a-z][a-z0-9-]*", text):
-        path = folder / f"{text}.yaml"
-        if not path.exists():
-            raise UsageError(f"no topology {text!r}; there are: {', '.join(network_names(folder)) or 'none'}")
-    else:
-        path = Path(text)
+    path = topology_file(name_or_path, folder)
     topology = load(path, Topology)
     if topology.name != path.stem:
         raise ConfigError(str(path), "name", topology.name, f"expected {path.stem!r}, the file's own name")

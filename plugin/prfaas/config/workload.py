@@ -221,7 +221,7 @@ def trace_lines(config: Synthetic | Sessions | Mooncake | Azure, topologies: Pat
     return read_trace(config.file, topologies)
 
 
-def read_trace(file: str, topologies: Path) -> list[str]:
+def trace_file(file: str, topologies: Path) -> Path:
     """A trace by its name under topologies/traces or by path. Raises UsageError."""
     folder = topologies / "traces"
     path = folder / file
@@ -230,6 +230,12 @@ def read_trace(file: str, topologies: Path) -> list[str]:
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in folder.glob("*.*"))) or f"none in {folder}"
         raise UsageError(f"unknown trace {file!r}; known: {known}")
+    return path
+
+
+def read_trace(file: str, topologies: Path) -> list[str]:
+    """The lines of a trace by its name under topologies/traces or by path. Raises UsageError."""
+    path = trace_file(file, topologies)
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

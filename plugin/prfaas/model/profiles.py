@@ -150,6 +150,9 @@ class Profile:
     gpus: int = 8
     role_switch: RoleSwitch | None = None
     """None: not known."""
+    latency_s: float = 0.0
+    """Part of T_prefill in which a request doesn't occupy the instance: it is read, its token handed out.
+    Who waits behind it doesn't wait for that."""
     scale: float = field(default=1.0)
     """Bytes are already divided by this; see `scaled`."""
 
@@ -158,6 +161,11 @@ class Profile:
             raise ProfileError(
                 "state_bytes",
                 f"found {self.state_bytes}; must lie between 0 and the least S_kv, {self.kv.y[0]:.0f}",
+            )
+        if not 0 <= self.latency_s < self.prefill.y[0]:
+            raise ProfileError(
+                "latency_s",
+                f"found {self.latency_s:g}; must be below the least T_prefill, {self.prefill.y[0]:g} s",
             )
 
     def prefill_s(self, tokens: float, cached_tokens: float = 0) -> float:
@@ -170,6 +178,10 @@ class Profile:
         if cached_tokens <= 0:
             return self.prefill(tokens)
         return self.prefill(0.0) + self.prefill(tokens) - self.prefill(min(cached_tokens, tokens))
+
+    def occupied_s(self, tokens: float, cached_tokens: float = 0) -> float:
+        """The part of `prefill_s` that keeps others waiting."""
+        return max(0.0, self.prefill_s(tokens, cached_tokens) - self.latency_s)
 
     def kv_bytes(self, tokens: float) -> int:
         """S_kv: all bytes of a prompt of this length, state included."""

@@ -30,4 +30,4 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         if before.get(row.name, row.outcome) != row.outcome:
             sys.stderr.write(f"{row.name}: the run says {before[row.name]}, its rows say {row.outcome}\n")
-    return exit_status(rows)
+    return exit_status(rows, stored)

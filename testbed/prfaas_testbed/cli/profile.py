@@ -37,7 +37,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--rounds", type=int, default=K_ROUNDS, metavar="N",
-        help=f"rounds of requests to it and to a profiled instance in turns (default {K_ROUNDS}; 0: none)",
+        help=f"rounds of requests to it and to a profiled instance (default {K_ROUNDS}; 0: none)",
     )  # fmt: skip
     parser.add_argument(
         "--role-switch", action="store_true",
@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
             "model": args.model, "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(), "versions": versions(K_CHECKOUT / ".venv-sglang"), "machine": machine(),
             "profile": found.profile,
-            "ratios": found.likeness.ratios(), **asdict(found.likeness),
+            "looks": [asdict(look) for look in found.looks],
+            "ratios": found.likeness.ratios(), "ratios_as_measured": found.likeness.ratios(False),
+            **asdict(found.likeness),
         }  # fmt: skip
         tell(f"raw values: {write_json(log.parent / f'{args.model}.json', record)}")
     sys.stdout.write(f"{target}\n")

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
-from prfaas.config.run import Run, stamp, write_run
-from prfaas.model.errors import UsageError
+from prfaas.config.run import Run, stamp
+from prfaas.model.errors import EXIT_MACHINE, EXIT_OK, UsageError
 from prfaas_testbed.experiment.before import check_before
 from prfaas_testbed.experiment.checks import exit_status, judge
 from prfaas_testbed.experiment.machine import K_RESULTS, K_TOPOLOGIES
+from prfaas_testbed.experiment.place import Place, own
 from prfaas_testbed.experiment.record import record_of
 from prfaas_testbed.experiment.runner import Results, Runner
 from prfaas_testbed.experiment.table import check_lines, summary_lines
@@ -69,10 +70,15 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and args.out:
         raise UsageError("--resume DIR goes on in DIR: --out would be another place")
     folder = (args.resume or (args.out or K_RESULTS) / choice.name / stamp()).resolve()
-    if isinstance(choice, ExperimentSet):
-        record = run_set(choice, folder, args)
-    else:
-        record = run_one(choice, folder, args)
+    if args.resume and not folder.is_dir():
+        raise UsageError(f"--resume {args.resume}: no such run")
+    check_all(choice, args)
+    stopped: list[str] = []
+    with own(folder) as place:
+        if isinstance(choice, ExperimentSet):
+            record, stopped = run_set(choice, place, args)
+        else:
+            record = run_one(choice, place, args)
     if args.json:
         sys.stdout.write(
             json.dumps([row.model_dump(exclude_none=True) for row in record.checks], indent=1) + "\n"
@@ -81,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
         lines = [*summary_lines(record), "", *check_lines(record.checks)]
         sys.stdout.write("\n".join(lines) + "\n")
     tell(f"results: {folder}")
-    return exit_status(record.checks)
+    status = exit_status(record.checks, record)
+    if stopped:
+        tell(f"stopped by this machine: {', '.join(stopped)}")
+    return EXIT_MACHINE if stopped and status == EXIT_OK else status
 
 
 def with_parts(choice: Experiment | ExperimentSet, globs: str) -> ExperimentSet:
@@ -101,27 +110,44 @@ def with_parts(choice: Experiment | ExperimentSet, globs: str) -> ExperimentSet:
     return choice.model_copy(update={"parts": [part for part in choice.parts if part.name in wanted]})
 
 
-def run_one(experiment: Experiment, folder: Path, args: argparse.Namespace) -> Run:
+def experiments_of(
+    choice: Experiment | ExperimentSet, args: argparse.Namespace
+) -> list[tuple[str, Experiment]]:
+    """The parts by name, or the single experiment, with what the command line says instead of the file."""
+    found = parts_of(choice, K_TOPOLOGIES) if isinstance(choice, ExperimentSet) else [(choice.name, choice)]
+    if args.repetitions is None:
+        return list(found)
+    return [(name, one.model_copy(update={"repetitions": args.repetitions})) for name, one in found]
+
+
+def check_all(choice: Experiment | ExperimentSet, args: argparse.Namespace) -> None:
+    """All that can be known to be wrong, before anything is made. Raises ConfigError, UsageError and
+    MachineError."""
+    for name, experiment in experiments_of(choice, args):
+        check_before(experiment, f"part {name}" if isinstance(choice, ExperimentSet) else args.experiment)
+
+
+def run_one(choice: Experiment, place: Place, args: argparse.Namespace) -> Run:
     """Run, judge, write and draw one experiment. What a run that is stopped has gathered is written too."""
-    if args.repetitions is not None:
-        experiment = experiment.model_copy(update={"repetitions": args.repetitions})
+    ((_, experiment),) = experiments_of(choice, args)
     topology = check_before(experiment, args.experiment)
     began_s, results = time.monotonic(), Results()
     record = record_of(experiment, topology)
     tell(f"{experiment.name}: {experiment.description}")
     try:
-        Runner(experiment, topology, folder, results, tell, args.wait).run()
+        with place.watched():
+            Runner(experiment, topology, place.folder, results, tell, args.wait).run()
     except BaseException as error:
         if results.calibration:
             results.into(record)
             record.model_extra["stopped"] = str(error) or type(error).__name__  # type: ignore[index]
-            write_run(record, folder)
+            place.keep(record)
         raise
     results.into(record)
     record.model_extra["wall_s"] = round(time.monotonic() - began_s, 1)  # type: ignore[index]
     record.checks = judge(record)
-    write_run(record, folder)
-    draw(folder)
+    place.keep(record)
+    draw(place.folder)
     return record
 
 
@@ -135,22 +161,20 @@ def draw(folder: Path) -> None:
         tell(f"the figures could not be drawn: {type(error).__name__}: {error}")
 
 
-def run_set(choice: ExperimentSet, folder: Path, args: argparse.Namespace) -> Run:
-    """All parts, one after the other, in one record that is written after each."""
+def run_set(choice: ExperimentSet, place: Place, args: argparse.Namespace) -> tuple[Run, list[str]]:
+    """All parts, one after the other, in one record that is written after each; and those that this machine
+    stopped."""
     from prfaas_testbed.experiment.sets import SetRun, real_conduct
 
-    parts = list(parts_of(choice, K_TOPOLOGIES))
-    if args.repetitions is not None:
-        parts = [(n, e.model_copy(update={"repetitions": args.repetitions})) for n, e in parts]
-    for name, experiment in parts:
-        check_before(experiment, f"part {name}")
-    whole = SetRun(choice, parts, folder, tell, args.again.split(",") if args.again else ())
+    parts = experiments_of(choice, args)
+    again = args.again.split(",") if args.again else ()
+    whole = SetRun(choice, parts, place.folder, tell, again, place.keep)
     if args.resume is not None:
         whole.resume()
     budget_s = choice.wall_time_s if args.for_s is None else min(args.for_s, choice.wall_time_s)
-    record = whole.go(real_conduct(folder, tell, args.wait), budget_s)
-    draw(folder)
-    return record
+    record = whole.go(real_conduct(place, tell, args.wait), budget_s)
+    draw(place.folder)
+    return record, whole.stopped_now
 
 
 def tell(line: str) -> None:

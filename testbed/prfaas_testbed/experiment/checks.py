@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from prfaas.config.experiment import CheckSpec
 from prfaas.config.run import CheckRow, Run
-from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, ConfigError
+from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_MACHINE, EXIT_OK, ConfigError
 from prfaas_testbed.experiment.metrics import K_METRICS, Unsupported
 from prfaas_testbed.experiment.view import View
 
@@ -79,6 +79,20 @@ def judge(run: Run) -> list[CheckRow]:
     return [judge_one(View(run), spec, spec.name) for spec in specs]
 
 
-def exit_status(rows: Iterable[CheckRow]) -> int:
-    """0 where all passed or were unsupported with a reason, 1 where one failed."""
-    return EXIT_FELL_SHORT if any(row.outcome == "failed" for row in rows) else EXIT_OK
+def exit_status(rows: Iterable[CheckRow], run: Run | None = None) -> int:
+    """0 where all passed or were unsupported with a reason, 1 where one failed; 3 where nothing failed but
+    parts of a set that this machine stopped."""
+    failed = [row.name for row in rows if row.outcome == "failed"]
+    if not failed:
+        return EXIT_OK
+    extra = (run.model_extra or {}) if run is not None else {}
+    stopped = {
+        part
+        for part, own in (extra.get("part_runs") or {}).items()
+        if own.get("stopped") and own.get("status") == EXIT_MACHINE
+    }
+    missing = {
+        part for part in extra.get("parts_planned") or () if part not in (extra.get("part_runs") or {})
+    }
+    parts = {name.partition("/")[0] for name in failed}
+    return EXIT_MACHINE if parts & stopped and parts <= stopped | missing else EXIT_FELL_SHORT

@@ -1,13 +1,16 @@
 """How like a profiled instance is to the real server it was profiled from: the same requests to both.
 
-A round is a handful of requests of mixed length at once; real and profiled answer the rounds in turns, so
-that whatever else this machine does meets both. What is compared are quantiles over all rounds, as ratios.
+A round is a handful of requests of mixed length at once. The real server answers a round between each two
+looks that its profile is made of, so that the profile and what it is held against are of the same minutes;
+how much slower than usual the machine was in a round is known from the looks around it. What is compared are
+quantiles over all rounds, as ratios: as they were measured, and with the machine's speed taken out of the
+real side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
@@ -20,48 +23,64 @@ K_ROUNDS = 6
 K_NEW_TOKENS = 16
 K_QUANTILES = (0.5, 0.9)
 
-Ask = Callable[[Sequence[int], int], list[Answer]]
-"""Sends prompts of these lengths K_APART_S from one another, each wanting so many tokens."""
+
+def rounds_of(longest_tokens: int, rounds: int, seed: int = 1) -> list[list[int]]:
+    """The lengths of each round: the same, in an order of its own."""
+    rng, found = Random(seed), []
+    usable = [tokens for tokens in K_MIX_TOKENS if tokens <= longest_tokens]
+    for _ in range(rounds):
+        lengths = list(usable)
+        rng.shuffle(lengths)
+        found.append(lengths)
+    return found
 
 
 @dataclass
 class Likeness:
     """Raw values of both sides, a list a round."""
 
-    lengths: list[list[int]] = field(default_factory=list)
-    real_ttft_s: list[list[float]] = field(default_factory=list)
-    profiled_ttft_s: list[list[float]] = field(default_factory=list)
-    real_e2e_s: list[list[float]] = field(default_factory=list)
-    profiled_e2e_s: list[list[float]] = field(default_factory=list)
+    lengths: list[list[int]]
+    real_ttft_s: list[list[float]]
+    profiled_ttft_s: list[list[float]]
+    real_e2e_s: list[list[float]]
+    profiled_e2e_s: list[list[float]]
+    slowness: list[float]
+    """Of the machine in the real side's rounds; 1 is the median look's."""
 
-    def ratios(self) -> dict[str, float]:
-        """Profiled over real, by quantile of the time to first token and to the last."""
+    @classmethod
+    def of(
+        cls,
+        lengths: list[list[int]],
+        real: Sequence[Sequence[Answer]],
+        profiled: Sequence[Sequence[Answer]],
+        slowness: list[float],
+    ) -> Likeness:
+        return cls(
+            lengths,
+            [_times(one, "ttft_s") for one in real],
+            [_times(one, "ttft_s") for one in profiled],
+            [_times(one, "e2e_s") for one in real],
+            [_times(one, "e2e_s") for one in profiled],
+            [round(value, 4) for value in slowness],
+        )
+
+    def ratios(self, at_its_speed: bool = True) -> dict[str, float]:
+        """Profiled over real, by quantile of the time to first token and to the last; with `at_its_speed`
+        the real side's times are those of a machine as fast as at the median look."""
         found = {}
         for name, real, profiled in (
             ("ttft", self.real_ttft_s, self.profiled_ttft_s),
             ("e2e", self.real_e2e_s, self.profiled_e2e_s),
         ):
-            flat = [np.array([value for one in side for value in one]) for side in (real, profiled)]
+            factors = self.slowness if at_its_speed else [1.0] * len(real)
+            a = np.concatenate([np.array(one) / slow for one, slow in zip(real, factors, strict=True)])
+            b = np.concatenate([np.array(one) for one in profiled])
             for q in K_QUANTILES:
-                a, b = (float(np.quantile(side, q)) for side in flat)
-                found[f"{name}_p{q * 100:.0f}"] = round(b / a, 4)
+                found[f"{name}_p{q * 100:.0f}"] = round(float(np.quantile(b, q) / np.quantile(a, q)), 4)
         return found
 
 
-def compare(real: Ask, profiled: Ask, longest_tokens: int, seed: int = 1, rounds: int = K_ROUNDS) -> Likeness:
-    """Both sides answer the same lengths in the same order; who goes first changes from round to round."""
-    rng, found = Random(seed), Likeness()
-    usable = [tokens for tokens in K_MIX_TOKENS if tokens <= longest_tokens]
-    for i in range(rounds):
-        lengths = list(usable)
-        rng.shuffle(lengths)
-        found.lengths.append(lengths)
-        sides = (
-            (real, found.real_ttft_s, found.real_e2e_s),
-            (profiled, found.profiled_ttft_s, found.profiled_e2e_s),
-        )
-        for ask, ttfts, e2es in sides if i % 2 == 0 else sides[::-1]:
-            answers = sorted(ask(lengths, K_NEW_TOKENS), key=lambda answer: int(answer.id))
-            ttfts.append([round(answer.ttft_s or 0.0, 5) for answer in answers])
-            e2es.append([round(answer.e2e_s or 0.0, 5) for answer in answers])
-    return found
+def _times(answers: Sequence[Answer], name: str) -> list[float]:
+    """In the order of their sending."""
+    ordered = sorted(answers, key=lambda answer: int(answer.id))
+    return [round(getattr(answer, name) or 0.0, 5) for answer in ordered]

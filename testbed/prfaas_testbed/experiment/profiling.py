@@ -1,9 +1,18 @@
 """A profile measured from a real SGLang server: prefill time over prompt length, decode step over batch
-size."""
+size.
+
+A prompt alone has its first token after T = latency + occupation: reading the request and handing the token
+out keep nobody else waiting, computing does. So each length is asked for alone and several at once: what each
+of several adds is its occupation, what a prompt alone takes beyond that is latency.
+
+The machine's own speed drifts, so a look at every length and batch is repeated, with a round of requests of
+mixed length between each two (likeness.py), and the profile is the medians over all looks.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 import statistics
@@ -21,16 +30,19 @@ from prfaas.model.errors import PrfaasError
 from prfaas_testbed.client import Answer, Shot, Target
 from prfaas_testbed.client.load import Load
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR
-from prfaas_testbed.experiment.likeness import K_APART_S, K_ROUNDS, Likeness, compare
+from prfaas_testbed.experiment.likeness import K_APART_S, K_NEW_TOKENS, K_ROUNDS, Likeness, rounds_of
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_FIRST_PLAIN_TOKEN, K_PLAIN_TOKENS, TinyModel
 from prfaas_testbed.instances.sglang_server import K_SAME_CHUNKS, ServerSpec, SglangServer
 
-K_LENGTHS = (16, 128, 512, 1024, 2048, 4096, 8192)
+K_LENGTHS = (16, 128, 512, 1024, 2048, 3072, 4096, 6144, 8192)
 K_BATCHES = (1, 2, 4, 8)
-K_REPEATS = 5
-K_STEPS = 32  # output tokens of a decode measurement
+K_STEPS = 24  # output tokens of a decode measurement
+K_AT_ONCE_TOKENS = 8192  # in all, of prompts that are asked for at once; two at least, four at most
+K_FEWEST_AT_ONCE, K_MOST_AT_ONCE = 2, 4
+K_LEAST_OCCUPIED_S = 1e-4
 K_CONTEXT_TOKENS = 2048  # what a decode step reads of each request grows with it
+K_LOOKS = 3  # where nothing is compared
 K_NICE = -15
 K_TIMEOUT_S = 120.0
 K_CHUNK_TOKENS = 4096
@@ -61,19 +73,69 @@ class Prober:
                 raise PrfaasError(f"the server under measurement failed: {answer.error}")
         return answers
 
-    def prefill_s(self, length: int) -> float:
-        """Median time to first token, alone."""
-        return statistics.median(self.ask([length], 1)[0].ttft_s or 0.0 for _ in range(K_REPEATS))
+    def alone_s(self, length: int) -> float:
+        """Time to the first token of one prompt."""
+        return self.ask([length], 1)[0].ttft_s or 0.0
+
+    def occupied_s(self, length: int) -> float:
+        """What each of several prompts at once adds to the time of those behind it."""
+        n = min(K_MOST_AT_ONCE, max(K_FEWEST_AT_ONCE, K_AT_ONCE_TOKENS // length))
+        ends_s = sorted(answer.sent_s + (answer.ttft_s or 0.0) for answer in self.ask([length] * n, 1))
+        return (ends_s[-1] - ends_s[0]) / (n - 1)
 
     def step_s(self, batch: int) -> float:
-        """Median time of a decode step with `batch` requests."""
-        steps = []
-        for _ in range(K_REPEATS):
-            answers = self.ask([K_CONTEXT_TOKENS] * batch, K_STEPS)
-            # The steps of the last to start, which had the whole batch beside it.
-            last = max(answers, key=lambda answer: answer.ttft_s or 0.0)
-            steps.append(((last.e2e_s or 0.0) - (last.ttft_s or 0.0)) / (K_STEPS - 1))
-        return statistics.median(steps)
+        """Time of a decode step with `batch` requests."""
+        answers = self.ask([K_CONTEXT_TOKENS] * batch, K_STEPS)
+        # The steps of the last to start, which had the whole batch beside it.
+        last = max(answers, key=lambda answer: answer.sent_s + (answer.ttft_s or 0.0))
+        return ((last.e2e_s or 0.0) - (last.ttft_s or 0.0)) / (K_STEPS - 1)
+
+    def look(self, lengths: Sequence[int], batches: Sequence[int] = K_BATCHES) -> Look:
+        """Every length alone and at once, and every batch."""
+        return Look(
+            [self.alone_s(length) for length in lengths],
+            [self.occupied_s(length) for length in lengths],
+            [self.step_s(batch) for batch in batches],
+        )
+
+
+@dataclass(frozen=True)
+class Look:
+    """A server at one moment: a time for each length, and for each batch size."""
+
+    alone_s: list[float]
+    occupied_s: list[float]
+    step_s: list[float]
+
+    @property
+    def total_s(self) -> float:
+        """How slow the machine was."""
+        return sum(self.alone_s) + sum(self.occupied_s)
+
+
+def settled(looks: Sequence[Look]) -> Look:
+    """The median of each time."""
+
+    def medians(name: str) -> list[float]:
+        return [
+            statistics.median(values) for values in zip(*(getattr(look, name) for look in looks), strict=True)
+        ]
+
+    return Look(medians("alone_s"), medians("occupied_s"), medians("step_s"))
+
+
+def slowness(looks: Sequence[Look]) -> list[float]:
+    """Of the round between each two looks: how much slower the machine was than at the median look."""
+    usual = statistics.median(look.total_s for look in looks)
+    return [(a.total_s + b.total_s) / 2 / usual for a, b in itertools.pairwise(looks)]
+
+
+def split_of(look: Look) -> tuple[list[float], float]:
+    """(occupation of each length, latency) that explain it: the latency is the same for every length, and
+    the median of what they say."""
+    occupied = rising([max(K_LEAST_OCCUPIED_S, value) for value in look.occupied_s])
+    spare = [alone - behind for alone, behind in zip(look.alone_s, occupied, strict=True)]
+    return occupied, max(0.0, statistics.median(spare))
 
 
 def rising(values: Sequence[float]) -> list[float]:
@@ -90,12 +152,19 @@ class Measured:
 
     profile: dict[str, Any]
     """A profile file's content."""
+    looks: list[Look]
     likeness: Likeness | None
     """How like it a profiled instance was, while the server was still there to compare."""
 
 
 def measure(
-    model: TinyModel, name: str, log: Path, progress: Callable[[str], None], rounds: int = K_ROUNDS
+    model: TinyModel,
+    name: str,
+    log: Path,
+    progress: Callable[[str], None],
+    rounds: int = K_ROUNDS,
+    lengths: Sequence[int] = K_LENGTHS,
+    batches: Sequence[int] = K_BATCHES,
 ) -> Measured:
     """Start a plain server of the model, measure it, and hold a profiled instance against it (`rounds` 0:
     don't)."""
@@ -104,34 +173,34 @@ def measure(
         role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=ports[0],
         extra_args=K_SAME_CHUNKS,
     )  # fmt: skip
+    lengths = [length for length in lengths if length <= model.longest_prompt_tokens]
+    bursts = rounds_of(model.longest_prompt_tokens, rounds)
+    looks: list[Look] = []
+    real: list[list[Answer]] = []
     with undisturbed(progress), SglangServer(spec, log) as server:
         server.wait_ready(progress=progress)
         prober = Prober(server.url, seed=1)
         prober.ask([64, 512, 2048], 4)
-        lengths = [length for length in K_LENGTHS if length <= model.longest_prompt_tokens]
-        prefill = []
-        for length in lengths:
-            prefill.append(prober.prefill_s(length))
-            progress(f"prefill of {length} tokens: {prefill[-1]:.4f} s")
-        steps = []
-        for batch in K_BATCHES:
-            steps.append(prober.step_s(batch))
-            progress(f"decode step of {batch}: {steps[-1]:.4f} s")
-        profile = _profile(model, name, lengths, prefill, steps, spec.pool_tokens)
-        if not rounds:
-            return Measured(profile, None)
-        with profiled_instance(profile, model.name, log.parent, ports[1]) as url:
-            beside = Prober(url, seed=2)
-            beside.ask([64], 4)
-            likeness = compare(
-                lambda some, new: prober.ask(some, new, K_APART_S),
-                lambda some, new: beside.ask(some, new, K_APART_S),
-                model.longest_prompt_tokens,
-                rounds=rounds,
-            )
+        for i in range(rounds + 1 if rounds else K_LOOKS):
+            looks.append(prober.look(lengths, batches))
+            progress(f"look {i + 1}: all lengths alone and at once took {looks[-1].total_s:.2f} s")
+            if i < rounds:
+                real.append(prober.ask(bursts[i], K_NEW_TOKENS, K_APART_S))
+    profile = _profile(model, name, lengths, batches, settled(looks), spec.pool_tokens)
+    for length, whole_s in zip(lengths, profile["prefill_s"], strict=True):
+        progress(
+            f"first token of {length} tokens: {whole_s:.4f} s, {profile['latency_s']:.4f} s of it latency"
+        )
+    if not rounds:
+        return Measured(profile, looks, None)
+    with undisturbed(progress), profiled_instance(profile, model.name, log.parent, ports[1]) as url:
+        beside = Prober(url, seed=2)
+        beside.ask([64], 4)
+        profiled = [beside.ask(burst, K_NEW_TOKENS, K_APART_S) for burst in bursts]
+    likeness = Likeness.of(bursts, real, profiled, slowness(looks))
     for what, ratio in likeness.ratios().items():
         progress(f"profiled over real, {what}: {ratio:.3f}")
-    return Measured(profile, likeness)
+    return Measured(profile, looks, likeness)
 
 
 @contextmanager
@@ -177,10 +246,11 @@ def _profile(
     model: TinyModel,
     name: str,
     lengths: Sequence[int],
-    prefill: Sequence[float],
-    steps: Sequence[float],
+    batches: Sequence[int],
+    look: Look,
     pool_tokens: int,
 ) -> dict[str, Any]:
+    occupied, latency_s = split_of(look)
     sizes = [
         length * model.kv_bytes_per_token
         + model.state_bytes
@@ -194,13 +264,14 @@ def _profile(
         "source": "measured",
         "gpus": 0,
         "tokens": list(lengths),
-        "prefill_s": [round(value, 5) for value in rising(prefill)],
+        "prefill_s": [round(latency_s + value, 5) for value in occupied],
+        "latency_s": round(latency_s, 5),
         "kv_bytes": sizes,
         "state_bytes": model.state_bytes,
         "decode": {
-            "batch": list(K_BATCHES),
-            "step_s": [round(value, 5) for value in rising(steps)],
-            "max_batch": max(K_BATCHES),
+            "batch": list(batches),
+            "step_s": [round(value, 5) for value in rising(look.step_s)],
+            "max_batch": max(batches),
         },
         "block_tokens": 1,
         "chunk_tokens": K_CHUNK_TOKENS,

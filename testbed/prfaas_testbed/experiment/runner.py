@@ -46,6 +46,7 @@ from prfaas_testbed.experiment.load import (
 )
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.metrics import equal_tokens
+from prfaas_testbed.experiment.place import require_space
 from prfaas_testbed.experiment.rounds import play_rounds, probe_of
 from prfaas_testbed.experiment.sites import try_isolation
 from prfaas_testbed.experiment.timeline import Timeline
@@ -373,6 +374,8 @@ class Runner:
             raise
         finally:
             client.stop()
+        # Requests that failed because a server couldn't write say nothing about the system.
+        require_space(self.folder)
         return answers, client.start_s, client
 
     def client_site(self) -> str:

@@ -4,7 +4,7 @@ After every part the whole record is written again, so what a run has at any mom
 
     missing                     run
     stopped by the machine      run again   (too busy, a port taken, a calibration missed)
-    made by another definition  run again   (the file was edited since)
+    made by another definition  run again   (the file, or one that it names, was edited since)
     ended, or the system's fault stopped it   kept, whatever it says: nothing is run until it passes
 
 Each part keeps its own start, commit, machine and load under `part_runs`, with the attempts before it.
@@ -20,10 +20,13 @@ from typing import Any
 
 from prfaas.config.experiment import Experiment, ExperimentSet
 from prfaas.config.run import Repetition, Row, Run, read_run, write_run
-from prfaas.model.errors import MachineError, PrfaasError, UsageError
+from prfaas.config.topology import load_topology
+from prfaas.model.errors import EXIT_MACHINE, MachineError, PrfaasError, UsageError
 from prfaas_testbed.experiment.before import check_before
 from prfaas_testbed.experiment.checks import judge
-from prfaas_testbed.experiment.record import record_of
+from prfaas_testbed.experiment.inputs import inputs_of
+from prfaas_testbed.experiment.place import DiskFull, Place
+from prfaas_testbed.experiment.record import dump_of, record_of
 from prfaas_testbed.experiment.runner import CalibrationMissed, Progress, Results, Runner
 from prfaas_testbed.experiment.table import check_lines
 from prfaas_testbed.experiment.view import field
@@ -46,12 +49,16 @@ class SetRun:
 
     def __init__(
         self, choice: ExperimentSet, parts: Sequence[tuple[str, Experiment]], folder: Path, tell: Progress,
-        again: Sequence[str] = (),
+        again: Sequence[str] = (), keep: Callable[[Run], object] | None = None,
     ) -> None:  # fmt: skip
-        """`again`: globs of parts that run although they are in the record, which says so."""
+        """`again`: globs of parts that run although they are in the record, which says so. `keep` writes the
+        record, into `folder` where absent."""
         self._parts, self._folder, self._tell = dict(parts), folder, tell
         self._choice, self._again = choice, tuple(again)
+        self._keep = keep or (lambda run: write_run(run, folder))
         self.record: Run | None = None
+        self.stopped_now: list[str] = []
+        """Parts that this machine stopped since this object was made, whatever the record holds of them."""
 
     def resume(self) -> None:
         """Take what the folder holds. Raises UsageError where that isn't a run of this set."""
@@ -77,9 +84,24 @@ class SetRun:
         assert self.record is not None
         if self.record.definition["parts"][name] != _definition(self._parts[name]):
             return "its definition has changed"
+        changed = self._changed_inputs(name, done)
+        if changed:
+            return f"what it reads has changed: {', '.join(changed)}"
         if done.get("stopped") and done.get("stopped_by") == "machine":
             return f"stopped by the machine: {done['stopped']}"
         return None
+
+    def _changed_inputs(self, name: str, done: dict[str, Any]) -> list[str]:
+        """Files that the part reads and that were others when it ran."""
+        experiment = self._parts[name]
+        if "inputs" in done:
+            now = inputs_of(experiment)
+            return sorted(
+                file for file in {*now, *done["inputs"]} if now.get(file) != done["inputs"].get(file)
+            )
+        # Of a record that doesn't say: what it holds of the network at least.
+        same = done.get("topology") in (None, dump_of(load_topology(experiment.network)))
+        return [] if same else [experiment.network]
 
     def go(self, conduct: Conduct, budget_s: float = float("inf")) -> Run:
         """Run what is to be run, beginning no part when `budget_s` are over; the record so far."""
@@ -100,16 +122,24 @@ class SetRun:
         record = record_of(experiment, check_before(experiment, f"part {name}"))
         began_s = time.monotonic()
         own: dict[str, Any] = {}
+        full: DiskFull | None = None
         try:
             conduct(name, experiment, results)
         except PrfaasError as error:
             # The other parts can still be had; this one counts as failed.
             self._tell(f"part {name} was stopped: {error}")
-            own = {"stopped": str(error), "stopped_by": "machine" if by_machine(error) else "system"}
+            own = {
+                "stopped": str(error),
+                "stopped_by": "machine" if by_machine(error) else "system",
+                "status": error.exit_status,
+            }
+            full = error if isinstance(error, DiskFull) else None
+            if error.exit_status == EXIT_MACHINE:
+                self.stopped_now.append(name)
         results.into(record)
         own = {
             **record.model_dump(mode="json", include=set(K_OWN)),
-            "topology": (record.model_extra or {})["topology"],
+            **{key: (record.model_extra or {})[key] for key in ("topology", "inputs")},
             "wall_s": round(time.monotonic() - began_s, 1),
             **own,
         }
@@ -123,24 +153,32 @@ class SetRun:
             brief = {key: own[key] for key in ("started", "commit", "stopped") if key in own}
             before["attempts_before"] = [*before.get("attempts_before", []), brief]
             assert self.record is not None
-            write_run(self.record, self._folder)
+            self._write(full)
             return
         if before is not None:
             brief = {key: before[key] for key in ("started", "commit", "stopped") if key in before}
             own["attempts_before"] = [*before.get("attempts_before", []), brief]
         self.record = with_part(self.record, self._choice, list(self._parts), name, record, own)
         self.record.checks = judge(self.record)
-        write_run(self.record, self._folder)
+        self._write(full)
         for line in check_lines([row for row in self.record.checks if row.name.startswith(f"{name}/")]):
             self._tell(line)
 
+    def _write(self, full: DiskFull | None) -> None:
+        """Raises DiskFull, `full` itself where it was so before: no other part could be run."""
+        assert self.record is not None
+        self._keep(self.record)
+        if full is not None:
+            raise full
 
-def real_conduct(folder: Path, tell: Progress, wait_s: float) -> Conduct:
+
+def real_conduct(place: Place, tell: Progress, wait_s: float) -> Conduct:
     """Each part on an emulated network of its own."""
 
     def conduct(name: str, experiment: Experiment, results: Results) -> None:
         topology = check_before(experiment, f"part {name}")
-        Runner(experiment, topology, folder / name, results, tell, wait_s).run()
+        with place.watched():
+            Runner(experiment, topology, place.folder / name, results, tell, wait_s).run()
 
     return conduct
 
@@ -191,7 +229,8 @@ def with_part(
     # The record begins with its first part; of many commits it says that there are many.
     whole.started = min(run["started"] for run in runs)
     commits = sorted({run["commit"] for run in runs})
-    whole.commit = commits[0] if len(commits) == 1 else ",".join(commit[:12] for commit in commits)
+    short = dict.fromkeys(commit[:12] for commit in commits)
+    whole.commit = commits[0] if len(commits) == 1 else ",".join(short)
     whole.scale = max(run["scale"] for run in runs)
     emulations = {run["emulation"] for run in runs}
     whole.emulation = "appliance" if "appliance" in emulations else next(iter(emulations))

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
-from prfaas.config.run import EventRow, RequestRow, read_run, write_run
+from prfaas.config.run import CheckRow, EventRow, RequestRow, read_run, write_run
 from prfaas.model.errors import MachineError, PrfaasError, UsageError
 from prfaas_testbed.cli.main import main
 from prfaas_testbed.cli.run import with_parts
-from prfaas_testbed.experiment.checks import judge
+from prfaas_testbed.experiment.checks import exit_status, judge
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.place import DiskFull
 from prfaas_testbed.experiment.runner import CalibrationMissed, Results
 from prfaas_testbed.experiment.sets import SetRun, by_machine
 
@@ -103,12 +104,14 @@ def test_rows_stay_where_the_machine_lets_the_next_attempt_give_none(tmp_path: P
         record.definition["parts"][part]["description"] = "as it was told before"
     write_run(record, tmp_path)
     busy = Conductor(dict.fromkeys(K_PARTS.split(","), MachineError("another run holds the network")))
-    a_set(tmp_path, resume=True).go(busy)
+    kept = a_set(tmp_path, resume=True)
+    kept.go(busy)
     record = read_run(tmp_path)
     assert len(record.repetitions[0].requests) == 3
     extra = record.model_extra or {}
     assert extra["stopped_parts"] == {}
     assert all(run["attempts_before"][0]["stopped"] for run in extra["part_runs"].values())
+    assert kept.stopped_now == K_PARTS.split(",")
     again = Conductor()
     a_set(tmp_path, resume=True).go(again)
     assert again.ran == K_PARTS.split(",")
@@ -135,6 +138,78 @@ def test_no_part_begins_when_the_time_is_over_and_more_parts_may_join_later(tmp_
     whole.go(again)
     assert again.ran == ["two-sites-cut"]
     assert read_run(tmp_path).parts == ["metro-flap", "two-sites-cut"]
+
+
+def test_a_part_runs_again_when_a_file_that_it_names_was_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_set(tmp_path).go(Conductor())
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == []
+    record = read_run(tmp_path)
+    own = (record.model_extra or {})["part_runs"]
+    assert sorted(own["two-sites-cut"]["inputs"]) == ["networks/two-sites.yaml", "profiles/toy.yaml"]
+    own["two-sites-cut"]["inputs"]["networks/two-sites.yaml"] = "another"
+    own["metro-cut"]["inputs"]["profiles/toy-dense.yaml"] = "another"
+    write_run(record, tmp_path)
+    said: list[str] = []
+    whole = a_set(tmp_path, resume=True)
+    monkeypatch.setattr(whole, "_tell", said.append)
+    whole.go(again)
+    assert again.ran == ["metro-cut", "two-sites-cut"]
+    assert any("what it reads has changed: profiles/toy-dense.yaml" in line for line in said)
+
+
+def test_a_record_that_names_no_files_is_held_against_the_network_it_holds(tmp_path: Path) -> None:
+    a_set(tmp_path).go(Conductor())
+    record = read_run(tmp_path)
+    for own in (record.model_extra or {})["part_runs"].values():
+        del own["inputs"]
+    (record.model_extra or {})["part_runs"]["two-sites-cut"]["topology"]["links"][0]["delay_ms"] = 7
+    write_run(record, tmp_path)
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == ["two-sites-cut"]
+
+
+def test_the_machine_s_fault_ends_with_3_and_a_failed_check_beside_it_with_1(tmp_path: Path) -> None:
+    parts = "metro-flap,metro-cut"
+    a_set(tmp_path, parts).go(Conductor({"metro-cut": MachineError("a port is taken")}))
+    record = read_run(tmp_path)
+    rows = [row for row in judge(record) if row.name.startswith("metro-cut/")]
+    assert {row.name for row in rows if row.outcome == "failed"} >= {"metro-cut/ran"}
+    good = CheckRow(name="metro-flap/lost", outcome="passed", value=0, wanted="<= 0")
+    bad = CheckRow(name="metro-flap/lost", outcome="failed", value=1, wanted="<= 0")
+    assert exit_status([good, *rows], record) == 3
+    assert exit_status([bad, *rows], record) == 1
+    missed = tmp_path / "missed"
+    a_set(missed, parts).go(Conductor({"metro-cut": CalibrationMissed("rate")}))
+    record = read_run(missed)
+    rows = [row for row in judge(record) if row.name.startswith("metro-cut/")]
+    assert exit_status([good, *rows], record) == 1
+
+
+def test_parts_that_wait_for_another_time_don_t_hide_that_the_machine_stopped_one(tmp_path: Path) -> None:
+    busy = Conductor({"metro-flap": MachineError("too busy"), "metro-cut": KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        a_set(tmp_path, "metro-flap,metro-cut").go(busy)
+    record = read_run(tmp_path)
+    assert record.parts == ["metro-flap"]
+    assert exit_status(judge(record), record) == 3
+
+
+def test_a_full_disk_ends_the_set_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    full = Conductor({"metro-cut": DiskFull("the disk is full")})
+    with pytest.raises(DiskFull):
+        a_set(tmp_path).go(full)
+    assert full.ran == ["metro-flap", "metro-cut"]
+    record = read_run(tmp_path)
+    assert len(record.repetitions[0].requests) == 1
+    assert (record.model_extra or {})["part_runs"]["metro-cut"]["stopped_by"] == "machine"
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == ["metro-cut", "two-sites-cut"]
 
 
 def test_another_run_can_t_be_gone_on_with(tmp_path: Path) -> None:

@@ -125,3 +125,15 @@ def test_decode_steps_grow_with_the_batch_where_measured() -> None:
     measured = DecodeProfile(8, Curve((1.0, 4.0, 8.0), (0.01, 0.016, 0.024)))
     assert measured.step_s(2) == pytest.approx(0.012)
     assert measured.step_s() == pytest.approx(0.024)
+
+
+def test_what_occupies_nobody_is_part_of_the_prefill_and_less_than_the_least() -> None:
+    curve = Curve.of([16, 1024], [0.05, 0.25])
+    profile = Profile("t", curve, Curve.of([1], [1]), latency_s=0.04)
+    assert profile.prefill_s(1024) == 0.25
+    assert profile.occupied_s(1024) == pytest.approx(0.21)
+    assert profile.occupied_s(1) >= 0
+    with pytest.raises(
+        ProfileError, match=r"latency_s: found 0\.05; must be below the least T_prefill, 0\.05 s"
+    ):
+        Profile("t", curve, Curve.of([1], [1]), latency_s=0.05)

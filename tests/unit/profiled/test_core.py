@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -53,6 +55,15 @@ def test_prefill_takes_the_profiles_time_chunk_by_chunk() -> None:
         (200, 250, True),
     ]
     assert [c.at_s for c in chunks] == pytest.approx([0.1, 0.2, 0.25])
+
+
+def test_a_request_s_latency_keeps_nobody_waiting() -> None:
+    scheduler = Scheduler(replace(profile(), latency_s=0.04), "prefill", prefill_requests=1)
+    scheduler.offer("a", range(250), 1, 0.0)
+    scheduler.offer("b", range(1000, 1100), 1, 0.0)
+    chunks = [event for event in run_out(scheduler) if isinstance(event, ChunkDone)]
+    # The first chunk of each is shorter by it, the others aren't.
+    assert [c.at_s for c in chunks] == pytest.approx([0.06, 0.16, 0.21, 0.27])
 
 
 def test_with_one_prompt_a_step_the_second_waits_for_the_first() -> None:

@@ -263,9 +263,10 @@ class Scheduler:
 
     def _chunk_s(self, job: _Job, first: int, last: int) -> float:
         """T of the chunk [first, last) = T(last, cached) − T(first, cached); the first chunk pays the
-        start-up."""
-        whole = self.profile.prefill_s(last, job.cached)
-        return whole if first == job.cached else whole - self.profile.prefill_s(first, job.cached)
+        start-up, less what the profile says occupies nobody (the shell waits for that)."""
+        if first == job.cached:
+            return self.profile.occupied_s(last, job.cached)
+        return self.profile.prefill_s(last, job.cached) - self.profile.prefill_s(first, job.cached)
 
     def _end_prefill(self, pieces: list[tuple[_Job, int, int]], at_s: float, events: list[Event]) -> None:
         for job, first, last in pieces:

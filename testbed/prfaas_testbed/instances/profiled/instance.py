@@ -166,7 +166,9 @@ class Instance:
     async def _collocated(
         self, rid: str, tokens: Sequence[int], max_new: int
     ) -> AsyncGenerator[Output, None]:
+        began_s = self._clock()
         seed, ids, cached = content.prompt_seed(tokens), [], 0
+        await self._read(began_s)
         self._offer(rid, tokens, max_new)
         async for event in self._events(rid):
             if isinstance(event, Granted):
@@ -179,12 +181,14 @@ class Instance:
 
     async def _prefill(self, rid: str, tokens: Sequence[int], room: int) -> AsyncGenerator[Output, None]:
         assert self._sender is not None
+        began_s = self._clock()
         grant = await self._wait_for(self._grant_of(room), "no decode server came for the request")
         seed, size = content.prompt_seed(tokens), self.profile.kv_bytes(len(tokens))
         memory = await self._sender.memory(room, size)
         sends: list[asyncio.Task[int]] = []
         started_s, cached = None, 0
         try:
+            await self._read(began_s)
             self._offer(rid, tokens, 1)
             async for event in self._events(rid):
                 if isinstance(event, Granted):
@@ -375,6 +379,12 @@ class Instance:
             return await asyncio.wait_for(future, self.settings.transfer_timeout_s)
         except TimeoutError:
             raise Refused(f"{otherwise} within {self.settings.transfer_timeout_s:g} s") from None
+
+    async def _read(self, began_s: float) -> None:
+        """The profile's latency, of which what this process itself took since `began_s` is a part."""
+        left_s = began_s + self.profile.latency_s - self._clock()
+        if left_s > 0:
+            await asyncio.sleep(left_s)
 
     def _offer(self, rid: str, tokens: Sequence[int], max_new: int) -> None:
         try:

@@ -1,0 +1,87 @@
+"""`prfaas-testbed likeness [MODEL]`: a profiled instance against the real server it was profiled from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prfaas.config.loading import check
+from prfaas.config.profile import ProfileConfig
+from prfaas.config.run import stamp
+from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
+from prfaas_testbed.experiment.likeness import K_ROUNDS
+from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, commit, machine, versions
+from prfaas_testbed.experiment.pairs import K_EXPERIMENT, compared, pair_set, tell_compared
+from prfaas_testbed.experiment.place import own
+from prfaas_testbed.experiment.profiling import measure
+from prfaas_testbed.experiment.sites import write_json
+from prfaas_testbed.instances.models import K_MODELS
+
+K_WITHIN = 0.10
+K_FILE = "likeness.json"
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "likeness", help="hold a profiled instance against the real server it is profiled from"
+    )
+    parser.add_argument("model", nargs="?", default="dense", help=f"one of {', '.join(K_MODELS)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results go to DIR/likeness/STAMP")
+    parser.add_argument(
+        "--rounds", type=int, default=K_ROUNDS, metavar="N", help=f"on one machine (default {K_ROUNDS})"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=1, metavar="N", help="between two emulated sites (default 1; 0: none)"
+    )
+    parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait so long for another run")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.model not in K_MODELS:
+        raise UsageError(f"no model {args.model!r}; known: {', '.join(K_MODELS)}")
+    if args.rounds < 1 or args.turns < 0:
+        raise UsageError("--rounds is at least 1, --turns 0 or more")
+    folder = ((args.out or K_RESULTS) / K_EXPERIMENT / stamp()).resolve()
+    with own(folder) as place:
+        record: dict[str, Any] = {
+            "model": args.model, "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(), "versions": versions(K_CHECKOUT / ".venv-sglang"), "machine": machine(),
+        }  # fmt: skip
+        found = measure(K_MODELS[args.model], f"cpu-{args.model}", folder / "server.log", tell, args.rounds)
+        check(found.profile, ProfileConfig, "the measured profile")
+        assert found.likeness is not None
+        profile = write_json(folder / "profile.yaml", found.profile)
+        record |= {"profile": found.profile, "looks": [asdict(look) for look in found.looks]}
+        record["alone"] = {
+            "ratios": found.likeness.ratios(),
+            "ratios_as_measured": found.likeness.ratios(at_its_speed=False),
+            **asdict(found.likeness),
+        }
+        ratios = dict(record["alone"]["ratios"])
+        write_json(folder / K_FILE, record)
+        if args.turns:
+            # Not before: it needs mininet.
+            from prfaas_testbed.experiment.sets import SetRun, real_conduct
+
+            choice, parts = pair_set(args.model, profile, args.turns)
+            whole = SetRun(choice, parts, folder, tell, (), place.keep)
+            record["between_sites"] = compared(whole.go(real_conduct(place, tell, args.wait)))
+            tell_compared(record["between_sites"], tell)
+            ratios |= {name: row["ratio"] for name, row in record["between_sites"].items()}
+            write_json(folder / K_FILE, record)
+    outside = {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > K_WITHIN}
+    for name, ratio in ratios.items():
+        word = "outside" if name in outside else "within"
+        sys.stdout.write(f"{name:16} profiled over real {ratio:.3f}  {word} {K_WITHIN:.0%}\n")
+    tell(f"results: {folder}")
+    return EXIT_FELL_SHORT if outside else EXIT_OK
+
+
+def tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
