@@ -16,7 +16,7 @@ from prfaas.model.errors import MachineError, PrfaasError
 from prfaas_testbed.experiment.packets import Edge, read_edge, told
 
 if TYPE_CHECKING:
-    from prfaas_testbed.network import Network
+    from prfaas_testbed.network import Captured, Network
 
 K_SNAP_BYTES = 96  # Ethernet, IP, and TCP with all its options
 K_MOST_PACKETS = 400_000
@@ -33,6 +33,19 @@ def read_packets(file: Path) -> Iterator[tuple[float, bytes]]:
             yield meta.sec + meta.usec * unit, frame
 
 
+class Last:
+    """Packets as they come, and when the last of them was seen."""
+
+    def __init__(self, packets: Iterator[tuple[float, bytes]]) -> None:
+        self._packets = packets
+        self.at_s: float | None = None
+
+    def __iter__(self) -> Iterator[tuple[float, bytes]]:
+        for at_s, frame in self._packets:
+            self.at_s = at_s
+            yield at_s, frame
+
+
 class Captures:
     """`start` with the load's zero; `finish` ends what still runs, reads it and gives the rows."""
 
@@ -40,7 +53,7 @@ class Captures:
         self._captures, self._net, self._folder, self._port = captures, net, folder, port
         self._stopped = threading.Event()
         self._rows: list[EventRow] = []
-        self._done: list[tuple[Capture, dict[str, Path], float]] = []
+        self._done: list[tuple[Capture, dict[str, Path], dict[str, Captured], float]] = []
         self._threads: list[threading.Thread] = []
         self._zero_s = 0.0
 
@@ -59,12 +72,15 @@ class Captures:
         if self._stopped.wait(max(0.0, begin_s - time.monotonic())):
             return
         try:
+            found: dict[str, Captured] = {}
             with ExitStack() as both:
                 for site, file in files.items():
-                    both.enter_context(self._net.capture(site, file, K_SNAP_BYTES, K_MOST_PACKETS))
+                    found[site] = both.enter_context(
+                        self._net.capture(site, file, K_SNAP_BYTES, K_MOST_PACKETS)
+                    )
                 self._row("capture", source=capture.source, target=capture.target)
                 self._stopped.wait(max(0.0, self._zero_s + capture.at_s + capture.for_s - time.monotonic()))
-            self._done.append((capture, files, time.monotonic() - self._zero_s))
+            self._done.append((capture, files, found, time.monotonic() - self._zero_s))
         except (PrfaasError, OSError) as error:
             self._row("capture", source=capture.source, target=capture.target, failed=str(error))
 
@@ -72,26 +88,38 @@ class Captures:
         self._stopped.set()
         for thread in self._threads:
             thread.join()
-        for capture, files, until_s in self._done:
+        for capture, files, found, until_s in self._done:
             try:
-                self._read(capture, files, until_s)
+                self._read(capture, files, found, until_s)
             finally:
                 if not capture.keep:
                     for file in files.values():
                         file.unlink(missing_ok=True)
         return self._rows
 
-    def _read(self, capture: Capture, files: dict[str, Path], until_s: float) -> None:
+    def _read(
+        self, capture: Capture, files: dict[str, Path], found: dict[str, Captured], until_s: float
+    ) -> None:
         # The files hold the time of day, the record the load's own.
         zero_s = self._zero_s + time.time() - time.monotonic()
         edges: dict[str, Edge] = {}
         for site, file in files.items():
-            edges[site] = read_edge(read_packets(file), self._port)
+            last = Last(read_packets(file))
+            edges[site] = read_edge(last, self._port)
+            if found[site].ended_early:
+                until_s = min(until_s, last.at_s - zero_s if last.at_s is not None else capture.at_s)
+        fate: dict[str, object] = {"until_s": round(until_s, 3)}
+        early = [site for site in files if found[site].ended_early]
+        if early:
+            fate["truncated"] = early
+        missed = sum(one.missed or 0 for one in found.values())
+        if missed:
+            fate["missed_packets"] = missed
         both = ((capture.source, capture.target), (capture.target, capture.source))
         for near, far in both:
             address = socket.inet_aton(self._net.sites[near].address)
             said = told(address, edges[near], edges[far], zero_s)
-            self._row("packets", site=near, peer=far, until_s=round(until_s, 3), **said)
+            self._row("packets", site=near, peer=far, **fate, **said)
 
     def _row(self, event: str, **fields: object) -> None:
         at_s = round(time.monotonic() - self._zero_s, 4)

@@ -154,7 +154,7 @@ def _bytes_gap_share(view: View) -> float:
         if counted is not None and accounted:
             gaps.append(abs(counted - accounted) / accounted)
     if not gaps:
-        raise Unsupported("the network gave no byte counts")
+        raise Unsupported("no site gave a whole account of its bytes")
     return max(gaps)
 
 

@@ -30,6 +30,19 @@ K_SENT = (
     "streams_opened",
     "streams_lost",
 )
+K_RISING = ("payload_bytes_sent", "framing_bytes_sent", "streams_opened", "streams_lost")
+K_ACCOUNTED = (
+    "accounted_bytes",
+    "payload_bytes",
+    "framing_bytes",
+    "control_bytes",
+    "retransmitted_bytes",
+    "stream_bytes",
+    "tls_bytes",
+    "header_bytes",
+    "streams_opened",
+    "streams_lost",
+)
 # What one end of a connection counts, and what the other calls the same bytes.
 K_OTHER_END = {
     "payload_bytes_sent": "payload_bytes_received",
@@ -149,6 +162,10 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     Both hold `pump` (pump_sent), `frames` (frames_of), `wan_bytes`, `wan_packets` and `wan_losses` of
     the outgoing link. Accounted: TCP's bytes of the pumps (payload, framing, control, TLS records and what
     was sent again, by TCP_INFO), their segments' headers, and every other frame that left the site.
+
+    A pump that was started again counts from nought: what it had sent before isn't known, and only the WAN's
+    bytes are told (`started_again`). Where a connection ended under it, it may have been given bytes that it
+    never sent, so that what TLS added isn't known either.
     """
     pump = {name: after["pump"][name] - before["pump"][name] for name in after["pump"]}
     frames = {name: after["frames"][name] - before["frames"][name] for name in after["frames"]}
@@ -157,6 +174,13 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     losses = after["wan_losses"] - before["wan_losses"]
     # A lost frame left the sender as well; it is taken to be of the mean size.
     lost_bytes = round(losses * delivered / packets) if packets else 0
+    if any(pump[name] < 0 for name in K_RISING):
+        unknown = dict.fromkeys(K_ACCOUNTED)
+        return {
+            "wan_bytes": delivered + lost_bytes,
+            "wan_lost_bytes": lost_bytes,
+            "started_again": True,
+        } | unknown
     if pump["payload_bytes_sent"]:
         headers = pump["segments_out"] * K_TCP_HEADERS_BYTES
     else:
@@ -174,7 +198,7 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "control_bytes": pump["control_bytes_sent"] + other,
         "retransmitted_bytes": again,
         "stream_bytes": pump["tcp_bytes_sent"] - again,
-        "tls_bytes": pump["tcp_bytes_sent"] - again - explained,
+        "tls_bytes": None if pump["streams_lost"] else pump["tcp_bytes_sent"] - again - explained,
         "header_bytes": headers,
         "streams_opened": pump["streams_opened"],
         "streams_lost": pump["streams_lost"],

@@ -164,9 +164,11 @@ class Timeline:
             if isinstance(event, SetLink | LinkDown | Flap):
                 self._link(step, event)
             elif isinstance(event, CutStream):
+                began_s = time.monotonic()
                 found = cut_streams(self._net, event.source, event.target, K_PUMP_PORT, event.streams)
-                # It waits for a stream that carries bytes, so its time is when it was cut.
-                self._record(step, time.monotonic(), **found, planned_wait=True)
+                # It waits for a stream that carries bytes: its time is the cut, its lag is of its start.
+                cut_s = time.monotonic()
+                self._record(step, cut_s, began_s, waited_ms=_ms(cut_s - began_s), **found)
             elif isinstance(event, Kill):
                 self._kill(step, event)
             elif isinstance(event, CrossTraffic):
@@ -209,18 +211,18 @@ class Timeline:
         server = self._fleet.named(event.instance)
         process = self._fleet.pumps[server.site] if event.what == "pump" else server.process
         at_s = time.monotonic()
+        said: dict[str, Any] = {"instance": event.instance, "what": event.what}
         if event.signal == "freeze":
             if process.pid is not None:
                 os.kill(process.pid, signal.SIGSTOP if step.phase == "begin" else signal.SIGCONT)
-            self._record(step, at_s, instance=event.instance, what=event.what)
+            said |= {"signal": "SIGSTOP" if step.phase == "begin" else "SIGCONT"}
         elif step.phase == "begin":
             if event.what == "pump" and event.restart_after_s is None:
                 self._fleet.given_up.add(server.site)
             process.kill()
-            self._record(step, at_s, instance=event.instance, what=event.what)
+            said |= {"signal": "SIGKILL", "dead_ms": _ms(time.monotonic() - at_s)}
         else:
             process.start()
-            by: dict[str, str] = {}
             try:
                 process.wait_ready(lambda line: None)
             except PrfaasError:
@@ -228,10 +230,9 @@ class Timeline:
                 if event.what != "pump" or not self._pump_answers(server.site):
                     raise
                 self._fleet.given_up.add(server.site)
-                by = {"by": "a server that missed it"}
-            self._record(
-                step, at_s, instance=event.instance, what=event.what, ready_s=time.monotonic() - at_s, **by
-            )
+                said |= {"by": "a server that missed it"}
+            said |= {"ready_s": round(time.monotonic() - at_s, 3)}
+        self._record(step, at_s, **said)
 
     def _pump_answers(self, site: str) -> bool:
         end_s = time.monotonic() + K_OTHER_PUMP_S
@@ -303,7 +304,8 @@ class Timeline:
             os.replace(stranger / keys.K_SITE_FILE, folder / keys.K_SITE_FILE)
         self._record(step, time.monotonic(), site=event.site, trusted=event.trusted)
 
-    def _record(self, step: Step, at_s: float, **fields: Any) -> None:
+    def _record(self, step: Step, at_s: float, began_s: float | None = None, **fields: Any) -> None:
+        """`at_s`: when it happened; `began_s`: when it was begun, where it then waited for something."""
         name = step.event.do if step.phase == "begin" else f"{step.event.do}_end"
         row: dict[str, Any] = {
             "at_s": round(at_s - self._zero_s, 4),
@@ -311,8 +313,11 @@ class Timeline:
             "planned_s": step.at_s,
             **fields,
         }
-        if "planned_wait" not in row and "skipped" not in row and not isinstance(step.event, Kill):
-            row["lag_ms"] = round((at_s - self._zero_s - step.at_s) * 1000, 2)
-        row.pop("planned_wait", None)
+        if "skipped" not in row:
+            row["lag_ms"] = _ms((at_s if began_s is None else began_s) - self._zero_s - step.at_s)
         with self._lock:
             self._rows.append(EventRow.model_validate(row))
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 2)

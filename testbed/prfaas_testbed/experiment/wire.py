@@ -9,10 +9,8 @@ from prfaas_testbed.experiment.registry import Unsupported, metric
 from prfaas_testbed.experiment.view import View, field, number
 
 
-def beside(view: View) -> Iterator[tuple[EventRow, EventRow]]:
-    """Each site's packets in a repetition and model, with its account of the same load. Raises Unsupported
-    for a capture that ended before the account did: its bytes are of a part of the load.
-    """
+def pairs(view: View) -> Iterator[tuple[EventRow, EventRow]]:
+    """Each site's packets in a repetition and model, with its account of the same load."""
     for repetition in view.run.repetitions:
         kept = [row for row in repetition.events if view.ours(row)]
         for packets in kept:
@@ -20,10 +18,29 @@ def beside(view: View) -> Iterator[tuple[EventRow, EventRow]]:
                 continue
             for row in kept:
                 if row.event == "accounting" and _key(row) == _key(packets):
-                    until_s = number(packets, "until_s")
-                    if until_s is not None and until_s < row.at_s:
-                        raise Unsupported(f"the capture ended at {until_s:g} s, the load at {row.at_s:g} s")
                     yield packets, row
+
+
+def partial(packets: EventRow, account: EventRow) -> str | None:
+    """Why packets say less than the account does; None where both are of the whole load."""
+    until_s, missed = number(packets, "until_s"), number(packets, "missed_packets")
+    if until_s is not None and until_s < account.at_s:
+        why = " because it held its most packets" if field(packets, "truncated") else ""
+        return f"the capture ended at {until_s:g} s{why}, the load at {account.at_s:g} s"
+    if missed:
+        return f"the capture missed {missed:.0f} packets"
+    if field(account, "started_again"):
+        return "the site's pump was started again, and counts from there"
+    return None
+
+
+def beside(view: View) -> Iterator[tuple[EventRow, EventRow]]:
+    """Pairs that can be compared. Raises Unsupported for the first that can't."""
+    for packets, account in pairs(view):
+        reason = partial(packets, account)
+        if reason is not None:
+            raise Unsupported(reason)
+        yield packets, account
 
 
 def _key(row: EventRow) -> tuple[object, ...]:

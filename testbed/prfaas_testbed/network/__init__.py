@@ -11,7 +11,7 @@ with open_network(load_topology("two-sites"), workdir) as net:
 
 from prfaas_testbed.network.calibrate import Calibration, verdict
 from prfaas_testbed.network.health import Health, Watch
-from prfaas_testbed.network.network import Applied, Network, Site
+from prfaas_testbed.network.network import Applied, Captured, Network, Site
 from prfaas_testbed.network.opening import open_network
 from prfaas_testbed.network.ports import Connection, PortBytes
 from prfaas_testbed.network.router import LinkCounters, RouterError, Sample
@@ -20,6 +20,7 @@ from prfaas_testbed.network.traffic import CrossTraffic
 __all__ = [
     "Applied",
     "Calibration",
+    "Captured",
     "Connection",
     "CrossTraffic",
     "Health",

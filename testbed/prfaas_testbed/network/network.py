@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -68,6 +69,16 @@ class Applied:
     """The change took effect within this time before at_s."""
     state: Impairments
     """The link after it."""
+
+
+@dataclass
+class Captured:
+    """How a capture went."""
+
+    ended_early: bool = False
+    """Before it was told to: at its most packets, or for a fault."""
+    missed: int | None = None
+    """Packets that the kernel dropped because they weren't taken in time; None: it isn't said."""
 
 
 class Network:
@@ -205,9 +216,9 @@ class Network:
     @contextmanager
     def capture(
         self, site: str, file: Path, snap_bytes: int = 96, most_packets: int = 2_000_000
-    ) -> Iterator[None]:
+    ) -> Iterator[Captured]:
         """Headers of all that passes the WAN's edge at the site, into `file` (pcap), while the context
-        lasts.
+        lasts. What is yielded is filled in at its end.
         """
         assert self._wan is not None
         process = self._wan.popen(
@@ -224,15 +235,19 @@ class Network:
             said = process.stderr.readline()
             if "listening" not in said:
                 raise MachineError(f"tcpdump at {site}: {said.strip() or 'did not start'}")
-            yield
-        finally:
+            captured = Captured()
+            yield captured
             time.sleep(K_CAPTURE_BLOCK_S)
+            captured.ended_early = process.poll() is not None
+        finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.communicate(timeout=5)
+                _, said = process.communicate(timeout=5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
+                said = ""
+        captured.missed = missed_packets(said)
 
     # Changing
 
@@ -307,6 +322,12 @@ class Network:
         traffic = CrossTraffic(self.sites[source], self.sites[target], kind, rate_mbps, streams, port)
         self._traffic.append(traffic)
         return traffic
+
+
+def missed_packets(said: str) -> int | None:
+    """Out of tcpdump's last words. Pure."""
+    found = re.search(r"^(\d+) packets? dropped by kernel", said, re.MULTILINE)
+    return int(found.group(1)) if found else None
 
 
 def scaled_change(change: LinkChange, factor: float) -> LinkChange:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from prfaas.config.run import Run
 from prfaas_testbed.report.cells import Cell, axes_of
 
 K_DPI = 110
+K_LONGEST = 2.0  # times the median cell
 K_ROOM = 1.4  # of the time axis: the text stands right of the data
 K_CELL_INCHES = (3.9, 1.28)
 K_COLOURS = {"passed": "#1a7f37", "failed": "#b02a30", "unsupported": "#8a6d00", "missing": "#8a94a3"}
@@ -27,7 +29,9 @@ def draw_grid(run: Run, cells: Sequence[Cell], target: Path) -> Path:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(len(cases), len(networks), squeeze=False)
     by_place = {(cell.case, cell.network): cell for cell in cells}
-    most_s = max((cell.edges_s[-1] for cell in cells if cell.edges_s), default=1.0)
+    lengths_s = [cell.edges_s[-1] for cell in cells if cell.edges_s] or [1.0]
+    # One time axis for all; a cell that took very much longer is cut, and hides no other.
+    most_s = min(max(lengths_s), K_LONGEST * statistics.median(lengths_s))
     for i, case in enumerate(cases):
         for j, network in enumerate(networks):
             ax = axes[i, j]

@@ -15,7 +15,7 @@ from prfaas.config.run import CheckRow, Run, read_run
 from prfaas_testbed.experiment.checks import judge
 from prfaas_testbed.experiment.table import block, summary_lines
 from prfaas_testbed.experiment.view import View, field
-from prfaas_testbed.experiment.wire import beside
+from prfaas_testbed.experiment.wire import pairs, partial
 from prfaas_testbed.report.cells import axes_of, cells_of, is_grid, trouble
 from prfaas_testbed.report.figures import draw_figures
 from prfaas_testbed.report.grid import count_lines, draw_grid, spark
@@ -133,7 +133,7 @@ def render(
             accounting=[
                 row.model_extra | {"at_s": row.at_s} for row in view.events("accounting") if row.model_extra
             ],
-            wire=list(beside(view)),
+            wire=[(*pair, partial(*pair)) for pair in pairs(view)],
             costs=view.events("cost"),
             watched=view.events("watch"),
             field=field,

@@ -276,9 +276,17 @@ def test_the_watch_has_figures_for_the_time_it_watched(net: Network) -> None:
 
 def test_a_capture_at_the_wan_holds_the_packets(net: Network) -> None:
     file = net.workdir / "wan.pcap"
-    with net.capture("west", file):
+    with net.capture("west", file) as captured:
         rtt_ms(net)
     assert file.stat().st_size > 24 + 9 * 2 * (16 + 64)
+    assert not captured.ended_early
+    assert captured.missed == 0
+
+
+def test_a_capture_that_is_full_says_so(net: Network) -> None:
+    with net.capture("west", net.workdir / "full.pcap", most_packets=3) as captured:
+        rtt_ms(net)
+    assert captured.ended_early
 
 
 def test_a_second_network_says_who_holds_the_machine(net: Network, small: Topology, tmp_path: Path) -> None:

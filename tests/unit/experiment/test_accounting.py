@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prfaas_testbed.experiment.sites import account, pump_sent
+from prfaas_testbed.experiment.sites import K_ACCOUNTED, account, pump_sent
 from prfaas_testbed.experiment.transfers import moved_of
 from prfaas_testbed.experiment.watch import link_rows
 
@@ -41,6 +41,23 @@ def test_a_site_that_sends_is_explained_by_payload_framing_headers_and_the_rest(
     assert row["accounted_bytes"] == 9200 + 10 * 66 + 104
     assert row["tls_bytes"] == 9200 - 50 - 9000 - 100
     assert row["wan_bytes"] == 10_000
+
+
+def test_a_cut_connection_s_unsent_bytes_are_not_taken_off_tls() -> None:
+    sent = {"payload_bytes_sent": 9000, "framing_bytes_sent": 100, "tcp_bytes_sent": 5000, "streams_lost": 1}
+    row = account(state(0), state(1, **sent))
+    assert row["tls_bytes"] is None
+    assert row["accounted_bytes"] == 5000 + 104
+
+
+def test_a_pump_that_was_started_again_explains_nothing() -> None:
+    before = state(0, payload_bytes_sent=9000, tcp_bytes_sent=9200, streams_opened=4)
+    after = state(1, payload_bytes_sent=300, tcp_bytes_sent=330, streams_opened=4)
+    row = account(before, after)
+    assert row["started_again"]
+    assert row["wan_bytes"] == 10_000
+    assert {name for name, value in row.items() if value is None} == set(K_ACCOUNTED)
+    assert not {name for name, value in row.items() if isinstance(value, int) and value < 0}
 
 
 def test_what_a_pump_sends_to_its_own_site_is_no_wan_traffic() -> None:

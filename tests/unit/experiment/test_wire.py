@@ -9,6 +9,7 @@ import pytest
 from prfaas.config.run import EventRow, LinkRow, Repetition, Run
 from prfaas_testbed.experiment.metrics import K_METRICS, Unsupported
 from prfaas_testbed.experiment.view import View
+from prfaas_testbed.experiment.wire import pairs, partial
 
 
 def view(*repetitions: Repetition) -> View:
@@ -37,6 +38,35 @@ def test_a_capture_that_ended_before_its_load_is_compared_with_nothing(
             measure(seen)
     else:
         assert measure(seen) == pytest.approx(gap)
+
+
+@pytest.mark.parametrize(
+    ("fate", "told"),
+    [
+        ({"until_s": 30.0, "truncated": ["east"]}, "ended at 30 s because it held its most packets"),
+        ({"until_s": 40.0, "missed_packets": 7}, "the capture missed 7 packets"),
+        ({"until_s": 40.0}, None),
+    ],
+)
+def test_a_capture_that_lacks_packets_says_so_and_is_compared_with_nothing(
+    fate: dict[str, Any], told: str | None
+) -> None:
+    packets = event("packets", 41.0, site="east", payload_bytes=1_900_000, **fate)
+    account = event("accounting", 36.0, site="east", stream_bytes=2_000_000)
+    seen = view(Repetition(index=0, events=[packets, account]))
+    ((_, _),) = pairs(seen)
+    if told is None:
+        assert partial(packets, account) is None
+        return
+    with pytest.raises(Unsupported, match=told):
+        K_METRICS["wire_bytes_gap_share"].compute(seen)
+
+
+def test_packets_are_not_held_against_a_pump_that_was_started_again() -> None:
+    packets = event("packets", 41.0, site="east", payload_bytes=1_900_000, until_s=40.0)
+    account = event("accounting", 36.0, site="east", started_again=True, stream_bytes=None)
+    with pytest.raises(Unsupported, match="started again"):
+        K_METRICS["wire_bytes_gap_share"].compute(view(Repetition(index=0, events=[packets, account])))
 
 
 def test_more_repetitions_make_no_link_busier() -> None:

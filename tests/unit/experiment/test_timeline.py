@@ -1,0 +1,89 @@
+"""What the timeline records of the trouble that it makes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from prfaas.config.experiment import Experiment
+from prfaas.config.run import EventRow
+from prfaas_testbed.experiment.timeline import Timeline
+from prfaas_testbed.experiment.view import field, number
+
+EVENTS: list[dict[str, Any]] = [
+    {"do": "kill", "at_s": 0.0, "instance": "p", "restart_after_s": 0.05},
+    {"do": "kill", "at_s": 0.02, "instance": "d", "what": "pump", "restart_after_s": 0.05},
+    {"do": "kill", "at_s": 60.0, "instance": "d"},
+]
+
+
+class Server:
+    """Takes its time to be ready, as a real one does."""
+
+    pid = None
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.back = threading.Event()
+
+    def kill(self) -> None:
+        self.said.append("kill")
+
+    def start(self) -> None:
+        self.said.append("start")
+
+    def wait_ready(self, progress: Any) -> None:
+        self.said.append("ready")
+        self.back.set()
+
+
+def rows_of() -> tuple[list[EventRow], Server, Server]:
+    experiment = Experiment.model_validate(
+        {
+            "name": "e", "description": "d", "wall_time_s": 60, "network": "hello",
+            "models": [{"name": "toy", "profile": "toy"}],
+            "instances": [
+                {"name": "p", "site": "east", "role": "prefill"},
+                {"name": "d", "site": "west", "role": "decode"},
+            ],
+            "workload": {
+                "kind": "synthetic", "arrivals": {"process": "at_once"}, "requests": 1,
+                "input_tokens": {"distribution": "uniform", "min": 1, "max": 2}, "output_tokens": 1,
+            },
+            "timeline": EVENTS,
+        }
+    )  # fmt: skip
+    server, pump = Server(), Server()
+    places = {
+        "p": SimpleNamespace(site="east", process=server),
+        "d": SimpleNamespace(site="west", process=server),
+    }
+    fleet = SimpleNamespace(named=places.__getitem__, pumps={"west": pump}, given_up=set())
+    net = SimpleNamespace(prepare_changes=lambda changes: None, check_links=lambda: None)
+    timeline = Timeline(experiment.timeline, net, fleet)  # type: ignore[arg-type]
+    timeline.prepare()
+    timeline.start(time.monotonic())
+    assert server.back.wait(10)
+    assert pump.back.wait(10)
+    return timeline.finish(), server, pump
+
+
+def test_kills_and_restarts_are_told_with_their_distance_from_the_plan_and_what_they_took() -> None:
+    rows, server, pump = rows_of()
+    assert server.said == pump.said == ["kill", "start", "ready"]
+    done = [row for row in rows if field(row, "skipped") is None]
+    assert [(row.event, field(row, "what")) for row in done] == [
+        ("kill", "server"), ("kill", "pump"), ("kill_end", "server"), ("kill_end", "pump"),
+    ]  # fmt: skip
+    assert all((number(row, "lag_ms") or 0) >= 0 for row in done)
+    assert all(field(row, "signal") == "SIGKILL" and number(row, "dead_ms") is not None for row in done[:2])
+    assert all(number(row, "ready_s") is not None for row in done[2:])
+
+
+def test_what_the_load_did_not_wait_for_has_no_distance() -> None:
+    rows, _, _ = rows_of()
+    (skipped,) = [row for row in rows if field(row, "skipped")]
+    assert number(skipped, "planned_s") == 60
+    assert number(skipped, "lag_ms") is None
