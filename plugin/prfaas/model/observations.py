@@ -105,6 +105,8 @@ class InstanceObservation:
     """Prompt tokens queued that no cache covers."""
     prefill_backlog_s: float | None = None
     """Seconds of prefill queued or running, where the instance can tell (profiled, simulated); else None."""
+    chunk_tokens: int | None = None
+    """Most tokens of one of its prefill steps, where that is known."""
     prefill_tokens_per_s: float | None = None
     """Measured while busy; None before anything was measured."""
     free_tokens: int | None = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
-from prfaas.model.ids import RequestId, SiteId
+from prfaas.model.ids import InstanceId, RequestId, SiteId
 from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.base import Fleet, Policy
 from prfaas.routing.book import DispatchBook
@@ -68,6 +68,7 @@ class BookingPolicy(Policy):
         threshold_tokens: float | None = None,
         deadline_s: float | None = None,
         order_s: float | None = None,
+        instance: InstanceId | None = None,
     ) -> Decision:
         """The decision to send it on `chosen`, or to hold it until the queue there is short enough."""
         if deadline_s is None:
@@ -97,7 +98,7 @@ class BookingPolicy(Policy):
             reason=reason,
             chosen=chosen,
             alternatives=tuple(path for path in paths if path is not chosen),
-            prefill_instance=prefill_instance(request, snapshot, chosen, costs),
+            prefill_instance=instance or prefill_instance(request, snapshot, chosen, costs),
             decode_instance=decode_instance(snapshot, chosen),
             deadline_s=deadline_s,
             order_s=order_s,

@@ -55,6 +55,8 @@ class Policy(ABC):
     """
 
     name: str = ""
+    names_instances = False
+    """Whether it reckons with single instances where a snapshot lists them; its choice is then followed."""
 
     def __init__(self, config: PolicyConfig, fleet: Fleet) -> None:
         self.config = config

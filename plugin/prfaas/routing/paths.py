@@ -37,6 +37,8 @@ class Costs:
     """(prompt tokens, of them held by the receiver) to bytes."""
     s_per_token: float
     """Seconds of prefill a queued token stands for, where a server reports tokens alone."""
+    start_up_s: float
+    """T(0): what a prefill takes however short it is."""
 
     @classmethod
     def of(cls, profile: CostProfile) -> Costs:
@@ -53,6 +55,7 @@ class Costs:
             prefill_s=lru_cache(K_WORKS_KEPT)(prefill),
             transfer_bytes=lru_cache(K_WORKS_KEPT)(transfer),
             s_per_token=profile.prefill_s(K_TYPICAL_TOKENS) / K_TYPICAL_TOKENS,
+            start_up_s=max(0.0, profile.prefill_s(0.0)),
         )
 
 
@@ -157,7 +160,7 @@ class PathFinder:
             tail_s = _INF
             if not why_not:
                 assert link is not None  # or there were trouble
-                tail_s = _tail_s(link, rate_bps, size, queue_s + move_s, prefill_s, tokens - cached)
+                tail_s = transfer_tail_s(link, rate_bps, size, queue_s + move_s, prefill_s, tokens - cached)
         # By place, because there are half a dozen of them a decision.
         return PathPrediction(
             source,
@@ -217,7 +220,7 @@ def _arrival_s(link: LinkEstimate | None, size_bytes: float) -> float:
     return (link.backlog_bytes + size_bytes) * 8 / link.usable_bps + link.rtt_s
 
 
-def _tail_s(
+def transfer_tail_s(
     link: LinkEstimate, rate_bps: float, size_bytes: float, start_s: float, prefill_s: float, uncached: int
 ) -> float:
     """From the end of prefill, which starts in start_s, to the last byte's acknowledgement."""

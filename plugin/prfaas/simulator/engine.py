@@ -107,7 +107,7 @@ class Engine:
         self.backlog_tokens = 0
         self._queue: list[tuple[float, int, Job]] = []
         self._current: list[tuple[Job, int]] | None = None
-        self._step_ends_s = 0.0
+        self._step_ends_s = self._step_took_s = 0.0
         self._serial = 0
         self._unplaced: deque[tuple[Job, int, Callable[[Job, float], None]]] = deque()
         self._landed: deque[Job] = deque()
@@ -186,6 +186,12 @@ class Engine:
                 break
         self.release(job, now)
 
+    def work_s(self, now: float) -> float:
+        """Seconds of prefill that are left at `now`, of the running step and of all that is queued."""
+        if self._current is None:
+            return self.backlog_s
+        return self.backlog_s - self._step_took_s + max(0.0, self._step_ends_s - now)
+
     def ahead_s(self, key: float, now: float) -> float:
         """Seconds until a job of this key would begin: the running step, and what is served before it."""
         reached = dict(self._current or ())
@@ -227,7 +233,7 @@ class Engine:
             self._catch_up(now)
         self._current = pieces
         self.busy_s += took_s
-        self._step_ends_s = now + took_s
+        self._step_ends_s, self._step_took_s = now + took_s, took_s
         self._agenda.at(now + took_s, lambda at_s: self._end_step(pieces, took_s, at_s))
         if self.role == "collocated":
             self._plan_decode(now)

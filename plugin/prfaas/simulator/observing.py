@@ -6,7 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from prfaas.model.ids import LinkId, SiteId
-from prfaas.model.observations import LinkEstimate, RequestView, SiteObservation, Snapshot
+from prfaas.model.observations import (
+    InstanceObservation,
+    LinkEstimate,
+    RequestView,
+    Role,
+    SiteObservation,
+    Snapshot,
+)
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.prefixes import HeardPrefixes
@@ -25,9 +32,12 @@ class Outlook:
         homes: Sequence[SiteId],
         every_s: float,
         prefixes: HeardPrefixes,
+        listed: bool = False,
     ) -> None:
         self._engines, self._homes, self._every_s = sites, homes, every_s
         self.prefixes = prefixes
+        self._listed = listed
+        """Whether instances that only prefill are told one by one, to a policy that reckons with each."""
         self._site_of = {engine.name: site for site, engines in sites.items() for engine in engines}
         self._sites: dict[SiteId, SiteObservation] = {}
         self._sites_at_s = -math.inf
@@ -77,12 +87,24 @@ class Outlook:
     def _observe(self, site: SiteId, now: float) -> SiteObservation:
         prefills = decodes = running = waiting = slots = 0
         backlog_s = 0.0
+        listed = []
         for engine in self._engines[site]:
             if not engine.up or engine.draining:
                 continue
             if engine.role != "decode":
                 prefills += 1
                 backlog_s += engine.backlog_s
+                if self._listed and engine.role == "prefill":
+                    listed.append(
+                        InstanceObservation(
+                            engine.name,
+                            site,
+                            Role.PREFILL,
+                            now,
+                            prefill_backlog_s=engine.work_s(now),
+                            chunk_tokens=engine.chunk_tokens,
+                        )
+                    )
             if engine.role != "prefill":
                 decodes += 1
                 running += engine.running
@@ -97,4 +119,5 @@ class Outlook:
             decode_running=running,
             decode_waiting=waiting,
             decode_slots=slots,
+            instances=tuple(listed) if len(listed) == prefills else (),
         )

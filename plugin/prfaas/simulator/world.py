@@ -107,7 +107,11 @@ class World:
         }
         network.on_activity = lambda pipe, now: self.links[LinkId(pipe.source, pipe.target)].wake(now)
         heard = HeardPrefixes(self.engines.values(), lambda: agenda.now, settings.index_delay_s)
-        self.outlook = Outlook(self._by_site, self.links, settings.homes, settings.observe_every_s, heard)
+        # In order of arrival, instances are chosen here, by what they have to do at the moment.
+        listed = policy.names_instances and settings.service_order == "deadline"
+        self.outlook = Outlook(
+            self._by_site, self.links, settings.homes, settings.observe_every_s, heard, listed
+        )
         self._requests: Iterator[TimedRequest] = iter(())
         self.exhausted = True
         """No further arrivals."""
@@ -199,8 +203,18 @@ class World:
         assert view is not None  # the door made it
         order = self.settings.service_order
         key = queue_key(decision, order)
-        prefill = pick_prefill(
-            self._prefills.get(chosen.prefill_site, ()), request, key, order, now, view.instance_cached_tokens
+        named = None if decision.prefill_instance is None else self.engines.get(decision.prefill_instance)
+        prefill = (
+            named
+            if named is not None and named.up and not named.draining
+            else pick_prefill(
+                self._prefills.get(chosen.prefill_site, ()),
+                request,
+                key,
+                order,
+                now,
+                view.instance_cached_tokens,
+            )
         )
         decode = (
             prefill

@@ -1,0 +1,281 @@
+"""What each prefill instance has before it: the same steps that the instance will take, reckoned ahead.
+
+An instance takes steps of at most `chunk_tokens`, filled in order of service; whatever is in a step is
+done at its end, and what comes meanwhile waits for that end, however urgent it is. So a prompt's prefill ends
+later than the work before it says: by the rest of the step that runs, and by what shares its last step. Near
+a deadline that decides, and a request that is let in by a wrong account makes all behind it late.
+
+A lane is told what was sent to its instance and what was done. Where the instance is slower than reckoned,
+all that follows moves back; where it reports more work than is known here, others have sent it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prfaas.model.ids import InstanceId, RequestId
+
+K_FOREIGN_S = 0.5  # s by which a report must exceed what is known here for others' work to count
+K_REMEMBERED = 64  # requests reckoned done and not yet said to be
+
+
+@dataclass(slots=True, order=True)
+class Queued:
+    """One request at an instance: what is left of its prefill."""
+
+    order_s: float
+    serial: int
+    request: RequestId = field(compare=False)
+    tokens: float = field(compare=False)
+    work_s: float = field(compare=False)
+    latest_s: float = field(compare=False)
+    """When its prefill must have ended for its first token to be in time; inf where that is given up."""
+    start_up_s: float = field(compare=False, default=0.0)
+    """Part of the work that comes with its first tokens, however few: T(0) of the profile."""
+
+
+class Lane:
+    """One instance's."""
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
+        self.hopeful: list[Queued] = []
+        self.behind: list[Queued] = []
+        """Those given up; they are served after all others."""
+        self.step: list[Queued] = []
+        """What the running step ends; what it only goes on with is queued still, for what will be left."""
+        self.ends_s = -math.inf
+        """When the running step ends; in the past where none runs."""
+        self.hopeful_s = self.behind_s = 0.0
+        """Work queued, beyond the running step."""
+        self.foreign_s = 0.0
+        """Work that others have sent, by the last report; counts as served first."""
+        self.reported_s = -math.inf
+        """When the last report was made."""
+        self._shift_s = 0.0
+        """By how much this account was moved back, in all."""
+        self._reckoned: dict[RequestId, tuple[float, float]] = {}
+        """Done by this account: when, and the shift then."""
+        self._ends: list[float] | None = []
+        """When each of `hopeful` ends, as things stand; None: to be found."""
+
+    # What happens.
+
+    def add(self, entry: Queued, now: float) -> None:
+        self.advance(now)
+        self._reckoned.pop(entry.request, None)  # of an earlier attempt
+        if math.isinf(entry.latest_s):
+            insort(self.behind, entry)
+            self.behind_s += entry.work_s
+        else:
+            insort(self.hopeful, entry)
+            self.hopeful_s += entry.work_s
+        if self.ends_s <= now:
+            self._start(now)
+        self._ends = None
+
+    def done(self, request: RequestId, now: float) -> None:
+        """The instance says so."""
+        self.advance(now)
+        reckoned = self._reckoned.pop(request, None)
+        if reckoned is not None:
+            late_s = now - reckoned[0] - (self._shift_s - reckoned[1])
+            if late_s > 0:
+                self._shift_s += late_s
+                if self.ends_s > now:
+                    self.ends_s += late_s
+                    self._ends = None
+        elif any(entry.request == request for entry in self.step):
+            # Sooner than reckoned, and all of its step with it.
+            self.ends_s = now
+            self.step = [entry for entry in self.step if entry.request != request]
+            self.advance(now)
+        else:
+            self.drop(request, now)
+
+    def drop(self, request: RequestId, now: float) -> None:
+        """It won't be prefilled here, as far as it isn't yet. A step that holds it isn't cut short."""
+        self.advance(now)
+        self._reckoned.pop(request, None)
+        for entry in self.step:
+            if entry.request == request:
+                entry.request = ""  # the step goes on, for nobody
+        for entries in (self.hopeful, self.behind):
+            for place, entry in enumerate(entries):
+                if entry.request == request:
+                    del entries[place]
+                    self._left(entries, entry.work_s)
+                    self._ends = None
+                    return
+
+    def report(self, backlog_s: float, at_s: float, now: float) -> None:
+        """The instance had so much work at at_s, that of this account included."""
+        if at_s <= self.reported_s:
+            return
+        self.reported_s = at_s
+        if backlog_s <= K_FOREIGN_S and not self.foreign_s:
+            return
+        known_s = self.work_s(now) - self.foreign_s + (now - at_s)
+        foreign_s = backlog_s - known_s
+        foreign_s = foreign_s if foreign_s > K_FOREIGN_S else 0.0
+        if foreign_s != self.foreign_s:
+            self.foreign_s = foreign_s
+            self._ends = None
+
+    def advance(self, now: float) -> None:
+        """Steps that have ended by now."""
+        while self.ends_s <= now and (self.step or self.hopeful or self.behind):
+            for entry in self.step:
+                self._reckoned[entry.request] = (self.ends_s, self._shift_s)
+            while len(self._reckoned) > K_REMEMBERED:
+                del self._reckoned[next(iter(self._reckoned))]
+            self.step = []
+            self._start(self.ends_s)
+
+    def _start(self, at_s: float) -> None:
+        """The next step, from at_s on."""
+        left, took_s = float(self.chunk_tokens), 0.0
+        self._ends = None
+        for entries in (self.hopeful, self.behind):
+            while entries and left > 0:
+                entry = entries[0]
+                if entry.tokens > left:
+                    part_s = entry.start_up_s + (entry.work_s - entry.start_up_s) * left / entry.tokens
+                    entry.tokens -= left
+                    entry.work_s -= part_s
+                    entry.start_up_s = 0.0
+                    self._left(entries, part_s)
+                    took_s, left = took_s + part_s, 0.0
+                else:
+                    del entries[0]
+                    self.step.append(entry)
+                    self._left(entries, entry.work_s)
+                    took_s, left = took_s + entry.work_s, left - entry.tokens
+        if left < self.chunk_tokens:
+            self.ends_s = at_s + took_s
+
+    def _left(self, entries: list[Queued], work_s: float) -> None:
+        """So much of the queue's work is gone."""
+        if entries is self.hopeful:
+            self.hopeful_s = self.hopeful_s - work_s if entries else 0.0
+        else:
+            self.behind_s = self.behind_s - work_s if entries else 0.0
+
+    # What would be.
+
+    def work_s(self, now: float) -> float:
+        """All work before the instance."""
+        running_s = self.ends_s - now
+        return (running_s if running_s > 0 else 0.0) + self.foreign_s + self.hopeful_s + self.behind_s
+
+    def hoped_s(self, now: float) -> float:
+        """Work before it that is still to be in time."""
+        running_s = self.ends_s - now
+        return (running_s if running_s > 0 else 0.0) + self.foreign_s + self.hopeful_s
+
+    def place(
+        self, order_s: float, tokens: float, work_s: float, now: float, start_up_s: float = 0.0
+    ) -> tuple[float, int]:
+        """When a prefill of that place in the queue would end, and how many it would make late."""
+        hopeful = self.hopeful
+        begin_s = (self.ends_s if self.ends_s > now else now) + self.foreign_s
+        if not hopeful and not self.behind:
+            return begin_s + work_s, 0
+        before = self._ends
+        if before is None:
+            before = self._ends = self._walk(hopeful, begin_s)
+        at = bisect_right(hopeful, order_s, key=_order)
+        new = Queued(order_s, 0, "", tokens, work_s, math.inf, min(start_up_s, work_s))
+        ends = self._walk([*hopeful[:at], new, *hopeful[at:]], begin_s)
+        late = 0
+        for place in range(at, len(hopeful)):
+            if before[place] <= hopeful[place].latest_s < ends[place + 1]:
+                late += 1
+        # One whose step it shares ends later, though it comes before.
+        for place in range(at - 1, -1, -1):
+            if ends[place] < ends[at]:
+                break
+            if before[place] <= hopeful[place].latest_s < ends[place]:
+                late += 1
+        return ends[at], late
+
+    def _walk(self, entries: Sequence[Queued], at_s: float) -> list[float]:
+        """When the prefill of each ends, from at_s on."""
+        chunk = float(self.chunk_tokens)
+        left, took_s, sharing = chunk, 0.0, 0
+        ends: list[float] = []
+        for entry in entries:
+            tokens, work_s = entry.tokens, entry.work_s
+            if left <= 0:
+                at_s += took_s
+                ends += [at_s] * sharing
+                left, took_s, sharing = chunk, 0.0, 0
+            if tokens > left:
+                # It fills this step, perhaps further ones, and begins another.
+                a_token_s = (work_s - entry.start_up_s) / tokens
+                at_s += took_s + entry.start_up_s + left * a_token_s
+                if sharing:
+                    ends += [at_s] * sharing
+                    sharing = 0
+                tokens -= left
+                whole = (math.ceil(tokens / chunk) - 1) * chunk
+                at_s += whole * a_token_s
+                tokens -= whole
+                work_s, took_s, left = tokens * a_token_s, 0.0, chunk
+            took_s += work_s
+            left -= tokens
+            sharing += 1
+        if sharing:
+            for entry in self.behind:
+                if left <= 0:
+                    break
+                if entry.tokens <= left:
+                    took_s += entry.work_s
+                else:
+                    took_s += entry.start_up_s + (entry.work_s - entry.start_up_s) * left / entry.tokens
+                left -= entry.tokens
+            ends += [at_s + took_s] * sharing
+        return ends
+
+
+def _order(entry: Queued) -> float:
+    return entry.order_s
+
+
+class Lanes:
+    """All instances'. Every request ends by `drop`, which may be repeated."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[InstanceId, Lane] = {}
+        self._where: dict[RequestId, Lane] = {}
+        self._serial = 0
+
+    def get(self, instance: InstanceId | None) -> Lane | None:
+        return None if instance is None else self.lanes.get(instance)
+
+    def add(
+        self, request: RequestId, lane: Lane, order_s: float, tokens: float, work_s: float, latest_s: float,
+        now: float, start_up_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        """It was sent to an instance."""
+        self.drop(request, now)
+        self._serial += 1
+        start_up_s = min(start_up_s, work_s)
+        lane.add(Queued(order_s, self._serial, request, tokens, work_s, latest_s, start_up_s), now)
+        self._where[request] = lane
+
+    def done(self, request: RequestId, now: float) -> None:
+        lane = self._where.pop(request, None)
+        if lane is not None:
+            lane.done(request, now)
+
+    def drop(self, request: RequestId, now: float) -> None:
+        lane = self._where.pop(request, None)
+        if lane is not None:
+            lane.drop(request, now)
+
+    def __len__(self) -> int:
+        return len(self._where)
