@@ -41,6 +41,8 @@ K_BLOCK = 16
 K_PREFIX = [1 + place % 900 for place in range(40 * K_BLOCK)]
 K_REST = list(range(1000, 1050))
 K_STATE_BYTES = 5000
+K_FRAMES_BYTES = 3000
+"""Room for what frames, grants and answers add to one transfer."""
 
 
 def profile(state_bytes: int) -> Profile:
@@ -82,6 +84,12 @@ class Stage:
     instances: dict[str, Instance]
     outcomes: list[Outcome]
     folder: Path
+    clients: dict[str, LocalPumpClient]
+
+    async def crossed_bytes(self) -> int:
+        """What the kernel says was acknowledged of all that east's pump sent: the WAN's own account."""
+        stats: Any = await asyncio.to_thread(self.clients["east-p"].stats)
+        return sum(stream["acked_bytes"] for peer in stats["peers"] for stream in peer["streams"])
 
     async def ask(self, url: str, tokens: list[int], **more: Any) -> dict[str, Any]:
         body = {"input_ids": tokens, "sampling_params": {"max_new_tokens": 5}, **more}
@@ -112,6 +120,7 @@ async def stage(folder: Path, layers: str) -> AsyncIterator[Stage]:
     shape = profile(K_STATE_BYTES if layers == "hybrid" else 0)
     servers: dict[str, list[dict[str, Any]]] = {"west": [], "east": []}
     instances: dict[str, Instance] = {}
+    clients: dict[str, LocalPumpClient] = {}
     async with contextlib.AsyncExitStack() as stay:
         session = await stay.enter_async_context(aiohttp.ClientSession())
         for name, site, role in (
@@ -128,6 +137,7 @@ async def stage(folder: Path, layers: str) -> AsyncIterator[Stage]:
                 client = await asyncio.to_thread(LocalPumpClient.open, config, name=name)
                 stay.callback(client.close)
                 mover = Pumped(client)
+                clients[name] = client
             settings = Settings.model_validate(
                 {"name": name, "role": role, "host": "127.0.0.1", "port": 1, "model": "m", "profile": "t",
                  "transfers_log": folder / f"{name}.jsonl", "transfer_timeout_s": 20}
@@ -169,7 +179,7 @@ async def stage(folder: Path, layers: str) -> AsyncIterator[Stage]:
         router.scheduler.policy = ByMove(router.scheduler.policy)
         outcomes: list[Outcome] = []
         router.door._on_outcome = outcomes.append
-        yield Stage(router, f"http://{host}:{port}", session, instances, outcomes, folder)
+        yield Stage(router, f"http://{host}:{port}", session, instances, outcomes, folder, clients)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
@@ -206,13 +216,17 @@ def test_wests_prefill_reuses_exactly_what_was_brought_from_east(tmp_path: Path,
             plain = f"http://127.0.0.1:{s.instances['plain'].settings.port}"
             prompt = K_PREFIX + K_REST
             wanted = (await s.ask(plain, prompt))["output_ids"]
+            before = await s.crossed_bytes()
             assert (await s.ask(s.url, prompt))["output_ids"] == wanted
+            crossed = await s.crossed_bytes() - before
             await until(lambda: s.outcomes)
             (outcome,) = s.outcomes
             assert outcome.site == "west"
             assert outcome.cached_tokens == outcome.predicted_cached_tokens == len(K_PREFIX)
             shape = s.instances["west-p"].profile
-            assert [row["bytes"] for row in s.moved()] == [shape.kv_bytes(len(K_PREFIX))]
+            kv_and_state = shape.kv_bytes(len(K_PREFIX))
+            assert [row["bytes"] for row in s.moved()] == [kv_and_state]
+            assert kv_and_state <= crossed <= kv_and_state * 1.02 + K_FRAMES_BYTES
             assert s.counted("done") == 1
             # And it is there to stay: the next prompt finds it without a move.
             other = [*K_PREFIX, *range(2000, 2040)]

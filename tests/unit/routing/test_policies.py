@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from types import ModuleType
 
@@ -25,6 +26,9 @@ from prfaas.model.profiles import Curve, Profile
 from prfaas.routing import Fleet, Policy, create_policy, policy_names, register_policy
 
 NAMES = ["collocated", "homogeneous", "naive", "paper", "prices"]
+K_LONG = bool(os.environ.get("PRFAAS_LONG_TESTS"))
+"""Thousands of random cases instead of a hundred."""
+
 NEAR = Profile("near", Curve.of([1000, 10000], [0.2, 1.9]), Curve.of([1000, 10000], [2e8, 4e8]))
 FAR = Profile("far", Curve.of([1000, 10000], [0.1, 0.6]), Curve.of([1000, 10000], [2e8, 4e8]))
 
@@ -359,6 +363,7 @@ def test_whatever_it_sees_it_answers_soundly(
     chosen.get_log_data()
 
 
+@pytest.mark.timeout(600 if K_LONG else 20)
 @pytest.mark.parametrize("name", NAMES)
 @given(
     st.integers(0, 2**32),
@@ -369,7 +374,7 @@ def test_whatever_it_sees_it_answers_soundly(
     st.floats(0.2, 1.5),
     st.sampled_from([None, 0.5, 5.0]),
 )
-@settings(max_examples=20)
+@settings(max_examples=500 if K_LONG else 20)
 def test_no_request_is_lost_answered_twice_or_starved(
     fluid: ModuleType,
     name: str,
