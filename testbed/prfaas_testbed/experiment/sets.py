@@ -4,6 +4,7 @@ After every part the whole record is written again, so what a run has at any mom
 
     missing                     run
     stopped by the machine      run again   (too busy, a port taken, a calibration missed)
+    stopped by the testbed      run again   (a fault of its own)
     made by another definition  run again   (the file, or one that it names, was edited since)
     ended, or the system's fault stopped it   kept, whatever it says: nothing is run until it passes
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,8 +89,8 @@ class SetRun:
         changed = self._changed_inputs(name, done)
         if changed:
             return f"what it reads has changed: {', '.join(changed)}"
-        if done.get("stopped") and done.get("stopped_by") == "machine":
-            return f"stopped by the machine: {done['stopped']}"
+        if done.get("stopped") and done.get("stopped_by") in ("machine", "testbed"):
+            return f"stopped by the {done['stopped_by']}: {done['stopped']}"
         return None
 
     def _changed_inputs(self, name: str, done: dict[str, Any]) -> list[str]:
@@ -136,6 +138,10 @@ class SetRun:
             full = error if isinstance(error, DiskFull) else None
             if error.exit_status == EXIT_MACHINE:
                 self.stopped_now.append(name)
+        except Exception as error:
+            # A fault of the testbed's own: what was measured before it is kept, and the part runs again.
+            self._tell(f"part {name} was stopped:\n{traceback.format_exc()}")
+            own = {"stopped": f"{type(error).__name__}: {error}", "stopped_by": "testbed"}
         results.into(record)
         own = {
             **record.model_dump(mode="json", include=set(K_OWN)),

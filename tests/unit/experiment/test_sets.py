@@ -85,6 +85,17 @@ def test_what_the_machine_stopped_runs_again_and_what_the_system_failed_stands(t
     assert {"started", "commit", "machine", "wall_s"} <= extra["part_runs"]["metro-flap"].keys()
 
 
+def test_a_fault_of_the_testbed_s_own_stops_one_part_which_runs_again(tmp_path: Path) -> None:
+    first = Conductor({"metro-flap": ValueError("a torn line")})
+    record = a_set(tmp_path).go(first)
+    assert first.ran == K_PARTS.split(",")
+    extra = record.model_extra or {}
+    assert extra["stopped_parts"] == {"metro-flap": "ValueError: a torn line"}
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == ["metro-flap"]
+
+
 def test_a_part_whose_definition_changed_runs_again_and_its_old_rows_go(tmp_path: Path) -> None:
     a_set(tmp_path).go(Conductor())
     record = read_run(tmp_path)
