@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.profiles import Curve, DecodeProfile, Profile
+from prfaas.router.fleet import Reported
+from prfaas.router.loads import read_report
 from prfaas_testbed.instances.profiled.core import ChunkDone, Event, Granted, Scheduler, TokenDone
 
 
@@ -55,6 +58,15 @@ def test_prefill_takes_the_profiles_time_chunk_by_chunk() -> None:
         (200, 250, True),
     ]
     assert [c.at_s for c in chunks] == pytest.approx([0.1, 0.2, 0.25])
+
+
+@pytest.mark.parametrize("pool_tokens", [None, 20_000])
+def test_what_it_says_of_its_load_is_believed_by_the_router(pool_tokens: int | None) -> None:
+    scheduler = Scheduler(profile(pool_tokens=pool_tokens), "prefill")
+    scheduler.offer("a", range(250), 1, 0.0)
+    data = json.dumps({"loads": [scheduler.load()]}).encode()
+    reported, _ = read_report(data, Reported(), None, 1.0)
+    assert (reported.at_s, reported.total_tokens) == (1.0, pool_tokens or 1 << 40)
 
 
 def test_a_request_s_latency_keeps_nobody_waiting() -> None:

@@ -22,6 +22,7 @@ from prfaas.model.profiles import Profile
 from prfaas_testbed.instances.profiled.cache import Pins, PrefixCache
 
 Role = Literal["prefill", "decode", "collocated"]
+K_MOST_TOKENS = 1 << 40  # that a pool without a limit is said to hold; a router believes no more
 K_UNLIMITED_TOKENS = 1 << 62
 
 
@@ -187,7 +188,7 @@ class Scheduler:
                 len(job.tokens) - max(job.done, job.cached) for job in waiting
             ),
             "num_used_tokens": self.reserved_tokens + self.cache.used_tokens,
-            "max_total_num_tokens": min(self.pool_tokens, 1 << 53),
+            "max_total_num_tokens": min(self.pool_tokens, K_MOST_TOKENS),
         }
 
     @property
