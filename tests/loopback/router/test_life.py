@@ -109,8 +109,19 @@ def test_two_routers_share_the_servers_and_nothing_else(stand: Any) -> None:
                 assert len({body["bootstrap_room"] for body in seen}) == 40
                 assert len({body["rid"] for body in seen}) == 40
                 assert len(s.router.scheduler.records) == len(other.scheduler.records) == 20
+                # Limits are each router's own: what one refuses the other takes.
+                s.router.clients.in_flight += 4096
+                assert (await s.post())[0] == 429
+                async with s.session.post(urls[1] + "/v1/completions", json={"prompt": "x"}) as response:
+                    assert response.status == 200
+                s.router.clients.in_flight -= 4096
+                # What one sends, the other sees by the servers' own reports.
+                s.servers["west-p"].load["num_waiting_uncached_tokens"] = 700
+                handles = [router.servers.get("west-p") for router in (s.router, other)]
+                await s.settle(lambda: all(one.reported.waiting_uncached_tokens == 700 for one in handles))
             finally:
                 await other.stop()
+            assert (await s.post())[0] == 200, "none needs another to live"
 
     asyncio.run(main())
 
