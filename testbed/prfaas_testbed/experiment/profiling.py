@@ -271,7 +271,7 @@ def _profile(
         "decode": {
             "batch": list(batches),
             "step_s": [round(value, 5) for value in rising(look.step_s)],
-            "max_batch": max(batches),
+            "max_batch": max(*batches, *K_BATCHES),
         },
         "block_tokens": 1,
         "chunk_tokens": K_CHUNK_TOKENS,

