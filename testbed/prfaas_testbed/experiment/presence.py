@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from prfaas.model.errors import PrfaasError
 from prfaas_testbed.client.asker import Asker
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR
@@ -33,7 +35,7 @@ K_BURSTS = 3
 K_BURST_REQUESTS, K_BURST_TOKENS = 8, 256
 K_EQUAL_LENGTHS = (20, 300, 1500)
 K_MOST_RATIO = 1.03
-"""Of medians, with over without: what noise leaves on two shared cores."""
+"""Of medians, with over without: what noise leaves on two cores of its own."""
 
 Progress = Callable[[str], None]
 
@@ -43,7 +45,9 @@ class Found:
     """Raw values."""
 
     starts: list[dict[str, Any]] = field(default_factory=list)
-    """`block`, `arm`, `seconds`."""
+    """`block`, `arm`, `seconds`, and `cpu_s` of all its processes."""
+    processor: list[dict[str, Any]] = field(default_factory=list)
+    """`block`, `arm`, `cpu_s` over all that it was asked: what a busy machine disturbs least."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     """`block`, `round`, `arm`, `tokens`, `ttft_s`, `e2e_s`."""
     bursts: list[dict[str, Any]] = field(default_factory=list)
@@ -65,14 +69,26 @@ def measure(model: TinyModel, folder: Path, tell: Progress, blocks: int) -> Foun
                     servers[arm].start()
                     servers[arm].wait_ready()
                     seconds = round(servers[arm].start_seconds or 0.0, 3)
-                    found.starts.append({"block": block, "arm": arm, "seconds": seconds})
+                    row = {"block": block, "arm": arm, "seconds": seconds}
+                    found.starts.append({**row, "cpu_s": cpu_s(servers[arm])})
                     tell(f"block {block + 1} of {blocks}: {arm} the plugin, started in {seconds:.1f} s")
+                before = {arm: cpu_s(servers[arm]) for arm in arms}
                 _ask(servers, arms, block, found)
+                for arm in arms:
+                    spent_s = round(cpu_s(servers[arm]) - before[arm], 2)
+                    found.processor.append({"block": block, "arm": arm, "cpu_s": spent_s})
             finally:
                 for server in servers.values():
                     server.stop()
             tell(f"block {block + 1} of {blocks}: asked")
     return found
+
+
+def cpu_s(server: SglangServer) -> float:
+    """Processor time of a server's processes so far."""
+    first = psutil.Process(server.pid)
+    times = [process.cpu_times() for process in (first, *first.children(recursive=True))]
+    return round(sum(one.user + one.system for one in times), 2)
 
 
 def _server(model: TinyModel, arm: str, port: int, folder: Path, block: int) -> SglangServer:
@@ -132,16 +148,24 @@ def _burst(server: SglangServer, seed: int) -> float:
 
 
 def ratios(found: Found) -> dict[str, float]:
-    """With over without: of the median start, of the median of pairs of a request asked of both, and of a
-    burst's time. Above 1 the plugin costs something."""
-    starts = {arm: [row["seconds"] for row in found.starts if row["arm"] == arm] for arm in K_ARMS}
-    result = {"start": statistics.median(starts["with"]) / statistics.median(starts["without"])}
+    """With over without. Of medians: a start and its processor time, the processor time of all requests. Of
+    the median of pairs asked one after the other: a request, a burst. Above 1 the plugin costs something."""
+    result = {
+        "start": _medians(found.starts, "seconds"),
+        "start_cpu": _medians(found.starts, "cpu_s"),
+        "requests_cpu": _medians(found.processor, "cpu_s"),
+    }
     for tokens in K_LENGTHS:
         rows = [row for row in found.requests if row["tokens"] == tokens]
         for what in ("ttft_s", "e2e_s"):
             result[f"{what.removesuffix('_s')}/{tokens}"] = _paired(rows, what)
     result["burst"] = _paired(found.bursts, "seconds")
     return {name: round(value, 4) for name, value in result.items()}
+
+
+def _medians(rows: Sequence[dict[str, Any]], what: str) -> float:
+    one, other = (statistics.median(row[what] for row in rows if row["arm"] == arm) for arm in K_ARMS)
+    return float(other / one)
 
 
 def _paired(rows: Sequence[dict[str, Any]], what: str) -> float:

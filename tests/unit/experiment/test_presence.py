@@ -11,7 +11,10 @@ def found_of(with_over_without: float, equal: bool = True) -> presence.Found:
     factor = {"with": with_over_without, "without": 1.0}
     blocks = [(block, arm) for block in range(3) for arm in presence.K_ARMS]
     return presence.Found(
-        starts=[{"block": b, "arm": a, "seconds": 40 * factor[a]} for b, a in blocks],
+        starts=[
+            {"block": b, "arm": a, "seconds": 40 * factor[a], "cpu_s": 20 * factor[a]} for b, a in blocks
+        ],
+        processor=[{"block": b, "arm": a, "cpu_s": 30 * factor[a]} for b, a in blocks],
         requests=[
             # A slow block is slow for both: only pairs are compared.
             {"block": b, "round": 0, "arm": a, "tokens": n, "ttft_s": (1 + b) * factor[a], "e2e_s": factor[a]}
