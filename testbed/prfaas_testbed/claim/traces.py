@@ -23,6 +23,7 @@ from prfaas_testbed.claim.runs import K_TOPOLOGIES, parts, play, requests_of
 K_SET = "claim-traces"
 K_POLICIES = ("homogeneous", "paper", "prices")
 K_SCALES = (1, 4, 16)
+K_LARGEST = "code"  # what is played at the last of them
 K_FASTER = 60.0  # an hour in a minute of CPU time, at the traces' own size
 K_VARIANTS = {
     "": ("as recorded", "steady"),
@@ -111,7 +112,7 @@ def play_one(run: Run) -> dict[str, Any]:
 
 
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every part at the trace's own size, those as recorded at greater ones, the greatest under ours alone.
+    """Every part at the trace's own size, as recorded over a steady link at a greater one, one at the greatest.
 
     A whole trace is one: there is nothing to repeat, so that `repetitions` doesn't count.
     """
@@ -121,8 +122,8 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
         for scale in reversed(K_SCALES)  # the longest first, so that no core waits for one at the end
         for part, experiment in found
         for policy in K_POLICIES
-        if scale == 1 or (not part.endswith(("-even", "-even-trouble")) and policy != "homogeneous")
-        if scale < max(K_SCALES) or (policy == "prices" and not part.endswith("-trouble"))
+        if scale == 1 or ("-" not in part and policy != "homogeneous")
+        if scale < max(K_SCALES) or part == K_LARGEST
     ]
     rows = []
     for run, row in zip(runs, spread(play_one, runs), strict=True):
