@@ -112,7 +112,7 @@ def play_one(run: Run) -> dict[str, Any]:
 
 
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every part at the trace's own size, as recorded over a steady link at a greater one, one at the greatest.
+    """Every part at the trace's own size; as recorded over a steady link at a greater; one at the greatest.
 
     A whole trace is one: there is nothing to repeat, so that `repetitions` doesn't count.
     """
