@@ -2,7 +2,7 @@ from prfaas.admission.edf import Promise, finish_times
 from prfaas.admission.estimator import EstimatorEvent, LinkCameUp, LinkEstimator, LinkWentDown, RateFell
 from prfaas.admission.ledger import Admitted, Expired, Ledger, LedgerEvent, LedgerStatistics, PromiseBroken
 from prfaas.admission.offers import OfferBook, Standing
-from prfaas.admission.shares import Share, ShareBook, ShareHolder
+from prfaas.admission.shares import Share, ShareBook, ShareHolder, overstep
 
 __all__ = [
     "Admitted",
@@ -23,4 +23,5 @@ __all__ = [
     "ShareHolder",
     "Standing",
     "finish_times",
+    "overstep",
 ]

@@ -19,6 +19,23 @@ from prfaas.config.policy import LinkAdmission
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.ids import LinkId, PumpId
 
+K_OVER = 1.1
+"""How far above its share a pump may send: less would never show that a link carries more than was believed.
+"""
+K_PROBE_OVER = 1.25
+"""The same while no queue shows on the way: the link carries more, and an estimate that fell is soon put
+right.
+"""
+K_QUEUE_S, K_QUEUE_SHARE = 0.003, 0.1
+"""A round trip that is longer than the shortest by this (or this share of it, if more) shows a queue."""
+
+
+def overstep(queue_s: float, min_rtt_s: float) -> float:
+    """How many times its share a pump may send now. `queue_s`: how much longer than the shortest its round
+    trips are.
+    """
+    return K_OVER if queue_s > max(K_QUEUE_S, K_QUEUE_SHARE * min_rtt_s) else K_PROBE_OVER
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -82,8 +99,10 @@ class ShareBook:
         demand_bps = max(0.0, demand_bps)
         grant = self._grants.setdefault(pump, _Pump(0.0, []))
         grant.demand_bps = demand_bps
-        rate_bps = max(self.floor_bps, min(self._fair(pump), self._room_for(pump)))
-        rate_bps = max(0.0, min(rate_bps, self._room_for(pump)))
+        # What it holds already counts until it expires, whatever it is given now: so after a fall, when there
+        # is no room for anybody, each goes on with its part of what the link carries now.
+        most_bps = max(self._room_for(pump), grant.committed_bps)
+        rate_bps = max(0.0, min(max(self.floor_bps, self._fair(pump)), most_bps))
         grant.grants.append((rate_bps, now + self.config.share_ttl_s))
         self._serial += 1
         ttl_s = self.config.share_ttl_s

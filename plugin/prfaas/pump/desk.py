@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from prfaas.admission import Ledger, OfferBook, Share, ShareHolder, Standing
+from prfaas.admission import Ledger, OfferBook, Share, ShareHolder, Standing, overstep
 from prfaas.config.pump import LinkConfig
 from prfaas.model.decisions import Verdict
 from prfaas.model.ids import LinkId
@@ -30,15 +30,6 @@ log = logging.getLogger(__name__)
 K_TICK_S = 0.1
 K_SILENT_S = 1.0
 """A ledger's host that hasn't answered for so long can't be reached."""
-K_OVER = 1.1
-"""How far above its share a pump may send: less would never show that a link carries more than was believed.
-"""
-K_PROBE_OVER = 1.25
-"""The same while no queue shows on the way: the link carries more, and an estimate that fell is soon put
-right.
-"""
-K_QUEUE_S, K_QUEUE_SHARE = 0.003, 0.1
-"""A round trip that is longer than the shortest by this (or this share of it, if more) shows a queue."""
 K_BURST_S = 0.05
 """Of its rate a pump may catch up with, when it came late to its turn."""
 K_HELD_SHARE = 0.1
@@ -70,7 +61,7 @@ class LinkDesk:
         self._early: dict[str, tuple[dict[str, Any], News, float]] = {}
         """Offers that wait for the ledger's first answer, and since when."""
         self._before = (0, 0, 0, 0)
-        self._over = K_OVER
+        self._over = overstep(0.0, 0.0)
         self._at_s = now
         self._probe_s = now
         self._tokens_bytes = 0.0
@@ -309,10 +300,6 @@ class LinkDesk:
                     stream.send_control(control_frame(stream.version, FrameType.PING, b""))
                     self.pump.loop.call_again(stream, 2)
 
-    @staticmethod
-    def _queue_most_s(min_rtt_s: float) -> float:
-        return max(K_QUEUE_S, K_QUEUE_SHARE * min_rtt_s)
-
     def _observe(self, now: float) -> tuple[LinkObservation, float]:
         peers = self.pump.peers_of(self.config.peer_site)
         totals = [peer.totals() for peer in peers]
@@ -323,9 +310,7 @@ class LinkDesk:
         delta = [max(0, a - b) for a, b in zip(sums, self._before, strict=True)]
         backlog = sum(p.sending.backlog_bytes + p.sending.in_flight_bytes for p in peers)
         rtts = [peer.rtt_s for peer in peers if peer.rtt_s]
-        self._over = (
-            K_OVER if any(p.queue_s > self._queue_most_s(p.min_rtt_s) for p in peers) else K_PROBE_OVER
-        )
+        self._over = min((overstep(p.queue_s, p.min_rtt_s) for p in peers), default=overstep(0.0, 0.0))
         rates = [s.info.delivery_rate_bps for p in peers for s in p.streams if s.info]
         interval_s = now - self._at_s
         # Each peer's streams share the link: it was kept busy while one of them had something to send.
