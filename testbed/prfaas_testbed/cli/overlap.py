@@ -64,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
     record |= {"checks": rows, "verdicts": overlap.as_rows(judged), **vars(found)}
     path = write_json(folder / "run.json", record)
     out = sys.stdout
-    out.write("overlap  tokens  one site  two sites    added    bound  wire/first token\n")
+    out.write("overlap  tokens  one site  two sites    added    bound     tail    bound  wire/first token\n")
     for one in judged:
         out.write(
             f"{one.overlap:7}  {one.tokens:6}  {one.near_s * 1e3:5.0f} ms  {one.far_s * 1e3:6.0f} ms  "
-            f"{one.added_s * 1e3:4.0f} ms  {one.bound_s * 1e3:4.0f} ms  {one.wire_share:.2f}"
-            f"{'' if one.within else '  over its bound'}\n"
+            f"{one.added_s * 1e3:4.0f} ms  {one.bound_s * 1e3:4.0f} ms  {one.tail_s * 1e3:4.0f} ms  "
+            f"{one.tail_bound_s * 1e3:4.0f} ms  {one.wire_share:.2f}\n"
         )
     failed = [row for row in rows if row["outcome"] == "failed"]
     out.write(f"{len(rows) - len(failed)} of {len(rows)} checks passed; raw values: {path}\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ K_RTT_S, K_RATE_BPS = 0.04, 70e6
 
 def rows(overlap_mode: str, tokens: int, near_s: float, added_s: float) -> list[dict[str, Any]]:
     return [
-        {"overlap": overlap_mode, "tokens": tokens, "where": where, "ttft_s": seconds}
+        {"overlap": overlap_mode, "tokens": tokens, "where": where, "ttft_s": seconds, "tail_s": added_s / 2}
         for where, seconds in (("near", near_s), ("far", near_s + added_s))
     ]
 
@@ -45,8 +47,8 @@ def test_distance_may_cost_a_round_trip_the_last_piece_and_ten_milliseconds(
     ("layer_s", "end_s", "near_s", "failed"),
     [
         (0.05, 0.6, 0.7, []),
-        (0.30, 0.6, 0.7, ["layer_within_bound/1024"]),
-        (0.05, 0.06, 0.7, ["end_breaks_bound/1024"]),
+        (0.30, 0.6, 0.7, ["layer_within_bound/1024", "layer_tail_within_bound/1024"]),
+        (0.05, 0.06, 0.7, ["end_breaks_bound/1024", "end_tail_breaks_bound/1024"]),
         (0.05, 0.6, 5.0, ["wire_share/1024"]),
     ],
 )
@@ -58,7 +60,16 @@ def test_a_run_passes_only_if_the_same_check_fails_at_the_end_and_the_wire_was_b
     )
     judged = overlap.checks(found)
     assert [row["name"] for row in judged if row["outcome"] == "failed"] == failed
-    assert len(judged) == 3
+    assert len(judged) == 5
+
+
+def test_a_tail_is_from_the_last_chunks_handing_over_to_the_last_byte_in_its_place(tmp_path: Path) -> None:
+    common = {"room": 7, "ahead_bytes": 4096}
+    for side, at_s in (("sent", 10.0), ("landed", 10.05)):
+        (tmp_path / f"{side}.jsonl").write_text(json.dumps({**common, "side": side, "at_s": at_s}) + "\n")
+    row: dict[str, Any] = {"room": 7}
+    overlap.add_tails([row], tmp_path)
+    assert row == {"room": 7, "tail_s": 0.05, "ahead_bytes": 4096}
 
 
 def test_its_experiment_and_its_network_fit() -> None:
