@@ -1,5 +1,5 @@
 """A link that is cut in the middle of a transfer: the transfer goes on when it is back, and meanwhile the
-receiver can take pages back at once.
+receiver can take pages back at once, those with bytes under way as well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ K_LOOK_S = 0.01
 K_BEGIN_S = 30.0
 K_DONE_S = 60.0
 K_FREE_S = 1.0  # for the receiver to have its pages back with the link down
+K_SENT, K_CANARY = 7, 0xC5  # values of bytes
 K_ROOM = 1_000_000  # beside those that the engine counts up from 1
 
 
@@ -74,6 +75,70 @@ def measure(place: Emulated, cell: Cell, downs_s: Sequence[float], progress: Pro
                 f"{rows[-1]['after_s']:.2f} s after its end, {rows[-1]['streams_lost']} streams replaced"
             )
     return rows
+
+
+def abandon(place: Emulated, cell: Cell, down_s: float, progress: Progress) -> Row:
+    """The lease that a transfer is filling is ended while the link is down: how soon its pages are the
+    receiver's own again, whether anything was written to them after that, when the link was back as well, and
+    what the sender heard.
+
+    Raises WorkerError when the transfer doesn't get under way, or succeeds.
+    """
+    with Prfaas() as engine, ThreadPoolExecutor(1) as threads:
+        engine.start(place, cell.with_(total_bytes=K_SIZE_BYTES, contiguous=True))
+        receiver, sender = engine.ends["receiver"], engine.ends["sender"]
+        before = _inbound(engine)
+        sender.call("fill", value=K_SENT)
+        grant = receiver.call("grant", room=K_ROOM)
+        transfer = threads.submit(
+            sender.call, "deliver", timeout_s=down_s + K_DONE_S, grant=grant,
+            peer_base=engine.peer_base, size_bytes=K_SIZE_BYTES,
+        )  # fmt: skip
+        _wait_for(engine, before["payload_bytes_received"] + K_CUT_AT * K_SIZE_BYTES, transfer)
+        place.set_down(True)
+        try:
+            began_s = time.perf_counter()
+            receiver.call("revoke", room=K_ROOM)
+            freed_s = time.perf_counter() - began_s
+            receiver.call("fill", value=K_CANARY)
+            received_bytes = _inbound(engine)["payload_bytes_received"] - before["payload_bytes_received"]
+            time.sleep(max(0.0, began_s + down_s - time.perf_counter()))
+            over_in_time = transfer.done()
+        finally:
+            place.set_down(False)
+        up_s = time.perf_counter()
+        told = str(transfer.exception(timeout=K_DONE_S) or "")
+        told_s = time.perf_counter() - up_s
+        if not told:
+            raise WorkerError("a transfer to a lease that had ended succeeded")
+        untouched = bool(receiver.call("holds", value=K_CANARY, size_bytes=K_SIZE_BYTES))
+        # The same pages, under a lease of the next room.
+        engine.deliver(K_SIZE_BYTES)
+        again = bool(receiver.call("holds", value=K_SENT, size_bytes=K_SIZE_BYTES))
+    row = {
+        "down_s": down_s,
+        "size_bytes": K_SIZE_BYTES,
+        "received_bytes": received_bytes,
+        "freed_s": freed_s,
+        "over_before_the_end": over_in_time,
+        "untouched": untouched,
+        "told": told,
+        "told_s": told_s,
+        "used_again": again,
+    }
+    progress(
+        f"lease ended with the link down and bytes under way: pages back in {freed_s * 1e3:.1f} ms, "
+        f"{'untouched' if untouched else 'WRITTEN TO'}; the sender heard {told_s:.2f} s after its return"
+    )
+    return row
+
+
+def judge_abandoned(row: Row) -> list[Row]:
+    return [
+        checks.at_most("outage/abandoned/pages_back_s", row["freed_s"], K_FREE_S),
+        checks.at_least("outage/abandoned/untouched", float(row["untouched"]), 1.0),
+        checks.at_least("outage/abandoned/used_again", float(row["used_again"]), 1.0),
+    ]
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:

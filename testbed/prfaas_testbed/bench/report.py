@@ -144,13 +144,21 @@ def _faults(measures: dict[str, Any]) -> str:
         f"{row['payload_bytes'] / row['size_bytes']:.2f} times its bytes received."
         for row in measures.get("outage", [])
     ]
+    if row := measures.get("abandoned"):
+        lines.append(
+            f"- A lease ended with the link down and {row['size_bytes'] / 1e6:g} MB to it under way "
+            f"({row['received_bytes'] / 1e6:.1f} there): pages back in {row['freed_s'] * 1e3:.1f} ms, "
+            f"{'not one byte' if row['untouched'] else 'BYTES'} written to them afterwards; the sender heard "
+            f"{row['told_s']:.2f} s after the link's return."
+        )
     if share := measures.get("share"):
         each = ", ".join(f"{name} {mbps:.0f}" for name, mbps in share["goodput_mbps"].items())
         lines.append(
             f"- Three senders in three namespaces under one ledger, {share['rate_mbps']:g} Mbit/s: {each} "
-            f"Mbit/s (Jain's index {share['jain']:.3f}); promised at most {share['most_promised']:.3f} of "
-            f"the estimate in {len(share['looks'])} looks; {share['admitted']} admitted, "
-            f"{share['refused']} refused, {share['missed']} late, {share['failed']} failed."
+            f"Mbit/s (Jain's index {share['jain']:.3f}){_together(share)}; promised at most "
+            f"{share['most_promised']:.3f} of the estimate in {len(share['looks'])} looks; "
+            f"{share['admitted']} admitted, {share['refused']} refused, "
+            f"{share['missed']} late, {share['failed']} failed."
         )
     if beside := measures.get("neighbour"):
         lines.append(
@@ -163,6 +171,11 @@ def _faults(measures: dict[str, Any]) -> str:
             + " Mbit/s."
         )
     return "## Faults and neighbours\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _together(share: Row) -> str:
+    """An older run doesn't say."""
+    return f", together {share['together_mbps']:.0f} to the last byte" if "together_mbps" in share else ""
 
 
 def _cost(run: dict[str, Any], samples: Sequence[Row]) -> str:

@@ -29,6 +29,8 @@ K_ORDERS = ((1_000_000, 5.0), (6_000_000, 20.0))
 """(bytes, deadline in seconds), in turns."""
 K_REACH_S = 20.0
 K_LIMIT_S = 120.0
+K_FILLED = 0.9  # of what the link carries of payload
+K_HEADERS = 1448 / 1514  # of an Ethernet frame
 K_FAIR = 0.9  # Jain's index of the three senders' goodput; 1: all alike
 K_ROUNDING = 1.001
 K_SHARE_S = 1.0
@@ -168,7 +170,8 @@ def measure(place_group: Group, rounds: int, progress: Progress) -> Row:
     found = {"rate_mbps": K_RATE_MBPS, "senders": sent, "looks": looks, **summary(sent, looks)}
     progress(
         f"three senders: {', '.join(f'{mbps:.0f}' for mbps in found['goodput_mbps'].values())} Mbit/s, "
-        f"promised at most {found['most_promised']:.3f} of the estimate, {found['missed']} missed"
+        f"{found['together_mbps']:.0f} together, promised at most {found['most_promised']:.3f} of the "
+        f"estimate, {found['missed']} missed"
     )
     return found
 
@@ -184,8 +187,13 @@ def summary(sent: dict[str, list[Row]], looks: Sequence[Row]) -> Row:
         name: sum(row["size_bytes"] for row in found if row["ended_s"] <= ended_s) * 8e-6 / seconds
         for name, found in done.items()
     }
+    took_s = max((row["ended_s"] for found in done.values() for row in found), default=began_s) - began_s
     return {
         "goodput_mbps": within,
+        # Of all to the last byte: what one leaves of the link when it is through is for the others.
+        "together_mbps": sum(row["size_bytes"] for found in done.values() for row in found)
+        * 8e-6
+        / max(1e-9, took_s),
         "jain": jain(list(within.values())),
         "most_promised": most_promised(looks),
         "admitted": sum("admitted_s" in row for row in rows),
@@ -220,5 +228,6 @@ def judge(found: Row) -> list[Row]:
     return [
         checks.at_most("share/most_promised_to_estimate", found["most_promised"], K_ROUNDING),
         checks.at_least("share/jain", found["jain"], K_FAIR),
+        checks.at_least("share/filled", found["together_mbps"] / (found["rate_mbps"] * K_HEADERS), K_FILLED),
         checks.at_most("share/missed_of_admitted", found["missed"], 0),
     ]

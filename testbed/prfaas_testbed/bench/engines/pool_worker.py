@@ -28,6 +28,10 @@ class Pool:
     def fill(self, value: int) -> None:
         self.view[:] = value
 
+    def holds(self, value: int, size_bytes: int) -> bool:
+        """Whether each of the first bytes is `value`."""
+        return bool((self.view[:size_bytes] == value).all())
+
     def landed(self, offsets: list[int], segment_bytes: int, value: int, limit_s: float) -> float | None:
         """When the first and last byte of every segment were `value`, on CLOCK_MONOTONIC; None: not in
         `limit_s`.
@@ -77,6 +81,7 @@ def common_handlers(pool: Callable[[], Pool]) -> dict[str, Handler]:
     loop = HostLoop()
     return {
         "fill": lambda value: pool().fill(value),
+        "holds": lambda **arguments: pool().holds(**arguments),
         "landed": lambda **arguments: pool().landed(**arguments),
         "cpu_s": time.process_time,
         "loop_start": loop.start,
