@@ -38,7 +38,7 @@ K_PUMP_PORT = 7600
 K_FIRST_PORT = 30000
 K_PLAIN_PORT = 29000
 K_BOOTSTRAP_OFFSET = 1000
-K_CERTIFICATE_DAYS = 2.0
+K_CERTIFICATE_DAYS, K_AUTHORITY_DAYS = 2.0, 4.0  # no certificate outlives its authority
 K_MODELS_DIR = K_CHECKOUT / ".cache" / "models"
 
 
@@ -201,7 +201,7 @@ class Fleet:
         for site, folder in folders.items():
             if not (folder / keys.K_SITE_FILE).exists():
                 keys.create_site(
-                    folder, site, days=K_CERTIFICATE_DAYS, authority_days=K_CERTIFICATE_DAYS, now=now
+                    folder, site, days=K_CERTIFICATE_DAYS, authority_days=K_AUTHORITY_DAYS, now=now
                 )
         # Its own as well: a site's prefill and decode servers meet at their one pump.
         for folder in folders.values():

@@ -39,7 +39,7 @@ from prfaas.config.topology import Impairments, LinkChange
 from prfaas.model.errors import PrfaasError
 from prfaas.pump import keys
 from prfaas.pump_client.launch import connect
-from prfaas_testbed.experiment.fleet import K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
+from prfaas_testbed.experiment.fleet import K_AUTHORITY_DAYS, K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.sites import cut_streams
 from prfaas_testbed.experiment.upset import empty_disk, fill_disk
 
@@ -299,7 +299,7 @@ class Timeline:
         else:
             stranger = folder.parent / f"{event.site}-stranger"
             keys.create_site(
-                stranger, event.site, days=K_CERTIFICATE_DAYS, authority_days=K_CERTIFICATE_DAYS, now=now
+                stranger, event.site, days=K_CERTIFICATE_DAYS, authority_days=K_AUTHORITY_DAYS, now=now
             )
             os.replace(stranger / keys.K_SITE_FILE, folder / keys.K_SITE_FILE)
         self._record(step, time.monotonic(), site=event.site, trusted=event.trusted)
