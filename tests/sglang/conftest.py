@@ -167,11 +167,11 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """One model's servers after the other's: pytest groups the tests by the parameter."""
     # With a radix cache on decode only what it lacks crosses; where SGLang has one for the kind of model.
     radix = ("--disaggregation-decode-enable-radix-cache",) if request.param in ("dense", "hybrid") else ()
-    # One model has a second prefill server, in decode's own site.
+    # One model has a second prefill server, in decode's own site, and its KV leaves layer by layer.
     near: dict[str, Any] = {}
     if request.param == "dense":
         near["roles"] = ("plain", "prefill", "decode", "near")
-        near["config"] = {"near": {"hosts": [K_NEAR], "transport": "tcp"}}
+        near["config"] = {"near": {"hosts": [K_NEAR], "transport": "tcp"}, "overlap": "layer"}
     started = start_servers(request.param, tmp_path_factory.mktemp(request.param), decode_args=radix, **near)
     yield started
     stop(started)

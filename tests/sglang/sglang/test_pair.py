@@ -52,8 +52,12 @@ def verdict(servers: Any, room: int) -> str:
     return compare(*found)[room] if found else "rows are missing"
 
 
+def sent_of(servers: Any, room: int) -> Any:
+    return next(row for row in read_rows(servers.verify, "sent") if row["room"] == room)
+
+
 def bytes_of(servers: Any, room: int) -> Any:
-    return next(row["bytes"] for row in read_rows(servers.verify, "sent") if row["room"] == room)
+    return sent_of(servers, room)["bytes"]
 
 
 def idle(servers: Any) -> bool:
@@ -79,6 +83,10 @@ def equals_plain_cold_and_warm(servers: Any, length: int) -> None:
         "state": model.state_bytes + min(length, model.window_tokens) * model.window_bytes_per_token,
         "aux": K_AUX_BYTES,
     }
+    # Layers whose part of a chunk is worth a transfer of its own had left when the chunk was handed over.
+    if model.name == "dense":
+        ahead_bytes = length * model.kv_bytes_per_token if length >= 512 else 0
+        assert sent_of(servers, room)["ahead_bytes"] == ahead_bytes
 
     # Longer by some: a hybrid model's state can be used again at exactly the earlier prompt's length.
     longer = prompt + prompt_of(40, seed)
