@@ -39,6 +39,8 @@ class Costs:
     """Seconds of prefill a queued token stands for, where a server reports tokens alone."""
     start_up_s: float
     """T(0): what a prefill takes however short it is."""
+    chunk_tokens: int
+    """Most tokens of a prefill step."""
 
     @classmethod
     def of(cls, profile: CostProfile) -> Costs:
@@ -56,6 +58,7 @@ class Costs:
             transfer_bytes=lru_cache(K_WORKS_KEPT)(transfer),
             s_per_token=profile.prefill_s(K_TYPICAL_TOKENS) / K_TYPICAL_TOKENS,
             start_up_s=max(0.0, profile.prefill_s(0.0)),
+            chunk_tokens=getattr(profile, "chunk_tokens", K_CHUNK_TOKENS),
         )
 
 

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
-from prfaas.model.ids import InstanceId, RequestId, SiteId
-from prfaas.model.observations import RequestView, Role, Snapshot
+from prfaas.model.ids import RequestId, SiteId
+from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.answers import BookingPolicy
 from prfaas.routing.base import Fleet, register_policy
 from prfaas.routing.due import DueQueue, DueQueues
-from prfaas.routing.lanes import K_FOREIGN_S, Lane, Lanes
-from prfaas.routing.paths import K_CHUNK_TOKENS, transfer_tail_s
+from prfaas.routing.instance_choice import K_STEPS_MARGIN_S, InstanceChooser, SiteLanes
 from prfaas.routing.pricing import PriceList, Way
 from prfaas.routing.tenants import TenantShares
 
@@ -39,15 +38,10 @@ while K_GRID[-1] < 1 << 18:
 
 K_BEHIND_S = 600.0  # s: what can't be in time is served as if it were due so much later: it can't starve
 K_MISS_S = 500.0  # s: what one more request too late costs, relative to delay
-K_MARGIN_S = 0.2  # s by which a prediction must keep a deadline,
-K_STEPS_MARGIN_S = 0.05  # and where it is by the instance's own steps
-K_LOOKED_AT = 8  # instances of a site, those with least to do,
-K_HOLDERS = 2  # and so many more that hold some of the prompt
+K_MARGIN_S = 0.2  # s by which a prediction must keep a deadline
 
 
 FloatArray: TypeAlias = NDArray[np.float64]
-SortedLane: TypeAlias = tuple[float, InstanceId, Lane]
-"""With its work that is still to be in time, seconds, first."""
 
 
 @register_policy("prices")
@@ -59,7 +53,8 @@ class PricesPolicy(BookingPolicy):
         self.prices = PriceList(self.paths)
         self.tenants = TenantShares(config.tenant_weights)
         self.due = DueQueues()
-        self.lanes = Lanes()
+        self.instances = InstanceChooser(self.paths)
+        self.lanes = self.instances.lanes
         self.names_instances = config.service == "deadline"
         self._works: dict[int, tuple[FloatArray, FloatArray]] = {}
         """By the costs' identity: the path finder holds them all."""
@@ -70,7 +65,7 @@ class PricesPolicy(BookingPolicy):
         if request.attempt == 0:
             self.prices.observe(paths, ways, snapshot, now)
         if self.names_instances:
-            lanes = self._lanes(request, paths, snapshot, now)
+            lanes = self.instances.lanes_of(request, paths, snapshot, now)
             if lanes is not None:
                 return self._by_instance(request, paths, ways, lanes, snapshot, now)
             return self._by_deadline(request, paths, ways, snapshot, now)
@@ -193,12 +188,12 @@ class PricesPolicy(BookingPolicy):
         request: RequestView,
         paths: list[PathPrediction],
         ways: list[Way | None],
-        lanes: Mapping[SiteId, list[SortedLane]],
+        lanes: SiteLanes,
         snapshot: Snapshot,
         now: float,
     ) -> Decision:
-        """As `_by_deadline`, for every instance by its own queue (lanes.py): the instance is part of the
-        choice, and a prefix that it holds counts for it alone.
+        """As `_by_deadline`, for every instance by its own queue: the instance is part of the choice, and a
+        prefix that it holds counts for it alone.
         """
         deadline_s = self.deadline_s(request)
         in_time_s, behind_s = (
@@ -207,148 +202,25 @@ class PricesPolicy(BookingPolicy):
         )
         hoped_s = {site: sum([one[0] for one in there]) / len(there) for site, there in lanes.items()}
         prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
-        miss_s = K_MISS_S * self._weight(request)
-        best: tuple[PathPrediction, InstanceId, float, float, float, float] | None = None
-        best_cost, best_order_s = math.inf, in_time_s
-        shared = bool(request.instance_cached_tokens)
-        for path, price in zip(paths, prices, strict=True):
-            if not path.feasible:
-                continue
-            site, tokens, own_s, tail_s = path.prefill_site, path.uncached_tokens, path.prefill_s, 0.0
-            start_up_s = self.paths.costs(site, request.model).start_up_s
-            away = site != path.decode_site
-            due_price = price
-            for _, instance, lane in lanes[site]:
-                if shared:
-                    tokens, own_s = self._own(request, path, instance)
-                    due_price = price * own_s / path.prefill_s if path.prefill_s > 0 else price
-                # It can't cost less than this: most lanes need no closer look.
-                wait_s = lane.ends_s - now
-                least_s = (wait_s if wait_s > 0 else 0.0) + own_s + path.move_s
-                if least_s + due_price >= best_cost:
-                    continue
-                end_s, delayed = lane.place(in_time_s, tokens, own_s, now, start_up_s)
-                ttft_s = end_s - now + path.move_s
-                if away:
-                    tail_s = self._tail_s(path, snapshot, end_s - now - own_s, own_s, tokens)
-                    ttft_s += tail_s
-                cost = ttft_s + due_price + K_MISS_S * delayed
-                if now + ttft_s + K_STEPS_MARGIN_S > deadline_s:
-                    cost += miss_s
-                if cost < best_cost:
-                    best_cost = cost
-                    best = (path, instance, end_s - now - own_s, own_s, tail_s, due_price)
-        if best_cost >= miss_s:
-            for path in paths:
-                if not path.feasible:
-                    continue
-                for _, instance, lane in lanes[path.prefill_site]:
-                    tokens, own_s = self._own(request, path, instance)
-                    wait_s = lane.work_s(now)
-                    tail_s = self._tail_s(path, snapshot, wait_s, own_s, tokens)
-                    cost = wait_s + own_s + path.move_s + tail_s + miss_s
-                    if cost <= best_cost:
-                        best_cost, best_order_s = cost, behind_s
-                        best = (path, instance, wait_s, own_s, tail_s, 0.0)
+        miss_s, order_s = K_MISS_S * self._weight(request), in_time_s
+        best = self.instances.in_time(
+            request, paths, prices, lanes, snapshot, now, in_time_s, deadline_s, miss_s, K_MISS_S
+        )
+        if best is None or best.cost >= miss_s:
+            behind = self.instances.behind(request, paths, lanes, snapshot, now)
+            if behind is not None and (best is None or behind.cost + miss_s <= best.cost):
+                best, order_s = behind, behind_s
         if best is None:
             return self.no_path(request, now, paths)
-        if self.config.shed and request.attempt == 0 and best_order_s == behind_s:
+        if self.config.shed and request.attempt == 0 and order_s == behind_s:
             return self._shed(request, paths, deadline_s, now)
-        path, instance, queue_s, own_s, tail_s, price = best
-        tokens, _ = self._own(request, path, instance)
-        chosen = PathPrediction(
-            path.prefill_site,
-            path.decode_site,
-            queue_s + path.move_s + own_s + tail_s,
-            queue_s,
-            own_s,
-            tail_s,
-            tokens,
-            path.transfer_bytes,
-            path.move_s,
-            path.cache_move,
-            price,
-        )
-        others = [other for other in paths if other is not path]
-        why = _why(chosen, others) + (", behind all that can be in time" if best_order_s == behind_s else "")
+        chosen = best.prediction()
+        others = [path for path in paths if path is not best.path]
+        why = _why(chosen, others) + (", behind all that can be in time" if order_s == behind_s else "")
         return self.dispatch(
             request, snapshot, now, chosen, others, why,
-            deadline_s=deadline_s, order_s=best_order_s, instance=instance,
+            deadline_s=deadline_s, order_s=order_s, instance=best.instance,
         )  # fmt: skip
-
-    def _lanes(
-        self, request: RequestView, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float
-    ) -> dict[SiteId, list[SortedLane]] | None:
-        """Each site's instances, with the work of each that is still to be in time, least first; None where
-        a site doesn't list them.
-
-        Of many, those with least to do, and some that hold part of the prompt.
-        """
-        lanes: dict[SiteId, list[SortedLane]] = {}
-        known = self.lanes.lanes
-        for path in paths:
-            site = path.prefill_site
-            if not path.feasible or site in lanes:
-                continue
-            found: list[SortedLane] = []
-            for one in snapshot.sites[site].instances:
-                if one.role is Role.DECODE or not one.healthy or one.draining:
-                    continue
-                name = one.instance
-                lane = known.get(name)
-                if lane is None:
-                    lane = known[name] = Lane(one.chunk_tokens or K_CHUNK_TOKENS)
-                if one.at_s > lane.reported_s:
-                    backlog_s = one.prefill_backlog_s
-                    if backlog_s is None:
-                        backlog_s = one.waiting_uncached_tokens
-                        if backlog_s:
-                            backlog_s *= self.paths.costs(site, request.model).s_per_token
-                    if backlog_s > K_FOREIGN_S or lane.foreign_s:
-                        lane.report(backlog_s, one.at_s, now)
-                work_s = lane.ends_s - now
-                if work_s <= 0.0:
-                    if lane.step or lane.hopeful or lane.behind:
-                        lane.advance(now)
-                        work_s = lane.ends_s - now
-                    if work_s <= 0.0:
-                        work_s = 0.0
-                found.append((work_s + lane.hopeful_s + lane.foreign_s, name, lane))
-            if not found:
-                return None
-            found.sort()
-            if len(found) > K_LOOKED_AT:
-                held = request.instance_cached_tokens
-                holders = [one for one in found[K_LOOKED_AT:] if held.get(one[1])]
-                holders.sort(key=lambda one: -held[one[1]])
-                found = found[:K_LOOKED_AT] + holders[:K_HOLDERS]
-            lanes[site] = found
-        return lanes
-
-    def _own(self, request: RequestView, path: PathPrediction, instance: InstanceId) -> tuple[int, float]:
-        """Tokens that the instance would have to prefill, and the seconds that takes it."""
-        held = request.instance_cached_tokens
-        if not held:
-            return path.uncached_tokens, path.prefill_s
-        prompt = request.prompt_tokens
-        cached = min(held.get(instance, 0), prompt - 1)
-        if path.cache_move is not None:
-            cached = max(cached, path.cache_move.tokens)
-        tokens = prompt - cached
-        if tokens == path.uncached_tokens:
-            return tokens, path.prefill_s
-        return tokens, self.paths.costs(path.prefill_site, request.model).prefill_s(prompt, cached)
-
-    def _tail_s(
-        self, path: PathPrediction, snapshot: Snapshot, start_s: float, own_s: float, tokens: int
-    ) -> float:
-        """From the end of its prefill, which begins in start_s, to its last byte at the decode side."""
-        if path.prefill_site == path.decode_site:
-            return 0.0
-        link = snapshot.links[self.paths.link_id(path.prefill_site, path.decode_site)]
-        return transfer_tail_s(
-            link, link.usable_bps, path.transfer_bytes, start_s + path.move_s, own_s, tokens
-        )
 
     def on_prefill_done(self, *, request: RequestId, now: float) -> None:
         super().on_prefill_done(request=request, now=now)

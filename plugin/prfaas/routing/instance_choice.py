@@ -1,0 +1,208 @@
+"""The choice among single instances: each path at each instance, by what that instance has before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from prfaas.model.decisions import PathPrediction
+from prfaas.model.ids import InstanceId, SiteId
+from prfaas.model.observations import RequestView, Role, Snapshot
+from prfaas.routing.lanes import K_FOREIGN_S, Lane, Lanes
+from prfaas.routing.paths import PathFinder, transfer_tail_s
+
+K_STEPS_MARGIN_S = 0.05  # s by which a prediction by the instance's own steps must keep a deadline
+K_LOOKED_AT = 8  # instances of a site, those with least to do,
+K_HOLDERS = 2  # and so many more that hold some of the prompt
+
+SortedLane: TypeAlias = tuple[float, InstanceId, Lane]
+"""With its work that is still to be in time, seconds, first."""
+SiteLanes: TypeAlias = dict[SiteId, list[SortedLane]]
+
+
+@dataclass(slots=True)
+class Choice:
+    """A path at one instance, and a place in its queue."""
+
+    path: PathPrediction
+    instance: InstanceId
+    queue_s: float
+    prefill_s: float
+    tokens: int
+    """To be prefilled there."""
+    tail_s: float
+    price: float
+    cost: float
+
+    def prediction(self) -> PathPrediction:
+        """The path as it is at this instance."""
+        path = self.path
+        return PathPrediction(
+            path.prefill_site,
+            path.decode_site,
+            self.queue_s + path.move_s + self.prefill_s + self.tail_s,
+            self.queue_s,
+            self.prefill_s,
+            self.tail_s,
+            self.tokens,
+            path.transfer_bytes,
+            path.move_s,
+            path.cache_move,
+            self.price,
+        )
+
+
+class InstanceChooser:
+    """Looks at the instances that a snapshot lists. What was sent where is told to `lanes`."""
+
+    def __init__(self, paths: PathFinder) -> None:
+        self._paths = paths
+        self.lanes = Lanes()
+
+    def lanes_of(
+        self, request: RequestView, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float
+    ) -> SiteLanes | None:
+        """Each site's instances, with the work of each that is still to be in time, least first; None where
+        a site doesn't list them.
+
+        Of many, those with least to do, and some that hold part of the prompt.
+        """
+        lanes: SiteLanes = {}
+        known = self.lanes.lanes
+        for path in paths:
+            site = path.prefill_site
+            if not path.feasible or site in lanes:
+                continue
+            found: list[SortedLane] = []
+            for one in snapshot.sites[site].instances:
+                if one.role is Role.DECODE or not one.healthy or one.draining:
+                    continue
+                name = one.instance
+                lane = known.get(name)
+                if lane is None:
+                    chunk_tokens = one.chunk_tokens or self._paths.costs(site, request.model).chunk_tokens
+                    lane = known[name] = Lane(chunk_tokens)
+                if one.at_s > lane.reported_s:
+                    backlog_s = one.prefill_backlog_s
+                    if backlog_s is None:
+                        backlog_s = one.waiting_uncached_tokens
+                        if backlog_s:
+                            backlog_s *= self._paths.costs(site, request.model).s_per_token
+                    if backlog_s > K_FOREIGN_S or lane.foreign_s:
+                        lane.report(backlog_s, one.at_s, now)
+                work_s = lane.ends_s - now
+                if work_s <= 0.0:
+                    if lane.step or lane.hopeful or lane.behind:
+                        lane.advance(now)
+                        work_s = lane.ends_s - now
+                    if work_s <= 0.0:
+                        work_s = 0.0
+                found.append((work_s + lane.hopeful_s + lane.foreign_s, name, lane))
+            if not found:
+                return None
+            found.sort()
+            if len(found) > K_LOOKED_AT:
+                held = request.instance_cached_tokens
+                holders = [one for one in found[K_LOOKED_AT:] if held.get(one[1])]
+                holders.sort(key=lambda one: -held[one[1]])
+                found = found[:K_LOOKED_AT] + holders[:K_HOLDERS]
+            lanes[site] = found
+        return lanes
+
+    def in_time(
+        self,
+        request: RequestView,
+        paths: Sequence[PathPrediction],
+        prices: Sequence[float],
+        lanes: SiteLanes,
+        snapshot: Snapshot,
+        now: float,
+        order_s: float,
+        deadline_s: float,
+        miss_s: float,
+        other_miss_s: float,
+    ) -> Choice | None:
+        """The cheapest at its deadline's place: what it costs to be late, and to make others late, counts.
+
+        `prices` are the paths', for the prefill that each predicts. None where no path is feasible.
+        """
+        best: Choice | None = None
+        best_cost = math.inf
+        shared = bool(request.instance_cached_tokens)
+        for path, price in zip(paths, prices, strict=True):
+            if not path.feasible:
+                continue
+            site, tokens, own_s, tail_s = path.prefill_site, path.uncached_tokens, path.prefill_s, 0.0
+            start_up_s = self._paths.costs(site, request.model).start_up_s
+            away = site != path.decode_site
+            due_price = price
+            for _, instance, lane in lanes[site]:
+                if shared:
+                    tokens, own_s = self._own(request, path, instance)
+                    due_price = price * own_s / path.prefill_s if path.prefill_s > 0 else price
+                # It can't cost less than this: most lanes need no closer look.
+                wait_s = lane.ends_s - now
+                least_s = (wait_s if wait_s > 0 else 0.0) + own_s + path.move_s
+                if least_s + due_price >= best_cost:
+                    continue
+                end_s, delayed = lane.place(order_s, tokens, own_s, now, start_up_s)
+                ttft_s = end_s - now + path.move_s
+                if away:
+                    tail_s = self._tail_s(path, snapshot, end_s - now - own_s, own_s, tokens)
+                    ttft_s += tail_s
+                cost = ttft_s + due_price + other_miss_s * delayed
+                if now + ttft_s + K_STEPS_MARGIN_S > deadline_s:
+                    cost += miss_s
+                if cost < best_cost:
+                    best_cost = cost
+                    best = Choice(path, instance, end_s - now - own_s, own_s, tokens, tail_s, due_price, cost)
+        return best
+
+    def behind(
+        self,
+        request: RequestView,
+        paths: Sequence[PathPrediction],
+        lanes: SiteLanes,
+        snapshot: Snapshot,
+        now: float,
+    ) -> Choice | None:
+        """The soonest behind everything else, where it delays nobody and pays no price."""
+        best: Choice | None = None
+        for path in paths:
+            if not path.feasible:
+                continue
+            for _, instance, lane in lanes[path.prefill_site]:
+                tokens, own_s = self._own(request, path, instance)
+                wait_s = lane.work_s(now)
+                tail_s = self._tail_s(path, snapshot, wait_s, own_s, tokens)
+                cost = wait_s + own_s + path.move_s + tail_s
+                if best is None or cost <= best.cost:
+                    best = Choice(path, instance, wait_s, own_s, tokens, tail_s, 0.0, cost)
+        return best
+
+    def _own(self, request: RequestView, path: PathPrediction, instance: InstanceId) -> tuple[int, float]:
+        """Tokens that the instance would have to prefill, and the seconds that takes it."""
+        held = request.instance_cached_tokens
+        if not held:
+            return path.uncached_tokens, path.prefill_s
+        prompt = request.prompt_tokens
+        cached = min(held.get(instance, 0), prompt - 1)
+        if path.cache_move is not None:
+            cached = max(cached, path.cache_move.tokens)
+        tokens = prompt - cached
+        if tokens == path.uncached_tokens:
+            return tokens, path.prefill_s
+        return tokens, self._paths.costs(path.prefill_site, request.model).prefill_s(prompt, cached)
+
+    def _tail_s(
+        self, path: PathPrediction, snapshot: Snapshot, start_s: float, own_s: float, tokens: int
+    ) -> float:
+        """From the end of its prefill, which begins in start_s, to its last byte at the decode side."""
+        if path.prefill_site == path.decode_site:
+            return 0.0
+        link = snapshot.links[self._paths.link_id(path.prefill_site, path.decode_site)]
+        return transfer_tail_s(
+            link, link.usable_bps, path.transfer_bytes, start_s + path.move_s, own_s, tokens
+        )
