@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from prfaas.model.lengths import Empirical
 from prfaas.planner import Job, Plan, Resources, clairvoyant_bound
 from prfaas.planner.build import system_of
 from prfaas.planner.optimum import optimum
+from prfaas.simulator.sweep import spread
 from prfaas.workload.requests import TimedRequest
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, column, mean, table
 from prfaas_testbed.claim.runs import (
@@ -44,10 +45,41 @@ K_POLICIES = {
 }
 
 
+@dataclass(frozen=True)
+class Case:
+    """One workload at one load, once; on the plan's split, under every policy."""
+
+    part: str
+    experiment: Experiment
+    """Its instances are the plan's."""
+    plan: Plan
+    load: float
+    repetition: int
+
+    def __str__(self) -> str:
+        return f"{self.part} at {self.load:g} #{self.repetition}"
+
+
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Each workload at each load: the bound, and what each policy has within the SLO."""
+    plans, cases = cases_of(repetitions)
     rows: list[dict[str, Any]] = []
+    for case, found in zip(cases, spread(play_case, cases), strict=True):
+        rows += found
+        if case.repetition == repetitions - 1:
+            shown = {
+                name: mean(column(rows, "within_slo", part=case.part, load=case.load, policy=name)).value
+                for name in (*K_POLICIES, "clairvoyant")
+            }
+            said = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            say(f"{case.part} at {case.load:g}: {said}")
+    return {"plans": plans, "rows": rows}
+
+
+def cases_of(repetitions: int) -> tuple[dict[str, Any], list[Case]]:
+    """The plans by workload, for the record, and every case."""
     plans: dict[str, Any] = {}
+    cases = []
     for part, experiment in parts("claim-bursts"):
         plan = _plan(experiment)
         plans[part] = {
@@ -58,24 +90,29 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
             "offloaded_share": plan.offloaded_share,
         }
         split = experiment.model_copy(update={"instances": _split(experiment.instances, plan)})
-        for load in K_LOADS:
-            for repetition in range(repetitions):
-                requests = at_mean_rate(_drawn(experiment, repetition), load * plan.throughput_rps)
-                label = {"part": part, "load": load, "repetition": repetition, "seed": experiment.seed}
-                bound = _bound(split, requests, plan.prefill)
-                rows.append({**label, "policy": "clairvoyant", "within_slo": bound})
-                for name, config in K_POLICIES.items():
-                    policy = PolicyConfig.model_validate(
-                        {**config, "threshold_tokens": plan.threshold_tokens}
-                    )
-                    found = play(split, repetition, requests=requests, policy=policy).figures()
-                    rows.append({**label, "policy": name, **found})
-            shown = {
-                name: mean(column(rows, "within_slo", part=part, load=load, policy=name)).value
-                for name in (*K_POLICIES, "clairvoyant")
-            }
-            say(f"{part} at {load:g}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
-    return {"plans": plans, "rows": rows}
+        cases += [
+            Case(part, split, plan, load, repetition) for load in K_LOADS for repetition in range(repetitions)
+        ]
+    return plans, cases
+
+
+def play_case(case: Case) -> list[dict[str, Any]]:
+    """Its rows: the bound's, and each policy's."""
+    plan = case.plan
+    requests = at_mean_rate(_drawn(case.experiment, case.repetition), case.load * plan.throughput_rps)
+    label = {
+        "part": case.part,
+        "load": case.load,
+        "repetition": case.repetition,
+        "seed": case.experiment.seed,
+    }
+    bound = _bound(case.experiment, requests, plan.prefill)
+    rows = [{**label, "policy": "clairvoyant", "within_slo": bound}]
+    for name, config in K_POLICIES.items():
+        policy = PolicyConfig.model_validate({**config, "threshold_tokens": plan.threshold_tokens})
+        found = play(case.experiment, case.repetition, requests=requests, policy=policy).figures()
+        rows.append({**label, "policy": name, **found})
+    return rows
 
 
 def _drawn(experiment: Experiment, repetition: int) -> list[TimedRequest]:

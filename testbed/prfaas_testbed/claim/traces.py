@@ -21,9 +21,9 @@ from prfaas_testbed.claim.judge import Goal, Piece, column, table
 from prfaas_testbed.claim.runs import K_TOPOLOGIES, parts, play, requests_of
 
 K_SET = "claim-traces"
-K_POLICIES = ("homogeneous", "paper", "prices")
-K_SCALES = (1, 4, 16)
-K_LARGEST = "code"  # what is played at the last of them
+K_POLICIES = ("paper", "prices")
+K_SCALES = (1, 4, 10)
+K_LARGEST = "code"  # what is played at the greater ones
 K_FASTER = 60.0  # an hour in a minute of CPU time, at the traces' own size
 K_VARIANTS = {
     "": ("as recorded", "steady"),
@@ -112,7 +112,7 @@ def play_one(run: Run) -> dict[str, Any]:
 
 
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every part at the trace's own size; as recorded over a steady link at a greater; one at the greatest.
+    """Every part at the trace's own size, and one of them at greater ones; at the greatest under ours alone.
 
     A whole trace is one: there is nothing to repeat, so that `repetitions` doesn't count.
     """
@@ -122,8 +122,7 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
         for scale in reversed(K_SCALES)  # the longest first, so that no core waits for one at the end
         for part, experiment in found
         for policy in K_POLICIES
-        if scale == 1 or ("-" not in part and policy != "homogeneous")
-        if scale < max(K_SCALES) or part == K_LARGEST
+        if scale == 1 or (part == K_LARGEST and (scale < max(K_SCALES) or policy == "prices"))
     ]
     rows = []
     for run, row in zip(runs, spread(play_one, runs), strict=True):
@@ -227,8 +226,8 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
                 for variant in K_VARIANTS
             ]
             look = series(policy)
-            at = np.arange(len(values)) + (place - 1) * 0.27
-            axis.bar(at, values, width=0.25, color=look.colour, label=look.label)
+            at = np.arange(len(values)) + (place - 0.5) * 0.37
+            axis.bar(at, values, width=0.35, color=look.colour, label=look.label)
             drawn += [
                 [trace, *said, policy, 1, value]
                 for said, value in zip(K_VARIANTS.values(), values, strict=True)

@@ -44,7 +44,7 @@ def test_a_row_tells_of_a_run_and_is_the_same_again() -> None:
 
 
 def record(ours: float) -> dict[str, Any]:
-    within = {"homogeneous": 0.3, "paper": 0.5, "prices": ours}
+    within = {"paper": 0.5, "prices": ours}
     names = [f"{trace}{variant}" for trace in ("chat", "code") for variant in traces.K_VARIANTS]
     rows = [
         {"part": name, "scale": 1, "policy": policy, "repetition": 0, "within_slo": within[policy], "lost": 0,
