@@ -20,6 +20,12 @@ class Strict(BaseModel):
 
 M = TypeVar("M", bound=BaseModel)
 
+
+class _Together:
+    def __repr__(self) -> str:
+        return "fields that don't fit together"
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
@@ -104,6 +110,8 @@ def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> Co
     elif fault["type"] == "union_tag_not_found":
         field, found = f"{field}.{str(fault['ctx']['discriminator']).strip(chr(39))}", None
         allowed = "this field is required"
+    elif not path and fault["type"] == "value_error":
+        found = _Together()  # fields that are each sound: the file's beginning would say nothing
     elif isinstance(found, (dict, list)) and len(_SHORT.repr(found)) > 80:
         # Aliases make an object of any size out of a few lines: it isn't written out whole.
         found = _SHORT.repr(found)[:77] + "..."

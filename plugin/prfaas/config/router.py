@@ -127,7 +127,12 @@ class Server(Strict):
     @classmethod
     def _an_address(cls, value: str) -> str:
         parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.path not in ("", "/")
+            or " " in value
+        ):
             raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
         return value.rstrip("/")
 

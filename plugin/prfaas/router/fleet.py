@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 
 from prfaas.config.router import RouterConfig, Server
+from prfaas.model.errors import ConfigError
 from prfaas.model.ids import ModelId, SiteId
 from prfaas.model.observations import InstanceObservation, Role
 from prfaas.router.pool import K_CONNECT_S, K_KEEP_ALIVE_S, UpstreamPool
@@ -138,14 +139,22 @@ class ServerPool:
     def get(self, name: str) -> ServerHandle | None:
         return self._handles.get(name)
 
-    def apply(self, config: RouterConfig) -> tuple[list[ServerHandle], list[ServerHandle]]:
-        """Take over a configuration: handles that came and that left. Must run on the event loop.
+    def apply(
+        self, config: RouterConfig, keys: Mapping[str, str]
+    ) -> tuple[list[ServerHandle], list[ServerHandle]]:
+        """Take over a configuration and its `keys_of`: handles that came and that left. Must run on the
+        event loop.
 
         An unchanged server keeps its connections and figures; one that left is closed when its last request
-        has ended (`sweep`), and one that changed is both.
+        has ended (`sweep`), and one that changed, if only its key, is both.
         """
         wanted = {server.name: (site, server) for site, server in config.servers()}
-        left = [handle for handle in self if wanted.get(handle.name) != (handle.site, handle.config)]
+        left = [
+            handle
+            for handle in self
+            if wanted.get(handle.name) != (handle.site, handle.config)
+            or handle.headers.get("Authorization") != _bearer(keys.get(handle.name))
+        ]
         for handle in left:
             handle.draining = True
             del self._handles[handle.name]
@@ -153,7 +162,7 @@ class ServerPool:
         came = []
         for name, (site, server) in wanted.items():
             if name not in self._handles:
-                self._handles[name] = _open(site, server)
+                self._handles[name] = _open(site, server, keys.get(name))
                 came.append(self._handles[name])
         # Keep the file's order: it is the order of preference among equals.
         self._handles = {name: self._handles[name] for name in wanted}
@@ -175,10 +184,30 @@ class ServerPool:
         self._leaving.clear()
 
 
-def _open(site: SiteId, server: Server) -> ServerHandle:
+def keys_of(config: RouterConfig) -> dict[str, str]:
+    """The servers' own keys by name, as their files are now. Raises ConfigError. Blocks."""
+    found = {}
+    for _, server in config.servers():
+        if server.key_file is not None:
+            try:
+                found[server.name] = Path(server.key_file).read_text(encoding="ascii").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                why = getattr(error, "strerror", None) or "not ASCII"
+                raise ConfigError(
+                    "the configuration", f"{server.name}.key_file", server.key_file, f"can't be read: {why}"
+                ) from None
+    return found
+
+
+def _bearer(key: str | None) -> str | None:
+    return None if key is None else f"Bearer {key}"
+
+
+def _open(site: SiteId, server: Server, key: str | None) -> ServerHandle:
     headers = {"Content-Type": "application/json"}
-    if server.key_file:
-        headers["Authorization"] = f"Bearer {Path(server.key_file).read_text().strip()}"
+    bearer = _bearer(key)
+    if bearer is not None:
+        headers["Authorization"] = bearer
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
             limit=0,

@@ -289,14 +289,14 @@ class RoleKeeper:
     async def _ask(self, handle: ServerHandle, role: Role, config: SlowLoop) -> SwitchAnswer | None:
         """None: nothing that could be understood."""
         headers = handle.headers
-        if handle.config.admin_key_file is not None:
-            key = await asyncio.to_thread(Path(handle.config.admin_key_file).read_text)
-            headers = headers | {"Authorization": f"Bearer {key.strip()}"}
         body = {
             "new_role": role.value,
             "decode_cuda_graph_memory_gb": config.decode_cuda_graph_memory_gb,
         }
         try:
+            if handle.config.admin_key_file is not None:
+                key = await asyncio.to_thread(Path(handle.config.admin_key_file).read_text)
+                headers = headers | {"Authorization": f"Bearer {key.strip()}"}
             async with asyncio.timeout(config.switch_timeout_s):
                 async with handle.session.post(
                     handle.url + "/pd_role_switch", json=body, headers=headers

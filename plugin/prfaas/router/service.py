@@ -28,7 +28,7 @@ from prfaas.model.errors import ConfigError, MachineError, PrfaasError
 from prfaas.router.application import Application
 from prfaas.router.clients import Clients
 from prfaas.router.door import Door
-from prfaas.router.fleet import ServerHandle, ServerPool
+from prfaas.router.fleet import ServerHandle, ServerPool, keys_of
 from prfaas.router.kv_events import KvEventReader
 from prfaas.router.link_status import LinkWatcher
 from prfaas.router.links import LinkBook
@@ -70,6 +70,7 @@ class Router:
         self.config = config
         self.metrics = RouterMetrics()
         self.servers = ServerPool()
+        self._server_keys = keys_of(config)
         self._reread = reread
         self.clock = clock
         self.started_s = time.time()
@@ -123,7 +124,7 @@ class Router:
         self._zmq: zmq.asyncio.Context | None = None
         self._runner: web.AppRunner | None = None
         self._listeners: list[asyncio.Server] = []
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls_context(config.listen.tls) if config.listen.tls else None
         self._reloading = asyncio.Lock()
         self._refused_connections = 0
 
@@ -146,8 +147,11 @@ class Router:
     def _open_log(self, config: RouterConfig) -> EventLog | None:
         if config.logs.events is None:
             return None
+        path = Path(config.logs.events)
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError("the configuration", "logs.events", str(path), "expected a file to write to")
         return EventLog(
-            Path(config.logs.events),
+            path,
             max_bytes=config.logs.max_bytes,
             on_dropped=self.metrics.log_dropped.inc,
         )
@@ -170,9 +174,8 @@ class Router:
     # Life
 
     async def start(self) -> tuple[str, int]:
-        """Listen; where. Raises MachineError when the address is taken, ConfigError for bad TLS files."""
+        """Listen; where. Raises MachineError when the address is taken."""
         listen = self.config.listen
-        self._tls = tls_context(listen.tls) if listen.tls else None
         self._zmq = zmq.asyncio.Context()
         self._adopt(self.config)
         self._spawn("", self._sweep())
@@ -236,7 +239,7 @@ class Router:
 
     def _adopt(self, config: RouterConfig) -> list[ServerHandle]:
         """Take over a configuration's servers; the handles that left."""
-        came, left = self.servers.apply(config)
+        came, left = self.servers.apply(config, self._server_keys)
         for handle in came:
             self._watch(handle)
         for link in config.links:
@@ -291,6 +294,7 @@ class Router:
                     )
                 self.prefixes.apply(config)
                 readers = await asyncio.to_thread(self._make_readers, config, self._readers)
+                server_keys = await asyncio.to_thread(keys_of, config)
                 if self._tls is not None and config.listen.tls is not None:
                     load_certificates(self._tls, config.listen.tls)
                 # From here on nothing can fail: a policy is made before anything else is replaced.
@@ -299,7 +303,7 @@ class Router:
             except PrfaasError:
                 self.metrics.reloads.labels("refused").inc()
                 raise
-            self.config, self._readers = config, readers
+            self.config, self._readers, self._server_keys = config, readers, server_keys
             self.links.apply(
                 config.links, cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s
             )
@@ -381,6 +385,8 @@ async def serve(router: Router, *, until: asyncio.Event, reload: asyncio.Event) 
                     await router.reload()
                 except PrfaasError as error:
                     log.error("reload refused, the former configuration stays: %s", error)
+                except Exception:  # whatever it is, requests are served on
+                    log.exception("a fault of the router's own, at a reload")
             else:
                 reloading.cancel()
     finally:

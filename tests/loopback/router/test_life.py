@@ -32,6 +32,9 @@ sys.exit(run_command("prfaas", lambda words: parser, sys.argv[1:]))
 """The command alone: finding all the others costs seconds on a busy machine."""
 
 
+K_LOCKED = {"name": "west-c", "role": "collocated", "url": "http://127.0.0.1:1", "key_file": "/nowhere"}
+
+
 def test_a_reload_takes_servers_in_and_out_without_dropping_requests(stand: Any, long_text: str) -> None:
     async def main() -> None:
         async with stand({"west-p": "prefill", "west-d": "decode", "west-d2": "decode"}) as s:
@@ -84,6 +87,35 @@ def test_a_bad_reload_changes_nothing_and_says_why(stand: Any) -> None:
                     assert word in (await response.json())["error"]["message"]
                 assert (await s.post())[0] == 200
             assert (await s.metrics())['prfaas_router_reloads_total{outcome="refused"}'] == 5
+
+    asyncio.run(main())
+
+
+def test_a_servers_key_is_read_again_at_reload_and_one_that_cant_be_read_changes_nothing(
+    stand: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "key"
+
+    async def main() -> None:
+        async with stand() as s:
+            heard: list[str | None] = []
+
+            async def listen(fake: Any, request: web.Request, body: dict[str, Any]) -> None:
+                heard.append(request.headers.get("Authorization"))
+
+            s.servers["west-d"].fault = listen
+            rows = [row for site in s.settings["sites"] for row in site["servers"] if row["name"] == "west-d"]
+            for key in ("sk-1", "sk-2", None):
+                rows[0]["key_file"] = str(file)
+                if key is None:
+                    file.unlink()
+                else:
+                    file.write_text(key + "\n")
+                async with s.session.post(s.url + "/reload") as response:
+                    assert response.status == (200 if key else 422)
+                    assert key or "west-d.key_file" in (await response.json())["error"]["message"]
+                assert (await s.post())[0] == 200
+            assert heard == ["Bearer sk-1", "Bearer sk-2", "Bearer sk-2"]
 
     asyncio.run(main())
 
@@ -323,6 +355,16 @@ def test_a_bad_file_names_itself_its_field_and_what_is_allowed(tmp_path: Path, m
     path.write_text("models: [{name: m, tokenizer: t}]\nsites: [{name: west}]")
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Router(load_router_config(path))
+    sound = {"models": [{"name": "m"}], "sites": [{"name": "west"}]}
+    for change, word in (
+        ({"logs": {"events": str(tmp_path / "nowhere" / "x")}}, "logs.events"),
+        ({"listen": {"tls": {"certificate": "/nowhere", "key": "/nowhere"}}}, "listen.tls"),
+        ({"sites": [{"name": "west", "servers": [K_LOCKED]}]}, "west-c.key_file"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            Router(check(sound | change, RouterConfig, "test.yaml"))
+    with pytest.raises(ConfigError, match="found fields that don't fit together; home 'mars'"):
+        check(sound | {"home": "mars"}, RouterConfig, "test.yaml")
     assert load_router_config(path).models[0].tokenizer == str(tmp_path / "t")
 
 
