@@ -1,4 +1,5 @@
-"""The first experiment whole: emulated link, pumps, profiled instances, judging; and its end by Ctrl-C."""
+"""The first experiment whole: emulated link, pumps, profiled instances, judging; and its end by Ctrl-C, and
+by a disk that fills."""
 
 from __future__ import annotations
 
@@ -13,10 +14,28 @@ from pathlib import Path
 import yaml
 
 from prfaas.config.run import read_run
+from prfaas_testbed.experiment.place import K_RESERVE_BYTES, K_WORK_BYTES
 
 ROOT = Path(__file__).parents[3]
 RUN = [sys.executable, "-m", "prfaas_testbed.cli.main", "run"]
 WAIT = ["--wait", "60"]
+K_SPARE_BYTES = 4_000_000
+# Filled when the first request of the repetition is written down; what is there at the end is copied out.
+K_SCRIPT = """
+mount -t tmpfs -o size={size} none {disk} || exit 99
+{run} &
+run=$!
+while ! ls {disk}/hello-small/*/work/toy-load/rep0-0.answers.jsonl >/dev/null 2>&1; do
+    kill -0 $run 2>/dev/null || break
+    sleep 0.1
+done
+dd if=/dev/zero of={disk}/other bs=65536 >/dev/null 2>&1
+dd if=/dev/zero of={disk}/rest bs=1 >/dev/null 2>&1
+wait $run
+status=$?
+cp {disk}/hello-small/*/run.json {kept}
+exit $status
+"""
 
 
 def small_hello(folder: Path, **changes: object) -> Path:
@@ -73,6 +92,27 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(Path("/run/netns").glob("prfaas-*"))
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
     assert left == ""
+
+
+def test_a_disk_that_fills_ends_the_run_with_3_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    kept.mkdir()
+    experiment = small_hello(tmp_path, repetitions=2)
+    words = " ".join([*RUN, str(experiment), "--out", str(disk), *WAIT])
+    size = K_RESERVE_BYTES + K_WORK_BYTES + K_SPARE_BYTES
+    script = K_SCRIPT.format(size=size, disk=disk, run=words, kept=kept)
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=170
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the disk is full" in done.stderr.strip().splitlines()[-1]
+    assert sum("the disk is full" in line for line in done.stderr.splitlines()) == 1
+    run = read_run(kept)
+    assert len(run.baseline) == 6
+    assert {row.direction for row in run.calibration} == {"east->west", "west->east"}
+    assert not list(Path("/run/netns").glob("prfaas-*"))
 
 
 def test_a_site_that_the_network_lacks_is_told_before_anything_starts(tmp_path: Path) -> None:
