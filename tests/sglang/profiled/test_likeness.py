@@ -6,6 +6,7 @@ half is caught. `prfaas-testbed likeness` measures with care, and holds ratios t
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from prfaas_testbed.instances.models import K_MODELS
 K_LENGTHS = (64, 512, 2048, 6144)
 K_RATIOS = (0.6, 1.7)
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(
+        not os.environ.get("PRFAAS_LONG_TESTS"),
+        reason="measures a server for minutes: set PRFAAS_LONG_TESTS=1",
+    ),
+]
 
 
 def test_first_tokens_come_about_when_the_real_server_s_do(tmp_path: Path) -> None:
