@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from prfaas.sglang.verify import compare, read_rows
-from prfaas_testbed.instances.sglang_client import Answer, generate, loads, new_room, prompt_of
+from prfaas_testbed.instances.sglang_client import Answer, Pair, generate, loads, new_room, prompt_of
 
 K_OUTPUT_TOKENS = 16
 pytestmark = pytest.mark.parametrize("servers", ["dense"], indirect=True)
@@ -89,6 +89,21 @@ def crossing(servers: Any) -> int:
     """Requests whose KV decode waits for, by its own word."""
     queues = loads(servers.decode.url)["disaggregation"]
     return sum(n for name, n in queues.items() if name.endswith("_queue_reqs"))
+
+
+def test_a_server_that_does_not_run_prfaas_and_is_not_named_as_near_is_refused_with_what_to_do(
+    servers: Any,
+) -> None:
+    # Its address as inet_aton reads it, which isn't in near.hosts.
+    pair = Pair(servers.near.url, servers.decode.url, "127.3", servers.near_pair.bootstrap_port)
+    _, answer = pair.generate(prompt_of(200, 405), K_OUTPUT_TOKENS)
+    assert answer.status == 500
+    assert "one does that doesn't run prfaas; if it is of this site, name its host in near.hosts" in (
+        answer.error or ""
+    )
+    prompt = prompt_of(200, 406)
+    _, answer = servers.near_pair.generate(prompt, K_OUTPUT_TOKENS)
+    assert answer.tokens == plain(servers, prompt).tokens
 
 
 def test_the_sites_own_prefill_killed_costs_its_requests_alone(servers: Any) -> None:
