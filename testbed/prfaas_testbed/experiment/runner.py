@@ -258,6 +258,7 @@ class Runner:
                     {
                         **row,
                         "requests": [r.model_dump(exclude={"output_ids", "logprobs"}) for r in found.rows],
+                        "watch": [e.model_dump() for e in found.events if e.event == "watch"],
                     }
                 )
             )
