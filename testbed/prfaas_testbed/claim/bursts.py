@@ -73,7 +73,7 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
             }
             said = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
             say(f"{case.part} at {case.load:g}: {said}")
-    return {"plans": plans, "rows": rows}
+    return {"plans": plans, "by_instance": True, "rows": rows}
 
 
 def cases_of(repetitions: int) -> tuple[dict[str, Any], list[Case]]:
@@ -253,6 +253,11 @@ def tell(data: dict[str, Any]) -> str:
                     share.text(0, percent=True),
                 ]
             )
+    how = (
+        "Ours reckons each instance's steps ahead and chooses the instance as well."
+        if data.get("by_instance")
+        else "Ours took a site's instances for one server here; it has reckoned each one's steps since."
+    )
     head = ["workload, load", *(series(name).label for name in names), "gap closed"]
     plans = "; ".join(
         f"{part} {plan['prefill']} prefill and {plan['decode']} decode, t = {plan['threshold_tokens']:.0f}"
@@ -266,8 +271,7 @@ a local instance), means over repetitions. Capacity, split and the report's thre
 workload's uncached lengths ({plans}). Repetitions of a trace play other parts of it. *By deadline*, and ours
 unless said otherwise, means that prefill instances take what waits in the order of the router's deadlines
 instead of that of arrival. SGLang does so where it was started with --enable-priority-scheduling, and is then
-told the order by the router (`ordered: true`). Ours reckons
-each instance's steps ahead and chooses the instance as well. What it can't have in time goes behind the
+told the order by the router (`ordered: true`). {how} What it can't have in time goes behind the
 rest and is answered late: no request was refused, in any run. The constants of ours were tuned on Poisson,
 gamma and on-off arrivals, partly of the seeds played here, so that those rows are on the bright side; the two
 traces weren't used for it. The bound knows all arrivals beforehand, and
