@@ -220,7 +220,7 @@ class WireMachine(RuleBasedStateMachine):
         assert numbered == set(self.host._held)
 
 
-WireMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+WireMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 test_wire = WireMachine.TestCase
 
 
