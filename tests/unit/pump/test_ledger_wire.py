@@ -221,7 +221,7 @@ class WireMachine(RuleBasedStateMachine):
 
 
 WireMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-test_wire = WireMachine.TestCase
+test_wire = pytest.mark.timeout(60)(WireMachine.TestCase)
 
 
 def pair() -> tuple[LedgerHost, OfferBook, list[tuple[str, dict]]]:
