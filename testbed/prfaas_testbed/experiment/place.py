@@ -135,11 +135,18 @@ def own(folder: Path) -> Iterator[Place]:
 
 def _holder(fd: int) -> str:
     """Which process holds the lock of an open folder, by the kernel's list; empty where that doesn't say."""
-    inode = os.fstat(fd).st_ino
+    here = os.fstat(fd)
+    exact = f"{os.major(here.st_dev):02x}:{os.minor(here.st_dev):02x}:{here.st_ino}"
+    alike = ""
     with suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
         for line in locks:
             # "1: FLOCK  ADVISORY  WRITE 4711 fe:00:123456 0 EOF"; a waiter's line has "->" in it
             words = line.split()
-            if words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode):
+            if words[1] != "FLOCK":
+                continue
+            if words[5] == exact:
                 return f", process {words[4]},"
-    return ""
+            # Layered file systems list another device than they tell.
+            if words[5].rpartition(":")[2] == str(here.st_ino):
+                alike = f", process {words[4]},"
+    return alike
