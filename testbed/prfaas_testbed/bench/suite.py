@@ -268,14 +268,16 @@ def _faults(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> 
         folder.mkdir()
     with emulated(cell, folders[0], progress) as place:
         outages = outage.measure(place, cell, sizes.downs_s, progress)
+        abandoned = outage.abandon(place, cell, sizes.downs_s[0], progress)
         record.add_place(place.describe())
     with share.group(folders[1], progress) as (senders, shared):
         shares = share.measure(senders, sizes.share_rounds, progress)
         record.add_place(shared.describe())
     beside = neighbour.measure(folders[2], sizes.host_s, sizes.loopback_repetitions, progress)
-    record.measures.update(outage=outages, share=shares, neighbour=beside)
+    record.measures.update(outage=outages, abandoned=abandoned, share=shares, neighbour=beside)
     if sizes.judge:
-        record.judged(outage.judge(outages) + share.judge(shares) + neighbour.judge(beside))
+        judged = outage.judge(outages) + outage.judge_abandoned(abandoned)
+        record.judged(judged + share.judge(shares) + neighbour.judge(beside))
 
 
 def _keep(record: Record, rows: list[Row], places: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prfaas.model.transfer import FailureReason
 from prfaas_testbed.bench import outage, share
 from prfaas_testbed.bench.cell import NAMED_CELLS
 from prfaas_testbed.bench.places import emulated
@@ -20,6 +21,34 @@ def test_a_transfer_goes_on_after_the_link_was_down_and_pages_come_back_meanwhil
     assert row["payload_bytes"] >= row["size_bytes"]
     # One second is promised; a machine that is busy gets more.
     assert row["freed_s"] < 10
+
+
+@pytest.mark.timeout(180)
+def test_a_lease_ended_with_the_link_down_and_bytes_under_way_gives_its_pages_back_untouched(
+    tmp_path: Path,
+) -> None:
+    with emulated(NAMED_CELLS["wan-clean"], tmp_path, lambda text: None) as place:
+        row = outage.abandon(place, NAMED_CELLS["wan-clean"], 2.0, lambda text: None)
+    assert 0 < row["received_bytes"] < row["size_bytes"]
+    # The sender is silent all the while: it can't even hear of it.
+    assert not row["over_before_the_end"]
+    assert row["untouched"]
+    assert row["used_again"]
+    assert FailureReason.LEASE_ENDED.value in row["told"] or FailureReason.LEASE_UNKNOWN.value in row["told"]
+    # One second is promised; a machine that is busy gets more.
+    assert row["freed_s"] < 10
+
+
+@pytest.mark.timeout(180)
+def test_a_link_that_is_lightly_used_does_not_look_slow(tmp_path: Path) -> None:
+    with share.group(tmp_path, lambda text: None) as (group, _):
+        group.ready()
+        before = group.look()["estimate_bps"]
+        # One tiny transfer after the other: something is under way at almost every look.
+        sent, looks = group.run([(4_000, 20.0)] * 240)
+    assert all(row.get("ok") for rows in sent.values() for row in rows)
+    assert sum(len(rows) for rows in sent.values()) == 3 * 240
+    assert min(look["estimate_bps"] for look in looks) > 0.9 * before
 
 
 @pytest.mark.timeout(180)
