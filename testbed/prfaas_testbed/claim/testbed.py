@@ -33,6 +33,8 @@ K_COMPARED = {
 K_WHY = {
     "two-sites": "over a link with loss each transfer takes about a round trip more than the simulator's "
     "fluid, which shows where first tokens are quick",
+    "prices": "bursts served by deadline, where the order in a prefill queue decides: not looked into yet. "
+    "In this part, unlike those before, the router believed the instances' own loads",
 }
 K_TROUBLES = {"gamma": "with arrivals in bursts", "loss": "with 1% loss"}
 """In the place of a part's load."""
