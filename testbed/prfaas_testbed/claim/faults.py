@@ -11,6 +11,7 @@ from prfaas.config.run import EventRow, RequestRow
 from prfaas.figures import new_figure, save
 from prfaas_testbed.claim.gathering import Gathered, by_hand, gathered
 from prfaas_testbed.claim.judge import Goal, Piece, table
+from prfaas_testbed.claim.runs import parts
 from prfaas_testbed.experiment.view import field, number
 
 K_EXPERIMENT = "claim-faults"
@@ -41,8 +42,8 @@ def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any
     """
     rows: list[dict[str, Any]] = []
     rounds: list[dict[str, Any]] = []
-    parts = gathered(folders, K_EXPERIMENT)
-    for one in parts:
+    taken = gathered(folders, K_EXPERIMENT)
+    for one in taken:
         for repetition in one.run.repetitions:
             events = [row for row in repetition.events if one.view.ours(row)]
             name = next((field(row, "round") for row in events if row.event == "round"), None)
@@ -51,7 +52,7 @@ def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any
             place = len(rounds)
             rounds.append(_round(one, str(name), events))
             rows += [_request(row, place, str(name)) for row in repetition.requests if one.view.ours(row)]
-    data = {"rows": rows, "rounds": rounds, "runs": [one.brief for one in parts]}
+    data = {"rows": rows, "rounds": rounds, "runs": [one.brief for one in taken]}
     for found in judged(data):
         say(
             f"{found.fault}, {found.model}: {found.requests} requests, {found.equal} equal, "
@@ -256,7 +257,20 @@ def tell(data: dict[str, Any]) -> str:
         "nothing held after, s",
     ]  # fmt: skip
     lagged = sum(bool(one["lagged"]) for one in data["rounds"])
-    return table(head, lines) + K_TOLD.format(lagged=lagged, rounds=len(data["rounds"]))
+    told = K_TOLD.format(lagged=lagged, rounds=len(data["rounds"]))
+    missing = _not_run(data)
+    return table(head, lines) + told + (f"\n**Not run yet**: {'; '.join(missing)}.\n" if missing else "")
+
+
+def _not_run(data: dict[str, Any]) -> list[str]:
+    """What the experiment's file has and the record hasn't, by model."""
+    known = {(one["fault"], one["model"]) for one in data["rounds"]}
+    found: dict[str, list[str]] = {}
+    for _, experiment in parts(K_EXPERIMENT):
+        for model in experiment.models:
+            names = [one.name for one in experiment.rounds if (one.name, model.name) not in known]
+            found.setdefault(model.name, []).extend(name for name in names if name != K_CALM)
+    return [f"on the {model} model {', '.join(names)}" for model, names in found.items() if names]
 
 
 K_TOLD = """

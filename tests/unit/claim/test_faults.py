@@ -82,6 +82,7 @@ def test_each_request_is_equal_refused_lost_or_wrong(tmp_path: Path) -> None:
     assert (down.equal, down.refused, down.lost, down.wrong, down.requests) == (1, 1, 3, 2, 7)
     assert [goal.reached for goal in faults.goals(data)] == [False, False, True, False, False]
     assert "| link down 2 s, dense | 1 | 7 | 1 | 1 | 2 | 3 |" in faults.tell(data)
+    assert "**Not run yet**: on the dense model streams cut, link down 30 s," in faults.tell(data)
     assert faults.draw(data, tmp_path / "figures") == ["faults.png"]
 
 
