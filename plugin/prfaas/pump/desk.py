@@ -114,6 +114,7 @@ class LinkDesk:
             "refusals": {k.value: v for k, v in held.refusals.items() if v},
             "shares_bps": dict(self.host.book.statistics(now)) if self.host else {},
             "promised_bps": self.host.book.promised_bps(now) if self.host else None,
+            "believed_bps": self.host.believed_bps(now) if self.host else None,
             "estimate": {k: v for k, v in asdict(estimate).items() if k != "link"} if estimate else None,
         }  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,6 +69,8 @@ class LedgerHost:
         self._numbered: dict[str, dict[int, str]] = {}
         """Pump to its numbered offers that are held here, by key."""
         self._seen_s: dict[str, float] = {}
+        self._believed: deque[tuple[float, float]] = deque()
+        """From when on what was believed of the usable rate, as far back as a share lives."""
         self._set_capacity(now)
 
     def answer(self, body: Body, news: News, now: float) -> Body:
@@ -234,8 +237,19 @@ class LedgerHost:
                 for key in [k for k, held in self._held.items() if held.pump == pump]:
                     self.release(key, now)
 
+    def believed_bps(self, now: float) -> float:
+        """The most that was believed usable while any share that lives now was granted: what all of them
+        together are within.
+        """
+        while len(self._believed) > 1 and self._believed[1][0] <= now - self.config.share_ttl_s:
+            self._believed.popleft()
+        return max(bps for _, bps in self._believed)
+
     def _set_capacity(self, now: float) -> None:
         usable_bps = self.estimator.estimate(now).usable_bps
+        if not self._believed or self._believed[-1][1] != usable_bps:
+            self._believed.append((now, usable_bps))
+            self.believed_bps(now)
         self.book.set_capacity(usable_bps)
         self._news(self.ledger.set_capacity(usable_bps * (1 - self.config.headroom), now=now), now)
 

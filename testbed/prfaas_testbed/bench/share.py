@@ -125,6 +125,7 @@ class Group:
             "at_s": time.monotonic(),
             "promised_bps": link["promised_bps"],
             "estimate_bps": link["estimate"]["rate_bps"],
+            "believed_bps": link["believed_bps"],
             "promised_bytes": link["promised_bytes"],
             "queued": link["queued"],
         }
@@ -208,14 +209,10 @@ def summary(sent: dict[str, list[Row]], looks: Sequence[Row]) -> Row:
 
 
 def most_promised(looks: Sequence[Row]) -> float:
-    """The most of the estimate that was promised at any look: the largest that held in the K_SHARE_S before,
-    for what is granted stands as long when the estimate falls. Pure.
+    """The most of the estimate that was promised at any look: of the largest that held while a share that was
+    alive then was granted, for what is granted stands until its end when the estimate falls. Pure.
     """
-    ratios = [0.0]
-    for look in looks:
-        held = [one["estimate_bps"] for one in looks if 0 <= look["at_s"] - one["at_s"] <= K_SHARE_S]
-        ratios.append(look["promised_bps"] / max(max(held), 1.0))
-    return max(ratios)
+    return max((look["promised_bps"] / max(look["believed_bps"], 1.0) for look in looks), default=0.0)
 
 
 def jain(values: Sequence[float]) -> float:

@@ -211,6 +211,12 @@ class WireMachine(RuleBasedStateMachine):
         assert first_broken(host.ledger._held.values(), host.ledger._rate_bps, self.now) is None
 
     @invariant()
+    def shares_fit_what_was_believed_while_they_were_granted(self) -> None:
+        if hasattr(self, "host"):
+            promised_bps = self.host.book.promised_bps(self.now)
+            assert promised_bps <= self.host.believed_bps(self.now) * (1 + 1e-9) + 1
+
+    @invariant()
     def the_host_knows_whose_each_promise_is(self) -> None:
         if not hasattr(self, "host"):
             return
