@@ -99,10 +99,8 @@ class ShareBook:
         demand_bps = max(0.0, demand_bps)
         grant = self._grants.setdefault(pump, _Pump(0.0, []))
         grant.demand_bps = demand_bps
-        # What it holds already counts until it expires, whatever it is given now: so after a fall, when there
-        # is no room for anybody, each goes on with its part of what the link carries now.
-        most_bps = max(self._room_for(pump), grant.committed_bps)
-        rate_bps = max(0.0, min(max(self.floor_bps, self._fair(pump)), most_bps))
+        rate_bps = max(self.floor_bps, min(self._fair(pump), self._room_for(pump)))
+        rate_bps = max(0.0, min(rate_bps, self._room_for(pump)))
         grant.grants.append((rate_bps, now + self.config.share_ttl_s))
         self._serial += 1
         ttl_s = self.config.share_ttl_s

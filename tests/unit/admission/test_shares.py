@@ -61,19 +61,6 @@ def test_an_older_grant_does_not_replace_a_newer_one() -> None:
     assert holder.renew_at(0.6) == pytest.approx(1.0)
 
 
-def test_after_a_fall_each_goes_on_with_its_part_of_what_is_left_and_nobody_with_nothing() -> None:
-    shared = book(max_pumps=3)
-    for k in range(6):
-        for pump in ("a", "b", "c"):
-            shared.renew(pump, 5e9, now=k * 0.5)
-    shared.set_capacity(0.3e9)
-    before_bps = shared.promised_bps(2.6)
-    for pump in ("a", "b", "c"):
-        assert shared.renew(pump, 5e9, now=2.6).rate_bps == pytest.approx(0.1e9)
-        assert shared.promised_bps(2.6) <= before_bps
-    assert shared.promised_bps(3.55) == pytest.approx(0.3e9)
-
-
 def test_one_pump_too_many_is_refused_and_changes_nothing() -> None:
     shared = book(max_pumps=1)
     shared.renew("a", 1e9, now=0)
