@@ -26,6 +26,14 @@ K_REMEMBERED = 8192
 """Finished raw transfers and ended leases whose ids are kept, to know late copies of their blocks."""
 
 
+_Right = tuple[str, int, bytes, int]
+
+
+def _right(site: str, opening: Open) -> _Right:
+    """By which a transfer is known again: who may write what."""
+    return site, opening.lease_id, opening.token, opening.n_blocks
+
+
 @dataclass(slots=True)
 class Lease:
     """The right to write to some of an owner's pages, for one room and generation."""
@@ -59,6 +67,10 @@ class Incoming:
     applied: set[int] = field(default_factory=set)
     applied_bytes: int = 0
     done: bool = False
+
+    @property
+    def right(self) -> _Right:
+        return _right(self.site, self.opening)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,15 @@ class Broken:
 ReceiveEvent = Received | Broken
 
 
+@dataclass(slots=True)
+class _Past:
+    """What is kept of a transfer that has ended: little, as thousands are."""
+
+    peer: Hashable
+    right: _Right
+    done: bool
+
+
 class Receiving:
     """Leases and incoming transfers of one pump. Single-threaded; times are the caller's monotonic."""
 
@@ -106,7 +127,7 @@ class Receiving:
         self._leases: dict[int, Lease] = {}
         self._raw: dict[bytes, tuple[Hashable, Ranges]] = {}
         self._open: dict[int, Incoming] = {}
-        self._past: OrderedDict[int, Incoming] = OrderedDict()
+        self._past: OrderedDict[int, _Past] = OrderedDict()
         self._ended: OrderedDict[int, FailureReason] = OrderedDict()
         self._max_transfers = max_transfers
 
@@ -186,13 +207,11 @@ class Receiving:
         """A peer opens a transfer, or says again that it did. None: welcome."""
         known = self._open.get(transfer_id) or self._past.get(transfer_id)
         if known is not None:
-            same = (known.site, known.opening.lease_id, known.opening.token, known.opening.n_blocks) == (
-                site, opening.lease_id, opening.token, opening.n_blocks,
-            )  # fmt: skip
-            if not same:
+            if known.right != _right(site, opening):
                 return Refused(FailureReason.BAD_REQUEST, "the transfer's id is another's")
             known.peer = peer
-            known.opening.count = known.opening.count or opening.count
+            if isinstance(known, Incoming):
+                known.opening.count = known.opening.count or opening.count
             return None
         if not 0 < opening.n_blocks <= opening.total_bytes:
             return Refused(FailureReason.BAD_REQUEST, "no bytes, or more blocks than bytes")
@@ -289,6 +308,6 @@ class Receiving:
         self._open.pop(incoming.transfer_id, None)
         if not incoming.done and incoming.lease is not None:
             incoming.lease.transfers.pop(incoming.transfer_id, None)
-        self._past[incoming.transfer_id] = incoming
+        self._past[incoming.transfer_id] = _Past(incoming.peer, incoming.right, incoming.done)
         while len(self._past) > K_REMEMBERED:
             self._past.popitem(last=False)
