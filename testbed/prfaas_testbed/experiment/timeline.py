@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prfaas.config.experiment import (
@@ -40,6 +41,7 @@ from prfaas.model.errors import PrfaasError
 from prfaas.pump import keys
 from prfaas.pump_client.launch import connect
 from prfaas_testbed.experiment.fleet import K_AUTHORITY_DAYS, K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
+from prfaas_testbed.experiment.servers import Server
 from prfaas_testbed.experiment.sites import cut_streams
 from prfaas_testbed.experiment.upset import empty_disk, fill_disk
 
@@ -227,17 +229,20 @@ class Timeline:
                 process.wait_ready(lambda line: None)
             except PrfaasError:
                 # A server that missed its pump may have started one first. Both can be on the way.
-                if event.what != "pump" or not self._pump_answers(server.site):
+                if event.what != "pump" or not self._pump_answers(server):
                     raise
                 self._fleet.given_up.add(server.site)
                 said |= {"by": "a server that missed it"}
             said |= {"ready_s": round(time.monotonic() - at_s, 3)}
         self._record(step, at_s, **said)
 
-    def _pump_answers(self, site: str) -> bool:
+    def _pump_answers(self, server: Server) -> bool:
+        # A site has a /run of its own, which its processes show.
+        path = self._fleet.control_socket(server.site)
+        seen = Path(f"/proc/{server.process.pid}/root") / path.relative_to("/")
         end_s = time.monotonic() + K_OTHER_PUMP_S
         while time.monotonic() < end_s:
-            sock = connect(self._fleet.control_socket(site))
+            sock = connect(seen)
             if sock is not None:
                 sock.close()
                 return True

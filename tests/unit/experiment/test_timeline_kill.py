@@ -1,5 +1,6 @@
 """A killed pump comes back: by the timeline, or by a server that missed it sooner."""
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from prfaas_testbed.experiment.timeline import Timeline
 class Pump:
     """Like a Program whose port another process has."""
 
-    pid = None
+    pid = os.getpid()
 
     def kill(self) -> None: ...
 
