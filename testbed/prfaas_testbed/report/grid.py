@@ -29,7 +29,7 @@ def draw_grid(run: Run, cells: Sequence[Cell], target: Path) -> Path:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(len(cases), len(networks), squeeze=False)
     by_place = {(cell.case, cell.network): cell for cell in cells}
-    lengths_s = [cell.edges_s[-1] for cell in cells if cell.edges_s] or [1.0]
+    lengths_s = [_busy_s(cell) for cell in cells if cell.edges_s] or [1.0]
     # One time axis for all; a cell that took very much longer is cut, and hides no other.
     most_s = min(max(lengths_s), K_LONGEST * statistics.median(lengths_s))
     for i, case in enumerate(cases):
@@ -51,6 +51,16 @@ def draw_grid(run: Run, cells: Sequence[Cell], target: Path) -> Path:
     figure.text(0.011, 1 - 0.42 / height, about[:170], fontsize=8, color="#5a6472", va="top")
     figure.savefig(target, dpi=K_DPI, metadata={"Software": None})
     return target
+
+
+def _busy_s(cell: Cell) -> float:
+    """Until when something went on: links are watched for a while longer."""
+    moved = [
+        right
+        for right, mbps in zip(cell.edges_s[1:], cell.mbps, strict=False)
+        if mbps > 0.01 * max(cell.mbps)
+    ]
+    return max([*moved, *(at_s for at_s, _ in cell.events)], default=cell.edges_s[-1])
 
 
 def count_lines(cells: Sequence[Cell]) -> str:
