@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,13 +108,12 @@ class Timeline:
 
     def prepare(self) -> None:
         """What would disturb the load if it were done while that runs."""
-        changes = Counter(
+        self._net.prepare_changes(
             link
             for step in self._steps
             if isinstance(step.event, SetLink | LinkDown | Flap)
             for link in directed(step.event.link)
         )
-        self._net.prepare_changes(changes)
 
     def start(self, zero_s: float) -> None:
         self._zero_s = zero_s

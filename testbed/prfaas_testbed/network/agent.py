@@ -4,8 +4,8 @@ It is started as a script, with Python's standard library alone: in the applianc
 natively in the router's network namespace. It speaks lines of JSON over two descriptors.
 
 In:  {"id", "do": "run", "node", "argv", "input"}  a command in a node's namespace (null: the router's own)
-     {"id", "do": "change", "node", "lines"}       lines for a tc that waits, already started, in that node
-     {"id", "do": "prepare", "nodes": {node: n}}   have n of them wait: to start a process holds up packets
+     {"id", "do": "change", "node", "lines"}       lines for the tc that stands ready in that node
+     {"id", "do": "prepare", "nodes"}              have it stand there: to start a process holds up packets
      {"id", "do": "observe", "links", "edges", "every_s"}  start counting; links: {id: [node, device]}, edges
                                                    (devices towards sites): {site: [node, device]}
      {"id", "do": "clock"}
@@ -22,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import select
 import socket
 import struct
@@ -42,6 +43,8 @@ K_PROBE_DELAY_S = 0.010
 K_PROBE_EVERY_S = 0.050
 K_SO_TIMESTAMPNS = 35
 K_KEPT_ANSWERS = 32
+K_CHANGE_S = 20.0
+K_NOISE = re.compile(r"Command failed|Warning|Object \"end-of-change-|\s*$")
 
 Counters = tuple[int, int, int, int, int]  # bytes, packets, drops, backlog bytes, queued packets
 
@@ -72,26 +75,68 @@ class Namespaces:
             setns(self.home)
 
 
+class StandingTc:
+    """A tc that stays and does lines as they come. To start or end a process for a change would hold up the
+    packets of all links, and the probes that watch for it.
+    """
+
+    def __init__(self) -> None:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            ["tc", "-force", "-batch", "-"], stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe
+        )
+        self.number = 0
+        self.gone = False
+
+    def do(self, lines: list[str]) -> str:
+        """What it says against them; empty: done."""
+        self.number += 1
+        # It says nothing of what succeeds, and complains of this at once when it is through with the others.
+        end = f"end-of-change-{self.number}"
+        assert self.process.stdin
+        assert self.process.stderr
+        said, fd = "", self.process.stderr.fileno()
+        try:
+            self.process.stdin.write("".join(line + "\n" for line in [*lines, end]).encode())
+            self.process.stdin.flush()
+            while end not in said:
+                if not select.select([fd], [], [], K_CHANGE_S)[0]:
+                    raise OSError(f"tc did not end within {K_CHANGE_S:g} s")
+                data = os.read(fd, 65536)
+                if not data:
+                    raise OSError("tc ended")
+                said += data.decode(errors="replace")
+        except OSError as error:
+            self.gone = True
+            self.process.kill()
+            self.process.communicate()
+            return f"{said}{error}"
+        heard = [line for line in said.partition(f'"{end}"')[0].splitlines()[:-1] if not K_NOISE.match(line)]
+        return "\n".join(heard)
+
+
 class Commands:
     def __init__(self, namespaces: Namespaces) -> None:
         self.namespaces = namespaces
-        self.waiting: dict[str, list[subprocess.Popen[str]]] = {}
-        """By node: tcs that have started and wait for their lines."""
+        self.standing: dict[str, StandingTc] = {}
+        """By node."""
 
     def run(self, node: str | None, argv: list[str], text: str | None) -> dict[str, Any]:
         process = self.namespaces.within(node, lambda: self._start(argv))
         return self._finish(process, text)
 
-    def prepare(self, node: str, n: int = 1) -> None:
-        """Have at least n tcs wait there."""
-        waiting = self.waiting.setdefault(node, [])
-        while len(waiting) < n:
-            waiting.append(self.namespaces.within(node, lambda: self._start(["tc", "-batch", "-"])))
+    def prepare(self, node: str) -> None:
+        """Have a tc stand ready there."""
+        if node not in self.standing:
+            self.standing[node] = self.namespaces.within(node, StandingTc)
 
     def change(self, node: str, lines: list[str]) -> dict[str, Any]:
         self.prepare(node)
-        process = self.waiting[node].pop()
-        return self._finish(process, "".join(line + "\n" for line in lines))
+        began_s = time.monotonic()
+        err = self.standing[node].do(lines)
+        if self.standing[node].gone:
+            del self.standing[node]
+        return {"rc": int(bool(err)), "out": "", "err": err, "began_s": began_s, "ended_s": time.monotonic()}
 
     @staticmethod
     def _start(argv: list[str]) -> subprocess.Popen[str]:
@@ -321,7 +366,7 @@ class Agent:
                 continue
             try:
                 order = json.loads(line)
-                number, what = int(order["id"]), str(order["do"])
+                number = int(order["id"])
             except (ValueError, KeyError, TypeError):
                 continue
             if number in self.answers:
@@ -335,9 +380,6 @@ class Agent:
             while len(self.answers) > K_KEPT_ANSWERS:
                 del self.answers[next(iter(self.answers))]
             self.say(self.answers[number])
-            # The next change must not wait for a process to start.
-            if what == "change":
-                self.commands.prepare(order["node"])
 
     def _do(self, order: dict[str, Any]) -> dict[str, Any]:
         what = order["do"]
@@ -346,8 +388,8 @@ class Agent:
         if what == "change":
             return self.commands.change(order["node"], order["lines"])
         if what == "prepare":
-            for node, n in order["nodes"].items():
-                self.commands.prepare(node, n)
+            for node in order["nodes"]:
+                self.commands.prepare(node)
             return {"rc": 0}
         if what == "observe":
             for node, _ in order["links"].values():

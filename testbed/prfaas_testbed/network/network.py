@@ -44,7 +44,6 @@ from prfaas_testbed.network.traffic import CrossTraffic, Kind
 K_WAN = "wan"
 K_SAMPLE_EVERY_S = 0.1
 K_TRAFFIC_PORT = 5920
-K_CHANGES_MOST = 24  # tcs that wait in a node, of half a MB each
 K_CAPTURE_BLOCK_S = 1.2  # the kernel hands packets over in blocks, up to a second late; an end drops the last
 Progress = Callable[[str], None]
 
@@ -251,15 +250,11 @@ class Network:
 
     # Changing
 
-    def prepare_changes(self, links: Mapping[str, int]) -> None:
-        """Be ready for so many changes of each link: they then start no process, which would hold up the
-        packets of all links for some 50 ms.
+    def prepare_changes(self, links: Iterable[str]) -> None:
+        """Be ready for changes of these links: they then start no process, which would hold up the packets
+        of all links for some 50 ms.
         """
-        nodes: dict[str, int] = {}
-        for link, n in links.items():
-            node = self.plan.links[link].node
-            nodes[node] = min(K_CHANGES_MOST, nodes.get(node, 0) + n)
-        if nodes:
+        if nodes := sorted({self.plan.links[link].node for link in links}):
             self.agent.prepare(nodes)
 
     def apply(self, link: str, change: LinkChange, *, read_back: bool = True) -> Applied:

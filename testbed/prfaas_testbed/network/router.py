@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +127,13 @@ class RouterAgent:
         return str(self.order({"do": "run", "node": node, "argv": list(argv), "input": text})["out"])
 
     def change(self, node: str, lines: Sequence[str]) -> tuple[float, float]:
-        """tc lines, by a tc that is already running; when it began and ended, in our time.monotonic()."""
+        """tc lines, by a tc that stands ready; when it began and ended, in our time.monotonic()."""
         answer = self.order({"do": "change", "node": node, "lines": list(lines)})
         return self.here_s(answer["began_s"]), self.here_s(answer["ended_s"])
 
-    def prepare(self, changes: Mapping[str, int]) -> None:
-        """Have so many tcs wait in each node, so that as many changes start no process."""
-        self.order({"do": "prepare", "nodes": dict(changes)})
+    def prepare(self, nodes: Sequence[str]) -> None:
+        """Have a tc stand ready in each node, so that changes start no process."""
+        self.order({"do": "prepare", "nodes": list(nodes)})
 
     def here_s(self, there_s: float) -> float:
         """The router's monotonic time as ours."""

@@ -160,8 +160,8 @@ def test_every_kind_of_trouble_is_taken_and_read_back(net: Network) -> None:
 def test_changes_that_were_prepared_are_taken_and_one_that_was_not_shows_when_links_are_checked(
     net: Network,
 ) -> None:
-    net.prepare_changes({"east->west": 3})
-    for delay_ms in (20, 25, 15, 20, 15):  # more of them than were prepared
+    net.prepare_changes(["east->west"])
+    for delay_ms in (20, 25, 15, 20, 15):
         net.apply("east->west", LinkChange(delay_ms=delay_ms), read_back=False)
     net.check_links()
     place = net.plan.links["east->west"]
@@ -173,6 +173,14 @@ def test_changes_that_were_prepared_are_taken_and_one_that_was_not_shows_when_li
         with pytest.raises(RouterError, match="east->west is not as asked for"):
             net.check_links()
     finally:
+        net.apply("east->west", LinkChange(delay_ms=15))
+
+
+def test_a_change_that_the_router_cannot_make_is_told_and_the_next_is_made(net: Network) -> None:
+    node = net.plan.links["east->west"].node
+    for _ in range(2):
+        with pytest.raises(RouterError, match='Cannot find device "none"'):
+            net.agent.change(node, ["qdisc change dev none root netem delay 1ms", "qdisc show dev lo"])
         net.apply("east->west", LinkChange(delay_ms=15))
 
 
