@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from prfaas.config.experiment import CrossTraffic, Event, Experiment, SetLink
 from prfaas.config.policy import PolicyConfig
@@ -234,15 +235,16 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
             ]
         axis.set(title=trace, ylim=(0, 1.03), ylabel="Requests within the SLO")
         axis.set_xticks(range(len(K_VARIANTS)), [f"{a}\n{b}" for a, b in K_VARIANTS.values()], fontsize=7)
-    axes[0].legend(loc="lower left", fontsize=7)
     for policy in K_POLICIES:
         points = _points(rows, policy)
         look = series(policy)
         axes[-1].plot(
             [x for x, _ in points], [y for _, y in points],
-            color=look.colour, marker=look.marker, linestyle="",
+            color=look.colour, marker=look.marker, linestyle="", label=look.label,
         )  # fmt: skip
     axes[-1].set(title="What it costs", xlabel="Requests", ylabel="CPU time, s", xscale="log", yscale="log")
+    axes[-1].xaxis.set_minor_formatter(NullFormatter())
+    axes[-1].legend(loc="upper left", fontsize=7)
     paths = save(figure, folder, "traces", ["trace", "arrivals", "link", "policy", "scale", "within"], drawn)
     return [path.name for path in paths if path.suffix == ".png"]
 

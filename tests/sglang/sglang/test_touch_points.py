@@ -21,12 +21,16 @@ from prfaas_testbed.instances.sglang_server import (
 )
 
 
-def run_python(script: str, *argv: str, path: str = "") -> subprocess.CompletedProcess[str]:
+def run_python(
+    script: str, *argv: str, path: str = "", config: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     env |= {
         "PYTHONPATH": os.pathsep.join(filter(None, (path, str(K_CPU_PATH)))),
         "SGLANG_USE_CPU_ENGINE": "1",
     }
+    if config is not None:
+        env["PRFAAS_CONFIG"] = str(config)
     return subprocess.run(
         [str(sglang_python()), "-W", "ignore", "-c", script, *argv],
         env=env,
@@ -175,11 +179,13 @@ print(json.dumps(said))
 """
 
 
-def test_each_kind_of_pool_tells_which_of_its_buffers_a_layer_has_filled() -> None:
+def test_each_kind_of_pool_tells_which_of_its_buffers_a_layer_has_filled(tmp_path: Path) -> None:
     """In order of the layers: of keys and values, or of latents. A sliding window's layers are state, and
     tell nothing."""
     flags = ("--disaggregation-transfer-backend", "prfaas", "--disaggregation-mode", "prefill")
-    done = run_python(K_POOLS, *flags)
+    config = tmp_path / "prfaas.yaml"
+    config.write_text("overlap: layer\n")
+    done = run_python(K_POOLS, *flags, config=config)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {
         "mha": [[0, 3], [1, 4], [2, 5]],
