@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--rounds {args.rounds}: 1 or more")
     topology = load(K_TOPOLOGIES / "networks" / "overlap.yaml", Topology)
     started = datetime.now(UTC)
-    folder = args.out / "overlap" / started.strftime("%Y%m%dT%H%M%SZ")
+    folder = args.out.resolve() / "overlap" / started.strftime("%Y%m%dT%H%M%SZ")
     record = {
         "experiment": "overlap", "commit": commit(), "started": started.isoformat(timespec="seconds"),
         "versions": versions(K_CHECKOUT / ".venv-sglang"), "machine": machine(),

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.blocks < 1:
         raise UsageError(f"--blocks {args.blocks}: 1 or more")
     started = datetime.now(UTC)
-    folder = args.out / "presence" / started.strftime("%Y%m%dT%H%M%SZ")
+    folder = args.out.resolve() / "presence" / started.strftime("%Y%m%dT%H%M%SZ")
     record = {
         "experiment": "presence", "commit": commit(), "started": started.isoformat(timespec="seconds"),
         "versions": versions(K_CHECKOUT / ".venv-sglang"), "machine": machine(), "model": K_MODEL,
