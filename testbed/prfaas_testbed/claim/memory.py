@@ -166,7 +166,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
             f"most: {worst.name} {worst.growth_mib:+.1f} MiB an hour, over the second half of {minutes:.0f} "
             "minutes",
             worst.growth_mib <= K_GROWTH_MIB,
-            "a pump that receives grows, ever more slowly; what it holds isn't known yet",
+            "a pump that receives grows, ever more slowly; it remembers ended transfers, up to 8,192 of them",
         ),
         Goal(
             "every request of that load answered",
