@@ -195,7 +195,8 @@ def variants(
         raise UsageError(f"--sweep: {len(combinations)} combinations; at most {K_MOST_VARIANTS} runs")
     found = []
     for part, experiment in experiments:
-        base = experiment.model_dump(mode="json")
+        # As the file has it: in a change of a link, what isn't said isn't null.
+        base = experiment.model_dump(mode="json", exclude_unset=True)
         for combination in combinations:
             changes: dict[str, Any] = {}
             for path, _, value in combination:

@@ -50,6 +50,13 @@ def test_a_run_leaves_its_record_its_figure_and_a_trace(tmp_path, capsys) -> Non
     assert "20 requests, 0 failed" in capsys.readouterr().out
 
 
+def test_a_sweep_takes_a_file_whose_timeline_changes_a_link(tmp_path, capsys) -> None:
+    change = {"do": "set_link", "at_s": 1, "link": "east<->west", "set": {"rate_mbps": 50}, "for_s": 1}
+    sweep = ["--sweep", "seed=1,2"]
+    assert main(["simulate", write(tmp_path, timeline=[change]), "--json", *sweep]) == 0
+    assert len(figures(capsys.readouterr().out)) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
