@@ -9,13 +9,13 @@ from pathlib import Path
 
 from prfaas.config.loading import load
 from prfaas.config.topology import Topology
-from prfaas.model.errors import EXIT_OK, UsageError
+from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.experiment import overlap
 from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, K_TOPOLOGIES, commit, machine, versions
+from prfaas_testbed.experiment.place import own
 from prfaas_testbed.experiment.sites import write_json
 
 K_ROUNDS = 5
-K_SHORT = 1
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,12 +57,13 @@ def run(args: argparse.Namespace) -> int:
         "topology": topology.model_dump(mode="json", exclude_defaults=True, by_alias=True),
         "model": overlap.K_MODEL, "chunk_tokens": overlap.K_CHUNK_TOKENS,
     }  # fmt: skip
-    found = overlap.measure(topology, folder, tell, args.rounds, modes, wait_s=args.wait_s)
-    [link] = {(link.delay_ms, link.rate_mbps) for link in topology.links}
-    judged = overlap.verdicts(found.rows, 2 * (link[0] or 0.0) / 1e3, (link[1] or 0.0) * 1e6)
-    rows = overlap.checks(judged)
-    record |= {"checks": rows, "verdicts": overlap.as_rows(judged), **vars(found)}
-    path = write_json(folder / "run.json", record)
+    with own(folder) as place, place.watched():
+        found = overlap.measure(topology, folder, tell, args.rounds, modes, wait_s=args.wait_s)
+        [link] = {(link.delay_ms, link.rate_mbps) for link in topology.links}
+        judged = overlap.verdicts(found.rows, 2 * (link[0] or 0.0) / 1e3, (link[1] or 0.0) * 1e6)
+        rows = overlap.checks(judged)
+        record |= {"checks": rows, "verdicts": overlap.as_rows(judged), **vars(found)}
+        path = write_json(folder / "run.json", record)
     out = sys.stdout
     out.write("overlap  tokens  one site  two sites    added    bound     tail    bound  wire/first token\n")
     for one in judged:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         )
     failed = [row for row in rows if row["outcome"] == "failed"]
     out.write(f"{len(rows) - len(failed)} of {len(rows)} checks passed; raw values: {path}\n")
-    return K_SHORT if failed else EXIT_OK
+    return EXIT_FELL_SHORT if failed else EXIT_OK
 
 
 def tell(line: str) -> None:

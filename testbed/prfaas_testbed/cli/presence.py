@@ -7,15 +7,15 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prfaas.model.errors import EXIT_OK, UsageError
+from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.experiment import presence
 from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, commit, machine, versions
+from prfaas_testbed.experiment.place import own
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_MODELS
 
 K_MODEL = "dense"
 K_BLOCKS = 3
-K_SHORT = 1
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,14 +41,15 @@ def run(args: argparse.Namespace) -> int:
         "experiment": "presence", "commit": commit(), "started": started.isoformat(timespec="seconds"),
         "versions": versions(K_CHECKOUT / ".venv-sglang"), "machine": machine(), "model": K_MODEL,
     }  # fmt: skip
-    found = presence.measure(K_MODELS[K_MODEL], folder / "work", tell, args.blocks)
-    rows = presence.checks(found)
-    path = write_json(folder / "run.json", {**record, "checks": rows, **vars(found)})
+    with own(folder) as place, place.watched():
+        found = presence.measure(K_MODELS[K_MODEL], folder / "work", tell, args.blocks)
+        rows = presence.checks(found)
+        path = write_json(folder / "run.json", {**record, "checks": rows, **vars(found)})
     for row in rows:
         sys.stdout.write(f"{row['name']:24} {row['value']:.3f}  (wanted {row['wanted']}) {row['outcome']}\n")
     failed = [row for row in rows if row["outcome"] == "failed"]
     sys.stdout.write(f"{len(rows) - len(failed)} of {len(rows)} checks passed; raw values: {path}\n")
-    return K_SHORT if failed else EXIT_OK
+    return EXIT_FELL_SHORT if failed else EXIT_OK
 
 
 def tell(line: str) -> None:
