@@ -15,7 +15,8 @@ from typing import Any
 from aiohttp import web
 
 from prfaas_testbed.instances.profiled import content
-from prfaas_testbed.instances.profiled.instance import Instance, Output, Refused
+from prfaas_testbed.instances.profiled.instance import Instance, Output
+from prfaas_testbed.instances.profiled.peers import Refused
 from prfaas_testbed.instances.profiled.prefix import take_prefix
 
 K_MAX_BODY_BYTES = 64 << 20

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.profiles import Profile
@@ -16,23 +16,8 @@ from prfaas_testbed.instances.profiled import content
 from prfaas_testbed.instances.profiled.core import ChunkDone, Event, Granted, Scheduler, TokenDone
 from prfaas_testbed.instances.profiled.events import EventPublisher, as_maps
 from prfaas_testbed.instances.profiled.mover import MoveFailed, Receiver, Sender
+from prfaas_testbed.instances.profiled.peers import Peers, Refused
 from prfaas_testbed.instances.profiled.settings import Settings
-
-
-class Refused(Exception):
-    """The request can't be served; `status` is HTTP's."""
-
-    def __init__(self, message: str, status: int = 500) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class Peers(Protocol):
-    """How a decode instance reaches the prefill instance of a room, and back."""
-
-    async def post(self, address: tuple[str, int], path: str, body: dict[str, Any]) -> None:
-        """Raises Refused."""
-        ...
 
 
 @dataclass

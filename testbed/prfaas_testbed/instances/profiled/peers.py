@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
-from prfaas_testbed.instances.profiled.instance import Refused
-
 K_PEER_TIMEOUT_S = 10.0
+
+
+class Refused(Exception):
+    """The request can't be served; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int = 500) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Peers(Protocol):
+    """How a decode instance reaches the prefill instance of a room, and back."""
+
+    async def post(self, address: tuple[str, int], path: str, body: dict[str, Any]) -> None:
+        """Raises Refused."""
+        ...
 
 
 class HttpPeers:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from prfaas_testbed.instances.profiled import content
-from prfaas_testbed.instances.profiled.instance import Instance, Refused
+from prfaas_testbed.instances.profiled.instance import Instance
 from prfaas_testbed.instances.profiled.mover import MoveFailed
+from prfaas_testbed.instances.profiled.peers import Refused
 
 
 async def take_prefix(instance: Instance, tokens: Sequence[int], room: int, peer: tuple[str, int]) -> int:
