@@ -120,9 +120,10 @@ class Ahead:
             return list(self._pieces.get(room, ()))
 
     def sent(self, room: int, piece: Piece, rows: NDArray[np.bool_]) -> None:
-        """These of a piece's segments are on their way."""
+        """These of a piece's segments are on their way. Of one that was forgotten meanwhile nothing stays."""
         with self._lock:
-            self._sent_bytes[room] = self._sent_bytes.get(room, 0) + piece.sent(rows)
+            if piece in self._pieces.get(room, ()):
+                self._sent_bytes[room] = self._sent_bytes.get(room, 0) + piece.sent(rows)
 
     def sent_bytes(self, room: int) -> int:
         """What of a room has left before its chunks."""
@@ -171,4 +172,5 @@ class Ahead:
         return mine
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        """How many rooms something is remembered of."""
+        return len(self._pieces.keys() | self._sent_bytes.keys())

@@ -5,6 +5,7 @@ with it, or only at a request's end.
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class LayerSide(PrefillSide):
         self.ahead = Ahead(self.kv_args.kv_data_ptrs)
         # With `end`: chunks that wait for the last, by room.
         self.kept: dict[int, list[Any]] = {}
+        self._troubles, self._troubles_lock = 0, threading.Lock()
         watching = overlap == "layer" and self.disaggregation_mode == compat.DisaggregationMode.PREFILL
         on_gpu = str(getattr(self.server_args, "device", "cpu")).startswith("cuda")
         layers.use(
@@ -74,9 +76,7 @@ class LayerSide(PrefillSide):
             if self.request_status.get(ahead.room) in (None, compat.KVPoll.Failed):
                 self._forget_overlap(ahead.room)
         except Exception:
-            # The chunk itself meets the same trouble, and says so to whom it concerns.
-            logger.debug("prfaas: room %s: not planned ahead", ahead.room, exc_info=True)
-            self.ahead.forget(ahead.room)
+            self._not_ahead(ahead.room)
 
     def _plan_ahead_for(self, ahead: RoomAhead, request: Any, executor: InlineExecutor) -> None:
         session = request.mooncake_session_id
@@ -120,10 +120,19 @@ class LayerSide(PrefillSide):
                     self.ahead.forget(room)
                     return
         except Exception:
-            logger.exception("prfaas: room %s: its layers go with their chunk", room)
-            self.ahead.forget(room)
+            self._not_ahead(room)
             return
         self.ahead.sent(room, piece, rows)
+
+    def _not_ahead(self, room: int) -> None:
+        """Something went wrong with a room's layers, which costs it time alone: told, but not each time."""
+        self.ahead.forget(room)
+        with self._troubles_lock:
+            self._troubles += 1
+            troubles = self._troubles
+        if troubles.bit_count() == 1:
+            words = "prfaas: room %s: its layers go with their chunk; times that this was so: %d"
+            logger.warning(words, room, troubles, exc_info=True)
 
     def _ahead_bytes(self, room: int) -> int:
         return self.ahead.sent_bytes(room)

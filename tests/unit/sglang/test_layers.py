@@ -440,3 +440,34 @@ def test_the_scheduler_only_notes(rig: Rig) -> None:
     assert rig.pump.transfers == []
     assert rig.queue.qsize() == 1 + K_LAYERS
     assert threading.active_count() == threads
+
+
+def test_what_goes_wrong_with_layers_is_told_at_the_first_time_and_ever_more_rarely(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    req = rig.request(100, 0, 0)
+    del rig.manager.decode_kv_args_table[K_SESSION].dst_kv_ptrs
+    for end in (20, 40, 60):
+        rig.forward(req, end)
+        rig.work()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        f"prfaas: room {K_ROOM}: its layers go with their chunk; times that this was so: {n}" for n in (1, 2)
+    ]
+    assert rig.pump.sent_bytes == 0
+
+
+def test_of_a_room_that_is_forgotten_while_it_is_sent_nothing_stays(rig: Rig) -> None:
+    req = rig.request(100, 0, 0)
+    send = rig.manager.sending.send
+
+    def aborted_meanwhile(*arguments: Any) -> bool:
+        sent = bool(send(*arguments))
+        rig.manager._forget_overlap(K_ROOM)
+        return sent
+
+    rig.manager.sending.send = aborted_meanwhile
+    rig.forward(req, 100)
+    rig.work()
+    assert rig.pump.sent_bytes > 0
+    assert len(rig.manager.ahead) == 0
