@@ -20,6 +20,11 @@ from prfaas.model.errors import ConfigError
 
 K_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
+K_FAULTS = (
+    jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError,
+)  # fmt: skip
+"""What a template may run into with messages that it wasn't written for."""
+
 
 class TemplateError(Exception):
     """The template refused the messages; the text is for the client."""
@@ -88,7 +93,7 @@ class ChatTemplate:
             return self._template.render(messages=messages, **{**self._special, **variables})
         except TemplateError:
             raise
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+        except K_FAULTS as error:
             raise TemplateError(str(error)) from None
 
 

@@ -22,6 +22,8 @@ K_CHARS_PER_TOKEN = 4
 """Where a prompt can't be tokenised here (embeddings, a template that refuses): about this many."""
 
 K_NAMESPACES = ("cache_salt", "extra_key", "lora_path")
+K_UNREADABLE = (TemplateError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+"""What comes of fields that aren't shaped as an endpoint wants them, or nested without end."""
 
 T = TypeVar("T")
 Hasher = Callable[[Sequence[int]], tuple[int, ...]]
@@ -83,7 +85,7 @@ class PromptReader:
         """The request's prompt. Never raises: what it can't read it estimates; servers have the last word."""
         try:
             return self._read(asked)
-        except (TemplateError, TypeError, ValueError, KeyError):
+        except K_UNREADABLE:
             return Prompt(tokens=max(1, len(asked.body) // K_CHARS_PER_TOKEN), exact=False)
 
     def _read(self, asked: Asked) -> Prompt:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from prfaas.config.router import Model
@@ -14,6 +17,7 @@ from prfaas.model.errors import ConfigError
 from prfaas.router.body import Endpoint, read_body
 from prfaas.router.template import ChatTemplate, TemplateError
 from prfaas.router.tokens import Prompt, PromptReader
+from prfaas.routing import block_hashes
 
 K_STRING = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 K_STRING += "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -100,6 +104,59 @@ def test_what_cannot_be_read_here_is_estimated_and_left_to_the_server(tmp_path: 
         assert 90 < prompt.tokens < 130
     prompt = ask(PromptReader(Model(name="m")), Endpoint.COMPLETIONS, prompt="a" * 400)
     assert not prompt.exact
+
+
+K_WORDS = ["type", "text", "function", "name", "arguments", "role", "content", "tool_calls", "tool", "user"]
+K_SHAPES = st.recursive(
+    st.none() | st.booleans() | st.sampled_from([0, -1, 1 << 33, 1 << 70, 1.5]) | st.sampled_from(K_WORDS),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(K_WORDS), inner, max_size=3),
+    max_leaves=6,
+)
+K_MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "tool"])},
+        optional={"content": K_SHAPES, "tool_calls": K_SHAPES},
+    ),
+    min_size=1,
+    max_size=2,
+)
+K_GREEDY = "{% for m in messages %}{{ m.role + m['content'].strip() }}{% for t in m.tool_calls %}"
+K_GREEDY += (
+    "{{ t.function.name }}{{ t.function.arguments | tojson }}{% endfor %}{% endfor %}{{ tools | tojson }}"
+)
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PromptReader]:
+    """By template."""
+    found = {}
+    for template in (K_STRING, K_PARTS, K_TOOLS, K_GREEDY):
+        found[template] = make(tmp_path_factory.mktemp("model"), template)
+        found[template].hasher = partial(block_hashes, block_tokens=1)
+    return found
+
+
+@settings(max_examples=150)
+@given(
+    messages=K_MESSAGES,
+    others=st.dictionaries(
+        st.sampled_from(["tools", "tool_choice", "chat_template_kwargs", "reasoning_effort", "input_ids"]),
+        K_SHAPES,
+        max_size=3,
+    ),
+    template=st.sampled_from([K_STRING, K_PARTS, K_TOOLS, K_GREEDY]),
+)
+def test_whatever_shape_its_fields_have_a_chat_is_read_or_estimated(
+    readers: dict[str, PromptReader], messages: list[Any], others: dict[str, Any], template: str
+) -> None:
+    assert ask(readers[template], Endpoint.CHAT, messages=messages, **others).tokens >= 0
+
+
+def test_a_content_of_bare_words_and_one_nested_without_end_are_estimated(tmp_path: Path) -> None:
+    reader = make(tmp_path, K_GREEDY)
+    assert not ask(reader, Endpoint.CHAT, messages=[{"role": "user", "content": ["hello"]}]).exact
+    deep = {"function": {"name": "f", "arguments": "[" * 5000 + "]" * 5000}}
+    assert not ask(reader, Endpoint.CHAT, messages=[{"role": "user", "tool_calls": [deep]}]).exact
 
 
 def test_a_salted_prompt_has_no_hashes(tmp_path: Path) -> None:
