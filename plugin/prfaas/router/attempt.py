@@ -35,7 +35,10 @@ K_CAUSE_S = 0.1
 """How long a failed decode's attempt waits for prefill's own reason, which is usually the cause."""
 K_ABORT_S = 5.0
 K_LINGER_S = 5.0
-_RETRY_AFTER = re.compile(r"retry[-_ ]?after[-_ ]?s?\W{1,3}([0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
+K_MAX_RETRY_AFTER_S = 3600.0
+"""A server that asks for more isn't believed."""
+_RETRY_AFTER = re.compile(r"retry[-_ ]?after[-_ ]?s?\W{1,3}([0-9]{1,9}(?:\.[0-9]{1,9})?)\b", re.IGNORECASE)
+_SECONDS = re.compile(r"[0-9]{1,9}")
 
 
 class FailureKind(StrEnum):
@@ -349,14 +352,14 @@ def _raise_for(side: Side, answer: Connection, data: bytes) -> None:
         if status == 200:
             return
         failure = Failure(status, data[:300].decode("utf-8", "replace") or f"HTTP {status}")
-    retry_after = answer.headers.get("retry-after", "")
+    retry_after = answer.headers.get("retry-after", "").strip()
     _raise_failure(
         side,
         Failure(
             failure.status if status == 200 else status,
             failure.message,
             failure.code,
-            float(retry_after) if retry_after.isdigit() else None,
+            float(retry_after) if _SECONDS.fullmatch(retry_after) else None,
         ),
     )
 
@@ -374,5 +377,7 @@ def _raise_failure(side: Side, failure: Failure) -> None:
     if refused and retry_after_s is None:
         found = _RETRY_AFTER.search(text)
         retry_after_s = float(found.group(1)) if found else None
+    if retry_after_s is not None:
+        retry_after_s = min(retry_after_s, K_MAX_RETRY_AFTER_S)
     kind = FailureKind.REFUSED if refused else FailureKind.SERVER
     raise AttemptFailed(side, kind, f"{failure.status} {text}"[:500], retry_after_s)

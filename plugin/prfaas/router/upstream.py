@@ -22,6 +22,7 @@ K_MAX_BUFFERED_BYTES = 1 << 20
 _STATUS = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: [^\r\n]*)?")
 _PLAIN_SIZE = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+_LENGTH = re.compile(r"[0-9]{1,15}")
 
 
 class UpstreamError(Exception):
@@ -312,7 +313,7 @@ class Connection(asyncio.Protocol):
                 raise NotHttp("a transfer coding that is not chunked alone")
             self._state = _State.CHUNK_SIZE
         elif length is not None:
-            if not length.isascii() or not length.isdigit() or int(length) > K_MAX_BODY_BYTES:
+            if not _LENGTH.fullmatch(length) or int(length) > K_MAX_BODY_BYTES:
                 raise NotHttp("a length that is none")
             self._left = int(length)
             self._state = _State.LENGTH if self._left else _State.ENDED

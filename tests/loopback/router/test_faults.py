@@ -309,6 +309,29 @@ def test_refusals_on_every_path_are_429_and_dead_paths_503(stand: Any) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("told", "seconds"), [("9" * 400, "1"), ("\xb2", "1"), ("86400", "3600"), ("7", "7")]
+)
+def test_a_server_that_asks_for_an_absurd_wait_is_a_refusal_like_any(
+    stand: Any, told: str, seconds: str
+) -> None:
+    async def absurd(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        assert request.transport is not None
+        text = b'{"error": {"message": "full; retry_after_s: %s"}}' % told.encode("latin-1")
+        head = b"HTTP/1.1 503 Busy\r\nRetry-After: %s\r\nContent-Length: %d\r\n\r\n"
+        request.transport.write(head % (told.encode("latin-1"), len(text)) + text)  # type: ignore[attr-defined]
+        return await hang(fake, request, body)
+
+    async def main() -> None:
+        async with stand(retry={"attempts": 2}) as s:
+            for name in ("west-p", "east-p"):
+                s.servers[name].fault = absurd
+            status, headers, answer = await s.post()
+            assert (status, answer["error"]["code"], headers["Retry-After"]) == (429, "refused", seconds)
+
+    asyncio.run(main())
+
+
 def test_many_requests_through_random_faults_are_each_answered_once(stand: Any, long_text: str) -> None:
     async def main() -> None:
         rng = random.Random(3)
