@@ -43,8 +43,7 @@ class Limits(Strict):
     chunk_tokens: Annotated[int, Field(ge=1)] | None = None
     """Prompt tokens of one prefill step."""
     prefill_requests: Annotated[int, Field(ge=1)] | None = None
-    """Prompts of one prefill step, as SGLang's --prefill-max-requests; any number where absent. The
-    simulator's instances take them as they come."""
+    """Prompts of one prefill step, as SGLang's --prefill-max-requests; any number where absent."""
     cache_tokens: Annotated[int, Field(ge=0)] | None = None
     """Tokens of KV that the instance can hold, prefix cache included."""
 
@@ -297,8 +296,17 @@ class Transfer(Strict):
     streams: Annotated[int, Field(ge=1, le=64)] | None = None
     """TCP connections a peer; None leaves the choice to the engine."""
     tls: bool = True
+    http_by_pump: bool = False
+    """HTTP to servers of other sites, KV events and links' status cross by the pumps too, encrypted, as an
+    operator has it; else as they are."""
     estimated: bool = False
     """Pumps estimate their links and keep their ledgers, and the router asks; else it believes the file."""
+
+    @model_validator(mode="after")
+    def _pumps_encrypt(self) -> Transfer:
+        if self.http_by_pump and not (self.tls and self.engine == "prfaas"):
+            raise ValueError("http_by_pump needs pumps (engine prfaas) and tls")
+        return self
 
 
 class Experiment(Strict):

@@ -1,9 +1,11 @@
 """What each prefill instance has before it: the same steps that the instance will take, reckoned ahead.
 
 An instance takes steps of at most `chunk_tokens`, filled in order of service; whatever is in a step is
-done at its end, and what comes meanwhile waits for that end, however urgent it is. So a prompt's prefill ends
-later than the work before it says: by the rest of the step that runs, and by what shares its last step. Near
-a deadline that decides, and a request that is let in by a wrong account makes all behind it late.
+done at its end, and what comes meanwhile waits for that end, however urgent it is. A prompt that a step has
+cut goes on before all others, as SGLang's chunked request does, so that what comes waits for all of it. So a
+prompt's prefill ends later than the work before it says: by the rest of what runs, and by what shares its
+last step. Near a deadline that decides, and a request that is let in by a wrong account makes all behind it
+late.
 
 A lane is told what was sent to its instance and what was done. Where the instance is slower than reckoned,
 all that follows moves back; where it reports more work than is known here, others have sent it.
@@ -43,6 +45,7 @@ class Lane:
     def __init__(self, chunk_tokens: int) -> None:
         self.chunk_tokens = chunk_tokens
         self.hopeful: list[Queued] = []
+        """In order of service; first, whatever else it is, the prompt that the running step cuts."""
         self.behind: list[Queued] = []
         """Those given up; they are served after all others."""
         self.step: list[Queued] = []
@@ -146,9 +149,14 @@ class Lane:
                     part_s = entry.start_up_s + (entry.work_s - entry.start_up_s) * left / entry.tokens
                     entry.tokens -= left
                     entry.work_s -= part_s
-                    entry.start_up_s = 0.0
+                    entry.start_up_s, entry.order_s = 0.0, -math.inf  # nothing overtakes it now
                     self._left(entries, part_s)
                     took_s, left = took_s + part_s, 0.0
+                    if entries is self.behind:
+                        del self.behind[0]
+                        self._left(self.behind, entry.work_s)
+                        self.hopeful.insert(0, entry)
+                        self.hopeful_s += entry.work_s
                 else:
                     del entries[0]
                     self.step.append(entry)

@@ -116,6 +116,7 @@ def simulation_of(
                 max_batch=limits.max_batch,
                 chunk_tokens=limits.chunk_tokens,
                 pool_tokens=limits.cache_tokens,
+                prefill_requests=limits.prefill_requests,
             )
             for name in instance.names()
         ]

@@ -1,9 +1,12 @@
 """One serving instance on virtual time: a queue of prefills taken in chunks, and a batch of decodes.
 
-Prefill takes steps of at most `chunk_tokens`, filled in order of the queue; whatever is in a step is done at
-its end. Decode is a batch of at most `max_batch`; all in it advance together, one token a step, a step's time
-a function of the batch's size, and stand still while the same engine prefills. Requests hold their pages from
-their reservation to their end; those that find no room wait in order.
+Prefill takes steps of at most `chunk_tokens` and `prefill_requests`, filled in order of the queue; what is
+in a step is done at its end. A prompt that a step has cut goes on in the next before all others, as
+SGLang's chunked request does: nothing overtakes it, however urgent. A request that comes is read first,
+which takes the profile's latency and keeps nobody waiting. Decode is a batch of at most `max_batch`; all in
+it advance together, one token a step, a step's time a function of the batch's size, and stand still while
+the same engine prefills. Requests hold their pages from their reservation to their end; those that find no
+room wait in order.
 """
 
 from __future__ import annotations
@@ -17,58 +20,9 @@ from typing import Literal
 from prfaas.model.profiles import Profile
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.cache import BlockCache
+from prfaas.simulator.job import Job
 
 Role = Literal["prefill", "decode", "collocated"]
-
-
-class Job:
-    """One request at one engine."""
-
-    __slots__ = (
-        "block_ids",
-        "block_tokens",
-        "cached",
-        "done",
-        "key",
-        "on_chunk",
-        "on_done",
-        "on_join",
-        "output_tokens",
-        "payload",
-        "prompt_tokens",
-        "reserved",
-        "taken_s",
-        "void",
-        "whole_s",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        payload: object,
-        prompt_tokens: int,
-        output_tokens: int,
-        block_ids: tuple[int, ...] = (),
-        key: float = 0.0,
-        on_chunk: Callable[[Job, float, bool], None] | None = None,
-        on_join: Callable[[Job, float], None] | None = None,
-        on_done: Callable[[Job, float], None] | None = None,
-        block_tokens: int | None = None,
-    ) -> None:
-        self.payload = payload
-        self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
-        self.block_ids, self.block_tokens = block_ids, block_tokens
-        self.key = key
-        """Order of service: smaller first, then arrival."""
-        self.cached = 0
-        """Tokens found in the engine's cache when prefill begins."""
-        self.done = 0
-        """Tokens of the prompt that are there."""
-        self.whole_s = self.taken_s = 0.0
-        """Seconds that all of its prefill takes here, and that what is done of it took."""
-        self.reserved = 0
-        self.void = False
-        """Given up: no longer counts, and none of its calls come."""
-        self.on_chunk, self.on_join, self.on_done = on_chunk, on_join, on_done
 
 
 class Engine:
@@ -85,6 +39,7 @@ class Engine:
         max_batch: int | None = None,
         chunk_tokens: int | None = None,
         pool_tokens: int | None = None,
+        prefill_requests: int | None = None,
     ) -> None:
         self.name, self.site, self.role = name, site, role
         self.profile, self._agenda = profile, agenda
@@ -93,6 +48,8 @@ class Engine:
             raise ValueError(f"{name}: profile {profile.name} has no decode figures")
         self.max_batch = max_batch or (decode.max_batch if decode else 0)
         self.chunk_tokens = chunk_tokens or profile.chunk_tokens
+        self.prefill_requests: float = prefill_requests or math.inf
+        """Most prompts of one prefill step."""
         self.pool_tokens = pool_tokens if pool_tokens is not None else profile.pool_tokens
         self.cache = BlockCache(profile.block_tokens, self.pool_tokens, exact=profile.state_bytes > 0)
         self.up = True
@@ -106,6 +63,10 @@ class Engine:
         """Seconds of prefill queued, the running step's share included until it ends."""
         self.backlog_tokens = 0
         self._queue: list[tuple[float, int, Job]] = []
+        self._begun: Job | None = None
+        """The prompt that the last step cut, or the running one cuts."""
+        self._reading = 0
+        """Requests that have come and aren't queued yet."""
         self._current: list[tuple[Job, int]] | None = None
         self._step_ends_s = self._step_took_s = 0.0
         self._serial = 0
@@ -154,9 +115,22 @@ class Engine:
     # Prefill.
 
     def prefill(self, job: Job, now: float) -> None:
-        """Queue it. `on_chunk(job, now, final)` is called as its chunks end."""
+        """Read it, and queue it then. `on_chunk(job, now, final)` is called as its chunks end."""
+        latency_s = self.profile.latency_s
+        if latency_s > 0:
+            self._reading += 1
+            self._agenda.at(now + latency_s, lambda at_s: self._read(job, at_s))
+        else:
+            self._enqueue(job, now)
+
+    def _read(self, job: Job, now: float) -> None:
+        self._reading -= 1
+        if self.up and not job.void:
+            self._enqueue(job, now)
+
+    def _enqueue(self, job: Job, now: float) -> None:
         job.cached = job.done = self.cache.match(job.block_ids, job.prompt_tokens) if job.block_ids else 0
-        job.whole_s, job.taken_s = self.profile.prefill_s(job.prompt_tokens, job.cached), 0.0
+        job.whole_s, job.taken_s = self.profile.occupied_s(job.prompt_tokens, job.cached), 0.0
         self.backlog_s += job.whole_s
         self.backlog_tokens += job.prompt_tokens - job.cached
         self._serial += 1
@@ -169,13 +143,13 @@ class Engine:
         if job.void:
             return
         job.void = True
-        if any(entry[2] is job for entry in self._queue):
+        if job is self._begun or any(entry[2] is job for entry in self._queue):
             # What the running step does for it comes off when that ends.
             reached = next((last for one, last in self._current or () if one is job), job.done)
-            self.backlog_s -= job.whole_s - (
-                self.profile.prefill_s(reached, job.cached) if reached > job.cached else 0.0
-            )
+            self.backlog_s -= job.whole_s - self._taken_s(job, reached)
             self.backlog_tokens -= job.prompt_tokens - reached
+            if job is self._begun:
+                self._begun = None
         for position, entry in enumerate(self._running):
             if entry[2] is job:
                 self._catch_up(now)
@@ -194,41 +168,44 @@ class Engine:
 
     def ahead_s(self, key: float, now: float) -> float:
         """Seconds until a job of this key would begin: the running step, and what is served before it."""
-        reached = dict(self._current or ())
         ahead_s = max(0.0, self._step_ends_s - now) if self._current else 0.0
         for other, _, job in self._queue:
             if other <= key and not job.void:
-                done = reached.get(job, job.done)
                 ahead_s += job.whole_s
-                ahead_s -= self.profile.prefill_s(done, job.cached) if done > job.cached else 0.0
+        begun = self._begun
+        if begun is not None:
+            ahead_s += begun.whole_s - begun.taken_s
         return ahead_s
 
+    def _taken_s(self, job: Job, reached: int) -> float:
+        """Seconds of its prefill up to there."""
+        return self.profile.occupied_s(reached, job.cached) if reached > job.cached else 0.0
+
     def _start_step(self, now: float) -> None:
-        queue = self._queue
+        queue, begun = self._queue, self._begun
         while queue and queue[0][2].void:
             heapq.heappop(queue)
-        if not queue or not self.up:
+        if not (queue or begun) or not self.up:
             return
         if self.role == "collocated" and len(self._running) >= self.max_batch:
             return
         left, took_s, pieces = self.chunk_tokens, 0.0, []
-        while queue and left > 0:
-            job = queue[0][2]
+        self._begun = None
+        while (queue or begun) and left > 0 and len(pieces) < self.prefill_requests:
+            job = begun or heapq.heappop(queue)[2]
+            begun = None
             if job.void:
-                heapq.heappop(queue)
                 continue
             last = job.done + left
             if last < job.prompt_tokens:
-                reached_s = self.profile.prefill_s(last, job.cached)
+                reached_s = self._taken_s(job, last)
+                self._begun = job
             else:
                 last, reached_s = job.prompt_tokens, job.whole_s
             took_s += reached_s - job.taken_s
             job.taken_s = reached_s
             left -= last - job.done
             pieces.append((job, last))
-            if last < job.prompt_tokens:
-                break
-            heapq.heappop(queue)
         if self.role == "collocated":
             self._catch_up(now)
         self._current = pieces
@@ -324,7 +301,7 @@ class Engine:
     def kill(self, now: float) -> None:
         """Everything here is lost; the world gives the requests up and sends them elsewhere."""
         self.up = False
-        self._current = None
+        self._current = self._begun = None
         self._queue.clear()
         self._running.clear()
         self._landed.clear()
@@ -377,4 +354,12 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not (self._queue or self._current or self._running or self._landed or self._unplaced)
+        return not (
+            self._queue
+            or self._begun
+            or self._current
+            or self._reading
+            or self._running
+            or self._landed
+            or self._unplaced
+        )

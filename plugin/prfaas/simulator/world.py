@@ -18,7 +18,8 @@ from prfaas.model.observations import RequestView
 from prfaas.routing.base import Policy
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.choosing import ServiceOrder, pick_decode, pick_prefill, queue_key
-from prfaas.simulator.engine import Engine, Job
+from prfaas.simulator.engine import Engine
+from prfaas.simulator.job import Job
 from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.network import Network, Pipe, Transfer
 from prfaas.simulator.observing import Outlook
@@ -287,7 +288,6 @@ class World:
                 )
                 self.network.start(*live.link, live.transfer, at_s)
             prefill.prefill(prefill_job, at_s)
-            live.cached_tokens = prefill_job.cached
 
         if delay_s:
             self.agenda.at(now + delay_s, begin)
@@ -307,7 +307,7 @@ class World:
             )
             self.network.supply(*live.link, live.transfer, ready, now)
         if final:
-            live.prefilled_s = now
+            live.prefilled_s, live.cached_tokens = now, job.cached
             self.policy.on_prefill_done(request=str(live.request.index), now=now)
             if live.link is None:
                 self._on_landed(live, job, now)

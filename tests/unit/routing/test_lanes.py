@@ -24,7 +24,8 @@ from prfaas.routing import Fleet, create_policy
 from prfaas.routing.lanes import Lane, Lanes, Queued
 from prfaas.routing.prices import K_BEHIND_S, PricesPolicy
 from prfaas.simulator.agenda import Agenda
-from prfaas.simulator.engine import Engine, Job
+from prfaas.simulator.engine import Engine
+from prfaas.simulator.job import Job
 
 K_CHUNK = 1000
 K_PROFILE = Profile("unit", Curve.of([1000, 2000], [1.3, 2.3]), Curve.of([1000, 2000], [1e6, 2e6]))
@@ -62,6 +63,16 @@ def test_what_is_given_up_is_served_last_and_only_fills_steps() -> None:
     assert end_s == pytest.approx(1.3 + 0.7 + 0.3 + 0.6)
     assert lane.hoped_s(0.0) == pytest.approx(1.3)
     assert lane.work_s(0.0) == pytest.approx(1.3 + 5.3)
+
+
+@pytest.mark.parametrize("latest_s", [90, math.inf])
+def test_what_comes_waits_for_all_of_a_prompt_that_a_step_has_cut(latest_s: float) -> None:
+    lane = Lane(K_CHUNK)
+    queued(lane, 0.0, (50, 2500, latest_s), (60, 1000, 90))
+    # The long one's last 500 share the third step with the urgent 300: 2.8 s in all, and a second start-up.
+    end_s, late = lane.place(1, 300, K_PROFILE.prefill_s(300), 0.0, K_START_UP_S)
+    assert end_s == pytest.approx(2.8 + 0.6 + 0.2 + K_START_UP_S)
+    assert late == 0
 
 
 def test_a_slow_instance_moves_all_that_follows_back_once() -> None:

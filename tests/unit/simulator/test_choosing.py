@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from prfaas.model.profiles import Curve, DecodeProfile, Profile
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.choosing import pick_decode, pick_prefill
-from prfaas.simulator.engine import Engine, Job
+from prfaas.simulator.engine import Engine
+from prfaas.simulator.job import Job
 from prfaas.workload.requests import TimedRequest
 
 K_PROFILE = Profile(

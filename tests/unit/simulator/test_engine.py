@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from prfaas.model.profiles import Curve, DecodeProfile, Profile
 from prfaas.simulator.agenda import Agenda
-from prfaas.simulator.engine import Engine, Job
+from prfaas.simulator.engine import Engine
+from prfaas.simulator.job import Job
 
 PROFILE = Profile(
     "unit",
@@ -30,6 +33,86 @@ def test_prefills_are_taken_in_turn_and_a_step_ends_for_all_in_it() -> None:
     assert seen == [("a", 1.0, False), ("a", pytest.approx(1.8), True), ("b", pytest.approx(1.8), True)]
     assert one.backlog_s == pytest.approx(0.0)
     assert one.backlog_tokens == 0
+
+
+def test_a_prompt_that_a_step_has_cut_goes_on_before_what_is_more_urgent() -> None:
+    agenda, seen = Agenda(), {}
+    one = engine("prefill", agenda)
+
+    def job(name: str, tokens: int, key: float) -> Job:
+        return Job(
+            name, tokens, 1, key=key,
+            on_chunk=lambda job, now, final: seen.__setitem__(job.payload, now) if final else None,
+        )  # fmt: skip
+
+    one.prefill(job("long", 2500, 9.0), 0.0)
+    one.prefill(job("late", 1000, 5.0), 0.0)
+    agenda.run(0.5)
+    one.prefill(job("urgent", 400, 1.0), 0.5)
+    assert one.ahead_s(0.9, 0.5) == pytest.approx(2.0)  # all that is left of the long one
+    agenda.run()
+    # The third step ends the long one and takes 400 and 100 more, in order of urgency.
+    assert seen == {
+        "long": pytest.approx(3.0), "urgent": pytest.approx(3.0), "late": pytest.approx(3.9),
+    }  # fmt: skip
+
+
+def test_giving_up_the_prompt_that_a_step_has_cut_lets_the_next_begin() -> None:
+    agenda, seen = Agenda(), []
+    one = engine("prefill", agenda)
+    jobs = [
+        Job(tokens, tokens, 1, on_chunk=lambda job, now, final: seen.append((job.payload, now)))
+        for tokens in (5000, 700)
+    ]
+    for each in jobs:
+        one.prefill(each, 0.0)
+    agenda.run(0.5)
+    one.give_up(jobs[0], 0.5)
+    assert one.work_s(0.5) == pytest.approx(0.5 + 0.7)
+    agenda.run()
+    assert seen == [(700, pytest.approx(1.7))]
+    assert one.backlog_tokens == 0
+    assert one.idle
+
+
+def test_a_step_takes_no_more_prompts_than_it_may() -> None:
+    agenda, seen = Agenda(), {}
+    one = engine("prefill", agenda, prefill_requests=1)
+    for name in "abc":
+        one.prefill(
+            Job(name, 100, 1, on_chunk=lambda job, now, final: seen.__setitem__(job.payload, now)), 0.0
+        )
+    agenda.run()
+    assert seen == {"a": pytest.approx(0.1), "b": pytest.approx(0.2), "c": pytest.approx(0.3)}
+
+
+def test_latency_delays_a_request_and_occupies_the_engine_for_nobody() -> None:
+    agenda, seen = Agenda(), {}
+    one = Engine("e", "west", "prefill", replace(PROFILE, latency_s=0.2), agenda, prefill_requests=1)
+    for name in "ab":
+        one.prefill(
+            Job(name, 500, 1, on_chunk=lambda job, now, final: seen.__setitem__(job.payload, now)), 0.0
+        )
+    assert not one.idle
+    assert one.backlog_s == 0.0
+    agenda.run(0.2)
+    assert one.backlog_s == pytest.approx(0.6)
+    agenda.run()
+    assert seen == {"a": pytest.approx(0.5), "b": pytest.approx(0.8)}
+
+
+def test_a_request_given_up_or_whose_engine_dies_while_it_is_read_is_never_begun() -> None:
+    agenda, seen = Agenda(), []
+    one = Engine("e", "west", "prefill", replace(PROFILE, latency_s=0.2), agenda)
+    jobs = [Job(name, 500, 1, on_chunk=lambda job, now, final: seen.append(job.payload)) for name in "ab"]
+    one.prefill(jobs[0], 0.0)
+    one.give_up(jobs[0], 0.1)
+    agenda.at(0.3, lambda now: one.prefill(jobs[1], now))
+    agenda.at(0.4, one.kill)
+    agenda.run()
+    assert not seen
+    assert one.idle
+    assert one.backlog_s == 0.0
 
 
 def test_a_full_batch_makes_the_next_wait_and_all_in_it_advance_together() -> None:
