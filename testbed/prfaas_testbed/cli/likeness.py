@@ -1,9 +1,13 @@
-"""`prfaas-testbed likeness [MODEL]`: a profiled instance against the real server it was profiled from."""
+"""`prfaas-testbed likeness [MODEL]`: a profiled instance, and the simulator's, against the real server that
+the profile was measured from.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +22,7 @@ from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, commit, mac
 from prfaas_testbed.experiment.pairs import K_EXPERIMENT, compared, pair_set, tell_compared
 from prfaas_testbed.experiment.place import own
 from prfaas_testbed.experiment.profiling import measure
+from prfaas_testbed.experiment.served import against_simulator, rounds_of_record
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_MODELS
 
@@ -27,7 +32,7 @@ K_FILE = "likeness.json"
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
-        "likeness", help="hold a profiled instance against the real server it is profiled from"
+        "likeness", help="hold a profiled instance and the simulator's against the real server they stand for"
     )
     parser.add_argument("model", nargs="?", default="dense", help=f"one of {', '.join(K_MODELS)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results go to DIR/likeness/STAMP")
@@ -37,6 +42,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--turns", type=int, default=1, metavar="N", help="between two emulated sites (default 1; 0: none)"
     )
+    parser.add_argument(
+        "--again", type=Path, metavar="DIR",
+        help="measure nothing: the simulator anew against what the real server did in this earlier run",
+    )  # fmt: skip
     parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait so long for another run")
     parser.set_defaults(run=run)
 
@@ -46,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"no model {args.model!r}; known: {', '.join(K_MODELS)}")
     if args.rounds < 1 or args.turns < 0:
         raise UsageError("--rounds is at least 1, --turns 0 or more")
+    if args.again is not None:
+        return again(args.again)
     folder = ((args.out or K_RESULTS) / K_EXPERIMENT / stamp()).resolve()
     with own(folder) as place:
         record: dict[str, Any] = {
@@ -60,9 +71,12 @@ def run(args: argparse.Namespace) -> int:
         record["alone"] = {
             "ratios": found.likeness.ratios(),
             "ratios_as_measured": found.likeness.ratios(at_its_speed=False),
-            **asdict(found.likeness),
+            "slowness": found.likeness.slowness,
+            "requests": found.likeness.rows(),
         }
-        ratios = dict(record["alone"]["ratios"])
+        ratios = {f"profiled, {name}": ratio for name, ratio in record["alone"]["ratios"].items()}
+        record["simulated"] = against_simulator(profile, args.model, found.served)
+        ratios |= simulated_ratios(record["simulated"])
         write_json(folder / K_FILE, record)
         if args.turns:
             # Not before: it needs mininet.
@@ -72,13 +86,43 @@ def run(args: argparse.Namespace) -> int:
             whole = SetRun(choice, parts, folder, tell, (), place.keep)
             record["between_sites"] = compared(whole.go(real_conduct(place, tell, args.wait)))
             tell_compared(record["between_sites"], tell)
-            ratios |= {name: row["ratio"] for name, row in record["between_sites"].items()}
+            ratios |= {
+                f"profiled, between sites, {name}": row["ratio"]
+                for name, row in record["between_sites"].items()
+            }
             write_json(folder / K_FILE, record)
-    outside = {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > K_WITHIN}
+    tell(f"results: {folder}")
+    return judged(ratios)
+
+
+def again(folder: Path) -> int:
+    """Raises UsageError where there is no such run."""
+    try:
+        record = json.loads((folder / K_FILE).read_text(encoding="utf-8"))
+        rounds = rounds_of_record(record["simulated"]["rounds"])
+        profile = write_json(folder / "profile.yaml", record["profile"])
+        model = record["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--again {folder}: no record of a run with its rounds there ({error})") from None
+    record["simulated"] = against_simulator(profile, model, rounds)
+    write_json(folder / K_FILE, record)
+    return judged(simulated_ratios(record["simulated"]))
+
+
+def simulated_ratios(found: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"simulated, {kind}, {name}": ratio
+        for kind, each in found["ratios"].items()
+        for name, ratio in each.items()
+    }
+
+
+def judged(ratios: Mapping[str, float]) -> int:
+    """All of them told; the exit status."""
+    outside = {name for name, ratio in ratios.items() if abs(ratio - 1) > K_WITHIN}
     for name, ratio in ratios.items():
         word = "outside" if name in outside else "within"
-        sys.stdout.write(f"{name:16} profiled over real {ratio:.3f}  {word} {K_WITHIN:.0%}\n")
-    tell(f"results: {folder}")
+        sys.stdout.write(f"{name:42} over real {ratio:.3f}  {word} {K_WITHIN:.0%}\n")
     return EXIT_FELL_SHORT if outside else EXIT_OK
 
 

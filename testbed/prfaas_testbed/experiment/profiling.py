@@ -26,11 +26,21 @@ from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any
 
+import numpy as np
+
 from prfaas.model.errors import PrfaasError
 from prfaas_testbed.client import Answer, Shot, Target
 from prfaas_testbed.client.load import Load
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR
-from prfaas_testbed.experiment.likeness import K_APART_S, K_NEW_TOKENS, K_ROUNDS, Likeness, rounds_of
+from prfaas_testbed.experiment.likeness import (
+    K_APART_S,
+    K_MIX_TOKENS,
+    K_NEW_TOKENS,
+    K_ROUNDS,
+    Likeness,
+    rounds_of,
+)
+from prfaas_testbed.experiment.served import K_STREAM_NEW_TOKENS, Asked, Kind, Served, stream_of
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_FIRST_PLAIN_TOKEN, K_PLAIN_TOKENS, TinyModel
 from prfaas_testbed.instances.sglang_server import K_SAME_CHUNKS, ServerSpec, SglangServer
@@ -58,14 +68,20 @@ class Prober:
     def ask(self, lengths: Sequence[int], new_tokens: int, apart_s: float = 0.0) -> list[Answer]:
         """So many requests at once, or one after another's start. Raises PrfaasError for the first that
         fails."""
+        return self.play([Asked(place * apart_s, length, new_tokens) for place, length in enumerate(lengths)])
+
+    def play(self, asked: Sequence[Asked]) -> list[Answer]:
+        """Requests at their times. Raises PrfaasError for the first that fails."""
         shots = []
-        for place, length in enumerate(lengths):
+        for one in asked:
             self._count += 1
-            tokens = [self._rng.randrange(K_PLAIN_TOKENS) + K_FIRST_PLAIN_TOKEN for _ in range(length)]
-            sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+            tokens = [
+                self._rng.randrange(K_PLAIN_TOKENS) + K_FIRST_PLAIN_TOKEN for _ in range(one.prompt_tokens)
+            ]
+            sampling = {"temperature": 0, "max_new_tokens": one.new_tokens, "ignore_eos": True}
             body = {"input_ids": tokens, "sampling_params": sampling, "stream": True}
             target = Target(f"{self._url}/generate", answers=True)
-            shots.append(Shot(str(self._count), place * apart_s, body, (target,), K_TIMEOUT_S))
+            shots.append(Shot(str(self._count), one.at_s, body, (target,), K_TIMEOUT_S))
         answers: list[Answer] = []
         asyncio.run(Load(shots, answers.append).run(time.monotonic()))
         for answer in answers:
@@ -155,6 +171,8 @@ class Measured:
     looks: list[Look]
     likeness: Likeness | None
     """How like it a profiled instance was, while the server was still there to compare."""
+    served: list[Served]
+    """The rounds that it answered between the looks, and what it made of them."""
 
 
 def measure(
@@ -177,6 +195,7 @@ def measure(
     bursts = rounds_of(model.longest_prompt_tokens, rounds)
     looks: list[Look] = []
     real: list[list[Answer]] = []
+    streams: list[tuple[list[Asked], list[Answer]]] = []
     with undisturbed(progress), SglangServer(spec, log) as server:
         server.wait_ready(progress=progress)
         prober = Prober(server.url, seed=1)
@@ -186,21 +205,43 @@ def measure(
             progress(f"look {i + 1}: all lengths alone and at once took {looks[-1].total_s:.2f} s")
             if i < rounds:
                 real.append(prober.ask(bursts[i], K_NEW_TOKENS, K_APART_S))
+                asked = stream_of(
+                    model.longest_prompt_tokens, a_request_s(looks[0], lengths, batches), seed=i
+                )
+                streams.append((asked, prober.play(asked)))
     profile = _profile(model, name, lengths, batches, settled(looks), spec.pool_tokens)
     for length, whole_s in zip(lengths, profile["prefill_s"], strict=True):
         progress(
             f"first token of {length} tokens: {whole_s:.4f} s, {profile['latency_s']:.4f} s of it latency"
         )
     if not rounds:
-        return Measured(profile, looks, None)
+        return Measured(profile, looks, None, [])
     with undisturbed(progress), profiled_instance(profile, model.name, log.parent, ports[1]) as url:
         beside = Prober(url, seed=2)
         beside.ask([64], 4)
         profiled = [beside.ask(burst, K_NEW_TOKENS, K_APART_S) for burst in bursts]
-    likeness = Likeness.of(bursts, real, profiled, slowness(looks))
+    slow = slowness(looks)
+    likeness = Likeness.of(bursts, real, profiled, slow)
     for what, ratio in likeness.ratios().items():
         progress(f"profiled over real, {what}: {ratio:.3f}")
-    return Measured(profile, looks, likeness)
+    served = []
+    for factor, burst, answers, (asked, streamed) in zip(slow, bursts, real, streams, strict=True):
+        once: Kind = "at once"
+        served.append(Served.of(once, factor, _at_once(burst), answers))
+        served.append(Served.of("stream", factor, asked, streamed))
+    return Measured(profile, looks, likeness, served)
+
+
+def _at_once(lengths: Sequence[int]) -> list[Asked]:
+    return [Asked(place * K_APART_S, length, K_NEW_TOKENS) for place, length in enumerate(lengths)]
+
+
+def a_request_s(look: Look, lengths: Sequence[int], batches: Sequence[int]) -> float:
+    """What the server takes for one request of a stream, with some others in its batch; about."""
+    mix = [tokens for tokens in K_MIX_TOKENS if tokens <= lengths[-1]]
+    prefill_s = statistics.mean(float(np.interp(tokens, lengths, look.occupied_s)) for tokens in mix)
+    batch, step_s = batches[len(batches) // 2], look.step_s[len(batches) // 2]
+    return prefill_s + statistics.mean(K_STREAM_NEW_TOKENS) * step_s / batch
 
 
 @contextmanager
