@@ -13,8 +13,8 @@ from pathlib import Path
 
 from prfaas.cli import _facts, _findings, _link
 from prfaas.cli._findings import Finding, State
-from prfaas.config.loading import load
-from prfaas.config.pump import PumpConfig, TlsConfig, is_loopback, split_address
+from prfaas.config.backend import load_pump_config
+from prfaas.config.pump import TlsConfig, is_loopback, split_address
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas.pump import keys
 
@@ -35,7 +35,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--peer", required=True, metavar="HOST:PORT", help="the peer's pump, as it is dialled"
     )
     parser.add_argument(
-        "--config", type=Path, metavar="F", help="this site's pump configuration, for its keys"
+        "--config",
+        type=Path,
+        metavar="F",
+        help="this site's pump configuration, or its servers', for its keys",
     )
     parser.add_argument(
         "--keys", type=Path, metavar="DIR", help="instead: the folder that `prfaas keys` made"
@@ -153,7 +156,7 @@ def _trust(args: argparse.Namespace, host: str, findings: list[Finding]) -> tupl
     if args.keys is not None:
         tls = TlsConfig(site_file=args.keys / keys.K_SITE_FILE, authorities=(args.keys / keys.K_TRUSTED,))
     elif args.config is not None:
-        config = load(args.config, PumpConfig)
+        config = load_pump_config(args.config)
         if config.tls is None:
             return None, config.site
         tls = config.tls

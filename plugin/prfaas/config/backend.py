@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prfaas.config.loading import Strict, load
+from prfaas.config.loading import Strict, check, load, read_yaml
 from prfaas.config.pump import PumpConfig, split_address
 
 K_ENVIRONMENT = "PRFAAS_CONFIG"
@@ -157,3 +157,13 @@ def load_backend_config(path: Path | str | None) -> BackendConfig:
         return config
     pump_path = Path(path).parent / config.pump_file
     return config.model_copy(update={"pump": load(pump_path, PumpConfig), "pump_file": pump_path})
+
+
+def load_pump_config(path: Path | str) -> PumpConfig:
+    """A pump's configuration, from a file of its own or from the one that the servers beside it read. Raises
+    UsageError or ConfigError.
+    """
+    data = read_yaml(path)
+    if isinstance(data, dict) and not data.keys().isdisjoint(("pump", "pump_file")):
+        return load_backend_config(path).pump
+    return check(data, PumpConfig, str(path))
