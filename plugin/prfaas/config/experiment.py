@@ -15,15 +15,32 @@ from pydantic import Field, model_validator
 
 from prfaas.config.loading import Strict, check, read_yaml
 from prfaas.config.policy import PolicyConfig, SlowLoopConfig
-from prfaas.config.topology import LinkChange
+from prfaas.config.timeline import (
+    CrossTraffic,
+    CutStream,
+    Event,
+    FillDisk,
+    Flap,
+    Hostile,
+    Kill,
+    LinkDown,
+    Name,
+    Positive,
+    ReplaceCertificate,
+    Seconds,
+    SetLink,
+    StepClock,
+    directed,
+)
 from prfaas.config.workload import WorkloadConfig
 from prfaas.model.errors import ConfigError, UsageError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
-Links = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{0,9}<?->[a-z][a-z0-9]{0,9}$")]
-"""A directed link `a->b` as the topology has it, or both directions, `a<->b`."""
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+__all__ = [
+    "Baseline", "Capacity", "Capture", "CheckSpec", "Control", "CrossTraffic", "CutStream", "Event",
+    "Experiment", "ExperimentSet", "FillDisk", "Flap", "Hostile", "Instance", "Kill", "Limits",
+    "LinkDown", "ModelChoice", "Part", "ReplaceCertificate", "Round", "RouterChoice", "SetLink",
+    "StepClock", "Transfer", "directed", "find_file", "load_experiment", "merged", "parts_of",
+]  # fmt: skip
 
 
 class ModelChoice(Strict):
@@ -82,131 +99,6 @@ class Baseline(Strict):
     warm_up: bool = True
 
 
-def directed(links: str) -> list[str]:
-    """The link ids that `a->b` or `a<->b` means."""
-    if "<->" in links:
-        a, b = links.split("<->")
-        return [f"{a}->{b}", f"{b}->{a}"]
-    return [links]
-
-
-class SetLink(Strict):
-    """Change fields of a link, for a while or for good."""
-
-    do: Literal["set_link"]
-    at_s: Seconds
-    link: Links
-    set: LinkChange
-    for_s: Positive | None = None
-    """Then the former values come back."""
-
-
-class LinkDown(Strict):
-    """Nothing passes (a black hole: neither end is told) for a while."""
-
-    do: Literal["link_down"]
-    at_s: Seconds
-    link: Links
-    for_s: Positive
-
-
-class Flap(Strict):
-    """Up `on_s`, down `off_s`, so many times."""
-
-    do: Literal["flap"]
-    at_s: Seconds
-    link: Links
-    on_s: Positive
-    off_s: Positive
-    times: Annotated[int, Field(ge=1)]
-
-
-class CrossTraffic(Strict):
-    """Traffic that isn't ours, over the same path."""
-
-    do: Literal["cross_traffic"]
-    at_s: Seconds
-    source: Name
-    target: Name
-    kind: Literal["cubic", "bbr", "udp"] = "cubic"
-    streams: Annotated[int, Field(ge=1, le=64)] = 1
-    rate_mbps: Positive | None = None
-    """A ceiling; needed for udp."""
-    for_s: Positive
-
-    @model_validator(mode="after")
-    def _udp_has_a_rate(self) -> CrossTraffic:
-        if self.kind == "udp" and self.rate_mbps is None:
-            raise ValueError("udp cross-traffic needs rate_mbps")
-        return self
-
-
-class CutStream(Strict):
-    """Reset connections of the transfer between two sites while they carry data."""
-
-    do: Literal["cut_stream"]
-    at_s: Seconds
-    source: Name
-    target: Name
-    streams: Annotated[int, Field(ge=1, le=64)] = 1
-
-
-class Kill(Strict):
-    """SIGKILL a server (with `signal: freeze`, SIGSTOP it), and start it again after a while."""
-
-    do: Literal["kill"]
-    at_s: Seconds
-    instance: Name
-    """An instance's name, or `router`."""
-    what: Literal["server", "pump"] = "server"
-    signal: Literal["kill", "freeze"] = "kill"
-    restart_after_s: Positive | None = None
-    """Start it again (thaw it) after this long; never where absent. Servers start a pump that they miss
-    themselves."""
-
-
-class FillDisk(Strict):
-    """The disk that servers, pumps and the router write their files and logs to has no byte left."""
-
-    do: Literal["fill_disk"]
-    at_s: Seconds
-    for_s: Positive
-
-
-class StepClock(Strict):
-    """What a site's programs take for the time of day is this much later (or earlier); then it is right
-    again. Clocks that only go on, and timers, aren't touched: a step doesn't touch them either."""
-
-    do: Literal["step_clock"]
-    at_s: Seconds
-    site: Name
-    step_s: Annotated[int, Field(ge=-86400, le=86400)]
-    for_s: Positive
-
-
-class ReplaceCertificate(Strict):
-    """Give a site's pumps a new certificate (or one that no peer trusts)."""
-
-    do: Literal["replace_certificate"]
-    at_s: Seconds
-    site: Name
-    trusted: bool = True
-
-
-class Hostile(Strict):
-    """Traffic that no well-behaved sender makes, from `source` to the pump of `target`."""
-
-    do: Literal["hostile"]
-    at_s: Seconds
-    source: Name
-    target: Name
-    kind: Literal["corrupt_payload", "reset", "replay", "garbage"]
-    """Other bytes under a live connection's next sequence numbers with a right TCP checksum; resets of live
-    connections; segments sent again as they were; bytes that are no protocol of ours, and flags that are no
-    handshake."""
-    packets: Annotated[int, Field(ge=1, le=2000)] = 20
-
-
 class Capture(Strict):
     """Headers of what passes the WAN's edges at two sites, read after the load: what packets say."""
 
@@ -216,21 +108,6 @@ class Capture(Strict):
     for_s: Annotated[float, Field(gt=0, le=120)]
     keep: bool = False
     """Leave the pcap files with the servers' logs."""
-
-
-Event = Annotated[
-    SetLink
-    | LinkDown
-    | Flap
-    | CrossTraffic
-    | CutStream
-    | Kill
-    | FillDisk
-    | StepClock
-    | ReplaceCertificate
-    | Hostile,
-    Field(discriminator="do"),
-]
 
 
 class Round(Strict):
