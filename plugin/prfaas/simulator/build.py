@@ -24,8 +24,9 @@ from prfaas.simulator.engine import Engine
 from prfaas.simulator.network import Network
 from prfaas.simulator.record import Record
 from prfaas.simulator.roles import RoleChanges, of_sites
+from prfaas.simulator.settings import Settings
 from prfaas.simulator.timeline import play_timeline
-from prfaas.simulator.world import Settings, World
+from prfaas.simulator.world import World
 from prfaas.workload.generate import timed_requests
 from prfaas.workload.requests import TimedRequest
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from prfaas.simulator.world import Live
+    from prfaas.simulator.live import Live
 
 K_QUANTILES = (0.5, 0.9, 0.95, 0.99)
 

@@ -17,7 +17,8 @@ from prfaas.routing.base import CostProfile, Policy
 from prfaas.routing.slow_loop import SlowLoop, Step, StepKind
 from prfaas.routing.stages import StageMeter
 from prfaas.simulator.engine import Engine
-from prfaas.simulator.world import Live, World
+from prfaas.simulator.live import Live
+from prfaas.simulator.world import World
 
 K_SAMPLE_S = 1.0  # as the router's
 K_DRAINED_S = 0.25  # between two looks at an instance that drains

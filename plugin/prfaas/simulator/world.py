@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prfaas.model.decisions import Action, Decision, Verdict
 from prfaas.model.ids import LinkId, SiteId
-from prfaas.model.observations import RequestView
 from prfaas.routing.base import Policy
 from prfaas.simulator.agenda import Agenda
-from prfaas.simulator.choosing import ServiceOrder, pick_decode, pick_prefill, queue_key
+from prfaas.simulator.choosing import pick_decode, pick_prefill, queue_key
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
 from prfaas.simulator.links import WatchedLink
+from prfaas.simulator.live import Live
 from prfaas.simulator.network import Network, Pipe, Transfer
 from prfaas.simulator.observing import Outlook
 from prfaas.simulator.prefixes import HeardPrefixes
 from prfaas.simulator.record import Record
+from prfaas.simulator.settings import Settings
 from prfaas.workload.requests import TimedRequest
 
 if TYPE_CHECKING:
@@ -33,48 +33,6 @@ if TYPE_CHECKING:
 K_ATTEMPTS = 6  # a request that failed so often is answered with an error
 K_NO_DEADLINE_S = 600.0  # s, order of sending for requests without one
 K_TRANSFER_S = 60.0  # s after prefill by which a transfer must be through: what its ledger is asked for
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the world behaves beyond what the experiment file says."""
-
-    door_site: SiteId | None = None
-    """Where the router is; None: at each request's decode site."""
-    observe_every_s: float = 0.25
-    """How old what the door knows of the sites' load may be (a router polls); 0: always exact."""
-    index_delay_s: float = 0.05
-    """How long the news of a prefix cache take to the door."""
-    admission: bool = True
-    """Whether the links' ledgers are asked before a transfer starts."""
-    service_order: ServiceOrder = "fcfs"
-    """Order in which prefill takes its queue."""
-    homes: tuple[SiteId, ...] = ()
-    """Sites whose users the requests are, in turn: each is decoded at home. Empty: where the policy says."""
-    timeout_s: float = math.inf
-    """A request without a first token by then is answered with an error."""
-
-
-@dataclass(slots=True, eq=False)
-class Live:
-    """One request under way."""
-
-    request: TimedRequest
-    excluded: frozenset[SiteId] = frozenset()
-    attempt: int = 0
-    decision: Decision | None = None
-    prefill: Engine | None = None
-    decode: Engine | None = None
-    prefill_job: Job | None = None
-    decode_job: Job | None = None
-    transfer: Transfer | None = None
-    link: LinkId | None = None
-    first_token_s: float | None = None
-    cached_tokens: int = 0
-    kv_bytes: int = 0
-    over: bool = False
-    prefilled_s: float | None = None
-    view: RequestView | None = field(default=None)
 
 
 class World:

@@ -15,7 +15,7 @@ from prfaas.model.errors import UsageError
 from prfaas.simulator.build import Simulation, simulation_of
 from prfaas.simulator.coverage import extrapolations
 from prfaas.simulator.record import Record
-from prfaas.simulator.world import Settings
+from prfaas.simulator.settings import Settings
 
 K_TOPOLOGIES = Path(prfaas.routing.__file__).parents[3] / "topologies"
 K_TOPOLOGY = Topology.model_validate(

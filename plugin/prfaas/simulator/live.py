@@ -1,0 +1,35 @@
+"""One request under way: what has been decided of it, and where it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prfaas.model.decisions import Decision
+from prfaas.model.ids import LinkId, SiteId
+from prfaas.model.observations import RequestView
+from prfaas.simulator.engine import Engine
+from prfaas.simulator.job import Job
+from prfaas.simulator.network import Transfer
+from prfaas.workload.requests import TimedRequest
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """The record is written from it at its end."""
+
+    request: TimedRequest
+    excluded: frozenset[SiteId] = frozenset()
+    attempt: int = 0
+    decision: Decision | None = None
+    prefill: Engine | None = None
+    decode: Engine | None = None
+    prefill_job: Job | None = None
+    decode_job: Job | None = None
+    transfer: Transfer | None = None
+    link: LinkId | None = None
+    first_token_s: float | None = None
+    cached_tokens: int = 0
+    kv_bytes: int = 0
+    over: bool = False
+    prefilled_s: float | None = None
+    view: RequestView | None = None
