@@ -189,7 +189,8 @@ class Engine:
             return
         if self.role == "collocated" and len(self._running) >= self.max_batch:
             return
-        left, took_s, pieces = self.chunk_tokens, 0.0, []
+        left, took_s = self.chunk_tokens, 0.0
+        pieces: list[tuple[Job, int]] = []
         self._begun = None
         while (queue or begun) and left > 0 and len(pieces) < self.prefill_requests:
             job = begun or heapq.heappop(queue)[2]
