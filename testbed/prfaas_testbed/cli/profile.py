@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             "profile": found.profile,
             "looks": [asdict(look) for look in found.looks],
             "ratios": found.likeness.ratios(), "ratios_as_measured": found.likeness.ratios(False),
-            **asdict(found.likeness),
+            "slowness": found.likeness.slowness, "requests": found.likeness.rows(),
         }  # fmt: skip
         tell(f"raw values: {write_json(log.parent / f'{args.model}.json', record)}")
     sys.stdout.write(f"{target}\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class Likeness:
     """Raw values of both sides, a list a round."""
 
     lengths: list[list[int]]
+    real_sent_s: list[list[float]]
+    profiled_sent_s: list[list[float]]
     real_ttft_s: list[list[float]]
     profiled_ttft_s: list[list[float]]
     real_e2e_s: list[list[float]]
@@ -57,12 +60,30 @@ class Likeness:
     ) -> Likeness:
         return cls(
             lengths,
+            [_times(one, "sent_s") for one in real],
+            [_times(one, "sent_s") for one in profiled],
             [_times(one, "ttft_s") for one in real],
             [_times(one, "ttft_s") for one in profiled],
             [_times(one, "e2e_s") for one in real],
             [_times(one, "e2e_s") for one in profiled],
             [round(value, 4) for value in slowness],
         )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a request of either side: what was asked when, and when its first and last token came; times
+        since the round's start."""
+        return [
+            {
+                "side": side, "round": i, "sent_s": sent_s, "prompt_tokens": tokens,
+                "output_tokens": K_NEW_TOKENS, "ttft_s": ttft_s, "e2e_s": e2e_s,
+            }
+            for side, columns in (
+                ("real", (self.real_sent_s, self.real_ttft_s, self.real_e2e_s)),
+                ("profiled", (self.profiled_sent_s, self.profiled_ttft_s, self.profiled_e2e_s)),
+            )
+            for i, one in enumerate(zip(self.lengths, *columns, strict=True))
+            for tokens, sent_s, ttft_s, e2e_s in zip(*one, strict=True)
+        ]  # fmt: skip
 
     def ratios(self, at_its_speed: bool = True) -> dict[str, float]:
         """Profiled over real, by quantile of the time to first token and to the last; with `at_its_speed`

@@ -36,6 +36,24 @@ def test_both_sides_are_compared_by_quantile_as_ratios() -> None:
     assert found.ratios() == pytest.approx(dict.fromkeys(("ttft_p50", "ttft_p90", "e2e_p50", "e2e_p90"), 1.1))
 
 
+def test_every_request_of_either_side_is_a_row_with_what_was_asked_when() -> None:
+    bursts = rounds_of(2048, 2)
+    found = Likeness.of(
+        bursts, [answers(1.0, one) for one in bursts], [answers(1.1, one) for one in bursts], [1.0, 1.0]
+    )
+    rows = found.rows()
+    assert [row["prompt_tokens"] for row in rows if row["side"] == "real"] == [
+        n for one in bursts for n in one
+    ]
+    assert len(rows) == 2 * sum(map(len, bursts))
+    last = rows[-1]
+    assert last["side"] == "profiled"
+    assert last["round"] == 1
+    assert last["sent_s"] == 0.0
+    assert last["ttft_s"] == pytest.approx(1.1 * last["prompt_tokens"])
+    assert last["e2e_s"] == pytest.approx(2.2 * last["prompt_tokens"])
+
+
 def test_a_round_on_a_slower_machine_is_brought_to_the_usual_speed() -> None:
     bursts = rounds_of(4096, 2)
     real = [answers(1.0, bursts[0]), answers(1.5, bursts[1])]
