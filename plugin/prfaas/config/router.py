@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from prfaas.config.addresses import HostName, HttpPage, HttpServer, ZmqEndpoint
 from prfaas.config.loading import Strict, load
 from prfaas.config.policy import PolicyConfig, SlowLoopConfig
 
@@ -28,9 +29,9 @@ class Tls(Strict):
 
 
 class Listen(Strict):
-    """Where clients connect. Changing it needs a restart; everything else can be reloaded."""
+    """Where clients connect. A reload reads certificates again; changing anything else needs a restart."""
 
-    host: str = "127.0.0.1"
+    host: HostName = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0: any free port, told on stderr."""
     tls: Tls | None = None
@@ -90,8 +91,8 @@ class Model(Strict):
 class KvEvents(Strict):
     """The server's --kv-events-config, seen from the router."""
 
-    endpoint: Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]
-    replay_endpoint: Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")] | None = None
+    endpoint: ZmqEndpoint
+    replay_endpoint: ZmqEndpoint | None = None
     topic: str = ""
 
 
@@ -100,8 +101,8 @@ class Server(Strict):
 
     name: Name
     role: Literal["prefill", "decode", "collocated"]
-    url: str
-    bootstrap_host: str | None = None
+    url: HttpServer
+    bootstrap_host: HostName | None = None
     """What decode servers dial; None: the url's host."""
     bootstrap_port: Port | None = None
     models: tuple[str, ...] = ()
@@ -122,19 +123,6 @@ class Server(Strict):
     decided on: each request takes that along as its `priority`, a client's own being replaced."""
     admin_key_file: str | None = None
     """The server's --admin-api-key, if it has one: a change of role asks for it."""
-
-    @field_validator("url")
-    @classmethod
-    def _an_address(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.path not in ("", "/")
-            or " " in value
-        ):
-            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
-        return value.rstrip("/")
 
     @model_validator(mode="after")
     def _prefill_has_a_bootstrap(self) -> Server:
@@ -174,7 +162,7 @@ class Link(Strict):
     rtt_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 40.0
     reserved_mbps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Left to other traffic."""
-    status_url: str | None = None
+    status_url: HttpPage | None = None
     """Page of the pump that hosts the link's ledger (http://HOST:PORT/links, its `metrics:` address);
     None: the figures above."""
     status_ca: str | None = None
@@ -294,6 +282,7 @@ class RouterConfig(Strict):
             ("server", [server.name for _, server in self.servers()]),
             ("tenant's key", [key.sha256 for key in self.keys]),
             ("model", [name for model in self.models for name in (model.name, *model.aliases)]),
+            ("link", [f"{link.source}>{link.target}" for link in self.links]),
         ):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
@@ -312,6 +301,8 @@ class RouterConfig(Strict):
         for link in self.links:
             if {link.source, link.target} - sites:
                 raise ValueError(f"link {link.source}>{link.target}: sites are {sorted(sites)}")
+            if link.source == link.target:
+                raise ValueError(f"link {link.source}>{link.target}: expected two sites")
         if self.home is not None and self.home not in self.local_sites:
             raise ValueError(f"home {self.home!r}: sites that decode are {sorted(self.local_sites)}")
         for _, server in self.servers():

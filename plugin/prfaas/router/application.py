@@ -27,9 +27,7 @@ class Application:
         self._router = router
 
     def build(self) -> web.Application:
-        app = web.Application(
-            client_max_size=self._router.config.limits.max_body_bytes, middlewares=[self._errors_in_form]
-        )
+        app = web.Application(middlewares=[self._errors_in_form])
         for endpoint in Endpoint:
             app.router.add_post(endpoint.value, self._generating(endpoint))
         app.router.add_get("/v1/models", self._models)

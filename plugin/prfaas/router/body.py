@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 import msgspec
+from aiohttp import web
 
 from prfaas.router.errors import BadRequest
 
@@ -47,6 +48,24 @@ class Asked:
         else:
             found = self.fields.get("max_completion_tokens") or self.fields.get("max_tokens")
         return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+
+
+async def body_of(request: web.Request, most_bytes: int) -> bytes:
+    """A body that comes bit by bit. Raises BadRequest where it is larger; aiohttp's errors."""
+    parts: list[bytes] = []
+    left = most_bytes
+    if (request.content_length or 0) > most_bytes:
+        raise too_large(most_bytes)
+    while part := await request.content.readany():
+        parts.append(part)
+        left -= len(part)
+        if left < 0:
+            raise too_large(most_bytes)
+    return b"".join(parts)
+
+
+def too_large(most_bytes: int) -> BadRequest:
+    return BadRequest(f"The body is larger than {most_bytes} bytes.", status=413, code="body_too_large")
 
 
 def read_body(endpoint: Endpoint, raw: bytes) -> Asked:

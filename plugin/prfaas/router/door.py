@@ -17,7 +17,15 @@ from aiohttp import web
 
 from prfaas.config.router import ApiKey, Model, RouterConfig
 from prfaas.router.attempt import Attempt, AttemptFailed, FailureKind, Opened, Route
-from prfaas.router.body import Asked, Endpoint, merge_prompt_logprobs, read_body, with_fields
+from prfaas.router.body import (
+    Asked,
+    Endpoint,
+    body_of,
+    merge_prompt_logprobs,
+    read_body,
+    too_large,
+    with_fields,
+)
 from prfaas.router.clients import Clients, Wishes
 from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded, error_event
 from prfaas.router.moves import bring
@@ -158,17 +166,15 @@ class Door:
             # It came with its head, as short ones do.
             raw = content.read_nowait()
             if len(raw) > limits.max_body_bytes:
-                raise _too_large(limits.max_body_bytes)
+                raise too_large(limits.max_body_bytes)
             return raw
         try:
             async with asyncio.timeout(limits.body_timeout_s):
-                return await request.read()
+                return await body_of(request, limits.max_body_bytes)
         except TimeoutError:
             raise BadRequest(
                 f"The body did not arrive within {limits.body_timeout_s:g} s.", status=408, code="slow_body"
             ) from None
-        except web.HTTPRequestEntityTooLarge:
-            raise _too_large(limits.max_body_bytes) from None
         except (aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
             raise BadRequest(f"The body can't be read: {error}", code="bad_body") from None
 
@@ -376,7 +382,3 @@ class Door:
             )
             out.send(event)
         await out.write_eof()
-
-
-def _too_large(most_bytes: int) -> BadRequest:
-    return BadRequest(f"The body is larger than {most_bytes} bytes.", status=413, code="body_too_large")

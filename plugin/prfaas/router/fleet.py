@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from prfaas.model.observations import InstanceObservation, Role
 from prfaas.router.pool import K_CONNECT_S, K_KEEP_ALIVE_S, UpstreamPool
 from prfaas.router.queueing import PrefillQueue
 
+_KEY = re.compile(r"[!-~]+")
 K_TOKENS_PER_S = 5000.0
 """Speed of a server that has told of none."""
 
@@ -188,15 +190,23 @@ def keys_of(config: RouterConfig) -> dict[str, str]:
     """The servers' own keys by name, as their files are now. Raises ConfigError. Blocks."""
     found = {}
     for _, server in config.servers():
+        if server.admin_key_file is not None:
+            read_key(f"{server.name}.admin_key_file", server.admin_key_file)  # it is wanted later: say so now
         if server.key_file is not None:
-            try:
-                found[server.name] = Path(server.key_file).read_text(encoding="ascii").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                why = getattr(error, "strerror", None) or "not ASCII"
-                raise ConfigError(
-                    "the configuration", f"{server.name}.key_file", server.key_file, f"can't be read: {why}"
-                ) from None
+            found[server.name] = read_key(f"{server.name}.key_file", server.key_file)
     return found
+
+
+def read_key(field: str, file: str) -> str:
+    """What a header can carry. Raises ConfigError."""
+    try:
+        key = Path(file).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not ASCII"
+        raise ConfigError("the configuration", field, file, f"can't be read: {why}") from None
+    if not _KEY.fullmatch(key):
+        raise ConfigError("the configuration", field, file, "expected a file with one word, the key")
+    return key
 
 
 def _bearer(key: str | None) -> str | None:

@@ -86,19 +86,19 @@ class LinkWatcher:
         metrics: RouterMetrics,
         *,
         rng: random.Random,
+        authority: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`authority`: whose certificate the page must have, where the system's don't count."""
+        self._authority = authority
         self._config, self._book, self._metrics = config, book, metrics
         self._rng, self._clock = rng, clock
         self._link = LinkId(config.source, config.target)
 
     async def run(self) -> None:
         assert self._config.status_url is not None
-        tls: ssl.SSLContext | bool = True
-        if self._config.status_ca is not None:
-            tls = ssl.create_default_context(cafile=self._config.status_ca)
         timeout = aiohttp.ClientTimeout(total=K_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(ssl=tls)
+        connector = aiohttp.TCPConnector(ssl=self._authority or True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             while True:
                 await self._once(session, self._config.status_url)

@@ -17,6 +17,20 @@ from prfaas.router.tokens import Hasher, Prompt
 from prfaas.routing import KvEvent, PrefixIndex, block_hashes
 
 
+def hashers(config: RouterConfig) -> dict[str, Hasher | None]:
+    """What hashes the blocks of each model's prompts; None where no server tells what it has."""
+    heard = {
+        model.name
+        for model in config.models
+        for _, server in config.servers()
+        if server.kv_events is not None and (not server.models or model.name in server.models)
+    }
+    return {
+        model.name: partial(block_hashes, block_tokens=model.page_tokens) if model.name in heard else None
+        for model in config.models
+    }
+
+
 class Caches:
     """Told which server takes up which prompt, so that what its cache will have is known before it tells."""
 
@@ -39,23 +53,27 @@ class PrefixBook(Caches):
         self._holders: dict[str, Model] = {}
         self.apply(config)
 
-    def apply(self, config: RouterConfig) -> None:
-        """Take over a configuration. Raises UsageError when a model's page size has changed."""
+    def apply(self, config: RouterConfig) -> list[str]:
+        """Take over a configuration.
+
+        The servers that have to be added again, for their caches are cut into other blocks, or used
+        otherwise, than was believed; those that left are gone already.
+        """
+        self._models = {model.name: model for model in config.models}
+        wrong = [name for name, model in self._holders.items() if self._cut(model) != self._cut_now(model)]
+        for name in wrong:
+            self.remove_server(name)
         for model in config.models:
             self.index.add_model(model.name, model.page_tokens)
-        self._models = {model.name: model for model in config.models}
-        self._heard = {
-            model.name
-            for model in config.models
-            for _, server in config.servers()
-            if server.kv_events is not None and (not server.models or model.name in server.models)
-        }
+        return wrong
 
-    def hasher(self, model: Model) -> Hasher | None:
-        """What hashes a prompt's blocks; None where no server tells what it has."""
-        if model.name not in self._heard:
-            return None
-        return partial(block_hashes, block_tokens=model.page_tokens)
+    def _cut_now(self, model: Model) -> tuple[int, str] | None:
+        found = self._models.get(model.name)
+        return None if found is None else self._cut(found)
+
+    @staticmethod
+    def _cut(model: Model) -> tuple[int, str]:
+        return model.page_tokens, model.layers
 
     def add_server(self, handle: ServerHandle) -> None:
         """A server whose events are about to be read. One that could serve several models isn't indexed."""

@@ -15,18 +15,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 
 from prfaas.config.router import RouterConfig, SlowLoop
+from prfaas.model.errors import ConfigError
 from prfaas.model.ids import SiteId
 from prfaas.model.observations import Role, Snapshot
 from prfaas.model.profiles import Profile
 from prfaas.planner.system import Plan
-from prfaas.router.fleet import ServerHandle, ServerPool
+from prfaas.router.fleet import ServerHandle, ServerPool, read_key
 from prfaas.router.outcome import Outcome
 from prfaas.router.ticket import Record
 from prfaas.routing import CostProfile, Policy, Proposal, StageLoad, StageMeter, Step, StepKind
@@ -43,6 +43,12 @@ K_KEPT_STEPS = 100
 K_MAX_ANSWER_BYTES = 1 << 16
 K_THRESHOLD_STEP = 0.05
 """Share by which a threshold must differ from the one in force before it is set."""
+
+K_NO_ANSWER = (
+    TimeoutError, OSError, aiohttp.ClientError, ConfigError,
+    msgspec.DecodeError, RecursionError, UnicodeDecodeError,
+)  # fmt: skip
+"""What may come instead of a server's answer to its change of role."""
 
 
 class _Error(msgspec.Struct):
@@ -124,10 +130,10 @@ class RoleKeeper:
     def apply(self, config: RouterConfig) -> None:
         """Take over a configuration. The loops are made anew where what they depend on has changed, which
         gives up a conversion that is under way. Raises UsageError or ConfigError for a profile."""
-        made_of = (config.slow_loop, config.local_sites, [(s.name, s.cost, s.costs) for s in config.sites])
+        profiles = self._profiles(config) if config.slow_loop is not None else {}
+        made_of = (config.slow_loop, config.local_sites, profiles)
         if made_of == self._made_of:
             return
-        profiles = self._profiles(config) if config.slow_loop is not None else {}
         self.end()
         self._made_of, self._config = made_of, config.slow_loop
         self._clusters = {}
@@ -295,14 +301,15 @@ class RoleKeeper:
         }
         try:
             if handle.config.admin_key_file is not None:
-                key = await asyncio.to_thread(Path(handle.config.admin_key_file).read_text)
-                headers = headers | {"Authorization": f"Bearer {key.strip()}"}
+                field, file = f"{handle.name}.admin_key_file", handle.config.admin_key_file
+                key = await asyncio.to_thread(read_key, field, file)
+                headers = headers | {"Authorization": f"Bearer {key}"}
             async with asyncio.timeout(config.switch_timeout_s):
                 async with handle.session.post(
                     handle.url + "/pd_role_switch", json=body, headers=headers
                 ) as response:
                     return _ANSWER.decode(await response.content.read(K_MAX_ANSWER_BYTES))
-        except (TimeoutError, OSError, aiohttp.ClientError, msgspec.DecodeError) as error:
+        except K_NO_ANSWER as error:
             log.warning("%s: no usable answer to its change of role: %r", handle.name, error)
             return None
 

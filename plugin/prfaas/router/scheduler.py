@@ -84,15 +84,17 @@ class Scheduler:
         self.pen = HoldingPen()
         self.records: deque[Record] = deque(maxlen=0)
         self.policy: Policy
+        self._made_of: object = None
         self._config = config
         self.apply(config)
 
     def apply(self, config: RouterConfig) -> None:
         """Take over a configuration. The policy is made anew only when what it depends on has changed."""
         fleet = self._fleet(config)
-        before = (self._config.policy, self._fleet_key(self._config)) if hasattr(self, "policy") else None
-        if before != (config.policy, self._fleet_key(config)):
+        made_of = (config.policy, dict(fleet.profiles), fleet.local_sites, fleet.movable)
+        if made_of != self._made_of:
             self.policy = create_policy(config.policy, fleet)
+            self._made_of = made_of
         if self.records.maxlen != config.logs.decisions:
             self.records = deque(self.records, maxlen=config.logs.decisions)
         self._config = config
@@ -101,14 +103,6 @@ class Scheduler:
         local = filling & config.local_sites
         self._remote_sites = {site.name for site in config.sites} - config.local_sites if local else set()
         self.pen.wake()
-
-    @staticmethod
-    def _fleet_key(config: RouterConfig) -> object:
-        return (
-            [(site.name, site.cost, site.costs) for site in config.sites],
-            config.local_sites,
-            config.movable,
-        )
 
     def _fleet(self, config: RouterConfig) -> Fleet:
         profiles: dict[tuple[str, str], CostProfile] = {}

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import os
 import random
-import ssl
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -22,25 +21,25 @@ from pathlib import Path
 import zmq.asyncio
 from aiohttp import web
 
-from prfaas.config.profile import load_profile
-from prfaas.config.router import CostFile, Model, RouterConfig, Tls
+from prfaas.config.router import RouterConfig
 from prfaas.model.errors import ConfigError, MachineError, PrfaasError
 from prfaas.router.application import Application
 from prfaas.router.clients import Clients
 from prfaas.router.door import Door
-from prfaas.router.fleet import ServerHandle, ServerPool, keys_of
+from prfaas.router.fleet import ServerHandle, ServerPool
 from prfaas.router.kv_events import KvEventReader
 from prfaas.router.link_status import LinkWatcher
 from prfaas.router.links import LinkBook
 from prfaas.router.loads import LoadPoller
 from prfaas.router.outcome import Outcome
 from prfaas.router.pages import record_row
-from prfaas.router.prefixes import PrefixBook
+from prfaas.router.prefixes import PrefixBook, hashers
+from prfaas.router.reloading import prepare, refuse_fixed
 from prfaas.router.roles import RoleKeeper
-from prfaas.router.scheduler import LinearCost, Scheduler
+from prfaas.router.scheduler import Scheduler
 from prfaas.router.ticket import Record
+from prfaas.router.tls import load_certificates, tls_context
 from prfaas.router.tokens import OffLoop, PromptReader
-from prfaas.routing import CostProfile
 from prfaas.telemetry.event_log import EventLog
 from prfaas.telemetry.router_metrics import RouterMetrics
 
@@ -49,11 +48,6 @@ log = logging.getLogger("prfaas.router")
 K_SWEEP_S = 1.0
 K_GRACE_S = 30.0
 """Running requests have this long to end when the router stops."""
-
-
-def cost_profile(config: CostFile) -> CostProfile:
-    """A site's costs. Raises UsageError or ConfigError."""
-    return LinearCost(config) if config.profile is None else load_profile(config.profile)
 
 
 class Router:
@@ -70,7 +64,7 @@ class Router:
         self.config = config
         self.metrics = RouterMetrics()
         self.servers = ServerPool()
-        self._server_keys = keys_of(config)
+        self._prepared = prepare(config, {})
         self._reread = reread
         self.clock = clock
         self.started_s = time.time()
@@ -86,7 +80,7 @@ class Router:
             config,
             self.servers,
             self.links,
-            costs=cost_profile,
+            costs=lambda file: self._prepared.costs[file],
             prefixes=self.prefixes,
             clock=clock,
             on_record=self._on_record,
@@ -96,7 +90,7 @@ class Router:
             config,
             self.servers,
             self.metrics,
-            profiles=lambda found: {site.name: cost_profile(site.cost) for site in found.sites},
+            profiles=lambda found: {site.name: self._prepared.costs[site.cost] for site in found.sites},
             snapshot=lambda now: self.scheduler.snapshot(self.config.models[0].name, (), now),
             policy=lambda: self.scheduler.policy,
             clock=clock,
@@ -107,12 +101,11 @@ class Router:
         self._off_loop = OffLoop(
             inline_bytes=config.limits.inline_bytes, threads=config.limits.tokenise_threads
         )
-        self._readers = self._make_readers(config, {})
         self.door = Door(
             config,
             self.scheduler,
             self.clients,
-            {name: reader for name, (_, reader) in self._readers.items()},
+            self._readers(config),
             self._off_loop,
             self.metrics,
             rng=self._rng,
@@ -130,18 +123,11 @@ class Router:
 
     # Building blocks
 
-    def _make_readers(
-        self, config: RouterConfig, former: dict[str, tuple[Model, PromptReader]]
-    ) -> dict[str, tuple[Model, PromptReader]]:
-        """Readers by model; unchanged models keep theirs. Raises ConfigError."""
-        readers = {}
-        for model in config.models:
-            kept, hasher = former.get(model.name), self.prefixes.hasher(model)
-            if kept is not None and kept[0] == model:
-                kept[1].hasher = hasher
-                readers[model.name] = kept
-            else:
-                readers[model.name] = (model, PromptReader(model, hasher))
+    def _readers(self, config: RouterConfig) -> dict[str, PromptReader]:
+        """By model, set to hash what somebody tells of."""
+        readers = {name: reader for name, (_, reader) in self._prepared.readers.items()}
+        for name, hasher in hashers(config).items():
+            readers[name].hasher = hasher
         return readers
 
     def _open_log(self, config: RouterConfig) -> EventLog | None:
@@ -177,7 +163,7 @@ class Router:
         """Listen; where. Raises MachineError when the address is taken."""
         listen = self.config.listen
         self._zmq = zmq.asyncio.Context()
-        self._adopt(self.config)
+        await self._adopt(self.config)
         self._spawn("", self._sweep())
         self._spawn("", self.roles.run())
         if self._log is not None:
@@ -237,17 +223,33 @@ class Router:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _adopt(self, config: RouterConfig) -> list[ServerHandle]:
-        """Take over a configuration's servers; the handles that left."""
-        came, left = self.servers.apply(config, self._server_keys)
-        for handle in came:
-            self._watch(handle)
+    async def _adopt(self, config: RouterConfig) -> None:
+        """Take over a configuration's servers and links: those that left are heard no more, those that came
+        are."""
+        wanted = {f"link {link.model_dump_json()}" for link in config.links}
+        _, left = self.servers.apply(config, self._prepared.server_keys)
+        for owner in [name for name in self._tasks if name.startswith("link ") and name not in wanted]:
+            await self._end(owner)
+        for handle in left:
+            await self._end(handle.name)
+            self.prefixes.remove_server(handle.name)
+        for name in self.prefixes.apply(config):
+            await self._end(name)
+        for handle in self.servers:
+            if handle.name not in self._tasks:
+                self._watch(handle)
         for link in config.links:
             owner = f"link {link.model_dump_json()}"
             if link.status_url is not None and owner not in self._tasks:
-                watcher = LinkWatcher(link, self.links, self.metrics, rng=self._rng, clock=self.clock)
+                watcher = LinkWatcher(
+                    link,
+                    self.links,
+                    self.metrics,
+                    rng=self._rng,
+                    authority=self._prepared.authorities.get(link.status_ca or ""),
+                    clock=self.clock,
+                )
                 self._spawn(owner, watcher.run())
-        return left
 
     def _watch(self, handle: ServerHandle) -> None:
         poller = LoadPoller(
@@ -285,39 +287,29 @@ class Router:
                         "the configuration", "the file", None, "this router was not read from one"
                     )
                 config = await asyncio.to_thread(self._reread)
-                if (config.listen.host, config.listen.port) != (
-                    self.config.listen.host,
-                    self.config.listen.port,
-                ):
-                    raise ConfigError(
-                        "the configuration", "listen", config.listen.port, "changing it needs a restart"
-                    )
-                self.prefixes.apply(config)
-                readers = await asyncio.to_thread(self._make_readers, config, self._readers)
-                server_keys = await asyncio.to_thread(keys_of, config)
+                refuse_fixed(self.config, config)
+                prepared = await asyncio.to_thread(prepare, config, self._prepared.readers)
                 if self._tls is not None and config.listen.tls is not None:
                     load_certificates(self._tls, config.listen.tls)
-                # From here on nothing can fail: a policy is made before anything else is replaced.
-                self.scheduler.apply(config)
-                self.roles.apply(config)
+                before, self._prepared = self._prepared, prepared
+                try:
+                    self.scheduler.apply(config)  # makes a policy before it changes anything
+                except PrfaasError:
+                    self._prepared = before
+                    raise
             except PrfaasError:
                 self.metrics.reloads.labels("refused").inc()
                 raise
-            self.config, self._readers, self._server_keys = config, readers, server_keys
+            # From here on nothing can fail.
+            self.config = config
+            self.roles.apply(config)
             self.links.apply(
                 config.links, cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s
             )
             self.clients.apply(config)
-            self.door.apply(config, {name: reader for name, (_, reader) in readers.items()})
-            wanted = {f"link {link.model_dump_json()}" for link in config.links}
-            for owner in [name for name in self._tasks if name.startswith("link ") and name not in wanted]:
-                await self._end(owner)
-            for handle in self._adopt(config):
-                await self._end(handle.name)
-                self.prefixes.remove_server(handle.name)
-            for handle in self.servers:
-                if handle.name not in self._tasks:
-                    self._watch(handle)
+            self.door.apply(config, self._readers(config))
+            self._off_loop.inline_bytes = config.limits.inline_bytes
+            await self._adopt(config)
             self.metrics.reloads.labels("done").inc()
             log.info("configuration reloaded")
 
@@ -351,25 +343,6 @@ class _Busy(asyncio.Protocol):
 def _tell_of_death(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("a watcher died: %r", error, exc_info=error)
-
-
-def tls_context(tls: Tls) -> ssl.SSLContext:
-    """Raises ConfigError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_certificates(context, tls)
-    return context
-
-
-def load_certificates(context: ssl.SSLContext, tls: Tls) -> None:
-    """Connections from now on use the files as they are now. Raises ConfigError."""
-    try:
-        context.load_cert_chain(tls.certificate, tls.key)
-        if tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(tls.certificate, "listen.tls", str(error), "expected PEM files") from None
 
 
 async def serve(router: Router, *, until: asyncio.Event, reload: asyncio.Event) -> None:

@@ -133,12 +133,14 @@ class PrefixIndex:
     def add_model(self, model: ModelId, block_tokens: int) -> None:
         """A model whose servers cache in blocks of this many tokens.
 
-        Raises UsageError when it differs from before.
+        Raises UsageError while there are servers of it with blocks of another size.
         """
         if block_tokens < 1:
             raise UsageError(f"model {model!r}: block_tokens is {block_tokens}; must be at least 1")
-        known = self._tables.setdefault(model, _Table(block_tokens))
-        if known.block_tokens != block_tokens:
+        known = self._tables.get(model)
+        if known is None or (known.block_tokens != block_tokens and not known.live):
+            self._tables[model] = _Table(block_tokens)
+        elif known.block_tokens != block_tokens:
             raise UsageError(
                 f"model {model!r}: block_tokens is {block_tokens}, but {known.block_tokens} elsewhere"
             )

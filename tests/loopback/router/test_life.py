@@ -7,6 +7,7 @@ import json
 import signal
 import ssl
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prfaas.config.router import RouterConfig, load_router_config
 from prfaas.model.errors import ConfigError, MachineError, UsageError
 from prfaas.model.ids import LinkId
 from prfaas.router.service import Router
+from prfaas.routing import BlockStored
 
 K_COMMAND = """
 import argparse, sys
@@ -91,6 +93,129 @@ def test_a_bad_reload_changes_nothing_and_says_why(stand: Any) -> None:
     asyncio.run(main())
 
 
+async def reload(s: Any, **fields: Any) -> tuple[int, str]:
+    """After a change of settings: the status, and the message where it was refused."""
+    s.settings.update(fields)
+    async with s.session.post(s.url + "/reload") as response:
+        answer = await response.json()
+        return response.status, answer["error"]["message"] if "error" in answer else ""
+
+
+def model(folder: Path, **fields: Any) -> dict[str, Any]:
+    return {"name": "m", "tokenizer": str(folder), **fields}
+
+
+def test_a_server_whose_events_are_read_can_change_at_a_reload(stand: Any, model_folder: Path) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            rows = {row["name"]: row for site in s.settings["sites"] for row in site["servers"]}
+            rows["west-p"]["kv_events"] = {"endpoint": "tcp://127.0.0.1:1"}
+            assert await reload(s) == (200, "")
+            book = s.router.prefixes
+            for change in (
+                {"endpoint": "tcp://127.0.0.1:2"},
+                {"endpoint": "tcp://127.0.0.1:2", "topic": "x"},
+            ):
+                rows["west-p"]["kv_events"] = change
+                assert await reload(s) == (200, "")
+                assert set(book.index.statistics().holders) == {"west-p"}
+                assert (await s.post())[0] == 200
+            assert s.router.scheduler.records[-1].cached_tokens == {"west-p": 0}
+            # Its blocks are cut otherwise from now on: what was known of it is forgotten.
+            book.on_events("west-p", [BlockStored([1], 1)])
+            assert book.index.statistics().holders == {"west-p": 1}
+            assert await reload(s, models=[model(model_folder, page_tokens=4)]) == (200, "")
+            book.on_events("west-p", [BlockStored([1, 2], 4)])
+            assert book.index.statistics().holders == {"west-p": 2}
+            assert (await s.post())[0] == 200
+
+    asyncio.run(main())
+
+
+def test_a_refused_reload_leaves_nothing_of_itself(stand: Any, model_folder: Path) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            both = [model(model_folder), {"name": "n", "page_tokens": 16, "tokenizer": "/nowhere"}]
+            assert (await reload(s, models=both))[0] == 422
+            both[1] = {"name": "n", "page_tokens": 64}
+            assert await reload(s, models=both) == (200, "")
+            assert (await s.post(model="n", path="/v1/completions", prompt="x"))[0] == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "word"),
+    [
+        ("limits", {"idle_timeout_s": 3.0}, "limits.idle_timeout_s"),
+        ("limits", {"max_header_bytes": 2048}, "limits.max_header_bytes"),
+        ("limits", {"tokenise_threads": 3}, "limits.tokenise_threads"),
+        ("logs", {"events": "/tmp/elsewhere.jsonl"}, "logs.events"),
+        ("listen", {"port": 0, "tls": {"certificate": "c", "key": "k"}}, "listen"),
+        ("listen", {"port": 0, "reuse_port": True}, "listen"),
+        ("seed", 7, "seed"),
+    ],
+)
+def test_what_only_a_restart_can_change_is_refused_at_a_reload(
+    stand: Any, section: str, value: Any, word: str
+) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            status, message = await reload(s, **{section: value})
+            assert (status, word in message, "needs a restart" in message) == (422, True, True)
+
+    asyncio.run(main())
+
+
+def test_a_limit_on_bodies_holds_from_the_reload_on_however_they_come(stand: Any) -> None:
+    async def main() -> None:
+        async with stand(limits={"max_body_bytes": 2048}) as s:
+
+            async def ask(size: int) -> int:
+                async def bits() -> AsyncIterator[bytes]:
+                    yield b'{"prompt": "'
+                    await asyncio.sleep(0.05)  # so that it doesn't come with its head
+                    yield b"x" * size
+                    yield b'"}'
+
+                async with s.session.post(s.url + "/v1/completions", data=bits()) as response:
+                    return int(response.status)
+
+            assert await ask(4000) == 413
+            assert await reload(s, limits={"max_body_bytes": 1 << 20}) == (200, "")
+            assert await ask(4000) == 200
+            assert await reload(s, limits={"max_body_bytes": 2048}) == (200, "")
+            assert await ask(4000) == 413
+
+    asyncio.run(main())
+
+
+def test_a_profile_that_was_written_anew_is_taken_over_and_one_that_was_not_keeps_the_policy(
+    stand: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "profile.yaml"
+
+    def write(seconds: float) -> None:
+        columns = {"tokens": [1000, 10_000], "prefill_s": [seconds, 10 * seconds], "kv_mib": [1, 10]}
+        file.write_text(yaml.safe_dump({"name": "p", "description": "p", "source": "made up", **columns}))
+
+    async def main() -> None:
+        async with stand() as s:
+            write(1.0)
+            for site in s.settings["sites"]:
+                site["cost"] = {"profile": str(file)}
+            assert await reload(s) == (200, "")
+            first = s.router.scheduler.policy
+            assert await reload(s) == (200, "")
+            assert s.router.scheduler.policy is first
+            write(2.0)
+            assert await reload(s) == (200, "")
+            await s.post("/v1/completions", prompt=[5] * 1000)
+            assert s.router.scheduler.records[-1].decision.chosen.prefill_s == pytest.approx(2.0, rel=0.01)
+
+    asyncio.run(main())
+
+
 def test_a_servers_key_is_read_again_at_reload_and_one_that_cant_be_read_changes_nothing(
     stand: Any, tmp_path: Path
 ) -> None:
@@ -116,6 +241,9 @@ def test_a_servers_key_is_read_again_at_reload_and_one_that_cant_be_read_changes
                     assert key or "west-d.key_file" in (await response.json())["error"]["message"]
                 assert (await s.post())[0] == 200
             assert heard == ["Bearer sk-1", "Bearer sk-2", "Bearer sk-2"]
+            for wrong in ("", "two words", "two\nlines", "\x01"):
+                file.write_text(wrong)
+                assert (await reload(s))[0] == 422
 
     asyncio.run(main())
 
@@ -272,6 +400,12 @@ def test_https_is_served_and_the_certificate_is_read_again_at_reload(stand: Any,
             write(12)
             await s.router.reload()
             assert await asyncio.to_thread(serial, port) == 12
+            kept = (tmp_path / "key.pem").read_bytes()
+            write(13)
+            (tmp_path / "key.pem").write_bytes(kept)
+            with pytest.raises(ConfigError, match=r"listen\.tls"):
+                await s.router.reload()
+            assert await asyncio.to_thread(serial, port) == 12, "a key that doesn't fit changes nothing"
 
     asyncio.run(main())
 

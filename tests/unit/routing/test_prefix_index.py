@@ -115,6 +115,18 @@ def test_wrong_use_is_refused() -> None:
             wrong()
 
 
+def test_a_models_blocks_may_be_cut_otherwise_once_nobody_serves_it() -> None:
+    made = index()
+    made.apply("a", [BlockStored([1], BLOCK)])
+    for holder in list(made.statistics().holders):
+        made.remove_holder(holder)
+    made.add_model("m", BLOCK + 1)
+    made.add_holder("a", "m")
+    assert made.lookup("m", (1,), 100) == {}
+    made.apply("a", [BlockStored([1], BLOCK + 1)])
+    assert made.lookup("m", (1,), 100) == {"a": BLOCK + 1}
+
+
 def test_blocks_stay_small() -> None:
     """Bytes a block: the table's slot, the hash, and nothing else of its own."""
     made = index()
