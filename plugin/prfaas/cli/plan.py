@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-K_TOPOLOGIES = Path(__file__).resolve().parents[3] / "topologies"
+from prfaas.config.places import checkout
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,7 +27,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", action="store_true", help="one object on stdout, nothing else")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw figures (PNG, SVG, CSV) there")
     parser.add_argument(
-        "--topologies", type=Path, default=K_TOPOLOGIES, help="where traces are (%(default)s)"
+        "--topologies",
+        type=Path,
+        default=checkout() / "topologies",
+        help="where traces are (%(default)s)",
     )
     parser.set_defaults(run=run)
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
+from prfaas.config.places import checkout
 from prfaas.config.run import Repetition, Run, stamp, write_run
 from prfaas.figures.simulation import draw_simulation
 from prfaas.model.errors import UsageError
 from prfaas.simulator.sweep import Job, Played, play_all, variants
-
-K_ROOT = Path(__file__).resolve().parents[3]
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,7 +44,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    topologies = K_ROOT / "topologies"
+    topologies = checkout() / "topologies"
     loaded = load_experiment(args.experiment, topologies)
     for name, found in (("--repetitions", args.repetitions), ("--workers", args.workers)):
         if found is not None and found < 1:
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(result.model_dump(mode="json") | {"summaries": summaries}) + "\n")
         return 0
-    folder = args.out or K_ROOT / "results" / loaded.name / stamp(started)
+    folder = args.out or checkout() / "results" / loaded.name / stamp(started)
     sys.stderr.write(f"written to {write_run(result, folder)}\n")
     for path in draw_simulation(result, folder / "figures"):
         if path.suffix == ".png":
@@ -149,7 +148,7 @@ def _say(row: dict[str, Any]) -> None:
 def _commit() -> str:
     try:
         found = subprocess.run(
-            ["git", "-C", str(K_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "-C", str(checkout()), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         )
     except OSError:
         return "unknown"

@@ -305,7 +305,7 @@ def find_file(name: str, folder: Path, kind: str) -> Path:
     path = folder / f"{name}.yaml"
     if path.is_file():
         return path
-    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or f"none in {folder}"
     raise UsageError(f"unknown {kind} {name!r}; known: {known}")
 
 

@@ -21,12 +21,13 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prfaas.config.loading import Strict, first_fault, load
+from prfaas.config.places import checkout
 from prfaas.model.errors import ConfigError, UsageError
 
 K_NAME = r"^[a-z][a-z0-9]{0,9}$"  # a node's name is part of interface names, which hold 15 characters
 K_FRAME_OVERHEAD_BYTES = 14  # an Ethernet header: what a queueing discipline counts beyond the IP packet
 K_MIN_QUEUE_BYTES = 64 * 1024
-K_NETWORKS = Path(__file__).resolve().parents[3] / "topologies" / "networks"
+K_NETWORKS = checkout() / "topologies" / "networks"
 
 Name = Annotated[str, Field(pattern=K_NAME)]
 Percent = Annotated[float, Field(ge=0, le=100)]

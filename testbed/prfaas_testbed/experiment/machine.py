@@ -12,7 +12,9 @@ from typing import Any
 
 import psutil
 
-K_CHECKOUT = Path(__file__).resolve().parents[3]
+from prfaas.config.places import checkout
+
+K_CHECKOUT = checkout(Path(__file__).resolve().parents[3])
 K_TOPOLOGIES = K_CHECKOUT / "topologies"
 K_RESULTS = K_CHECKOUT / "results"
 K_PACKAGES = ("prfaas", "aiohttp", "crc32c", "mininet", "numpy", "pyzmq", "uvloop")
