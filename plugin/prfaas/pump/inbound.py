@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from prfaas.model.errors import RemoteProtocolError
-from prfaas.model.transfer import FailureReason
+from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.memory import Gone, Withdrawn
 from prfaas.pump.stream import K_FORWARD_DEAD_S, Stream, W
@@ -176,11 +176,15 @@ class Inbound(Handler):
         if isinstance(answer, Apply):
             incoming = answer.incoming
             owner = self.pump.owner(incoming.owner)
-            guard = incoming.lease.guard if incoming.lease else (0, 1)
+            lease = incoming.lease
+            guard = lease.guard if lease else (0, 1)
+            # KV's pages are leased whole and to this room alone. Of some kinds of state a lease covers
+            # memory that the server itself writes to.
+            alone = lease.ranges if lease and incoming.opening.kind == TransferKind.KV else None
             try:
                 if owner is None:
                     raise Gone("the server has gone")
-                owner.memory.write(guard, pieces, address + header.table_bytes)
+                owner.memory.write(guard, pieces, address + header.table_bytes, alone)
             except Withdrawn:
                 broken = receiving.break_off(incoming, FailureReason.LEASE_ENDED, "revoked")
                 self.pump.on_receive_event(broken, now)

@@ -15,11 +15,13 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
+from prfaas.pump.spans import K_MOST_BYTES, Bytes, Spans
 from prfaas.pump_client.guard import K_TABLE_BYTES, K_WORD
-from prfaas.transfer.segments import U64
+from prfaas.transfer.segments import U64, Ranges
 
 K_IOV_MAX = 1024
 
@@ -47,7 +49,19 @@ class Buffer:
     def __init__(self, size_bytes: int) -> None:
         self._map = mmap.mmap(-1, size_bytes)
         self.view = memoryview(self._map)
-        self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
+        self.bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.address = int(self.bytes.ctypes.data)
+
+
+@cache
+def _spare() -> Buffer:
+    """For spans, one at a time."""
+    return Buffer(K_MOST_BYTES)
+
+
+def _at(address: int, size_bytes: int) -> Bytes:
+    """Bytes of ours."""
+    return np.frombuffer(memoryview((ctypes.c_uint8 * size_bytes).from_address(address)), dtype=np.uint8)
 
 
 class OwnerMemory:
@@ -79,23 +93,44 @@ class OwnerMemory:
         """Gather pieces of the server's memory to ours. Raises Withdrawn or Gone."""
         self._hold(guard)
         try:
-            self._move(_readv, pieces, address)
+            spans = self._spans(pieces)
+            if spans is None:
+                self._move(_readv, pieces, address)
+            else:
+                spans.gather(_spare().bytes[: spans.total_bytes], _at(address, int(pieces[:, 1].sum())))
         finally:
             self._release(guard)
 
-    def write(self, guard: tuple[int, int], pieces: U64, address: int) -> None:
-        """Scatter bytes of ours to pieces of the server's memory. Raises Withdrawn (none written) or Gone."""
+    def write(self, guard: tuple[int, int], pieces: U64, address: int, alone: Ranges | None = None) -> None:
+        """Scatter bytes of ours to pieces of the server's memory; `alone`: where nobody else writes
+        meanwhile, so that what lies between pieces may be written as it was. Raises Withdrawn (none written)
+        or Gone.
+        """
         self._hold(guard)
         try:
+            spans = self._spans(pieces, alone) if alone is not None else None
             if self._pause_copy_s and pieces.shape[0] > 1:
                 half = pieces.shape[0] // 2
                 self._move(_writev, pieces[:half], address)
                 time.sleep(self._pause_copy_s)
                 self._move(_writev, pieces[half:], address + int(pieces[:half, 1].sum()))
+            elif spans is not None:
+                spans.scatter(_at(address, int(pieces[:, 1].sum())), _spare().bytes[: spans.total_bytes])
+                self._move(_writev, spans.rows, _spare().address)
             else:
                 self._move(_writev, pieces, address)
         finally:
             self._release(guard)
+
+    def _spans(self, pieces: U64, within: Ranges | None = None) -> Spans | None:
+        """Spans that hold the pieces, read to the spare buffer; None where they don't pay or aren't `within`.
+        Raises Gone.
+        """
+        spans = Spans.of(pieces)
+        if spans is None or (within is not None and not within.holds(spans.rows)):
+            return None
+        self._move(_readv, spans.rows, _spare().address)
+        return spans
 
     def _hold(self, guard: tuple[int, int]) -> None:
         slot, word = guard

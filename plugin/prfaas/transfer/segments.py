@@ -143,9 +143,16 @@ class Ranges:
         """Whether every piece (already free of faults) lies within one range."""
         if self._start.size == 0:
             return False
-        if self._start.size == 1:
-            first, end = int(pieces[:, 0].min()), int((pieces[:, 0] + pieces[:, 1]).max())
-            return int(self._start[0]) <= first and end <= int(self._end[0])
+        # Most often one range holds them all.
+        first, end = pieces[:, 0].min(), (pieces[:, 0] + pieces[:, 1]).max()
+        where = int(np.searchsorted(self._start, first, side="right")) - 1
+        if where >= 0 and bool(end <= self._end[where]):
+            return True
+        if where < 0 or self._start.size == 1:
+            return False
+        return self._holds_each(pieces)
+
+    def _holds_each(self, pieces: U64) -> bool:
         where = np.searchsorted(self._start, pieces[:, 0], side="right").astype(np.int64) - 1
         if bool((where < 0).any()):
             return False
@@ -266,6 +273,8 @@ def join_runs(pieces: U64) -> U64:
     joined = pieces[1:, 0] == pieces[:-1, 0] + pieces[:-1, 1]
     if not bool(joined.any()):
         return pieces
+    if bool(joined.all()):
+        return np.array([[pieces[0, 0], pieces[:, 1].sum()]], dtype=np.uint64)
     begin = np.flatnonzero(np.concatenate(([True], ~joined)))
     return np.stack((pieces[begin, 0], np.add.reduceat(pieces[:, 1], begin)), axis=1)
 

@@ -205,6 +205,23 @@ def _cost(run: dict[str, Any], samples: Sequence[Row]) -> str:
         "processes share.\n\n"
         + _table(["", "CPU s/GB, both ends"], lines)
         + _projection(run["measures"].get("scaling") or {}, alone, stages.get("TLS", 0.0), plain, secure)
+        + _slices(run["measures"].get("slices", []))
+    )
+
+
+def _slices(rows: Sequence[Row]) -> str:
+    """An older run hasn't any."""
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        costs = [f"{median(row[what]):.2f}" for what in ("cpu_s_per_gb", "seconds_per_gb")]
+        lines.append([str(row["slice_bytes"]), row["way"], *costs])
+    return (
+        "\n## Slices of unequal tensor parallelism\n\n"
+        "One of two slices of each token, from one rank's memory to between the other's bytes (scattered), "
+        "or the reverse (gathered), beside the same bytes in pieces of 1 MiB.\n\n"
+        + _table(["bytes", "", "CPU s/GB, both pumps", "s/GB"], lines)
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prfaas_testbed.bench import checks, host, latency, neighbour, outage, scaling, share, stages
+from prfaas_testbed.bench import checks, host, latency, neighbour, outage, scaling, share, slices, stages
 from prfaas_testbed.bench.cell import NAMED_CELLS, Cell, full_matrix
 from prfaas_testbed.bench.harness import (
     Progress,
@@ -259,6 +259,10 @@ def _host(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> No
 def _cost(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
     record.measures["stages"] = stages.measure(workdir, sizes.stage_s, sizes.loopback_repetitions, progress)
     record.measures["scaling"] = scaling.measure(workdir, sizes.host_s, sizes.loopback_repetitions, progress)
+    found = slices.measure(workdir, sizes.loopback_repetitions, progress)
+    record.measures["slices"] = found
+    if sizes.judge:
+        record.judged(slices.judge(found))
 
 
 def _faults(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:

@@ -64,6 +64,36 @@ def test_a_hundred_thousand_segments_go_in_one_call(pair):
     assert equal(src, dst, 80, order)
 
 
+@pytest.mark.parametrize("kind", [TransferKind.KV, TransferKind.STATE])
+def test_two_ranks_slices_of_each_token_meet_in_one_ranks_tokens_and_part_again(pair, kind):
+    pumps, east, west = pair
+    tokens, size = 20_001, 100  # no part of a block's bytes
+    halves = [pumps.memory(east, tokens * size + i) for i in (0, 1)]
+    whole, back = pumps.memory(west, 2 * tokens * size, fill=0), pumps.memory(east, tokens * size, fill=0)
+    lease = lease_on(west, whole, room=21, expected_sources=2)
+    close, apart = (np.arange(tokens, dtype=np.uint64) * np.uint64(n * size) for n in (1, 2))
+    lengths = np.full(tokens, size, np.uint64)
+    sent = [
+        send_kv(
+            east, lease.grant, half.ctypes.data + close, whole.ctypes.data + i * size + apart, lengths,
+            kind=kind, source=str(i),
+        )
+        for i, half in enumerate(halves)
+    ]  # fmt: skip
+    assert [transfer.wait(K_WAIT_S).ok for transfer in sent] == [True, True]
+    assert lease.wait(K_WAIT_S)
+    for i, half in enumerate(halves):
+        assert np.array_equal(whole.reshape(tokens, 2, size)[:, i].reshape(-1), half[: tokens * size])
+    lease.revoke()
+
+    lease = lease_on(east, back, room=22)
+    source = whole.ctypes.data + size + apart
+    outcome = send_kv(west, lease.grant, source, back.ctypes.data + close, lengths, kind=kind).wait(K_WAIT_S)
+    assert outcome.ok
+    assert np.array_equal(back, halves[1][: tokens * size])
+    lease.revoke()
+
+
 def test_a_lease_is_complete_when_every_source_has_sent_all_its_kinds(pair):
     pumps, east, west = pair
     src, dst = pumps.memory(east, 6000), pumps.memory(west, 6000, fill=0)

@@ -166,6 +166,23 @@ class Prfaas(Engine):
                 self.ends["receiver"].call("revoke", room=room)
         return moved
 
+    def move_slices(
+        self, here: list[int], there: list[int], slice_bytes: int, total_bytes: int
+    ) -> tuple[float, float]:
+        """Pieces of one size from offsets of the sender's pool to offsets of the receiver's, again and again:
+        processor seconds of both pumps, and seconds.
+        """
+        room = next(self._rooms)
+        grant = self.ends["receiver"].call("grant", room=room)
+        before = sum(self._pump_cpu_s().values())
+        moved = self.ends["sender"].call(
+            "move", grant=grant, peer_base=self.peer_base, offsets=here, peer_offsets=there,
+            segment_bytes=slice_bytes, batch_segments=len(here), total_bytes=total_bytes, limit_s=K_LANDING_S,
+        )  # fmt: skip
+        used_s = sum(self._pump_cpu_s().values()) - before
+        self.ends["receiver"].call("revoke", room=room)
+        return used_s, moved["ended_s"] - moved["began_s"]
+
     def deliver(self, size_bytes: int) -> dict[str, float]:
         """Seconds from the hand-over of one transfer to its success at the receiver and, by word, at the
         sender.

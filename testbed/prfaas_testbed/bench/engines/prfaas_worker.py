@@ -75,10 +75,12 @@ class End:
         batch_segments: int,
         total_bytes: int,
         limit_s: float,
+        peer_offsets: list[int] | None = None,
     ) -> dict[str, Any]:
         """Batches, K_DEPTH of them under way at a time, until the bytes are sent or no new one may begin."""
         places = np.array(offsets, dtype=np.uint64)
-        batches = [places[at : at + batch_segments] for at in range(0, len(places), batch_segments)]
+        peer_places = places if peer_offsets is None else np.array(peer_offsets, dtype=np.uint64)
+        cuts = [slice(at, at + batch_segments) for at in range(0, len(places), batch_segments)]
         to = LeaseGrant.from_text(grant)
         ended: queue.SimpleQueue[tuple[float, Outcome | None]] = queue.SimpleQueue()
         calls_s: list[float] = []
@@ -87,12 +89,13 @@ class End:
         ended_s = began_s
         while True:
             while under_way < K_DEPTH and sent < total_bytes and time.perf_counter() - began_s < limit_s:
-                batch = batches[number % len(batches)]
+                cut = cuts[number % len(cuts)]
+                batch = places[cut]
                 called_s = time.perf_counter()
                 transfer = self.client.submit(
                     to,
                     batch + np.uint64(self.pool.base),
-                    batch + np.uint64(peer_base),
+                    peer_places[cut] + np.uint64(peer_base),
                     np.full(len(batch), segment_bytes, dtype=np.uint64),
                     kind=TransferKind.KV,
                     deadline_s=K_DEADLINE_S,
