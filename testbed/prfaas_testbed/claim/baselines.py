@@ -60,6 +60,20 @@ def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any
     return data
 
 
+def further(before: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """Both as one record; the later rounds are further repetitions."""
+    played = Counter((one["part"], one["fault"]) for one in before["costs"])
+    found = {
+        name: before[name]
+        + [
+            {**one, "repetition": one["repetition"] + played[one["part"], one["fault"]]}
+            for one in fresh[name]
+        ]
+        for name in ("rows", "costs")
+    }
+    return {**found, "runs": before["runs"] + fresh["runs"]}
+
+
 def _cpu_s(repetition: Repetition, one: Gathered) -> dict[str, float]:
     """CPU seconds of a round by role, of all its processes together; and resident bytes at its end."""
     found: dict[str, float] = {}
@@ -195,5 +209,6 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
 
 
 PIECE = Piece(
-    "baselines", "Beside SGLang's mooncake_tcp, on real servers", measure, goals, draw, tell, gather
-)
+    "baselines", "Beside SGLang's mooncake_tcp, on real servers", measure, goals, draw, tell, gather,
+    further=further,
+)  # fmt: skip

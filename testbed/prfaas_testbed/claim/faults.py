@@ -61,6 +61,20 @@ def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any
     return data
 
 
+def further(before: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """Both as one record; the later rounds come after those before."""
+    first = len(before["rounds"])
+    rows = [
+        {**row, "round": row["round"] + first, "repetition": row["repetition"] + first}
+        for row in fresh["rows"]
+    ]
+    return {
+        "rows": before["rows"] + rows,
+        "rounds": before["rounds"] + fresh["rounds"],
+        "runs": before["runs"] + fresh["runs"],
+    }
+
+
 def _request(row: RequestRow, place: int, name: str) -> dict[str, Any]:
     return {
         "round": place, "fault": name, "model": row.model, "repetition": place, "sent_s": row.sent_s,
@@ -111,8 +125,8 @@ class Judged:
     killed."""
     recovery_s: float
     """From the trouble's end until the last request was over that had an error, or a first token later than
-    twice the slowest of the calm; or until a probe was answered rightly, where one hadn't been. The longest
-    of the rounds; infinite where no probe was."""
+    twice the slowest of its own run's calm; or until a probe was answered rightly, where one hadn't been. The
+    longest of the rounds; infinite where no probe was."""
     free_s: float
     """From the load's end until no page, lease, request or transfer was held; infinite where some still
     was."""
@@ -133,9 +147,9 @@ def fate(row: dict[str, Any]) -> str:
 
 
 def _groups(data: dict[str, Any]) -> Iterable[tuple[str, str, list[int]]]:
-    """(fault, model, places of its rounds), in order of appearance."""
+    """(fault, model, places of its rounds), a model after the other, in order of appearance."""
     keys = dict.fromkeys((one["fault"], one["model"]) for one in data["rounds"])
-    for fault, model in keys:
+    for fault, model in sorted(keys, key=lambda key: key[1]):
         places = [
             place for place, one in enumerate(data["rounds"])
             if (one["fault"], one["model"]) == (fault, model)
@@ -143,19 +157,19 @@ def _groups(data: dict[str, Any]) -> Iterable[tuple[str, str, list[int]]]:
         yield fault, model, places
 
 
-def _limits_s(data: dict[str, Any]) -> dict[str, float]:
-    """By model, the first token that counts as disturbed."""
-    return {
-        model: K_DISTURBED
-        * max(
-            (
-                row["ttft_s"] for row in data["rows"]
-                if row["model"] == model and row["fault"] == K_CALM and row["ttft_s"] and not row["error"]
-            ),
-            default=float("inf"),
-        )
-        for model in {row["model"] for row in data["rows"]}
-    }  # fmt: skip
+def _limits_s(data: dict[str, Any]) -> list[float]:
+    """By round, the first token that counts as disturbed: by the calm that its own run began with."""
+    slowest_s: dict[int, float] = {}
+    for row in data["rows"]:
+        if row["fault"] == K_CALM and row["ttft_s"] and not row["error"]:
+            slowest_s[row["round"]] = max(slowest_s.get(row["round"], 0.0), row["ttft_s"])
+    last_s: dict[str, float] = {}
+    found = []
+    for place, one in enumerate(data["rounds"]):
+        if one["fault"] == K_CALM:
+            last_s[one["part"]] = slowest_s.get(place, float("inf"))
+        found.append(K_DISTURBED * last_s.get(one["part"], float("inf")))
+    return found
 
 
 def _recovery_s(one: dict[str, Any], rows: Sequence[dict[str, Any]], limit_s: float) -> float:
@@ -184,8 +198,7 @@ def judged(data: dict[str, Any]) -> list[Judged]:
         fates = [fate(row) for place in places for row in by_round.get(place, [])]
         unknown = sum(one["planned"] for one in rounds) - len(fates)
         recoveries_s = [
-            _recovery_s(data["rounds"][place], by_round.get(place, []), limits_s.get(model, float("inf")))
-            for place in places
+            _recovery_s(data["rounds"][place], by_round.get(place, []), limits_s[place]) for place in places
         ]
         frees_s = [float("inf") if one["free_s"] is None else one["free_s"] for one in rounds]
         found.append(
@@ -275,15 +288,15 @@ def _not_run(data: dict[str, Any]) -> list[str]:
 
 K_TOLD = """
 Real SGLang servers on CPU, prefill in east alone, decode, the router and the plain server in west, 40 ms and
-200 Mbit/s with 0.1% loss between them. Each row's rounds played the same 36 requests (Poisson, 2.5 a
-second; the 30 s of a dead link over 42 s), the trouble 4 s after the first. *Refused*: an error in the
-server's or the router's own words; where the router was killed, a reset as well. *Lost*: neither an answer
-nor an error within 60 s, or a connection that just ended. *Recovery*: the longest of the rounds, from the
-trouble's end until the last request that had an error, or a first token later than twice the slowest of the
-calm, was over, or until a probe was answered rightly; a program that was killed is back when its next process
-says so, which for a server takes most of a minute more. *Nothing held*: after the load's last answer and the
-trouble's end, until servers had no page and no request and pumps no lease and no transfer, caches dropped.
-A pump that was killed was started again by the servers that missed it; prefill, decode and router by the
+200 Mbit/s with 0.1% loss between them. Each row's rounds played the same 36 requests (Poisson, 2.5 a second;
+the 30 s of a dead link over 42 s), the trouble 4 s after the first. *Refused*: an error in the server's or
+the router's own words; where the router was killed, a reset as well. *Lost*: neither an answer nor an error
+within 60 s, or a connection that just ended. *Recovery*: the longest of the rounds, from the trouble's end
+until the last request that had an error, or a first token later than twice the slowest of its own run's calm,
+was over, or until a probe was answered rightly; a program that was killed is back when its next process says
+so, which for a server takes most of a minute more. *Nothing held*: after the load's last answer and the
+trouble's end, until servers had no page and no request and pumps no lease and no transfer, caches dropped. A
+pump that was killed was started again by the servers that missed it; prefill, decode and router by the
 testbed, a second after, as a supervisor would. SGLang's bootstrap is part of the prefill server's process, so
 that the two were restarted together. The disk was a small one of the servers' own, filled to the last byte
 for 4 s; the clock that of all programs of the prefill site (a preloaded library: the kernel's timers weren't
@@ -313,4 +326,4 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
     return [path.name for path in paths if path.suffix == ".png"]
 
 
-PIECE = Piece("faults", "Trouble on real servers", measure, goals, draw, tell, gather)
+PIECE = Piece("faults", "Trouble on real servers", measure, goals, draw, tell, gather, further=further)

@@ -14,6 +14,8 @@ from prfaas.config.workload import Synthetic
 from prfaas.model.errors import UsageError
 from prfaas_testbed.experiment.view import View
 
+K_BELIEVED_SINCE = "2026-11-24T18:15:53"
+"""UTC. In runs before, the router refused what profiled instances said of their load (8d4397dd9b70)."""
 K_BRIEF = ("commit", "started", "machine", "wall_s")
 
 
@@ -78,3 +80,15 @@ def _told(definition: Mapping[str, Any]) -> dict[str, Any]:
 def last_of_each(found: Iterable[Gathered]) -> dict[str, Gathered]:
     """What was added later stands in place of what there was of a part."""
     return {one.part: one for one in found}
+
+
+def unbelieved(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A paragraph on the parts in which the router refused the instances' loads; empty where it didn't."""
+    older = [run["part"] for run in runs if run["started"] < K_BELIEVED_SINCE]
+    if not older:
+        return ""
+    others = "" if len(older) == len(runs) else " In the other parts it believes them."
+    return (
+        "Of code in which the router refused what profiled instances report of their load, and went by what "
+        f"it had sent them itself: {', '.join(older)}.{others}\n\n"
+    )

@@ -44,6 +44,8 @@ class Piece:
     """Of a piece that runs on the testbed: from the folders of its runs to the record's own fields."""
     world: str = "simulator"
     """Where `measure` runs."""
+    further: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    """Of a piece whose runs are repetitions: (a record, runs gathered since) to the two as one."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,20 @@ def kept(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def further(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The record with all that one before has: its runs are repetitions. Raises UsageError where a piece
+    takes one run of a part, or a run is there already.
+    """
+    join = piece(record["piece"]).further
+    if join is None:
+        raise UsageError(f"{record['piece']}: takes the last run of each part; --keep keeps the others")
+    known = {(run["part"], run["started"]) for run in before["runs"]}
+    twice = sorted({run["part"] for run in record["runs"] if (run["part"], run["started"]) in known})
+    if twice:
+        raise UsageError(f"{record['piece']}: this run of {', '.join(twice)} is in the record already")
+    return {**record, **join(before, record)}
+
+
 def gather(name: str, folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
     """A piece's record of its runs on the testbed. Raises UsageError for other runs, and other pieces."""
     found = piece(name).gather

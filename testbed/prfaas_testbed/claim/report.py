@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def write_report(folder: Path) -> tuple[Path, list[Goal]]:
     head = (
         "# The claim, put to the test\n\n"
         "Written from the records beside it by `prfaas-testbed claim report`; every value of every "
-        "repetition is in them, a row each. A figure is made again by the command under its section.\n\n"
+        "repetition is in them, a row each. A figure is made again by the command under its section; a "
+        "commit with a + had changes that were not committed yet.\n\n"
         f"{reached} of {len(judged)} goals are reached:\n\n"
         + "".join(
             f"- {'reached' if goal.reached else '**missed**'}: {goal.text}: {goal.found}\n"
@@ -80,18 +82,26 @@ def _made(record: dict[str, Any]) -> str:
     if record.get("world") != "testbed":
         return (
             f"Made again by `prfaas-testbed claim run {name}`: {record['repetitions']} repetitions, "
-            f"{record['took_s']:.0f} s on {cores} cores, commit `{record['commit'][:12]}`, "
+            f"{record['took_s']:.0f} s on {cores} cores, commit {_commits([record['commit']])}, "
             f"{record['started']}. The experiments are `topologies/experiments/claim-{name}*.yaml`; "
             "`prfaas simulate` plays each alone.\n"
         )
     runs = record["runs"]
-    commits = ", ".join(f"`{one}`" for one in sorted({run["commit"][:12] for run in runs}))
+    loads = sorted(f"{run['machine']['load_1min_before']:4.1f}" for run in runs if "machine" in run)
+    ends = dict.fromkeys(one.strip() for one in (*loads[:1], *loads[-1:]))
+    beside = f" at a load of {' to '.join(ends)} before" if ends else ""
     return (
         f"Made again by `nice -n -15 prfaas-testbed run claim-{name}`, then `prfaas-testbed claim add {name} "
-        f"FOLDER`: {len(runs)} parts, {sum(run['wall_s'] for run in runs) / 60:.0f} minutes on {cores} cores "
-        f"beside other load, commits {commits}, {min(run['started'] for run in runs)} to "
-        f"{max(run['started'] for run in runs)}.\n"
+        f"FOLDER`: {len(runs)} parts, {sum(run['wall_s'] for run in runs) / 60:.0f} minutes on {cores} cores"
+        f"{beside}, commits {_commits([run['commit'] for run in runs])}, "
+        f"{min(run['started'] for run in runs)} to {max(run['started'] for run in runs)}.\n"
     )
+
+
+def _commits(found: Iterable[str]) -> str:
+    """Shortened, each once; a + where files had changed since."""
+    short = {one.removesuffix("-dirty")[:12] + "+" * one.endswith("-dirty") for one in found}
+    return ", ".join(f"`{one}`" for one in sorted(short))
 
 
 def _verdicts(goals: list[Goal]) -> str:

@@ -13,7 +13,7 @@ from prfaas.config.experiment import Experiment
 from prfaas.config.run import Run
 from prfaas.figures import new_figure, save, series
 from prfaas_testbed.claim import worlds
-from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each
+from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each, unbelieved
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, column, mean, ratios, table
 from prfaas_testbed.claim.runs import parts
 
@@ -33,9 +33,10 @@ K_COMPARED = {
 K_WHY = {
     "two-sites": "over a link with loss each transfer takes about a round trip more than the simulator's "
     "fluid, which shows where first tokens are quick",
-    "prices": "bursts served by deadline, where the order in a prefill queue decides: not looked into yet. "
-    "In this part, unlike those before, the router believed the instances' own loads",
+    "prices-gamma": "bursts served by deadline, where the order in a prefill queue decides: not looked into "
+    "yet",
 }
+"""By part or system."""
 K_TROUBLES = {"gamma": "with arrivals in bursts", "loss": "with 1% loss"}
 """In the place of a part's load."""
 K_PUBLISHED = (("homogeneous", 1.54), ("naive", 1.32))
@@ -110,7 +111,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
                     f"{sum(abs(gap) <= K_AGREE for gap in gaps.values())} of {len(gaps)}, "
                     f"furthest {worst} {gaps[worst]:+.1%}",
                     all(abs(gap) <= K_AGREE for gap in gaps.values()),
-                    K_WHY.get(worst.rpartition("-")[0], ""),
+                    K_WHY.get(worst) or K_WHY.get(worst.rpartition("-")[0], ""),
                 )
             )
     for below, published in K_PUBLISHED:
@@ -173,7 +174,7 @@ def tell(data: dict[str, Any]) -> str:
     head = ["system, load", "world", "answered, req/s", "TTFT mean, s", "P50", "P90", "egress, Gbit/s",
             "offloaded, %", "within SLO, %"]  # fmt: skip
     text = table(head, lines)
-    return text + K_SCALE + _costs(rows) + K_SHARED
+    return text + K_SCALE + unbelieved(data["runs"]) + _costs(rows) + K_SHARED
 
 
 def _costs(rows: list[dict[str, Any]]) -> str:

@@ -26,8 +26,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add.add_argument("piece", metavar="PIECE")
     add.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that hold a run.json")
     add.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
-    add.add_argument(
+    also = add.add_mutually_exclusive_group()
+    also.add_argument(
         "--keep", action="store_true", help="parts that these runs don't have stay in the record as they are"
+    )
+    also.add_argument(
+        "--further", action="store_true", help="all that is in the record stays: these are repetitions of it"
     )
     add.set_defaults(run=gather)
     report = commands.add_parser("report", help="README.md and figures from the records")
@@ -63,7 +67,7 @@ def _run_and_gather(name: str, out: Path) -> None:
     # A check that fell short is told by the run, and shows in the record.
     asked.run(asked)
     folder = max((out / "runs" / f"claim-{name}").iterdir())
-    gather(argparse.Namespace(piece=name, runs=[folder], out=out, keep=False))
+    gather(argparse.Namespace(piece=name, runs=[folder], out=out, keep=False, further=False))
 
 
 def gather(args: argparse.Namespace) -> int:
@@ -71,8 +75,9 @@ def gather(args: argparse.Namespace) -> int:
 
     pieces.check_folder(args.out)
     record = pieces.gather(args.piece, args.runs, lambda line: _say(f"  {line}\n"))
-    if args.keep:
-        record = pieces.kept(record, pieces.read(args.out / f"{args.piece}.json"))
+    if args.keep or args.further:
+        join = pieces.kept if args.keep else pieces.further
+        record = join(record, pieces.read(args.out / f"{args.piece}.json"))
     _say(f"{args.piece}: {pieces.write(record, args.out)}\n")
     return EXIT_OK
 

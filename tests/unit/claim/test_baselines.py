@@ -12,7 +12,7 @@ from prfaas.model.errors import UsageError
 from prfaas_testbed.claim import baselines, pieces, runs
 
 
-def run_of(ttfts_s: dict[str, float], wrong: str = "") -> Run:
+def run_of(ttfts_s: dict[str, float], wrong: str = "", started: str = "2026") -> Run:
     """A run whose engines have these first tokens; the last answer of `wrong` is another than the plain
     server's."""
     known = dict(runs.parts(baselines.K_EXPERIMENT))
@@ -37,7 +37,7 @@ def run_of(ttfts_s: dict[str, float], wrong: str = "") -> Run:
         {"experiment": baselines.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
          "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "parts": list(ttfts_s),
          "definition": {"parts": definitions},
-         "part_runs": {part: {"commit": "0" * 40, "started": "2026", "wall_s": 60.0} for part in ttfts_s},
+         "part_runs": {part: {"commit": "0" * 40, "started": started, "wall_s": 60.0} for part in ttfts_s},
          "repetitions": [{"index": 0, "requests": rows, "events": events}]}
     )  # fmt: skip
 
@@ -60,10 +60,18 @@ def test_ours_is_judged_beside_the_stock_engine(
 
 def test_a_further_run_is_a_further_repetition(tmp_path: Path) -> None:
     write_run(run_of({"mooncake_tcp": 1.0, "prfaas": 0.5}), tmp_path / "a")
-    write_run(run_of({"prfaas": 0.6}), tmp_path / "b")
+    write_run(run_of({"prfaas": 0.6}, started="2027"), tmp_path / "b")
     data = pieces.gather("baselines", [tmp_path / "a", tmp_path / "b"], lambda line: None)
     assert "| healthy, prfaas | 2 | 8 |" in baselines.tell(data)
     assert "| healthy, mooncake_tcp | 1 | 4 |" in baselines.tell(data)
+    # Also where the first run is no more than a record.
+    first, second = (pieces.gather("baselines", [tmp_path / name], lambda line: None) for name in "ab")
+    joined = pieces.further(second, first)
+    assert {name: joined[name] for name in ("rows", "costs", "runs")} == {
+        name: data[name] for name in ("rows", "costs", "runs")
+    }
+    with pytest.raises(UsageError, match="run of prfaas is in the record already"):
+        pieces.further(second, joined)
 
 
 def test_both_engines_get_the_same_requests_on_the_same_link() -> None:

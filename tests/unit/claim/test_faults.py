@@ -47,13 +47,13 @@ def round_of(
     }
 
 
-def gathered(folder: Path, *rounds: dict[str, Any]) -> dict[str, Any]:
+def gathered(folder: Path, *rounds: dict[str, Any], started: str = "2026") -> dict[str, Any]:
     experiment = dict(runs.parts(faults.K_EXPERIMENT))[K_PART]
     run = Run.model_validate(
         {"experiment": faults.K_EXPERIMENT, "commit": "0" * 40, "started": "2026-01-01T00:00:00Z",
          "versions": {}, "machine": {"cores": 2}, "emulation": "appliance", "parts": [K_PART],
          "definition": {"parts": {K_PART: experiment.model_dump(mode="json", exclude_defaults=True)}},
-         "part_runs": {K_PART: {"commit": "0" * 40, "started": "2026", "wall_s": 60.0}},
+         "part_runs": {K_PART: {"commit": "0" * 40, "started": started, "wall_s": 60.0}},
          "repetitions": list(rounds)}
     )  # fmt: skip
     write_run(run, folder)
@@ -135,6 +135,30 @@ def test_a_run_is_told_by_the_definition_that_it_carries(tmp_path: Path) -> None
     path.write_text(path.read_text().replace('"definition"', '"definition_lost"', 1))
     with pytest.raises(UsageError, match="by which definition"):
         pieces.gather("faults", [tmp_path], lambda line: None)
+
+
+def test_a_later_run_is_a_further_repetition_of_what_the_record_has(tmp_path: Path) -> None:
+    asked: list[Asked] = [(3.0, 0.3, True, None), (3.1, 0.1, None, "StreamError: HTTP 503: no path")]
+    rounds = (CALM, round_of(1, "link down 2 s", asked, DOWN))
+    first = gathered(tmp_path / "first", *rounds)
+    joined = pieces.further(gathered(tmp_path / "second", *rounds, started="2027"), first)
+    _, down = faults.judged(joined)
+    assert (down.rounds, down.requests, down.equal, down.refused) == (2, 4, 2, 2)
+    # Its requests are those of its own rounds.
+    assert [row["round"] for row in joined["rows"]] == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(UsageError, match="in the record already"):
+        pieces.further(first, joined)
+    with pytest.raises(UsageError, match="takes the last run of each part"):
+        pieces.further({**first, "piece": "testbed"}, joined)
+
+
+def test_a_first_token_is_late_by_the_calm_of_its_own_run(tmp_path: Path) -> None:
+    slow = round_of(0, "calm", [(1.0, 5.0, True, None)], [])
+    down = round_of(1, "link down 2 s", [(5.0, 2.0, True, None)], DOWN)
+    first = gathered(tmp_path / "first", CALM, down)
+    joined = pieces.further(gathered(tmp_path / "second", slow, down, started="2027"), first)
+    assert faults._limits_s(joined) == [0.6, 0.6, 10.0, 10.0]
+    assert faults.judged(joined)[1].recovery_s == pytest.approx(1.0)
 
 
 def test_the_matrix_has_every_kind_of_trouble_on_both_models() -> None:

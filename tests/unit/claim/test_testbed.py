@@ -12,6 +12,7 @@ from prfaas.config.experiment import Experiment
 from prfaas.config.run import Run, write_run
 from prfaas.model.errors import UsageError
 from prfaas_testbed.claim import pieces, runs, testbed, worlds
+from prfaas_testbed.claim.gathering import unbelieved
 from prfaas_testbed.claim.report import write_report
 
 K_PARTS = ("homogeneous-1.2", "paper-1.2")
@@ -68,6 +69,13 @@ def test_equal_answers_agree_and_later_ones_do_not(tmp_path: Path) -> None:
     row = next(row for row in late["rows"] if row["part"] == "paper-1.2" and row["world"] == "testbed")
     assert row["cores"]["router"] == pytest.approx(0.2)
     assert (row["failed"], row["time_scale"]) == (0, 2.0)
+
+
+def test_parts_of_older_code_are_told() -> None:
+    old, new = {"part": "a", "started": "2026-11-24T18:15:52+00:00"}, {"part": "b", "started": "2026-11-25"}
+    assert unbelieved([new]) == ""
+    assert "it had sent them itself: a. In the other parts" in unbelieved([old, new])
+    assert unbelieved([old]).endswith("itself: a.\n\n")
 
 
 def test_its_section_is_made_of_the_record_alone(tmp_path: Path) -> None:
