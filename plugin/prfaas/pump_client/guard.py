@@ -33,6 +33,9 @@ class GuardTable:
         self._free = list(range(K_GUARD_SLOTS - 1, 0, -1))
         self._word = 1
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self._ending: set[tuple[int, int]] = set()
+        """Withdrawn, while the copy that was running then may still run."""
         self._file_lock = threading.Lock()
         K_WORD.pack_into(self._map, 0, 1)
 
@@ -47,19 +50,27 @@ class GuardTable:
             return slot, self._word
 
     def withdraw(self, slot: int, word: int) -> None:
-        """After this returns the pump neither reads nor writes under the guard. Once withdrawn, nothing
-        happens.
+        """After this returns the pump neither reads nor writes under the guard, whichever thread was the
+        first to withdraw it. Once withdrawn, nothing happens.
         """
-        with self._lock:
+        mark = (slot, word)
+        with self._ended:
             if K_WORD.unpack_from(self._map, slot * K_WORD.size)[0] != word:
+                self._ended.wait_for(lambda: mark not in self._ending)
                 return
             K_WORD.pack_into(self._map, slot * K_WORD.size, 0)
+            self._ending.add(mark)
         # Record locks belong to the process: two threads here would both hold one, so they take turns.
-        with self._file_lock:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX, K_WORD.size, slot * K_WORD.size)
-            fcntl.lockf(self.fd, fcntl.LOCK_UN, K_WORD.size, slot * K_WORD.size)
-        with self._lock:
-            self._free.append(slot)
+        try:
+            with self._file_lock:
+                fcntl.lockf(self.fd, fcntl.LOCK_EX, K_WORD.size, slot * K_WORD.size)
+                fcntl.lockf(self.fd, fcntl.LOCK_UN, K_WORD.size, slot * K_WORD.size)
+            with self._lock:
+                self._free.append(slot)
+        finally:
+            with self._ended:
+                self._ending.discard(mark)
+                self._ended.notify_all()
 
     def close(self) -> None:
         self._map.close()
