@@ -320,8 +320,9 @@ class Sending:
             t.opened_on.clear()
             for block in [*t.in_flight, *t.doubled]:
                 self._again(t, block)
-            for block in sorted(t.acked):
-                heapq.heappush(t.again, block)
+            # One that was to go again when a copy of it landed after all may be in the heap still.
+            t.again = sorted({*t.again, *t.acked})
+            for block in t.acked:
                 self._unsend(t, t.plan.block_bytes(block))
             t.acked.clear()
             t.acked_bytes = 0

@@ -92,3 +92,29 @@ def test_one_late_block_gets_its_copy_over_another_stream() -> None:
     again = sending.draw(1, 0.2)
     assert again is not None
     assert again.block_id == first.block_id
+
+
+def test_a_block_whose_other_copy_landed_while_it_was_to_go_again_goes_once_after_a_restart() -> None:
+    sending = Sending(1 << 40)
+    sending.hedge_after_s = 0.1
+    submit(sending, 1, 4, now=0.0)
+    for stream in (1, 1, 1):
+        assert sending.draw(stream, 0.0) is not None
+    sending.on_stream_lost(1)  # 0, 1 and 2 are to go again
+    drawn = [sending.draw(2, 0.0).block_id for _ in range(4)]
+    assert drawn == [0, 1, 2, 3]
+    assert sending.draw(3, 1.0).block_id == 0  # two copies of 0
+    assert sending.draw(3, 1.0).block_id == 1  # two of 1
+    sending.on_nack(1, 0)
+    sending.on_nack(1, 1)  # corrupt; the other copies are fine
+    sending.on_ack(1, 1)  # while it is to go again, behind 0
+    sending.on_peer_restarted()
+    drawn = []
+    while (draw := sending.draw(9, 2.0)) is not None:
+        drawn.append(draw.block_id)
+    assert sorted(drawn) == [0, 1, 2, 3]
+    assert sending.in_flight_bytes == 4 * BLOCK
+    for block in range(4):
+        done = sending.on_ack(1, block)
+    assert done is not None
+    assert len(sending) == 0
