@@ -75,9 +75,29 @@ def first_broken(promises: Iterable[Promise], rate_bps: float, now: float) -> Pr
     return None
 
 
-def due_before(promises: Iterable[Promise], one: Promise) -> list[Promise]:
-    """`one` and those that EDF serves before it."""
-    return [other for other in promises if _order(other) <= _order(one)]
+def to_give_up(promises: Iterable[Promise], rate_bps: float, now: float) -> list[Promise]:
+    """Some that have to be given up, so that others are kept; none when all are (Moore and Hodgson: of those
+    due by a deadline that fails, the largest). Ask again without them, until none is left to give up.
+
+    Where all bytes are there already, one answer is all, and as few as possible. Where some come later, what
+    is given up may save those behind it less than its own time, so that more have to follow.
+    """
+    todo = sorted(promises, key=_order)
+    done = finish_times(todo, rate_bps, now)
+    if rate_bps <= 0:
+        return [one for one in todo if done[one.transfer] > one.deadline_s + K_EPSILON_S]
+    due: list[tuple[float, int, Promise]] = []
+    given_up: list[Promise] = []
+    saved_s = 0.0
+    for one in todo:
+        heapq.heappush(due, (-one.remaining_bytes, -one.serial, one))
+        while due and done[one.transfer] - saved_s > one.deadline_s + K_EPSILON_S:
+            victim = heapq.heappop(due)[2]
+            given_up.append(victim)
+            saved_s += victim.remaining_bytes * 8 / rate_bps
+            if victim is one:
+                break
+    return given_up
 
 
 _order = attrgetter("deadline_s", "serial")

@@ -17,10 +17,10 @@ others, so that what is admitted later can't push it out again, and the shell is
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prfaas.admission.edf import K_EPSILON_S, Promise, due_before, finish_times, first_broken
+from prfaas.admission.edf import K_EPSILON_S, Promise, finish_times, to_give_up
 from prfaas.model.decisions import AdmissionDecision, RefusalReason, Verdict
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.ids import LinkId
@@ -174,7 +174,7 @@ class Ledger:
         self._held[transfer] = new
         self._kept_until_s = -float("inf")
         self._broken += 1
-        return [self._promise_anew(new, now)]
+        return [*self._promise_anew([new], now)]
 
     def on_progress(self, transfer: Hashable, remaining_bytes: int, *, now: float) -> list[LedgerEvent]:
         """So many bytes of it are still to be acknowledged.
@@ -302,28 +302,33 @@ class Ledger:
     def _break(self, now: float) -> list[LedgerEvent]:
         if now <= self._kept_until_s:
             return []
-        events: list[LedgerEvent] = []
         held = self._held.values()
-        if self._rate_bps > 0:
-            for one in sorted(
-                (one for one in held if one.deadline_s == float("inf")), key=lambda one: one.serial
-            ):
-                events.append(self._promise_anew(one, now))  # an outage is over
-        while (broken := first_broken(held, self._rate_bps, now)) is not None:
-            victim = max(due_before(held, broken), key=lambda one: (one.remaining_bytes, one.serial))
-            if not victim.late:
-                victim.late = True
-                self._broken += 1
-            events.append(self._promise_anew(victim, now))
+        anew = [one for one in held if one.deadline_s == float("inf")] if self._rate_bps > 0 else []
+        events: list[LedgerEvent] = [*self._promise_anew(anew + self._give_up(now), now)]
         if self._rate_bps > 0:
             self._all_kept(finish_times(held, self._rate_bps, now), held, now)
         return events
 
-    def _promise_anew(self, one: Promise, now: float) -> PromiseBroken:
-        one.deadline_s = float("inf")
-        finish_s = finish_times(self._held.values(), self._rate_bps, now)[one.transfer]
-        one.deadline_s = now + (finish_s - now) * K_ANEW
-        return PromiseBroken(self.link, one.transfer, now, one.deadline_s)
+    def _give_up(self, now: float) -> list[Promise]:
+        """As few as possible, so that the others are kept. They have no deadline any more."""
+        given_up: list[Promise] = []
+        while more := to_give_up(self._held.values(), self._rate_bps, now):
+            for one in more:
+                one.deadline_s = float("inf")
+                if not one.late:
+                    one.late = True
+                    self._broken += 1
+            given_up += more
+        return given_up
+
+    def _promise_anew(self, ones: Sequence[Promise], now: float) -> list[PromiseBroken]:
+        """Behind all others, in order of arrival; they have no deadline."""
+        if not ones:
+            return []
+        done = finish_times(self._held.values(), self._rate_bps, now)
+        for one in ones:
+            one.deadline_s = now + (done[one.transfer] - now) * K_ANEW
+        return [PromiseBroken(self.link, one.transfer, now, one.deadline_s) for one in ones]
 
     def _serve_queue(self, now: float) -> list[LedgerEvent]:
         events: list[LedgerEvent] = []

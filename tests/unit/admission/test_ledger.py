@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prfaas.admission import Admitted, Expired, Ledger, Promise, PromiseBroken, finish_times
+from prfaas.admission import Admitted, Expired, Ledger, Promise, PromiseBroken, edf, finish_times
+from prfaas.admission import ledger as ledger_module
 from prfaas.admission.edf import K_PIECES, first_broken
 from prfaas.model.decisions import RefusalReason, Verdict
 from prfaas.model.errors import LocalProtocolError
@@ -106,6 +109,30 @@ def test_a_fall_of_capacity_breaks_as_few_promises_as_possible() -> None:
     assert events[0].transfer == "large"
     assert events[0].finish_by_s > 16
     assert link.statistics().late == 1
+
+
+@pytest.mark.parametrize("spread_s", [0.0, 5.0])
+@pytest.mark.parametrize("after", [0.0, 0.6])
+def test_a_fall_looks_at_all_promises_a_few_times_not_once_for_each_that_breaks(
+    spread_s: float, after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, total = random.Random(1), 0
+    link = Ledger(LINK, 1e12)
+    for k in range(300):
+        ready = rng.uniform(0, spread_s)
+        total += (size := rng.randint(200_000, 2_000_000))
+        link.offer(k, size, ready + rng.uniform(5, 30), now=0.0, first_s=ready / 2, ready_s=ready)
+    link.set_capacity(total * 8 / 30, now=0.0)
+    looks: list[int] = []
+    plain = edf.finish_times
+    for module in (edf, ledger_module):
+        monkeypatch.setattr(module, "finish_times", lambda *a: looks.append(1) or plain(*a))
+    broken = link.set_capacity(total * 8 / 30 * after, now=0.0)
+    assert len(broken) > 30
+    assert len(looks) < 15
+    looks.clear()
+    link.set_capacity(total * 8 / 30, now=1.0)
+    assert len(looks) < 15, "an outage is over"
 
 
 def test_down_link_refuses_keeps_what_it_holds_and_serves_it_again() -> None:
