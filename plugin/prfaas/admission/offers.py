@@ -38,6 +38,9 @@ class Standing(IntEnum):
     LATE = 3
 
 
+K_TOLD = ("verdict", "reason", "retry_after_s", "finish_in_s")
+"""Fields of news. A host of a later version may send more."""
+_REFUSED = "refused"
 _STANDING = {"queued": Standing.QUEUED, "admitted": Standing.ADMITTED, "late": Standing.LATE}
 
 
@@ -135,12 +138,14 @@ class OfferBook:
         return {"after": after, "upto": upto, "rows": rows}
 
     def hear(self, body: Mapping[str, Any], now: float) -> tuple[list[tuple[str, Body]], list[Body]]:
-        """An answer or news of the host: what to tell the servers, by key, and what to ask again."""
+        """An answer or news of the host: what to tell the servers, by key, and what to ask again. Raises
+        KeyError, TypeError or ValueError for what is neither.
+        """
         if body.get("op") == "news":
             offer = self._by_key.get(str(body.get("key", "")))
             if offer is None or body.get("n", offer.number) != offer.number:
                 return [], []
-            said = {name: value for name, value in body.items() if name not in ("op", "key", "n")}
+            said = {name: body[name] for name in K_TOLD if name in body}
             return self._told(offer, said), []
         news: list[tuple[str, Body]] = []
         for number, verdict, finish_in_s in body.get("news", ()):
@@ -157,6 +162,8 @@ class OfferBook:
 
     def _told(self, offer: _Offer, said: Body) -> list[tuple[str, Body]]:
         standing = _STANDING.get(said["verdict"])
+        if standing is None and said["verdict"] != _REFUSED:
+            raise ValueError(f"a verdict of {said['verdict']!r}")
         if offer.standing >= Standing.ADMITTED and (standing is None or standing < Standing.ADMITTED):
             return []  # older than what is known: a promise is never taken back, only late
         if standing is None:

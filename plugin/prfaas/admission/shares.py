@@ -6,8 +6,9 @@ ShareHolder at each pump that sends over the link, the host's own included
 
 A floor is set aside for each of `max_pumps`, so that a pump that can't reach the book may still send: an
 unknown or expired pump counts with its floor. Above that, demand is shared max-min. A share once granted
-can't be taken back from a pump that may be out of reach: it counts until it expires or is renewed, and what
-others get has to fit beside it.
+can't be taken back from a pump that may be out of reach: it counts until it expires, and what others get has
+to fit beside it. A pump never goes back to an older grant, so those before the one that it says it holds
+count no more: then what one gives up is another's after a report, not after a share's whole life.
 """
 
 from __future__ import annotations
@@ -56,23 +57,26 @@ class Share:
 @dataclass(slots=True)
 class _Pump:
     demand_bps: float
-    grants: list[tuple[float, float]]
-    """(rate_bps, expires_s), all that still live: an answer may be lost; then the one before is in use."""
+    grants: list[tuple[float, float, int]]
+    """(rate_bps, expires_s, serial), all that may be in use: an answer may be lost; then the one before is.
+    """
 
     @property
     def committed_bps(self) -> float:
-        return max((rate_bps for rate_bps, _ in self.grants), default=0.0)
+        return max((rate_bps for rate_bps, _, _ in self.grants), default=0.0)
 
 
 class ShareBook:
-    """Grants shares of one link."""
+    """Grants shares of one link. `before_serial`: its serials are larger, and are to be larger than those of
+    any book of this link before it: who holds an older one's share takes no smaller serial.
+    """
 
-    def __init__(self, link: LinkId, config: LinkAdmission) -> None:
+    def __init__(self, link: LinkId, config: LinkAdmission, before_serial: int = 0) -> None:
         self.link = link
         self.config = config
         self._capacity_bps = config.nominal_bps
         self._grants: dict[PumpId, _Pump] = {}
-        self._serial = 0
+        self._serial = before_serial
 
     @property
     def floor_bps(self) -> float:
@@ -86,8 +90,9 @@ class ShareBook:
         """
         self._capacity_bps = max(0.0, usable_bps)
 
-    def renew(self, pump: PumpId, demand_bps: float, *, now: float) -> Share:
-        """`pump` would like to send at demand_bps.
+    def renew(self, pump: PumpId, demand_bps: float, *, now: float, holds: int = 0) -> Share:
+        """`pump` would like to send at demand_bps. `holds`: the serial of the share that it has, as far as it
+        says so.
 
         Raises LocalProtocolError when max_pumps others hold shares.
         """
@@ -99,10 +104,12 @@ class ShareBook:
         demand_bps = max(0.0, demand_bps)
         grant = self._grants.setdefault(pump, _Pump(0.0, []))
         grant.demand_bps = demand_bps
+        if holds <= self._serial:  # else it is another book's
+            grant.grants = [one for one in grant.grants if one[2] >= holds]
         rate_bps = max(self.floor_bps, min(self._fair(pump), self._room_for(pump)))
         rate_bps = max(0.0, min(rate_bps, self._room_for(pump)))
-        grant.grants.append((rate_bps, now + self.config.share_ttl_s))
         self._serial += 1
+        grant.grants.append((rate_bps, now + self.config.share_ttl_s, self._serial))
         ttl_s = self.config.share_ttl_s
         return Share(
             link=self.link,
@@ -133,7 +140,7 @@ class ShareBook:
 
     def _expire(self, now: float) -> None:
         for pump, grant in list(self._grants.items()):
-            grant.grants = [(rate_bps, expires_s) for rate_bps, expires_s in grant.grants if expires_s > now]
+            grant.grants = [one for one in grant.grants if one[1] > now]
             if not grant.grants:
                 del self._grants[pump]
 
@@ -179,6 +186,11 @@ class ShareHolder:
             return
         self._share = share
         self._expires_s = asked_s + share.ttl_s
+
+    @property
+    def serial(self) -> int:
+        """Of the share that it has; 0 before any."""
+        return self._share.serial if self._share is not None else 0
 
     @property
     def has_share(self) -> bool:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from prfaas.admission import Ledger, OfferBook, Share, ShareHolder, Standing, overstep
+from prfaas.admission import Ledger, OfferBook, ShareHolder, Standing, overstep
 from prfaas.config.pump import LinkConfig
 from prfaas.model.decisions import Verdict
 from prfaas.model.ids import LinkId
 from prfaas.model.observations import LinkEstimate, LinkObservation
+from prfaas.pump.answers import estimate_of, share_of
 from prfaas.pump.ledger_host import LedgerHost, News, decision_body
 from prfaas.pump.stream import Stream
 from prfaas.transfer.frames import FrameType, LedgerMessage, control_frame, message_frame
@@ -45,9 +47,8 @@ class LinkDesk:
         self.pump, self.config = pump, config
         self.link = LinkId(pump.config.site, config.peer_site)
         self.name = f"{pump.address}/{pump.boot.hex()[:8]}"
-        self.host = (
-            None if config.host and config.host != pump.address else LedgerHost(self.link, config, now)
-        )
+        elsewhere = config.host and config.host != pump.address
+        self.host = None if elsewhere else LedgerHost(self.link, config, now, time.time_ns() // 1_000_000)
         self._fallback = Ledger(self.link, 0.0, queue_limit=config.admission.queue_limit)
         self._holder = ShareHolder(self.link, self.name)
         self._told: LinkEstimate | None = None
@@ -230,25 +231,29 @@ class LinkDesk:
         self.pump.loop.call_again(stream, 2)
         return True
 
+    def asks(self, peer: Peer) -> bool:
+        """Whether the peer is the pump of our own site that keeps this link's ledger."""
+        return self.host is None and (peer.address, peer.site) == (self.config.host, self.pump.config.site)
+
     def on_answer(self, message: LedgerMessage, now: float) -> None:
         asked_s = self._asked.pop(message.serial, None)
         body = message.body
         if "error" in body:
             log.warning("link %s: %s", self.link, body["error"])
             return
+        try:
+            share: Any = body.get("share")
+            if share and asked_s is not None:
+                self._holder.on_share(share_of(self.link, share), asked_s=asked_s)
+            estimate: Any = body.get("estimate")
+            if estimate:
+                self._told = estimate_of(self.link, estimate, now)
+            news, again = self._book.hear(body, now)
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("link %s: not an answer: %r", self.link, error)
+            return
         self._answered_s = now
         self._offer_early(now)
-        share: Any = body.get("share")
-        if share and asked_s is not None:
-            self._holder.on_share(Share(link=self.link, **share), asked_s=asked_s)
-        estimate: Any = body.get("estimate")
-        if estimate:
-            self._told = LinkEstimate(link=self.link, at_s=now, **estimate)
-        try:
-            news, again = self._book.hear(body, now)
-        except (TypeError, ValueError) as error:
-            log.warning("link %s: not an answer: %s", self.link, error)
-            return
         for question in again:
             self._ask(question, now)
         for key, said in news:
@@ -264,14 +269,17 @@ class LinkDesk:
         if now > self._at_s:
             seen, demand_bps = self._observe(now)
             if self.host is not None:
-                share = self.host.report(seen, demand_bps, now)
+                share = self.host.report(seen, demand_bps, now, self._holder.serial)
                 if share is not None:
                     self._holder.on_share(share, asked_s=now)
                 self.host.tick(now)
             else:
                 self._host_peer(now).prepare(now)
                 fields = {k: v for k, v in asdict(seen).items() if k not in ("link", "at_s")}
-                report = {"op": "report", "seen": fields, "demand_bps": demand_bps, "page": self._book.page()}
+                report = {
+                    "op": "report", "seen": fields, "demand_bps": demand_bps, "holds": self._holder.serial,
+                    "page": self._book.page(),
+                }  # fmt: skip
                 self._ask(report, now)
                 if self._early and not self._just_started(now):
                     self._offer_early(now)

@@ -103,6 +103,11 @@ class Dialling:
         return self._backoff.refused_s(now) > K_REFUSED_S
 
     @property
+    def is_trying(self) -> bool:
+        """Whether it has failed, but not so often that it isn't dialled any more without need."""
+        return 0 < self._backoff.failures < K_WARM_TRIES
+
+    @property
     def worth_warming(self) -> bool:
         """Whether the peer answers often enough to be dialled although nothing waits for it."""
         return self._backoff.failures < K_WARM_TRIES

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import selectors
 import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ import msgspec
 from prfaas.config.pump import ForwardConfig, is_loopback, split_address
 from prfaas.model.errors import MachineError, RemoteProtocolError
 from prfaas.pump import tcpinfo
+from prfaas.pump.accepting import Acceptor, bound
 from prfaas.pump.backoff import Backoff
 from prfaas.pump.dialling import Dialling, NotAllowed
 from prfaas.pump.handler import Counters, Handler
@@ -44,9 +44,7 @@ K_VERSION = 2
 """Older pumps don't know the frames."""
 K_FORWARDS_MOST = 4096
 K_CONNECTIONS_MOST = 1024
-K_BACKLOG = 128
 K_CONNECT_S = 10.0
-R = selectors.EVENT_READ
 _IN_USE = "no more connections can be forwarded"
 
 
@@ -121,40 +119,24 @@ class _Listener:
             raise ValueError(
                 f"{listen}: forwards listen on loopback, where only this node's programs reach them"
             )
-        self._sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._sock.bind((host, port))
-            self._sock.listen(K_BACKLOG)
-        except OSError as error:
-            self._sock.close()
-            raise MachineError(f"forward {listen}: {error.strerror}") from None
-        self._sock.setblocking(False)
-        host, port = self._sock.getsockname()[:2]
+        sock = bound(listen, "forward")
+        host, port = sock.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.servers: set[object] = set()
         self._backoff = Backoff(forwards.pump.loop.now())
         log.info("%s leads to %s:%d by the pump at %s", self.address, target.host, target.port, peer)
-        forwards.pump.loop.add(self._sock.fileno(), R, self)
+        self._acceptor = Acceptor(forwards.pump.loop, sock, self._accept)
 
-    def on_ready(self, mask: int, now: float) -> None:
-        for _ in range(16):
-            try:
-                sock, _ = self._sock.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                log.warning("accept: %s", error)
-                return
-            if len(self.forwards.connections) >= K_CONNECTIONS_MOST:
-                self.failed(_IN_USE, now)
-                tcpinfo.abort(sock)
-            elif now < self._backoff.next_s:
-                # A program that dials again and again is told no at once while the peer's pump rests.
-                self.forwards.failed += 1
-                tcpinfo.abort(sock)
-            else:
-                _Dialled(self, sock, now)
+    def _accept(self, sock: socket.socket, now: float) -> None:
+        if len(self.forwards.connections) >= K_CONNECTIONS_MOST:
+            self.failed(_IN_USE, now)
+            tcpinfo.abort(sock)
+        elif now < self._backoff.next_s:
+            # A program that dials again and again is told no at once while the peer's pump rests.
+            self.forwards.failed += 1
+            tcpinfo.abort(sock)
+        else:
+            _Dialled(self, sock, now)
 
     def failed(self, reason: str, now: float) -> None:
         """A connection came to nothing. Told when it is the first in a row."""
@@ -170,8 +152,7 @@ class _Listener:
         self._backoff.succeeded(now)
 
     def close(self) -> None:
-        self.forwards.pump.loop.remove(self._sock.fileno())
-        self._sock.close()
+        self._acceptor.close()
 
 
 class _Carrying(Handler):

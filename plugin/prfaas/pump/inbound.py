@@ -132,7 +132,7 @@ class Inbound(Handler):
             if event is not None:
                 self.pump.on_receive_event(event, now)
         elif kind is FrameType.LEDGER:
-            self.pump.on_ledger_frame(stream, body, now)
+            self.pump.on_ledger_question(stream, body, now)
         elif kind is FrameType.DATA:
             self.pump.exposed.on_data(stream, header, body, now)
         elif kind is FrameType.FORWARD:

@@ -60,11 +60,12 @@ class _Held:
 class LedgerHost:
     """A link's ledger, estimate and shares, kept here for all of the site's pumps."""
 
-    def __init__(self, link: LinkId, config: LinkConfig, now: float) -> None:
+    def __init__(self, link: LinkId, config: LinkConfig, now: float, before_serial: int = 0) -> None:
+        """`before_serial`: see ShareBook. Milliseconds since 1970 grow faster than shares are granted."""
         self.link, self.config = link, config.admission
         self.estimator = LinkEstimator(link, config.admission, now)
         self.ledger = Ledger(link, 0.0, queue_limit=config.admission.queue_limit)
-        self.book = ShareBook(link, config.admission)
+        self.book = ShareBook(link, config.admission, before_serial)
         self._held: dict[str, _Held] = {}
         self._numbered: dict[str, dict[int, str]] = {}
         """Pump to its numbered offers that are held here, by key."""
@@ -80,7 +81,7 @@ class LedgerHost:
         op, pump, key = body["op"], str(body["pump"]), str(body.get("key", ""))
         if op == "report":
             seen = LinkObservation(link=self.link, at_s=now, **body["seen"])
-            share = self.report(seen, float(body["demand_bps"]), now)
+            share = self.report(seen, float(body["demand_bps"]), now, int(body.get("holds", 0)))
             estimate = {
                 k: v for k, v in asdict(self.estimator.estimate(now)).items() if k not in ("link", "at_s")
             }
@@ -100,14 +101,16 @@ class LedgerHost:
                 self.release(key, now)
         return {"op": "done"}
 
-    def report(self, seen: LinkObservation, demand_bps: float, now: float) -> Share | None:
-        """A pump says what it saw and would like; its new share, None when too many pumps hold one."""
+    def report(self, seen: LinkObservation, demand_bps: float, now: float, holds: int = 0) -> Share | None:
+        """A pump says what it saw, would like and holds (the serial of its share); its new share, None when
+        too many pumps hold one.
+        """
         self._seen_s[seen.sender] = now
         for event in self.estimator.on_observation(seen):
             log.info("link %s: %s", self.link, event)
         self._set_capacity(now)
         try:
-            return self.book.renew(seen.sender, demand_bps, now=now)
+            return self.book.renew(seen.sender, demand_bps, now=now, holds=holds)
         except LocalProtocolError as error:
             log.warning("%s", error)
             return None

@@ -166,7 +166,7 @@ class Owner:
             case m.Release():
                 self._release(message.key, now)
             case m.Prepare():
-                self.pump.peer(message.address, now).prepare(now)
+                self._prepare(message.address, now)
             case m.Expose():
                 self.pump.exposed.expose(message.host, message.port, self)
             case m.Forward():
@@ -242,10 +242,12 @@ class Owner:
             message.deadline_s, message.index, message.count, message.source,
         )  # fmt: skip
         src, dst, length = _u64(message.sources), _u64(message.destinations), _u64(message.lengths)
+        reason = FailureReason.BAD_REQUEST
         try:
             if not src.shape == dst.shape == length.shape:
                 raise PrfaasError("arrays of different lengths")
             if not self.registered.holds(iov(src, length)):
+                reason = FailureReason.SOURCE_REFUSED
                 raise PrfaasError("a source that isn't registered")
             self.transfers[message.transfer_id] = message.address
             if message.offer:
@@ -260,11 +262,16 @@ class Owner:
             )  # fmt: skip
         except (PrfaasError, ValueError) as error:
             self.transfers.pop(message.transfer_id, None)
+            self.closing.discard(message.transfer_id)
             self._release(self.promised.pop(message.transfer_id, ""), now)
-            reason = (
-                FailureReason.BAD_REQUEST if "registered" not in str(error) else FailureReason.SOURCE_REFUSED
-            )
             self.send(m.Ended(message.transfer_id, False, reason.value, str(error), 0, 0, 0.0))
+
+    def _prepare(self, address: str, now: float) -> None:
+        """The address came from another site: what is none costs its own transfers, and nobody else's."""
+        try:
+            self.pump.peer(address, now).prepare(now)
+        except ValueError as error:
+            log.warning("%s: no peer to be ready for: %s", self.name, error)
 
     def _offer(self, message: m.Offer, now: float) -> None:
         desk = self.pump.desks.get(message.site)

@@ -47,6 +47,8 @@ K_HANDSHAKE_S = 5.0
 K_UNSENT_S = 0.06
 K_CUT_S = 0.02
 K_HEDGE_S = 0.1
+K_FORGET_S = 60.0
+"""A peer that went for good is forgotten: where servers come and go there are new addresses every day."""
 
 
 class Peer(PeerFigures):
@@ -65,6 +67,7 @@ class Peer(PeerFigures):
         self._packer = Packer(pump.config.faults)
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
+        self._used_s = now
         self.alive = True
 
     # Asked by the pump
@@ -95,7 +98,7 @@ class Peer(PeerFigures):
 
     def prepare(self, now: float) -> None:
         """Have the streams open."""
-        self._keep_warm = True
+        self._keep_warm, self._used_s = True, now
         self._dial(now)
 
     def block_bytes(self, most_bytes: int) -> int:
@@ -131,6 +134,11 @@ class Peer(PeerFigures):
 
     def _little_left(self) -> bool:
         return self._spreading.little_left(self.sending.backlog_bytes)
+
+    def is_given_up(self, now: float) -> bool:
+        """Whether it doesn't answer, and for long nobody has wanted anything of it."""
+        under_way = len(self.sending) or self._streams or self._dialling.is_trying
+        return not under_way and now - self._used_s > K_FORGET_S
 
     def close(self, now: float) -> None:
         self.alive = False
@@ -208,7 +216,7 @@ class Peer(PeerFigures):
             window = decode_message(body, Window)
             self.sending.on_window(window.lease_id, window.window_bytes)
         elif kind is FrameType.LEDGER:
-            self.pump.on_ledger_frame(stream, body, now)
+            self.pump.on_ledger_answer(self, body, now)
         elif kind is not FrameType.PONG:
             raise RemoteProtocolError(f"{kind.name} from a receiver")
         self.kick(now)
@@ -263,6 +271,7 @@ class Peer(PeerFigures):
         if stream.untrusted and self._dialling.untrusted():
             self._fail_all(FailureReason.PEER_UNTRUSTED, stream.untrusted, now)
         if was_ready:
+            self._used_s = now
             log.info("peer %s: a stream was lost: %s", self.address, reason)
             self._dialling.lost(reason, last=not self.n_ready, now=now)
         else:

@@ -8,13 +8,13 @@ import os
 import secrets
 import selectors
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import MachineError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import tcpinfo
+from prfaas.pump.accepting import K_BACKLOG, Acceptor, bound
 from prfaas.pump.desk import LinkDesk
 from prfaas.pump.forwarding import Exposed, Forwards
 from prfaas.pump.inbound import Inbound
@@ -33,42 +33,8 @@ from prfaas.transfer.sending import Completed, SendEvent
 log = logging.getLogger(__name__)
 
 K_TICK_S = 0.1
-K_BACKLOG = 512
 K_NEW_S = 3.0
 R = selectors.EVENT_READ
-
-
-def _bound(address: str, field: str) -> socket.socket:
-    """A listening socket. Raises MachineError, which names the configuration's field."""
-    host, port = split_address(address)
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(K_BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise MachineError(f"{field} {address}: {error.strerror}") from None
-    return sock
-
-
-class _Acceptor:
-    """A listening socket in the loop."""
-
-    def __init__(self, sock: socket.socket, accept: Callable[[socket.socket, float], None]) -> None:
-        self.sock, self._accept = sock, accept
-        sock.setblocking(False)
-
-    def on_ready(self, mask: int, now: float) -> None:
-        for _ in range(64):
-            try:
-                conn, _ = self.sock.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                log.warning("accept: %s", error)
-                return
-            self._accept(conn, now)
 
 
 class Pump:
@@ -107,8 +73,8 @@ class Pump:
             raise
         host, port = self._listener.getsockname()[:2]
         self.address = self._advertised(host, port)
-        self.loop.add(self._listener.fileno(), R, _Acceptor(self._listener, self._accept_peer))
-        self.loop.add(self._control.fileno(), R, _Acceptor(self._control, self._accept_server))
+        Acceptor(self.loop, self._listener, self._accept_peer)
+        Acceptor(self.loop, self._control, self._accept_server)
         now = self.loop.now()
         self.desks = {link.peer_site: LinkDesk(self, link, now) for link in config.links}
         self.loop.call_at(now + K_TICK_S, self._tick)
@@ -119,13 +85,13 @@ class Pump:
             raise MachineError(
                 f"listen {host}: off loopback tls is needed (or allow_plaintext, which trusts the network)"
             )
-        return _bound(self.config.listen, "listen")
+        return bound(self.config.listen, "listen")
 
     def _serve_page(self) -> None:
         """The metrics page, where one is configured. Raises MachineError."""
         if self.config.metrics:
-            self._page_socket = _bound(self.config.metrics, "metrics")
-            self.loop.add(self._page_socket.fileno(), R, _Acceptor(self._page_socket, self.page.accept))
+            self._page_socket = bound(self.config.metrics, "metrics")
+            Acceptor(self.loop, self._page_socket, self.page.accept)
 
     def _open_forwards(self) -> None:
         """What the configuration forwards and exposes. Raises MachineError."""
@@ -209,19 +175,28 @@ class Pump:
         """The peers that are pumps of the site."""
         return [p for p in self._peers.values() if site in (p.site, p.wanted_site)]
 
-    def on_ledger_frame(self, stream: Stream, body: memoryview, now: float) -> None:
-        """A question to a ledger kept here, or an answer to one of ours."""
+    def on_ledger_question(self, stream: Stream, body: memoryview, now: float) -> None:
+        """A frame of a pump that dialled us: a question to a ledger kept here. Raises RemoteProtocolError."""
         message = decode_message(body, LedgerMessage)
+        if not message.request:
+            raise RemoteProtocolError("an answer of a ledger that we didn't ask by this stream")
         for desk in self.desks.values():
             if str(desk.link) == message.link:
-                if message.request:
-                    desk.on_question(stream, message, now)
-                else:
-                    desk.on_answer(message, now)
+                desk.on_question(stream, message, now)
                 return
-        if message.request:
-            error = LedgerMessage(message.link, False, message.serial, {"error": "no such link here"})
-            stream.send_control(message_frame(stream.version, FrameType.LEDGER, error))
+        error = LedgerMessage(message.link, False, message.serial, {"error": "no such link here"})
+        stream.send_control(message_frame(stream.version, FrameType.LEDGER, error))
+
+    def on_ledger_answer(self, peer: Peer, body: memoryview, now: float) -> None:
+        """A frame of a pump that we dialled: what its ledger says, if it is the one that we ask. Raises
+        RemoteProtocolError.
+        """
+        message = decode_message(body, LedgerMessage)
+        for desk in self.desks.values():
+            if str(desk.link) == message.link and not message.request and desk.asks(peer):
+                desk.on_answer(message, now)
+                return
+        raise RemoteProtocolError("an answer of a ledger that nobody here asks")
 
     # Servers
 
@@ -339,6 +314,8 @@ class Pump:
             self.on_receive_event(event, now)
         for owner in self._owners.values():
             owner.tell_progress(now)
+        for address in [name for name, peer in self._peers.items() if peer.is_given_up(now)]:
+            self._peers.pop(address).close(now)
         if self._owners:
             self._last_client_s = now
         elif not self._persistent and now - self._last_client_s > self.config.idle_exit_s:

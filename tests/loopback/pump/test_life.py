@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -80,8 +81,6 @@ def test_a_pump_that_ends_late_leaves_another_pumps_control_socket_alone(pumps):
 
 
 def test_the_page_shows_peers_streams_links_and_refusals(pumps):
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -116,3 +115,45 @@ def test_the_page_shows_peers_streams_links_and_refusals(pumps):
     assert json.loads(get("/stats"))["site"] == "east"
     with pytest.raises(urllib.error.HTTPError):
         get("/nothing")
+
+
+def test_a_peer_that_went_for_good_is_forgotten_and_one_that_answers_is_not(pumps, tmp_path):
+    west = pumps.start("west")
+    there = pumps.client(west).address
+    pump = Pump(pumps.config("east"))
+    try:
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            gone = f"127.0.0.1:{free.getsockname()[1]}"
+        for address in (gone, there):
+            pump.peer(address, pump.loop.now()).prepare(pump.loop.now())
+
+        def addresses():
+            return {peer["address"] for peer in pump.stats(pump.loop.now())["peers"]}
+
+        end = time.monotonic() + 30
+        backoff = pump.peer(gone, pump.loop.now())._dialling._backoff
+        while not backoff.failures:
+            assert time.monotonic() < end
+            pump.loop.turn(0.05)
+        backoff.failures = 10  # and on
+        assert addresses() == {gone, there}
+        for peer in pump._peers.values():
+            peer._used_s -= 100  # as if it were that much later
+        for _ in range(40):
+            pump.loop.turn(0.05)
+            if addresses() == {there}:
+                break
+        assert addresses() == {there}
+        assert pump.peer(there, pump.loop.now()).n_ready
+    finally:
+        pump.close()
+
+
+def test_an_address_that_is_none_costs_the_server_that_prepares_for_it_nothing(pumps):
+    east = pumps.client(pumps.start("east"))
+    pid = east.pump_pid
+    east.prepare("nowhere")
+    assert east.stats()["clients"] == 1
+    assert "no peer to be ready for" in pumps.log("east")
+    assert east.pump_pid == pid

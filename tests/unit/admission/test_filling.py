@@ -70,7 +70,8 @@ class Fluid:
                 self.over[name] = overstep(queue_s, RTT_S)
                 self.estimator.on_observation(seen)
                 self.book.set_capacity(self.estimator.estimate(self.now).usable_bps)
-                holder.on_share(self.book.renew(name, 1e15, now=self.now), asked_s=self.now)
+                share = self.book.renew(name, 1e15, now=self.now, holds=holder.serial)
+                holder.on_share(share, asked_s=self.now)
             self.worst = max(self.worst, self.book.promised_bps(self.now) / self.capacity_bps)
         return (sum(self.total.values()) - before) * 8 / (self.capacity_bps * seconds)
 

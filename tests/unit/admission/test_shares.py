@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prfaas.admission import ShareBook, ShareHolder
+from prfaas.admission import Share, ShareBook, ShareHolder
 from prfaas.config.policy import LinkAdmission
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.ids import LinkId
@@ -61,6 +61,41 @@ def test_an_older_grant_does_not_replace_a_newer_one() -> None:
     assert holder.renew_at(0.6) == pytest.approx(1.0)
 
 
+def test_what_a_pump_has_given_up_is_anothers_after_its_next_report_not_after_the_shares_life() -> None:
+    shared, holder = book(max_pumps=2), ShareHolder(LINK, "a")
+    holder.on_share(shared.renew("a", 5e9, now=0), asked_s=0)
+    shared.renew("b", 5e9, now=0.01)
+    holder.on_share(shared.renew("a", 5e9, now=0.1, holds=holder.serial), asked_s=0.1)
+    assert shared.renew("b", 5e9, now=0.15).rate_bps < 0.1e9, "the answer may have been lost"
+    shared.renew("a", 5e9, now=0.2, holds=holder.serial)
+    assert shared.renew("b", 5e9, now=0.25).rate_bps == pytest.approx(0.5e9)
+
+
+def test_a_pump_that_does_not_say_what_it_holds_keeps_its_older_grants() -> None:
+    shared = book(max_pumps=2)
+    for at_s in (0.0, 0.1, 0.2):
+        shared.renew("a", 5e9, now=at_s)
+        other = shared.renew("b", 5e9, now=at_s)
+    assert other.rate_bps < 0.1e9
+
+
+def test_a_book_started_anew_is_heard_by_who_holds_a_share_of_the_one_before() -> None:
+    config = LinkAdmission(nominal_bps=1e9, max_pumps=2)
+    before, holder = ShareBook(LINK, config, 1_000), ShareHolder(LINK, "a")
+    for k in range(30):
+        holder.on_share(before.renew("a", 5e9, now=k / 10, holds=holder.serial), asked_s=k / 10)
+    anew = ShareBook(LINK, config, 4_000)  # 3 s later
+    holder.on_share(anew.renew("a", 5e9, now=6, holds=holder.serial), asked_s=6)
+    assert holder.rate_bps(6.5) > 0.9e9
+
+
+def test_the_serial_of_another_book_forgets_no_grant() -> None:
+    shared = book(max_pumps=2)
+    first = shared.renew("a", 5e9, now=0)
+    shared.renew("a", 1e6, now=0.1, holds=first.serial + 1_000)
+    assert shared.statistics(0.1)["a"] == first.rate_bps
+
+
 def test_one_pump_too_many_is_refused_and_changes_nothing() -> None:
     shared = book(max_pumps=1)
     shared.renew("a", 1e9, now=0)
@@ -80,15 +115,38 @@ class SharesMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.book = book(max_pumps=pumps, floor_share=floor)
         self.holders = [ShareHolder(LINK, str(k)) for k in range(pumps)]
+        self.questions: list[tuple[ShareHolder, float, int, float]] = []
+        self.answers: list[tuple[ShareHolder, Share, float]] = []
         # each capacity counts until the shares granted under it have expired
         self.capacities = [(0.0, 1e9)]
+
+    @rule(which=st.integers(0, 3), demand=st.floats(0, 3e9), tells=st.booleans())
+    def ask(self, which: int, demand: float, tells: bool) -> None:
+        holder = self.holders[which % len(self.holders)]
+        self.questions.append((holder, demand, holder.serial if tells else 0, self.now))
+
+    @precondition(lambda self: self.questions)
+    @rule(which=st.integers(0, 9), lost=st.booleans())
+    def hear(self, which: int, lost: bool) -> None:
+        """Questions and answers are overtaken and lost."""
+        holder, demand, holds, asked_s = self.questions.pop(which % len(self.questions))
+        if not lost:
+            share = self.book.renew(holder.pump, demand, now=self.now, holds=holds)
+            self.answers.append((holder, share, asked_s))
+
+    @precondition(lambda self: self.answers)
+    @rule(which=st.integers(0, 9), lost=st.booleans())
+    def take(self, which: int, lost: bool) -> None:
+        holder, share, asked_s = self.answers.pop(which % len(self.answers))
+        if not lost:
+            holder.on_share(share, asked_s=asked_s)
 
     @rule(which=st.integers(0, 3), demand=st.floats(0, 3e9), lost=st.booleans(), delay_s=st.floats(0, 0.3))
     def renew(self, which: int, demand: float, lost: bool, delay_s: float) -> None:
         holder = self.holders[which % len(self.holders)]
-        asked = self.now
+        asked, holds = self.now, holder.serial
         self.now += delay_s
-        share = self.book.renew(holder.pump, demand, now=self.now)
+        share = self.book.renew(holder.pump, demand, now=self.now, holds=holds)
         if not lost:
             holder.on_share(share, asked_s=asked)
 

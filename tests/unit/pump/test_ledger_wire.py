@@ -353,6 +353,16 @@ def test_more_offers_than_a_page_holds_go_in_turns_and_lose_nothing() -> None:
     assert set(host._held) == {key for key, _ in book.standings()}
 
 
+def test_news_of_a_later_version_is_heard_as_far_as_it_is_known_here_and_nonsense_is_refused() -> None:
+    book = OfferBook()
+    book.ask("k", QUESTION, 0.0)
+    for wrong in ({}, {"verdict": "maybe"}, {"verdict": []}):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            book.hear({"op": "news", "key": "k", **wrong}, 0.1)
+    news, _ = book.hear({"op": "news", "key": "k", "verdict": "admitted", "colour": "red"}, 0.1)
+    assert news == [("k", {"verdict": "admitted"})]
+
+
 @pytest.mark.parametrize(
     "page",
     [
