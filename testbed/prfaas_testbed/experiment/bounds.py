@@ -35,6 +35,27 @@ def _gap(view: View) -> float:
     return broken / held
 
 
+def _network_s(view: View, what: str) -> float:
+    extra = view.run.model_extra or {}
+    own = extra if view.part is None else (extra.get("part_runs") or {}).get(view.part) or {}
+    found = (own.get("network_s") or {}).get(what)
+    if found is None:
+        raise Unsupported("the record doesn't say, or the run was stopped")
+    return float(found)
+
+
+@metric("network_up_s", "s")
+def _up(view: View) -> float:
+    """How long the emulated network took to come up."""
+    return _network_s(view, "up")
+
+
+@metric("network_down_s", "s")
+def _down(view: View) -> float:
+    """How long the emulated network took to go down, with all that still ran in its sites."""
+    return _network_s(view, "down")
+
+
 @metric("busy_mbps", "Mbit/s")
 def _busy(view: View) -> float:
     """Throughput of the least busy direction over the middle half of the load."""

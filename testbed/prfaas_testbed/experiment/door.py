@@ -14,6 +14,7 @@ from prfaas_testbed.client import Answer
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.experiment.transfers import Moved
+from prfaas_testbed.experiment.ways import Ways
 
 if TYPE_CHECKING:
     from prfaas_testbed.experiment.servers import Server
@@ -33,15 +34,17 @@ def router_file(
     servers: Sequence[Server],
     tokenizer: Path,
     folder: Path,
+    ways: Ways,
 ) -> Path:
     """Write the router's configuration. Rates and profiles are scaled alike, so predicted times are right
     and what pumps tell fits them."""
     assert experiment.router is not None
+    here = experiment.router.site
     scale = net.topology.scale.factor if net.topology.scale else 1.0
     hybrid = profile is not None and find_profile(profile, K_TOPOLOGIES).state_bytes > 0
     sites = []
     for site in net.sites:
-        rows = [_server(server, experiment) for server in servers if server.site == site]
+        rows = [_server(server, experiment, ways) for server in servers if server.site == site]
         own = next((i.profile for i in experiment.instances if i.site == site and i.profile), profile)
         cost = {"profile": str(_scaled(own, scale, folder))} if own else {}
         sites.append({"name": site, "servers": rows, "cost": cost})
@@ -58,14 +61,15 @@ def router_file(
                 rate = {"rate_mbps": min(rates)} if rates else {}
                 told = {}
                 if experiment.transfer.estimated and source in sending and rates:
-                    told = {"status_url": f"http://{net.sites[source].address}:{K_STATUS_PORT}/links"}
+                    host, port = ways.to(here, net.sites[source].address, K_STATUS_PORT)
+                    told = {"status_url": f"http://{host}:{port}/links"}
                 links.append({"source": source, "target": target, "rtt_ms": rtt_ms, **rate, **told})
     config = {
-        "listen": {"host": net.sites[experiment.router.site].address, "port": K_ROUTER_PORT},
+        "listen": {"host": net.sites[here].address, "port": K_ROUTER_PORT},
         "models": [{"name": model, "tokenizer": str(tokenizer), "layers": "hybrid" if hybrid else "dense"}],
         "sites": sites,
         "links": links,
-        "home": experiment.router.site,
+        "home": here,
         "policy": experiment.router.policy.model_dump(mode="json"),
         # The door's own word comes before the client gives up.
         "retry": {
@@ -80,8 +84,17 @@ def router_file(
     return write_json(folder / "router.yaml", config)
 
 
-def _server(server: Server, experiment: Experiment) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": server.name, "role": server.role, "url": server.url}
+def _server(server: Server, experiment: Experiment, ways: Ways) -> dict[str, Any]:
+    assert experiment.router is not None
+    here = experiment.router.site
+
+    def to(port: int) -> str:
+        host, listen = ways.to(here, server.host, port)
+        return f"{host}:{listen}"
+
+    row: dict[str, Any] = {"name": server.name, "role": server.role, "url": f"http://{to(server.port)}"}
+    # Its own address, which decode servers know it by, whichever way the router takes.
+    row["bootstrap_host"] = server.host
     if server.role == "prefill":
         row["bootstrap_port"] = server.bootstrap_port
     if _turns(server, experiment):
@@ -90,8 +103,8 @@ def _server(server: Server, experiment: Experiment) -> dict[str, Any]:
     if "profiled" in experiment.kinds():
         first = server.port + K_EVENTS_OFFSET
         row["kv_events"] = {
-            "endpoint": f"tcp://{server.host}:{first}",
-            "replay_endpoint": f"tcp://{server.host}:{first + 1}",
+            "endpoint": f"tcp://{to(first)}",
+            "replay_endpoint": f"tcp://{to(first + 1)}",
             "topic": "kv-events",
         }
     return row

@@ -27,6 +27,7 @@ from prfaas_testbed.experiment.machine import K_CHECKOUT
 from prfaas_testbed.experiment.servers import Process, Program, Progress, Real, Server
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.experiment.upset import Clocks
+from prfaas_testbed.experiment.ways import Endpoint, Ways
 from prfaas_testbed.instances.models import K_MODELS, TinyModel
 from prfaas_testbed.instances.sglang_server import K_BY_PRIORITY, K_SAME_CHUNKS, ServerSpec, SglangServer
 
@@ -62,6 +63,8 @@ class Fleet:
     given_up: set[str] = field(default_factory=set)
     """Sites whose pump was killed: a server of the site started another, which isn't ours to watch."""
     clocks: Clocks | None = None
+    ways: Ways = field(default_factory=Ways)
+    """How servers of other sites are reached."""
 
     @property
     def digests(self) -> Path:
@@ -107,6 +110,7 @@ class Fleet:
             self.servers,
             tokenizer,
             self.folder,
+            self.ways,
         )
         site = self.net.sites[self.experiment.router.site]
         log = self.folder / "router.log"
@@ -138,6 +142,16 @@ class Fleet:
         for site, pump in self.pumps.items():
             if site not in self.given_up:
                 pump.check_alive()
+
+    @property
+    def client_site(self) -> str:
+        """Where the users are: beside the decode servers."""
+        return next(i.site for i in self.experiment.instances if i.role in ("decode", "collocated"))
+
+    def url(self, server: Server, site: str | None = None) -> str:
+        """The server's, as a program of `site` (the users' where absent) reaches it."""
+        host, port = self.ways.to(site or self.client_site, server.host, server.port)
+        return f"http://{host}:{port}"
 
     def by_role(self, *roles: str) -> list[Server]:
         return [server for server in self.servers if server.role in roles]
@@ -175,6 +189,8 @@ class Fleet:
             moving = []  # its servers move KV themselves
         if self.experiment.transfer.tls and moving:
             self._make_keys(moving)
+        if self.experiment.transfer.http_by_pump:
+            self.ways = self._ways(moving)
         for site in moving:
             config = write_json(self.pump_config(site), self._pump(site))
             log = self.folder / f"pump-{site}.log"
@@ -194,6 +210,20 @@ class Fleet:
                 found.append((instance, name, port))
                 port += 10
         return found
+
+    def _ways(self, moving: list[str]) -> Ways:
+        endpoints: dict[str, list[Endpoint]] = {site: [] for site in moving}
+        for instance, _, port in self._planned():
+            events = port + K_EVENTS_OFFSET
+            ports = [port, events, events + 1] if instance.kind == "profiled" else [port]
+            if instance.site in endpoints:  # else it has no pump to lead there
+                address = self.net.sites[instance.site].address
+                endpoints[instance.site] += [(address, one) for one in ports]
+        addresses = {site: self.net.sites[site].address for site in moving}
+        if self.experiment.transfer.estimated:
+            for site in moving:
+                endpoints[site].append((addresses[site], K_STATUS_PORT))
+        return Ways(endpoints, {site: f"{address}:{K_PUMP_PORT}" for site, address in addresses.items()})
 
     def _make_keys(self, sites: list[str]) -> None:
         now = datetime.datetime.now(datetime.UTC)
@@ -229,7 +259,7 @@ class Fleet:
             config["tls"] = {"site_file": own, "authorities": [str(folder / keys.K_TRUSTED)]}
         else:
             config["allow_plaintext"] = True
-        return config
+        return config | self.ways.pump_fields(site)
 
     def _links(self, site: str) -> list[dict[str, Any]]:
         """The site's outgoing links that have a rate, each with its ledger at the site's one pump."""
@@ -259,7 +289,7 @@ class Fleet:
             "transfers_log": str(self.digests / f"{name}.jsonl"),
             "transfer_timeout_s": self.experiment.request_timeout_s,
             "fault": self.fault if instance.role == "prefill" else None,
-            "priority_scheduling": self.experiment.ordered(),
+            "priority_scheduling": self.experiment.ordered(), "ways": self.ways.table(instance.site),
         }  # fmt: skip
         config = write_json(self.folder / f"{name}.yaml", settings)
         process = Program(

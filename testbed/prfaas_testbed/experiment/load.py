@@ -92,7 +92,7 @@ def direct_shots(
         body = body_of(planned, real)
         if not prefills:
             server = fleet.by_role("collocated")[i % len(fleet.by_role("collocated"))]
-            targets: tuple[Target, ...] = (Target(f"{server.url}/generate", answers=True),)
+            targets: tuple[Target, ...] = (Target(f"{fleet.url(server)}/generate", answers=True),)
             where[planned.id] = (0, server)
         else:
             server, decode = prefills[i % len(prefills)], decodes[i % len(decodes)]
@@ -102,7 +102,8 @@ def direct_shots(
                 "bootstrap_port": server.bootstrap_port,
                 "bootstrap_room": room,
             }
-            targets = (Target(f"{server.url}/generate", False), Target(f"{decode.url}/generate", True))
+            urls = [f"{fleet.url(one)}/generate" for one in (server, decode)]
+            targets = (Target(urls[0], False), Target(urls[1], True))
             where[planned.id] = (room, server)
         shots.append(Shot(planned.id, offset_s + planned.at_s, body, targets, timeout_s))
     return shots, where

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prfaas.config.run import RequestRow
-from prfaas_testbed.experiment import bounds, wire
+from prfaas_testbed.experiment import bounds, crossing, integrity, wire
 from prfaas_testbed.experiment.registry import K_METRICS, Metric, Unsupported, metric
 from prfaas_testbed.experiment.view import View, field, number, numbers
 
@@ -14,7 +14,9 @@ __all__ = [
     "Metric",
     "Unsupported",
     "bounds",
+    "crossing",
     "equal_tokens",
+    "integrity",
     "logprob_gap",
     "metric",
     "union_s",
@@ -46,10 +48,6 @@ def logprob_gap(row: RequestRow, plain: RequestRow | None) -> float | None:
     return max((abs(a - b) for a, b in pairs), default=None)
 
 
-def _answered(view: View) -> list[RequestRow]:
-    return [row for row in view.requests() if row.error is None and row.e2e_s is not None]
-
-
 def _some(rows: list[RequestRow]) -> list[RequestRow]:
     if not rows:
         raise Unsupported("no request")
@@ -65,7 +63,7 @@ def _requests(view: View) -> float:
 @metric("answered_share")
 def _answered_share(view: View) -> float:
     """Share of requests with a whole answer."""
-    return len(_answered(view)) / len(_some(view.requests()))
+    return len(view.answered()) / len(_some(view.requests()))
 
 
 @metric("lost")
@@ -121,27 +119,11 @@ def _wrong_answers(view: View) -> float:
 def _logprob_gap(view: View) -> float:
     """Largest difference between a chosen token's logprob and the plain server's."""
     plain = view.baseline()
-    gaps = [logprob_gap(row, plain.get((row.model, row.id))) for row in _answered(view)]
+    gaps = [logprob_gap(row, plain.get((row.model, row.id))) for row in view.answered()]
     found = [gap for gap in gaps if gap is not None]
     if not found:
         raise Unsupported("no logprobs of both servers")
     return max(found)
-
-
-@metric("digests_equal_share")
-def _digests_equal_share(view: View) -> float:
-    """Share of answered requests whose landed bytes have the source's digest; one without any counts
-    against."""
-    rows = _some(_answered(view))
-    moved = [row for row in rows if field(row, "transfer") != "local"]
-    if not moved:
-        raise Unsupported("nothing was moved between sites")
-    good = [
-        row
-        for row in moved
-        if field(row, "source_digest") and field(row, "source_digest") == field(row, "landed_digest")
-    ]
-    return len(good) / len(moved)
 
 
 @metric("bytes_gap_share")
@@ -161,20 +143,7 @@ def _bytes_gap_share(view: View) -> float:
 @metric("payload_bytes", "bytes")
 def _payload_bytes(view: View) -> float:
     """KV and state that answered requests moved between sites."""
-    return sum(row.kv_bytes or 0 for row in _answered(view))
-
-
-@metric("kv_bytes_gap_share")
-def _kv_bytes_gap_share(view: View) -> float:
-    """Bytes moved against what model and prompt length predict: the largest gap of a request."""
-    gaps = []
-    for row in _answered(view):
-        wanted = number(row, "wanted_kv_bytes")
-        if wanted and row.kv_bytes is not None:
-            gaps.append(abs(row.kv_bytes - wanted) / wanted)
-    if not gaps:
-        raise Unsupported("no request says what it should have moved")
-    return max(gaps)
+    return sum(row.kv_bytes or 0 for row in view.answered())
 
 
 @metric("controls_caught_share")
@@ -231,27 +200,6 @@ def _event_lag_ms(view: View) -> float:
 def _repetitions(view: View) -> float:
     """Valid repetitions."""
     return len({index for index, _ in view.repetitions()})
-
-
-@metric("sites_isolated")
-def _sites_isolated(view: View) -> float:
-    """1 where no site could open another's sockets nor reach it but through the WAN."""
-    rows = view.events("isolation")
-    if not rows:
-        raise Unsupported("isolation wasn't tried")
-    return float(all(bool(field(row, "isolated")) for row in rows))
-
-
-@metric("control_by_pump_share")
-def _control_by_pump(view: View) -> float:
-    """Of the connections of SGLang's own bootstrap and control between sites when a load has ended, those
-    that pass by the pumps."""
-    rows = view.events("accounting")
-    forwarded = sum(number(row, "forwarded") or 0 for row in rows)
-    in_clear = sum(number(row, "in_clear") or 0 for row in rows)
-    if not forwarded + in_clear:
-        raise Unsupported("no such connection")
-    return forwarded / (forwarded + in_clear)
 
 
 @metric("emulator_lag_p99_ms", "ms")
@@ -341,7 +289,7 @@ def _slo_share(view: View) -> float:
 @metric("offloaded_share")
 def _offloaded_share(view: View) -> float:
     """Share of answered requests prefilled in another site than they were decoded in."""
-    rows = _some(_answered(view))
+    rows = _some(view.answered())
     return sum(field(row, "transfer") != "local" and bool(row.kv_bytes) for row in rows) / len(rows)
 
 
@@ -356,7 +304,7 @@ def _client_cpu_share(view: View) -> float:
 
 def _quantile(name: str, q: float) -> None:
     def compute(view: View) -> float:
-        values = [value for row in _answered(view) if (value := _of(row, name)) is not None]
+        values = [value for row in view.answered() if (value := _of(row, name)) is not None]
         if not values:
             raise Unsupported(f"no request has {name}_s")
         return float(np.quantile(values, q))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -51,7 +50,6 @@ from prfaas_testbed.experiment.rounds import play_rounds, probe_of
 from prfaas_testbed.experiment.sites import try_isolation
 from prfaas_testbed.experiment.timeline import Timeline
 from prfaas_testbed.experiment.transfers import read_moved
-from prfaas_testbed.experiment.upset import small_disk
 from prfaas_testbed.experiment.watch import Observer
 
 if TYPE_CHECKING:
@@ -92,6 +90,8 @@ class Results:
     controls: list[Row] = field(default_factory=list)
     void: list[Row] = field(default_factory=list)
     emulation: str = "native"
+    network_s: dict[str, float] = field(default_factory=dict)
+    """How long the network took to come up, and to go down with all that ran in it."""
 
     def repetition(self, index: int) -> Repetition:
         return self.repetitions.setdefault(index, Repetition(index=index))
@@ -105,6 +105,8 @@ class Results:
         )
         run.repetitions = [self.repetitions[i] for i in sorted(self.repetitions)]
         run.emulation = self.emulation  # type: ignore[assignment]
+        if self.network_s:
+            run.model_extra["network_s"] = self.network_s  # type: ignore[index]
 
 
 class Runner:
@@ -132,14 +134,11 @@ class Runner:
         # Not before: it needs mininet, which reading and checking files don't.
         from prfaas_testbed.network import open_network
 
-        with ExitStack() as stack:
-            if any(event.do == "fill_disk" for event in self.experiment.events()):
-                # Before the sites are made: later mounts aren't theirs.
-                for model in self.experiment.models:
-                    stack.enter_context(small_disk(self.work(model)))
-            net = stack.enter_context(
-                open_network(self.topology, self.folder, progress=self.tell, wait_s=self.wait_s)
-            )
+        filled = any(event.do == "fill_disk" for event in self.experiment.events())
+        disks = [self.work(model) for model in self.experiment.models if filled]
+        with open_network(
+            self.topology, self.folder, progress=self.tell, wait_s=self.wait_s, disks=disks
+        ) as net:
             self._deadline_s = time.monotonic() + self.experiment.wall_time_s - net.up_s
             self.results.emulation = net.emulation
             self.calibrate(net)
@@ -153,6 +152,7 @@ class Runner:
             first.events.append(EventRow.model_validate({"at_s": 0.0, "event": "isolation", **isolation}))
             for model in self.experiment.models:
                 self.one_model(net, model)
+        self.results.network_s = {"up": round(net.up_s, 2), "down": round(net.down_s, 2)}
 
     def calibrate(self, net: Network) -> None:
         from prfaas_testbed.network import verdict as network_verdict
@@ -299,7 +299,7 @@ class Runner:
         moved = read_moved(fleet.digests) if fleet.digests.exists() else {}
         if fleet.router is not None:
             where = where_of(answers, fleet.servers, moved)
-        home = self.client_site()
+        home = fleet.client_site
         rows = rows_of(answers, requests, fleet.model.name, start_s, where, moved, self._wanted(fleet), home)
         load = {
             "at_s": 0.0, "event": "load", "requests": len(requests), "client_cpu_share": client.cpu_share
@@ -352,7 +352,7 @@ class Runner:
         self._check_time()
         # Not in the servers' own folder: a disk that is full is theirs.
         folder = fleet.folder.with_name(f"{fleet.model.name}-load")
-        client = Client(net.sites[self.client_site()], folder, name)
+        client = Client(net.sites[fleet.client_site], folder, name)
         killed = any(isinstance(thing, Timeline) and thing.kills for thing in beside)
 
         def poll(done: int) -> None:
@@ -378,11 +378,6 @@ class Runner:
         # Requests that failed because a server couldn't write say nothing about the system.
         require_space(self.folder)
         return answers, client.start_s, client
-
-    def client_site(self) -> str:
-        """Where the users are: beside the decode servers."""
-        near = [i.site for i in self.experiment.instances if i.role in ("decode", "collocated")]
-        return near[0]
 
     def _wanted(self, fleet: Fleet) -> Callable[[int], int | None]:
         if self.real:

@@ -35,6 +35,7 @@ from prfaas_testbed.experiment.view import field
 
 K_OWN = ("started", "commit", "versions", "machine", "emulation", "scale")
 """What each part of a set says for itself."""
+K_OWN_EXTRA = ("topology", "inputs", "network_s")
 K_ROWS = ("calibration", "baseline", "controls", "void")
 
 Conduct = Callable[[str, Experiment, Results], None]
@@ -145,7 +146,7 @@ class SetRun:
         results.into(record)
         own = {
             **record.model_dump(mode="json", include=set(K_OWN)),
-            **{key: (record.model_extra or {})[key] for key in ("topology", "inputs")},
+            **{key: value for key, value in (record.model_extra or {}).items() if key in K_OWN_EXTRA},
             "wall_s": round(time.monotonic() - began_s, 1),
             **own,
         }

@@ -172,6 +172,7 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     delivered = after["wan_bytes"] - before["wan_bytes"]
     packets = after["wan_packets"] - before["wan_packets"]
     losses = after["wan_losses"] - before["wan_losses"]
+    other = frames["other_bytes"]
     # A lost frame left the sender as well; it is taken to be of the mean size.
     lost_bytes = round(losses * delivered / packets) if packets else 0
     if any(pump[name] < 0 for name in K_RISING):
@@ -179,6 +180,7 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         return {
             "wan_bytes": delivered + lost_bytes,
             "wan_lost_bytes": lost_bytes,
+            "outside_pumps_bytes": other,
             "started_again": True,
         } | unknown
     if pump["payload_bytes_sent"]:
@@ -186,12 +188,12 @@ def account(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     else:
         # Acknowledgements carry SACK blocks, so their headers have no one size: they are counted at the site.
         headers = frames["pump_bytes"] - pump["tcp_bytes_sent"]
-    other = frames["other_bytes"]
     explained = pump["payload_bytes_sent"] + pump["framing_bytes_sent"] + pump["control_bytes_sent"]
     again = pump["retransmitted_bytes"]
     return {
         "wan_bytes": delivered + lost_bytes,
         "wan_lost_bytes": lost_bytes,
+        "outside_pumps_bytes": other,
         "accounted_bytes": pump["tcp_bytes_sent"] + headers + other,
         "payload_bytes": pump["payload_bytes_sent"],
         "framing_bytes": pump["framing_bytes_sent"],

@@ -42,10 +42,11 @@ from prfaas.pump_client.launch import connect
 from prfaas_testbed.experiment.fleet import K_AUTHORITY_DAYS, K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.servers import Server
 from prfaas_testbed.experiment.sites import cut_streams
-from prfaas_testbed.experiment.upset import empty_disk, fill_disk
+from prfaas_testbed.network.disk import empty_disk, fill_disk
 
 if TYPE_CHECKING:
     from prfaas_testbed.network import Network
+    from prfaas_testbed.network.traffic import CrossTraffic as CrossTrafficRunning
 
 
 K_BESIDE = CutStream | Kill | FillDisk | ReplaceCertificate | CrossTraffic | Hostile
@@ -93,7 +94,7 @@ class Timeline:
         self._rows: list[EventRow] = []
         self._changed: set[str] = set()
         self._before: dict[tuple[int, str], Impairments] = {}
-        self._traffic: dict[int, Any] = {}
+        self._traffic: dict[int, CrossTrafficRunning] = {}
         self._hostile: dict[int, subprocess.Popen[str]] = {}
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -114,6 +115,12 @@ class Timeline:
             if isinstance(step.event, SetLink | LinkDown | Flap)
             for link in directed(step.event.link)
         )
+        for step in self._steps:
+            event = step.event
+            if isinstance(event, CrossTraffic) and step.phase == "begin":
+                self._traffic[id(event)] = self._net.prepare_traffic(
+                    event.source, event.target, event.kind, event.rate_mbps, event.streams
+                )
 
     def start(self, zero_s: float) -> None:
         self._zero_s = zero_s
@@ -256,17 +263,23 @@ class Timeline:
             self._record(step, at_s)
 
     def _cross(self, step: Step, event: CrossTraffic) -> None:
+        traffic = self._traffic[id(event)]
+        said: dict[str, Any] = {"kind": event.kind, "source": event.source, "target": event.target}
         if step.phase == "begin":
-            traffic = self._net.cross_traffic(
-                event.source, event.target, event.kind, event.rate_mbps, event.streams
-            )
-            self._traffic[id(event)] = traffic
-            self._record(step, time.monotonic(), kind=event.kind, source=event.source, target=event.target)
-        elif id(event) not in self._traffic:
-            self._record(step, time.monotonic(), failed="it hadn't begun")
-        else:
-            self._traffic[id(event)].stop()
-            self._record(step, time.monotonic(), kind=event.kind, source=event.source, target=event.target)
+            traffic.begin()
+            assert traffic.begun_s is not None
+            self._record(step, traffic.begun_s, **said)
+            return
+        at_s = time.monotonic()  # what follows is the report of what arrived
+        if traffic.begun_s is None:
+            traffic.stop()
+            self._record(step, at_s, skipped="the load ended before it", **said)
+            return
+        found = traffic.stop()
+        said["mbps"] = found["mbps"]
+        if found["error"]:
+            said["failed" if traffic.ended_early else "error"] = found["error"]
+        self._record(step, at_s, **said)
 
     def _start_hostile(self, step: Step, event: Hostile) -> subprocess.Popen[str]:
         site, target = self._net.sites[event.source], self._net.sites[event.target]

@@ -1,6 +1,4 @@
-"""What a machine can suffer besides its network and its processes: a disk that is full, a clock that is
-stepped.
-"""
+"""What a machine can suffer besides its network, its disk and its processes: a clock that is stepped."""
 
 from __future__ import annotations
 
@@ -8,60 +6,12 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from prfaas.model.errors import MachineError
 
-K_DISK_BYTES = 256 << 20
-K_FULL = "nothing-left"
 K_SOURCE = Path(__file__).with_name("clock.c")
 K_CLOCK = "PRFAAS_TESTBED_CLOCK"
-_PIECE = b"\0" * (1 << 20)
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """`folder` on a disk of its own, of 256 MiB, so that filling it harms nobody else; what was written stays
-    in `folder` afterwards. Sites see it if they are made inside. Raises MachineError.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    _checked(["mount", "-t", "tmpfs", "-o", f"size={K_DISK_BYTES}", "tmpfs", str(folder)])
-    kept = folder.with_name(f"{folder.name}.kept")
-    try:
-        yield
-    finally:
-        empty_disk(folder)
-        try:
-            shutil.copytree(folder, kept, dirs_exist_ok=True)
-        finally:
-            # Lazily: a server that is still ending may have its log open.
-            _checked(["umount", "-l", str(folder)])
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
-        shutil.rmtree(kept)
-
-
-def fill_disk(folder: Path) -> int:
-    """Write until nothing more fits; how many bytes that took. Raises MachineError where `folder` has no
-    small disk of its own.
-    """
-    if not os.path.ismount(folder):
-        raise MachineError(f"{folder} has no disk of its own: it isn't filled")
-    written = 0
-    with (folder / K_FULL).open("wb", buffering=0) as out:
-        piece = _PIECE
-        while piece:
-            try:
-                written += out.write(piece)
-            except OSError:
-                # The last bytes in ever smaller pieces: a log line is short.
-                piece = piece[: len(piece) // 2]
-    return written
-
-
-def empty_disk(folder: Path) -> None:
-    (folder / K_FULL).unlink(missing_ok=True)
 
 
 class Clocks:

@@ -48,6 +48,10 @@ class View:
     def requests(self) -> list[RequestRow]:
         return [row for repetition in self.run.repetitions for row in repetition.requests if self.ours(row)]
 
+    def answered(self) -> list[RequestRow]:
+        """Those with a whole answer."""
+        return [row for row in self.requests() if row.error is None and row.e2e_s is not None]
+
     def baseline(self) -> dict[tuple[str, str], RequestRow]:
         """The plain server's answers by (model, request)."""
         return {(row.model, row.id): row for row in self.run.baseline if self.ours(row)}

@@ -40,11 +40,13 @@ def link_rows(samples: Sequence[Sample], zero_s: float) -> list[LinkRow]:
 
 
 def in_clear(net: Network, fleet: Fleet, site: str) -> int:
-    """Connections of the site to others that are neither the pumps' nor to a server's HTTP: SGLang's own
-    bootstrap and control, where they don't go by the pumps.
+    """Connections of the site to others that aren't the pumps': SGLang's own bootstrap and control, where
+    they don't go by the pumps. HTTP to a server counts only where that was to go by them too.
     """
     others = {place.address for name, place in net.sites.items() if name != site}
-    known = {K_PUMP_PORT, *(server.port for server in fleet.servers)}
+    known = {K_PUMP_PORT}
+    if not fleet.experiment.transfer.http_by_pump:
+        known |= {server.port for server in fleet.servers}
     return sum(c.peer in others and not {c.local_port, c.peer_port} & known for c in net.connections(site))
 
 

@@ -29,7 +29,7 @@ n=10
 for keep in "$@"; do eval "exec $n<\\"\\$keep\\""; n=$((n+1)); done
 for place in {places}; do mount -n -t tmpfs -o mode=1777 tmpfs "$place"; done
 n=10
-for keep in "$@"; do mkdir -p "$keep"; mount -n -c --bind "/proc/self/fd/$n" "$keep"; n=$((n+1)); done
+for keep in "$@"; do mkdir -p "$keep"; mount -n -c --rbind "/proc/self/fd/$n" "$keep"; n=$((n+1)); done
 """.format(places=" ".join(K_PRIVATE))
 
 File = int | IO[Any] | None

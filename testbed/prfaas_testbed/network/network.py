@@ -96,6 +96,8 @@ class Network:
         """What a program inside a site may choose."""
         self.up_s = 0.0
         """How long bringing it up took."""
+        self.down_s = 0.0
+        """How long taking it down took, with all that ran in its sites."""
         self._progress, self._record = progress, record
         self._mininet = new_network()
         self._emulator: Emulation | None = None
@@ -313,6 +315,14 @@ class Network:
         """iperf3 from site to site, until its `stop()`. Several at once are fine; rates are the emulated
         ones.
         """
+        traffic = self.prepare_traffic(source, target, kind, rate_mbps, streams)
+        traffic.begin()
+        return traffic
+
+    def prepare_traffic(
+        self, source: str, target: str, kind: Kind, rate_mbps: float | None = None, streams: int = 1
+    ) -> CrossTraffic:
+        """The same, from its `begin()` on: what takes time to start is there already."""
         port = K_TRAFFIC_PORT + len(self._traffic)
         traffic = CrossTraffic(self.sites[source], self.sites[target], kind, rate_mbps, streams, port)
         self._traffic.append(traffic)

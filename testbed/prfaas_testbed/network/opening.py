@@ -8,13 +8,14 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from prfaas.config.topology import Topology
 from prfaas.model.errors import MachineError
+from prfaas_testbed.network.disk import mount_disk
 from prfaas_testbed.network.network import Network, Progress
 from prfaas_testbed.network.state import K_TMP_PREFIX, Lock, Record, clean_up, state_file
 
@@ -29,6 +30,7 @@ K_NEEDED = {
     "ping": "iputils-ping",
     "tcpdump": "tcpdump",
     "unshare": "util-linux",
+    "findmnt": "util-linux",
 }
 
 
@@ -57,12 +59,14 @@ def open_network(
     progress: Progress | None = None,
     emulation: str | None = None,
     wait_s: float = 0.0,
+    disks: Sequence[Path] = (),
 ) -> Iterator[Network]:
     """Bring `topology` up, and take it down whatever happens inside.
 
     `workdir` (made if missing) is seen by the sites under its own path, as the checkout is. `emulation`
-    forces `native` or `appliance`; another run is waited for up to `wait_s`. Raises MachineError when this
-    machine lacks something or another run holds it.
+    forces `native` or `appliance`; another run is waited for up to `wait_s`. Each of `disks`, a folder, is a
+    small disk meanwhile, whose files stay. Raises MachineError when this machine lacks something or another
+    run holds it.
     """
     tell = progress or (lambda text: None)
     check_machine()
@@ -77,6 +81,9 @@ def open_network(
             record.folder(folder)
             net = Network(topology, workdir, tell, record)
             try:
+                for disk in (one.resolve() for one in disks):
+                    record.disk(disk)
+                    mount_disk(disk)
                 net.bring_up(emulation, folder)
                 yield net
             finally:
@@ -86,7 +93,8 @@ def open_network(
                         net.close()
                     finally:
                         clean_up(state_file())
-                    tell(f"down in {time.monotonic() - began_s:.1f} s")
+                    net.down_s = time.monotonic() - began_s
+                    tell(f"down in {net.down_s:.1f} s")
         finally:
             lock.release()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import MachineError
+from prfaas_testbed.network.disk import give_back_disk, is_disk, kept_of
 
 K_LOCK = Path("/run/prfaas-testbed.lock")
 K_NETNS = Path("/run/netns")
@@ -102,6 +103,7 @@ class Record:
             "devices": [],
             "sysctls": {},
             "folders": [],
+            "disks": [],
         }
         self._write()
 
@@ -120,6 +122,10 @@ class Record:
 
     def folder(self, path: Path) -> None:
         self._data["folders"].append(str(path))
+        self._write()
+
+    def disk(self, folder: Path) -> None:
+        self._data["disks"].append(str(folder))
         self._write()
 
     def raise_sysctl(self, name: str, value: str) -> None:
@@ -218,7 +224,7 @@ def unpin(name: str) -> None:
 
 def clean_up(path: Path, grace_s: float = 1.0) -> list[str]:
     """Undo what the record at `path` lists and remove it. Returns a line for each thing that was still
-    there.
+    there. Raises MachineError where a disk's files have no room: disk and record stay.
     """
     try:
         data = json.loads(path.read_text())
@@ -246,6 +252,10 @@ def clean_up(path: Path, grace_s: float = 1.0) -> list[str]:
             if read_sysctl(name) == entry["raised"]:  # somebody else's later value stays
                 write_sysctl(name, entry["before"])
                 done.append(f"sysctl {name}, back to {entry['before']}")
+    for folder in map(Path, data.get("disks", ())):
+        if is_disk(folder) or kept_of(folder).exists():
+            give_back_disk(folder)
+            done.append(f"disk {folder}")
     for folder in data["folders"]:
         if Path(folder).name.startswith(K_TMP_PREFIX) and Path(folder).exists():
             shutil.rmtree(folder, ignore_errors=True)

@@ -82,7 +82,7 @@ def listens(site: Site, port: int) -> bool:
 
 
 class CrossTraffic:
-    """Other people's traffic from one site to another, until stopped."""
+    """Other people's traffic from one site to another: ready when it is made, then from `begin` to `stop`."""
 
     def __init__(
         self,
@@ -103,16 +103,30 @@ class CrossTraffic:
         if rate_mbps is not None:
             words += ["-b", f"{rate_mbps / streams:.6f}M"]
         self.kind, self.source, self.target = kind, source.name, target.name
+        self._from, self._words = source, words
         self._server = IperfServer(target, port)
-        self.started_s = time.monotonic()
+        self._client: subprocess.Popen[str] | None = None
+        self.begun_s: float | None = None
+        self.ended_early = False
+        """It ended by itself before it was stopped."""
         self.stopped_s: float | None = None
-        self._client = source.popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def begin(self) -> None:
+        self.begun_s = time.monotonic()
+        self._client = self._from.popen(
+            self._words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
 
     def stop(self) -> dict[str, Any]:
-        """End it and say what arrived: `seconds`, `mbps`, and `error` if it ended by itself before."""
+        """End it and say what arrived: `seconds`, `mbps`, and `error` if that isn't known or it ended by
+        itself before."""
         error = None
+        if self._client is None:
+            self.stopped_s = time.monotonic()
+            self._server.close()
+            return {"seconds": 0.0, "mbps": 0.0, "error": "it hadn't begun"}
         if self._client.poll() is not None:
-            error = "it ended by itself"
+            self.ended_early, error = True, "it ended by itself"
         else:
             self._client.send_signal(signal.SIGINT)  # iperf3 then tells its server, which writes its report
         try:

@@ -51,9 +51,14 @@ def results(folder: Path) -> Path:
     return found
 
 
-def test_hello_passes_every_check_that_does_not_time_anything(tmp_path: Path) -> None:
+def test_hello_passes_every_check_that_does_not_time_anything_and_nothing_crosses_in_the_clear(
+    tmp_path: Path,
+) -> None:
+    base = yaml.safe_load((ROOT / "topologies" / "experiments" / "hello.yaml").read_text())
+    checks = [*base["checks"], {"name": "outside_pumps_bytes", "at_most": 0}]
+    hello = small_hello(tmp_path, transfer={"http_by_pump": True}, checks=checks)
     done = subprocess.run(
-        [*RUN, str(small_hello(tmp_path)), "--out", str(tmp_path), "--json", *WAIT],
+        [*RUN, str(hello), "--out", str(tmp_path), "--json", *WAIT],
         capture_output=True, text=True, check=False, timeout=170,
     )  # fmt: skip
     outcomes = {row["name"]: row["outcome"] for row in json.loads(done.stdout)}
@@ -61,6 +66,7 @@ def test_hello_passes_every_check_that_does_not_time_anything(tmp_path: Path) ->
     assert outcomes["digests_equal_share"] == "passed"
     assert outcomes["sites_isolated"] == "passed"
     assert outcomes["bytes_gap_share"] == "passed"
+    assert outcomes["outside_pumps_bytes"] == "passed"
     run = read_run(results(tmp_path))
     assert run.emulation in ("native", "appliance")
     assert len(run.repetitions[0].requests) == len(run.baseline) == 6

@@ -15,13 +15,16 @@ import pytest
 from prfaas.config.topology import Topology, load_topology
 from prfaas.model.errors import MachineError
 from prfaas_testbed.network import open_network
+from prfaas_testbed.network.disk import K_DISK_BYTES, empty_disk, fill_disk
 from prfaas_testbed.network.state import in_namespace, start_ticks, state_file
 
 _RUN = """
 import sys, time
+from pathlib import Path
 from prfaas.config.topology import load_topology
 from prfaas_testbed.network import open_network
-with open_network(load_topology("hello"), sys.argv[1], wait_s=120) as net:
+small = Path(sys.argv[1], "small")
+with open_network(load_topology("hello"), sys.argv[1], wait_s=120, disks=[small]) as net:
     script = "exec > /dev/null 2>&1; trap '' TERM; sleep 600 & wait; sleep 600"  # lets go of our pipes
     server = net.sites["east"].popen(["sh", "-c", script])
     sys.stdout.write(f"{server.pid}\\n"); sys.stdout.flush()
@@ -61,6 +64,23 @@ def test_success_leaves_nothing_and_ends_what_ran_in_the_sites(
     assert not state_file().exists()
 
 
+def test_what_a_site_writes_on_a_small_disk_stays_and_the_disk_goes(
+    small: Topology, wait_s: float, tmp_path: Path
+) -> None:
+    folder = tmp_path / "small"
+    with open_network(small, tmp_path, wait_s=wait_s, disks=[folder]) as net:
+        assert folder.is_mount()
+        filled_bytes = fill_disk(folder)
+        assert K_DISK_BYTES // 2 < filled_bytes <= K_DISK_BYTES
+        writer = ["dd", "if=/dev/zero", f"of={folder}/log", "bs=1", "count=1"]
+        full = net.sites["east"].popen(writer, stderr=subprocess.PIPE)
+        assert b"No space left" in full.communicate(timeout=30)[1]
+        empty_disk(folder)
+        net.sites["east"].run(["sh", "-c", f"echo yes > {folder}/log"])
+    assert not folder.is_mount()
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"log": "yes\n"}
+
+
 def test_a_failure_inside_leaves_nothing(
     small: Topology, wait_s: float, tmp_path: Path, left: Callable[[], list[str]]
 ) -> None:
@@ -84,7 +104,7 @@ def test_an_interrupt_leaves_nothing(number: int, tmp_path: Path, left: Callable
 def test_after_kill_9_clean_removes_all_of_it_and_only_that(
     tmp_path: Path, left: Callable[[], list[str]]
 ) -> None:
-    before = left()
+    before, small = left(), tmp_path / "small"
     bystander = subprocess.Popen(["sleep", "600"])
     try:
         with running(tmp_path) as (process, server):
@@ -92,10 +112,16 @@ def test_after_kill_9_clean_removes_all_of_it_and_only_that(
             process.communicate()
             assert start_ticks(server) is not None
             assert server in in_namespace("prfaas-east")
+            (small / "log").write_text("its last words")
+            assert fill_disk(small) > 0
         done = clean()
         assert done.returncode == 0
         assert "namespace prfaas-east" in done.stderr
         assert start_ticks(server) is None
+        assert f"disk {small}" in done.stderr
+        assert not small.is_mount()
+        assert {path.name: path.read_text() for path in small.iterdir()} == {"log": "its last words"}
+        assert list(tmp_path.glob("small*")) == [small]
         assert left() == before
         assert bystander.poll() is None
     finally:
@@ -116,6 +142,7 @@ def test_the_next_start_cleans_up_after_kill_9(
         assert net.sample().links
     assert start_ticks(server) is None
     assert any("left by a killed run" in line for line in said)
+    assert not (tmp_path / "small").is_mount()
     assert left() == before
 
 

@@ -41,6 +41,7 @@ def test_a_site_that_sends_is_explained_by_payload_framing_headers_and_the_rest(
     assert row["accounted_bytes"] == 9200 + 10 * 66 + 104
     assert row["tls_bytes"] == 9200 - 50 - 9000 - 100
     assert row["wan_bytes"] == 10_000
+    assert row["outside_pumps_bytes"] == 104
 
 
 def test_a_cut_connection_s_unsent_bytes_are_not_taken_off_tls() -> None:

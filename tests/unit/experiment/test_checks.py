@@ -43,6 +43,7 @@ EXACT: list[dict[str, object]] = [
     {"name": "wrong_answers", "at_most": 0},
     {"name": "logprob_gap", "at_most": 0.05},
     {"name": "digests_equal_share", "at_least": 1},
+    {"name": "digests_missing", "at_most": 0},
     {"name": "lost", "at_most": 0},
     {"name": "answered_share", "at_least": 1},
 ]
@@ -61,10 +62,23 @@ def test_one_wrong_token_fails() -> None:
     assert found["logprob_gap"][0] == "passed"
 
 
-def test_a_digest_that_differs_or_is_missing_fails() -> None:
-    for bad in ("e", None):
-        found = outcome(run_of([request("a", [1, 2, 3]), request("b", [4, 5], landed_digest=bad)], EXACT))
-        assert found["digests_equal_share"] == ("failed", 0.5)
+def test_a_digest_that_differs_fails() -> None:
+    found = outcome(run_of([request("a", [1, 2, 3]), request("b", [4, 5], landed_digest="e")], EXACT))
+    assert found["digests_equal_share"] == ("failed", 0.5)
+    assert found["digests_missing"] == ("passed", 0)
+
+
+@pytest.mark.parametrize("side", ["source_digest", "landed_digest"])
+def test_a_digest_that_one_side_lacks_is_counted_apart_and_fails(side: str) -> None:
+    found = outcome(run_of([request("a", [1, 2, 3]), request("b", [4, 5], **{side: None})], EXACT))
+    assert found["digests_equal_share"] == ("passed", 1.0)
+    assert found["digests_missing"] == ("failed", 1)
+
+
+def test_where_no_request_has_both_digests_nothing_is_equal() -> None:
+    found = outcome(run_of([request("a", [1, 2, 3], source_digest=None)], EXACT))
+    assert found["digests_equal_share"] == ("unsupported", None)
+    assert found["digests_missing"] == ("failed", 1)
 
 
 def test_an_unanswered_request_is_not_equal_and_a_silent_one_is_lost() -> None:

@@ -15,6 +15,7 @@ from prfaas.config.router import Server
 from prfaas_testbed.experiment.door import _scaled, _server
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.servers import Server as Running
+from prfaas_testbed.experiment.ways import Ways
 
 
 @pytest.mark.parametrize("name", ["1t-hybrid-h20", "kimi-linear-48b"])
@@ -42,5 +43,22 @@ def test_profiled_instances_may_change_their_roles_where_there_is_a_slow_loop(ki
         experiment = found.model_copy(update={"instances": instances, "router": router})
         for one in instances:
             running = Running(one.names()[0], one.site, one.role, "10.0.0.1", 80, Mock(), bootstrap_port=80)
-            server = check(_server(running, experiment), Server, "the router's file")
+            server = check(_server(running, experiment, Ways()), Server, "the router's file")
             assert server.convertible == (router is loop and kind == "profiled" and one.role != "collocated")
+
+
+def test_where_http_goes_by_pumps_the_router_asks_its_own_loopback_and_names_the_server_s_own_bootstrap() -> (
+    None
+):
+    found = load_experiment("hello", K_TOPOLOGIES)
+    assert isinstance(found, Experiment)
+    experiment = found.model_copy(update={"router": RouterChoice(site="west")})
+    far = Running("prefill", "east", "prefill", "10.0.0.1", 30000, Mock(), bootstrap_port=30000)
+    ports = [("10.0.0.1", port) for port in (30000, 32000, 32001)]
+    ways = Ways({"east": ports, "west": []}, {"east": "10.0.0.1:7600", "west": "10.0.0.2:7600"})
+    server = check(_server(far, experiment, ways), Server, "the router's file")
+    assert server.url == "http://127.0.0.1:25000"
+    assert server.bootstrap == ("10.0.0.1", 30000)
+    assert server.kv_events is not None
+    assert server.kv_events.endpoint == "tcp://127.0.0.1:25001"
+    assert server.kv_events.replay_endpoint == "tcp://127.0.0.1:25002"

@@ -19,6 +19,7 @@ from prfaas_testbed.experiment import held, rounds, upset
 from prfaas_testbed.experiment.load import plan
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.timeline import Timeline, steps_of
+from prfaas_testbed.network import disk
 
 BASE: dict[str, Any] = {
     "name": "t", "description": "d", "wall_time_s": 10, "network": "hello",
@@ -83,7 +84,7 @@ def test_a_full_disk_and_a_stepped_clock_end_and_a_router_can_be_killed() -> Non
 
 def test_only_a_disk_of_its_own_is_filled(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="no disk of its own"):
-        upset.fill_disk(tmp_path)
+        disk.fill_disk(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from prfaas.config.experiment import Experiment
+from prfaas.config.experiment import CrossTraffic, Experiment
 from prfaas.config.run import EventRow
 from prfaas_testbed.experiment.timeline import Timeline
 from prfaas_testbed.experiment.view import field, number
@@ -87,3 +87,47 @@ def test_what_the_load_did_not_wait_for_has_no_distance() -> None:
     (skipped,) = [row for row in rows if field(row, "skipped")]
     assert number(skipped, "planned_s") == 60
     assert number(skipped, "lag_ms") is None
+
+
+class Traffic:
+    """What the timeline needs of cross-traffic."""
+
+    def __init__(self) -> None:
+        self.begun_s: float | None = None
+        self.ended_early = False
+        self.stops, self.zero_s, self.told_s = 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        self.begun_s = time.monotonic()
+
+    def stop(self) -> dict[str, Any]:
+        self.stops += 1
+        self.told_s = time.monotonic() - self.zero_s
+        return {"seconds": 1.0, "mbps": 7.5, "error": None}
+
+
+def crossed(at_s: float, then_s: float) -> tuple[list[EventRow], Traffic]:
+    event = CrossTraffic(do="cross_traffic", at_s=at_s, source="a", target="b", for_s=0.05)
+    traffic = Traffic()
+    net = SimpleNamespace(prepare_changes=lambda links: None, prepare_traffic=lambda *words: traffic)
+    timeline = Timeline([event], net, SimpleNamespace())  # type: ignore[arg-type]
+    timeline.prepare()
+    traffic.zero_s = time.monotonic()
+    timeline.start(traffic.zero_s)
+    time.sleep(then_s)
+    return timeline.finish(), traffic
+
+
+def test_cross_traffic_ends_when_it_is_told_to_and_not_when_its_report_has_come() -> None:
+    rows, traffic = crossed(0.0, 0.5)
+    assert [row.event for row in rows] == ["cross_traffic", "cross_traffic_end"]
+    assert field(rows[1], "mbps") == 7.5
+    assert 0 < rows[1].at_s <= traffic.told_s + 1e-3
+    assert traffic.stops == 1
+
+
+def test_cross_traffic_that_the_load_did_not_wait_for_is_skipped_and_its_receiver_gone() -> None:
+    rows, traffic = crossed(60.0, 0.0)
+    assert all(field(row, "skipped") for row in rows)
+    assert traffic.begun_s is None
+    assert traffic.stops == 1

@@ -38,7 +38,7 @@ async def serve(settings: Settings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
         sender, receiver = await open_movers(settings, stack)
-        instance = Instance(settings, profile, HttpPeers(session), sender, receiver, publisher)
+        instance = Instance(settings, profile, HttpPeers(session, settings.ways), sender, receiver, publisher)
         tasks = [asyncio.create_task(instance.run())]
         if publisher is not None:
             stack.callback(publisher.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import aiohttp
@@ -28,11 +29,13 @@ class Peers(Protocol):
 class HttpPeers:
     """Peers over HTTP with kept connections."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
+    def __init__(self, session: aiohttp.ClientSession, ways: Mapping[str, str] | None = None) -> None:
+        """`ways`: host:port to the host:port that leads there, where that isn't the same."""
+        self._session, self._ways = session, dict(ways or {})
 
     async def post(self, address: tuple[str, int], path: str, body: dict[str, Any]) -> None:
-        url = f"http://{address[0]}:{address[1]}{path}"
+        place = f"{address[0]}:{address[1]}"
+        url = f"http://{self._ways.get(place, place)}{path}"
         try:
             async with self._session.post(url, json=body) as response:
                 if response.status != 200:

@@ -34,6 +34,9 @@ class Settings(Strict):
     """A decode instance keeps prefixes too, and is sent only what it lacks."""
     pump: Path | None = None
     """The pump's configuration; needed by prefill and decode."""
+    ways: dict[str, str] = Field(default_factory=dict)
+    """host:port of peers at other sites, and the host:port here that leads there by the pumps; others are
+    reached as they are."""
     events_port: Port | None = None
     """Where KV events are published; none where absent."""
     events_replay_port: Port | None = None

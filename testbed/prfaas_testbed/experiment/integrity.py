@@ -1,0 +1,50 @@
+"""Metrics of whether what arrived is what was sent, by both ends' own digests and by size."""
+
+from __future__ import annotations
+
+from prfaas.config.run import RequestRow
+from prfaas_testbed.experiment.registry import Unsupported, metric
+from prfaas_testbed.experiment.view import View, field, number
+
+
+def _moved(view: View) -> list[RequestRow]:
+    """Answered requests whose bytes came from another site."""
+    rows = view.answered()
+    moved = [row for row in rows if field(row, "transfer") != "local"]
+    if not moved:
+        raise Unsupported("nothing was moved between sites" if rows else "no request was answered")
+    return moved
+
+
+def _has_both(row: RequestRow) -> bool:
+    return bool(field(row, "source_digest")) and bool(field(row, "landed_digest"))
+
+
+@metric("digests_equal_share")
+def _digests_equal_share(view: View) -> float:
+    """Of the answered requests whose digests both sides wrote down, the share in which they are equal;
+    digests_missing counts the others."""
+    both = [row for row in _moved(view) if _has_both(row)]
+    if not both:
+        raise Unsupported("no request has the digests of both sides")
+    return sum(field(row, "source_digest") == field(row, "landed_digest") for row in both) / len(both)
+
+
+@metric("digests_missing")
+def _digests_missing(view: View) -> float:
+    """Answered requests of which either side wrote no digest down, as where its disk was full: nothing says
+    whether what landed is what was sent."""
+    return sum(not _has_both(row) for row in _moved(view))
+
+
+@metric("kv_bytes_gap_share")
+def _kv_bytes_gap_share(view: View) -> float:
+    """Bytes moved against what model and prompt length predict: the largest gap of a request."""
+    gaps = []
+    for row in view.answered():
+        wanted = number(row, "wanted_kv_bytes")
+        if wanted and row.kv_bytes is not None:
+            gaps.append(abs(row.kv_bytes - wanted) / wanted)
+    if not gaps:
+        raise Unsupported("no request says what it should have moved")
+    return max(gaps)
