@@ -47,6 +47,7 @@ K_CHANGE_S = 20.0
 K_NOISE = re.compile(r"Command failed|Warning|Object \"end-of-change-|\s*$")
 
 Counters = tuple[int, int, int, int, int]  # bytes, packets, drops, backlog bytes, queued packets
+K_NOTHING: Counters = (0, 0, 0, 0, 0)
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -85,8 +86,7 @@ class StandingTc:
         self.process = subprocess.Popen(
             ["tc", "-force", "-batch", "-"], stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe
         )
-        self.number = 0
-        self.gone = False
+        self.number, self.gone = 0, False
 
     def do(self, lines: list[str]) -> str:
         """What it says against them; empty: done."""
@@ -115,6 +115,10 @@ class StandingTc:
         return "\n".join(heard)
 
 
+def done(rc: int, out: str, err: str, began_s: float) -> dict[str, Any]:
+    return {"rc": rc, "out": out, "err": err, "began_s": began_s, "ended_s": time.monotonic()}
+
+
 class Commands:
     def __init__(self, namespaces: Namespaces) -> None:
         self.namespaces = namespaces
@@ -136,7 +140,7 @@ class Commands:
         err = self.standing[node].do(lines)
         if self.standing[node].gone:
             del self.standing[node]
-        return {"rc": int(bool(err)), "out": "", "err": err, "began_s": began_s, "ended_s": time.monotonic()}
+        return done(int(bool(err)), "", err, began_s)
 
     @staticmethod
     def _start(argv: list[str]) -> subprocess.Popen[str]:
@@ -152,13 +156,7 @@ class Commands:
             process.kill()
             out, err = process.communicate()
             err += "did not end within 20 s"
-        return {
-            "rc": process.returncode,
-            "out": out,
-            "err": err,
-            "began_s": began_s,
-            "ended_s": time.monotonic(),
-        }
+        return done(process.returncode, out, err, began_s)
 
 
 class QdiscReader:
@@ -213,31 +211,28 @@ class LagProbe:
     """
 
     def __init__(self, run: Callable[[list[str]], dict[str, Any]]) -> None:
-        for argv in (
-            ["ip", "link", "add", "lag0", "type", "veth", "peer", "name", "lag1"],
-            ["ip", "link", "set", "lag0", "up"],
-            ["ip", "link", "set", "lag1", "up"],
-            ["tc", "qdisc", "add", "dev", "lag0", "root", "netem", "limit", "1000",
-             "delay", f"{round(K_PROBE_DELAY_S * 1e6)}us"],
-        ):  # fmt: skip
-            done = run(argv)
-            if done["rc"]:
-                raise OSError(done["err"])
+        for words in (
+            "ip link add lag0 type veth peer name lag1",
+            "ip link set lag0 up",
+            "ip link set lag1 up",
+            f"tc qdisc add dev lag0 root netem limit 1000 delay {round(K_PROBE_DELAY_S * 1e6)}us",
+        ):
+            answer = run(words.split())
+            if answer["rc"]:
+                raise OSError(answer["err"])
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         self.sender = socket.socket(socket.AF_PACKET, kind, 0)
         self.sender.bind(("lag0", 0))
-        self.receiver = socket.socket(
-            socket.AF_PACKET, kind | socket.SOCK_NONBLOCK, socket.htons(K_PROBE_ETHERTYPE)
-        )
+        ether = socket.htons(K_PROBE_ETHERTYPE)
+        self.receiver = socket.socket(socket.AF_PACKET, kind | socket.SOCK_NONBLOCK, ether)
         self.receiver.bind(("lag1", K_PROBE_ETHERTYPE))
         self.receiver.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPNS, 1)
         self.head = b"\xff" * 6 + b"\x02\x72\0\0\0\1" + struct.pack("!H", K_PROBE_ETHERTYPE)
         self.lags_us: list[int] = []
 
     def send(self) -> None:
-        self.sender.send(
-            self.head + struct.pack("=Q", time.clock_gettime_ns(time.CLOCK_REALTIME)) + bytes(38)
-        )
+        now_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)
+        self.sender.send(self.head + struct.pack("=Q", now_ns) + bytes(38))
 
     def receive(self) -> None:
         while True:
@@ -257,13 +252,9 @@ class Observer:
     """Counters of links and of what must not happen, once every_s."""
 
     def __init__(
-        self,
-        namespaces: Namespaces,
-        links: dict[str, list[str]],
-        edges: dict[str, list[str]],
-        every_s: float,
-        probe: LagProbe,
-    ) -> None:
+        self, namespaces: Namespaces, links: dict[str, list[str]], edges: dict[str, list[str]],
+        every_s: float, probe: LagProbe,
+    ) -> None:  # fmt: skip
         self.namespaces, self.every_s, self.probe = namespaces, every_s, probe
         self.links: dict[str, tuple[str, int]] = {}
         self.edges: dict[str, tuple[str, str, int]] = {}
@@ -286,10 +277,8 @@ class Observer:
         stats = {node: reader.read() for node, reader in self.readers.items()}
         at_s = time.monotonic()
         rows = {}
-        nothing: Counters = (0, 0, 0, 0, 0)
         for name, (node, index) in self.links.items():
-            line = stats[node].get((index, 1), nothing)
-            queue = stats[node].get((index, 2), nothing)
+            line, queue = (stats[node].get((index, handle), K_NOTHING) for handle in (1, 2))
             rows[name] = [line[0], line[1], line[2], queue[2], queue[3], line[4]]
         if self.count % 10 == 0:
             self.accidents = self._accidents(stats)
@@ -308,9 +297,8 @@ class Observer:
                     fields = [int(field) for field in rest.split()]
                     found[f"{name} device"] = fields[2] + fields[3] + fields[10] + fields[11]
             found[f"{name} device queue"] = sum(v[2] for k, v in stats[node].items() if k[0] == index)
-        found["kernel backlog"] = sum(
-            int(row.split()[1], 16) for row in read("/proc/net/softnet_stat").splitlines()
-        )
+        rows = read("/proc/net/softnet_stat").splitlines()
+        found["kernel backlog"] = sum(int(row.split()[1], 16) for row in rows)
         return found
 
 
@@ -339,10 +327,10 @@ class Agent:
         self.say({"ready": os.getpid(), "now_s": time.monotonic()})
         next_sample_s = next_probe_s = 0.0
         while self.going:
-            watched, wait_s = [self.source], None
+            wait_s = None
             if self.observer and self.probe:
                 wait_s = max(0.0, min(next_sample_s, next_probe_s) - time.monotonic())
-            ready, _, _ = select.select(watched, [], [], wait_s)
+            ready, _, _ = select.select([self.source], [], [], wait_s)
             if self.observer and self.probe:
                 now = time.monotonic()
                 if now >= next_probe_s:
@@ -362,8 +350,6 @@ class Agent:
             self.going = False
         *lines, self.pending = (self.pending + data).split(b"\n")
         for line in lines:
-            if not line.strip():
-                continue
             try:
                 order = json.loads(line)
                 number = int(order["id"])
@@ -395,9 +381,8 @@ class Agent:
             for node, _ in order["links"].values():
                 self.commands.prepare(node)
             self.probe = self.probe or LagProbe(lambda argv: self.commands.run(None, argv, None))
-            self.observer = Observer(
-                self.namespaces, order["links"], order["edges"], order["every_s"], self.probe
-            )
+            links, edges, every_s = order["links"], order["edges"], order["every_s"]
+            self.observer = Observer(self.namespaces, links, edges, every_s, self.probe)
             return {"rc": 0}
         if what == "stop":
             self.going = False

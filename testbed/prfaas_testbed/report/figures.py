@@ -91,7 +91,8 @@ def _links(view: View, models: list[str], path: Path) -> list[Path]:
                 for row, m in zip(points, mbps, strict=True)
             ]
         mark(ax, events)
-        ax.set(title=model, ylabel="Mbit/s", ylim=(0, None), xlim=(0, None))
+        # Room for the legend above the lines.
+        ax.set(title=model, ylabel="Mbit/s", ylim=(0, 1.3 * ax.get_ylim()[1]), xlim=(0, None))
         ax.legend(loc="upper right")
     axes[-1].set_xlabel("since the load's start, s")
     return save(figure, path.parent, path.name, ["model", "link", "at_s", "mbps", "drops"], rows)
@@ -130,7 +131,7 @@ def _transfers(view: View, models: list[str], path: Path) -> list[Path]:
         ("decode", K_DECODING),
     ):
         axes[-1].barh(0, 0, color=shade, label=label)
-    axes[-1].legend(loc="upper right")
+    axes[-1].legend(loc="lower left")  # bars go from the upper left to the lower right
     header = [
         "model",
         "id",
@@ -164,6 +165,18 @@ def _is(row: Any, part: str | None, model: str) -> bool:
     return (part is None or field(row, "part") == part) and field(row, "model") in (None, model)
 
 
+def label_of(event: EventRow) -> str:
+    """What an event is called where it is marked: its own word, and which of several kinds."""
+    words = event.event.removesuffix("_end").replace("_", " ")
+    kind, instance = field(event, "kind"), field(event, "instance")
+    if kind is not None:
+        words += f" {str(kind).replace('_', ' ')}"
+    elif instance is not None:
+        done = {"SIGSTOP": "freeze", "SIGCONT": "freeze"}.get(str(field(event, "signal")), words)
+        words = f"{done} {instance}" + ("'s pump" if field(event, "what") == "pump" else "")
+    return words + (" end" if event.event.endswith("_end") else "")
+
+
 def mark(ax: Axes, events: list[EventRow], labels: bool = True) -> None:
     """What was done to the network or a server, at the time it truly happened."""
     for event in events:
@@ -173,6 +186,6 @@ def mark(ax: Axes, events: list[EventRow], labels: bool = True) -> None:
         if not labels:
             continue
         ax.annotate(
-            event.event.replace("_", " "), (event.at_s, 1), xycoords=("data", "axes fraction"), fontsize=7,
+            label_of(event), (event.at_s, 1), xycoords=("data", "axes fraction"), fontsize=7,
             color=K_EVENT, rotation=90, va="top", ha="right",
         )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 from prfaas.config.run import Run
 from prfaas.figures import K_KINDS, new_figure, numbered, save
 from prfaas_testbed.experiment.view import View
-from prfaas_testbed.report.figures import first_links_and_events, first_requests, mark
+from prfaas_testbed.report.figures import first_links_and_events, first_requests, label_of, mark
 
 K_BIN_S = 1.0
 
@@ -37,7 +37,11 @@ def draw_overview(
         bits, _ = np.histogram(times, edges, weights=np.array([row.bytes * 8.0 for row in points]))
         if bits.sum() > 0.01 * sum(row.bytes * 8 for row in links) and place < 8:
             network.stairs(bits / K_BIN_S / 1e6, edges, color=numbered(place, link).colour, label=link)
-    network.set(ylabel="link, Mbit/s", ylim=(0, None), title=title or f"{part + ': ' if part else ''}{model}")
+    network.set(
+        ylabel="link, Mbit/s",
+        ylim=(0, 1.3 * network.get_ylim()[1]),
+        title=title or f"{part + ': ' if part else ''}{model}",
+    )
     network.legend(loc="upper right", ncols=4)
     ends = sorted(edge for row in requests for edge in ((row.sent_s, 1), (row.sent_s + (row.e2e_s or 0), -1)))
     system.step([at for at, _ in ends], np.cumsum([step for _, step in ends]), where="post", color="#444444")
@@ -50,5 +54,5 @@ def draw_overview(
     ttft.set(ylabel="TTFT, s", ylim=(0, None), xlim=(0, None), xlabel="since the load's start, s")
     for ax in (network, system, ttft):
         mark(ax, events, labels=ax is network)
-    rows = [[event.at_s, event.event] for event in events]
+    rows = [[event.at_s, label_of(event)] for event in events]
     return save(figure, folder, name, ["at_s", "event"], rows, kinds)

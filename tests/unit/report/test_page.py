@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prfaas.config.run import CheckRow, Run, read_run, write_run
+import pytest
+
+from prfaas.config.run import CheckRow, EventRow, Run, read_run, write_run
 from prfaas_testbed.cli.main import main
 from prfaas_testbed.report.compare import compare_lines
+from prfaas_testbed.report.figures import label_of
 from prfaas_testbed.report.page import draw_run
 
 
@@ -93,3 +96,20 @@ def test_check_says_what_the_rows_say_whatever_the_file_claims(tmp_path: Path, c
     captured = capsys.readouterr()
     assert "FAIL  tokens_equal_share" in captured.out
     assert "the run says passed, its rows say failed" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"event": "hostile", "kind": "corrupt_payload"}, "hostile corrupt payload"),
+        ({"event": "cross_traffic", "kind": "udp"}, "cross traffic udp"),
+        ({"event": "cross_traffic_end", "kind": "udp"}, "cross traffic udp end"),
+        ({"event": "kill", "instance": "decode", "what": "pump", "signal": "SIGKILL"}, "kill decode's pump"),
+        ({"event": "kill_end", "instance": "decode", "what": "server"}, "kill decode end"),
+        ({"event": "kill", "instance": "decode", "what": "server", "signal": "SIGSTOP"}, "freeze decode"),
+        ({"event": "kill_end", "instance": "decode", "signal": "SIGCONT"}, "freeze decode end"),
+        ({"event": "set_link", "link": "a->b"}, "set link"),
+    ],
+)
+def test_an_event_is_marked_by_its_kind(fields: dict[str, Any], words: str) -> None:
+    assert label_of(EventRow.model_validate({"at_s": 1.0, **fields})) == words
