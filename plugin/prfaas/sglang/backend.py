@@ -34,7 +34,7 @@ from prfaas.sglang.passage import Passage
 from prfaas.sglang.planning import RecordingEngine
 from prfaas.sglang.refusal import Refusal
 from prfaas.sglang.rooms import LeasedRooms, Remembered, SendingRooms
-from prfaas.sglang.staging import CudaMemory, HostMemory, Places, Staging
+from prfaas.sglang.staging import CudaMemory, HostMemory, Staging
 from prfaas.sglang.verification import Verification
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,6 @@ class PrfaasKVManager(DecodeSide, LayerSide):
         self.session_id = f"{self.pump.address}/{secrets.token_hex(8)}:{self.rank_port}"
         self.engine = RecordingEngine(self.pump, self.session_id)
         self.staging = self._make_staging(config)
-        # Of peers whose pages are staged: where, by session and room.
-        self.places: dict[tuple[str, int], Places] = {}
         self._open_passage(config)
         self._open_near(config)
         self.verification = Verification(config, self.kv_args, self.disaggregation_mode.value)
@@ -164,7 +162,6 @@ class PrfaasKVManager(DecodeSide, LayerSide):
             if self.disaggregation_mode == compat.DisaggregationMode.PREFILL:
                 self.asked.end(bootstrap_room)
                 self.sending.cancel(bootstrap_room, "the room failed")
-                self._forget_places(bootstrap_room)
                 self._forget_overlap(bootstrap_room)
             else:
                 self.leased.end(bootstrap_room)

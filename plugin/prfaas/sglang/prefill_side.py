@@ -30,8 +30,8 @@ def _target(message: list[bytes]) -> Target:
 
 
 class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
-    """Part of PrfaasKVManager, which has what it uses: engine, sending, asked, places, staging, verification,
-    doomed, refused_sessions, deadline_s."""
+    """Part of PrfaasKVManager, which has what it uses: engine, sending, asked, staging, verification, doomed,
+    refused_sessions, deadline_s."""
 
     def _take_frames(self, message: list[bytes]) -> list[bytes]:
         """Note what our decode side added to a message; SGLang gets its own frames."""
@@ -60,7 +60,6 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         if room.isdigit() and int(room) not in self.request_status:
             self.sending.cancel(int(room), "aborted")
             self.asked.end(int(room))
-            self._forget_places(int(room))
             self.doomed.put(int(room), "Aborted by the decode server before prefill had the request")
 
     def _take_layout(self, message: list[bytes], data: bytes, *later: bytes) -> None:
@@ -102,9 +101,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         if reason := self.ended.take(grant.room):
             self._refuse(message, reason)
             return
-        if places is not None:
-            self.places[session, grant.room] = places
-        self.sending.granted(session, grant)
+        self.sending.granted(session, grant, places)
         self.asked.ask(grant.room, session, grant.site, size_bytes, _target(message))
 
     def _refuse(self, message: list[bytes], reason: str) -> None:
@@ -114,7 +111,6 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
     def _refuse_room(self, room: int, targets: list[Target], refusal: Refusal) -> None:
         """A link has no place for its bytes."""
         self.sending.cancel(room, refusal.text)
-        self._forget_places(room)
         self._end_room(room, targets, refusal.text)
 
     def _let_go(self, room: int) -> None:
@@ -197,7 +193,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
 
     def _staged(self, session: str, kind: TransferKind, segments: Segments, room: int) -> Iterator[Part]:
         """What is sent for segments of pages: themselves, or copies in staging, a part at a time."""
-        places = self.places.get((session, room))
+        places = self.sending.places_of(room, session)
         if places is not None and len(segments):
             target = places.translate(segments.destination, segments.length)
             segments = Segments(segments.source, target, segments.length)
@@ -289,13 +285,8 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
     def _sent(self, room: SendingRoom, failure: str | None) -> None:
         """Every peer has acknowledged all of a room, or it failed."""
         self.asked.end(room.room)
-        self._forget_places(room.room)
         if failure is not None:
             self.conclude_failure(bootstrap_room=room.room, failure_reason=failure)
             return
         # The peers know by their own word; this is for the prefill scheduler.
         self.conclude_transfer(bootstrap_room=room.room, status=compat.KVPoll.Success, targets=[])
-
-    def _forget_places(self, room: int) -> None:
-        for key in [key for key in list(self.places) if key[1] == room]:
-            self.places.pop(key, None)

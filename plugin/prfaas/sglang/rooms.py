@@ -38,6 +38,8 @@ class SendingRoom:
     room: int
     grants: dict[str, LeaseGrant] = field(default_factory=dict)
     """The leases it fills, by the peer's session."""
+    places: dict[str, Places] = field(default_factory=dict)
+    """Where the pages of peers that stage them lie, by their session."""
     open: dict[int, Transfer] = field(default_factory=dict)
     bytes_by_kind: dict[TransferKind, int] = field(default_factory=dict)
     all_handed_over: bool = False
@@ -61,11 +63,14 @@ class SendingRooms:
         self._lock = threading.Lock()
         self._rooms: dict[int, SendingRoom] = {}
 
-    def granted(self, session: str, grant: LeaseGrant) -> None:
+    def granted(self, session: str, grant: LeaseGrant, places: Places | None = None) -> None:
         """A peer has leased pages to a room. A newer generation replaces the one before."""
         with self._lock:
             room = self._rooms.setdefault(grant.room, SendingRoom(grant.room))
             room.grants[session] = grant
+            room.places.pop(session, None)
+            if places is not None:
+                room.places[session] = places
             if len(self._rooms) > K_REMEMBERED_ROOMS:
                 # Peers that granted and died before their request came here; the oldest first.
                 idle = next((number for number, old in self._rooms.items() if not old.open), None)
@@ -77,6 +82,12 @@ class SendingRooms:
         with self._lock:
             room = self._rooms.get(room_id)
             return room.grants.get(session) if room else None
+
+    def places_of(self, room_id: int, session: str) -> Places | None:
+        """Where the pages lie that a peer has leased to the room, if it stages them."""
+        with self._lock:
+            room = self._rooms.get(room_id)
+            return room.places.get(session) if room else None
 
     def send(
         self,

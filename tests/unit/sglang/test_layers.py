@@ -141,7 +141,7 @@ class Rig:
         m.disaggregation_mode, m.attn_tp_size, m.deadline_s = Mode.PREFILL, 1, 30.0
         m.is_mla_backend = m.is_hybrid_mla_backend = False
         m.request_status = {K_ROOM: KVPoll.WaitingForInput}
-        m.transfer_queues, m.staging, m.places = [self.queue], None, {}
+        m.transfer_queues, m.staging = [self.queue], None
         m.engine = RecordingEngine(self.pump, "s")  # type: ignore[arg-type]
         m.asked = SimpleNamespace(under_way=lambda room: None, end=lambda room: None)
         m.verification = SimpleNamespace(

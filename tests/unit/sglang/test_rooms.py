@@ -14,6 +14,7 @@ from prfaas.pump_client import Transfer
 from prfaas.sglang import rooms as rooms_module
 from prfaas.sglang.planning import Segments
 from prfaas.sglang.rooms import LeasedRoom, LeasedRooms, Part, Remembered, SendingRoom, SendingRooms
+from prfaas.sglang.staging import Places
 
 
 class FakePump:
@@ -145,6 +146,22 @@ def test_rooms_whose_requests_never_come_are_bounded(
     prefill.end(0)
     prefill.end(1)
     assert prefill.concluded == [(0, None)]
+
+
+def test_where_a_peers_pages_are_staged_is_known_as_long_as_its_room_and_of_its_present_lease(
+    prefill: Prefill,
+) -> None:
+    rooms, places = prefill.rooms, Places.laid_out(np.array([[100, 10]], dtype=np.uint64), 5000)
+    for end in (
+        lambda: rooms.cancel(7, "aborted"),
+        lambda: (prefill.send(7, [("s", TransferKind.AUX, 5)], True), prefill.end(-1)),
+        lambda: rooms.granted("s", grant(7, 2)),
+    ):
+        rooms.granted("s", grant(7), places)
+        assert rooms.places_of(7, "s") is places
+        assert rooms.places_of(7, "another") is None
+        end()  # type: ignore[no-untyped-call]
+        assert rooms.places_of(7, "s") is None
 
 
 def test_source_is_released_when_its_transfer_ends_or_at_once_when_it_is_not_sent(prefill: Prefill) -> None:
