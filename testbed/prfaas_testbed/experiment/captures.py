@@ -84,17 +84,30 @@ class Captures:
         except (PrfaasError, OSError) as error:
             self._row("capture", source=capture.source, target=capture.target, failed=str(error))
 
-    def finish(self) -> list[EventRow]:
+    def abandon(self) -> None:
+        """The run is over: nobody reads them."""
+        self._end()
+        for capture, files, _, _ in self._done:
+            self._remove(capture, files)
+
+    def _end(self) -> None:
         self._stopped.set()
         for thread in self._threads:
             thread.join()
+
+    @staticmethod
+    def _remove(capture: Capture, files: dict[str, Path]) -> None:
+        if not capture.keep:
+            for file in files.values():
+                file.unlink(missing_ok=True)
+
+    def finish(self) -> list[EventRow]:
+        self._end()
         for capture, files, found, until_s in self._done:
             try:
                 self._read(capture, files, found, until_s)
             finally:
-                if not capture.keep:
-                    for file in files.values():
-                        file.unlink(missing_ok=True)
+                self._remove(capture, files)
         return self._rows
 
     def _read(

@@ -371,7 +371,7 @@ class Runner:
             answers = client.finish(poll, every_s=3.0)
         except BaseException:
             for thing in beside:
-                thing.finish()
+                thing.abandon()
             raise
         finally:
             client.stop()

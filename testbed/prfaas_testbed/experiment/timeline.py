@@ -97,6 +97,7 @@ class Timeline:
         self._traffic: dict[int, CrossTrafficRunning] = {}
         self._hostile: dict[int, subprocess.Popen[str]] = {}
         self._stopped = threading.Event()
+        self._abandoned = False
         self._lock = threading.Lock()
         self._beside: list[threading.Thread] = []
         self._zero_s = 0.0
@@ -144,22 +145,37 @@ class Timeline:
             self._thread.join()
         for thread in self._beside:
             thread.join()
+        self._end_hostile()
+        with self._lock:
+            return sorted(self._rows, key=lambda row: row.at_s)
+
+    def abandon(self) -> None:
+        """The run is over: nothing more is begun, mended or waited for. What was begun goes down with the
+        servers and the network."""
+        self._abandoned = True
+        self._stopped.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._end_hostile()
+
+    def _end_hostile(self) -> None:
         for process in self._hostile.values():
             if process.poll() is None:
                 process.kill()
             process.communicate()
-        with self._lock:
-            return sorted(self._rows, key=lambda row: row.at_s)
 
     def _run(self) -> None:
         for step in self._steps:
             left_s = self._zero_s + step.at_s - time.monotonic()
             stopped = self._stopped.wait(max(0.0, left_s))
+            if self._abandoned:
+                return
             if stopped and step.phase == "begin":
                 self._record(step, time.monotonic(), skipped="the load ended before it")
                 continue
             if isinstance(step.event, K_BESIDE):
-                thread = threading.Thread(target=self._do, args=(step,))
+                # A daemon: one that is abandoned may wait for a server's start for a minute yet.
+                thread = threading.Thread(target=self._do, args=(step,), daemon=True)
                 self._beside.append(thread)
                 thread.start()
             else:

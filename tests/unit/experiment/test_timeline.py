@@ -7,7 +7,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from prfaas.config.experiment import CrossTraffic, Experiment
+from prfaas.config.experiment import CrossTraffic, Experiment, Kill
 from prfaas.config.run import EventRow
 from prfaas_testbed.experiment.timeline import Timeline
 from prfaas_testbed.experiment.view import field, number
@@ -131,3 +131,19 @@ def test_cross_traffic_that_the_load_did_not_wait_for_is_skipped_and_its_receive
     assert all(field(row, "skipped") for row in rows)
     assert traffic.begun_s is None
     assert traffic.stops == 1
+
+
+def test_an_abandoned_timeline_brings_nobody_back_and_waits_for_nothing() -> None:
+    server = Server()
+    fleet = SimpleNamespace(named=lambda name: SimpleNamespace(site="east", process=server))
+    event = Kill(do="kill", at_s=0.0, instance="p", restart_after_s=30.0)
+    timeline = Timeline([event], SimpleNamespace(prepare_changes=lambda links: None), fleet)  # type: ignore[arg-type]
+    timeline.prepare()
+    began_s = time.monotonic()
+    timeline.start(began_s)
+    while not server.said:
+        assert time.monotonic() < began_s + 10
+        time.sleep(0.01)
+    timeline.abandon()
+    assert server.said == ["kill"]
+    assert time.monotonic() < began_s + 15
