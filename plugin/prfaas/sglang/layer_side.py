@@ -53,7 +53,11 @@ class LayerSide(PrefillSide):
         if isinstance(item, RoomAhead):
             self._plan_ahead(item, executor)
         elif isinstance(item, Forward):
-            self._send_ahead(item)
+            try:
+                self._send_ahead(item)
+            except Exception:
+                for ahead in item.rooms:
+                    self._not_ahead(ahead.room)
         elif self.overlap != "end":
             super()._hand_over(item, executor)
         elif not item.is_last_chunk:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
 from prfaas.pump_client import Transfer
 from prfaas.sglang import compat, layers
-from prfaas.sglang.ahead import Ahead, Piece
+from prfaas.sglang.ahead import Ahead, Forward, Piece, Written
 from prfaas.sglang.planning import InlineExecutor, RecordingEngine, Segments
 from prfaas.sglang.rooms import SendingRoom, SendingRooms
 
@@ -471,3 +471,20 @@ def test_of_a_room_that_is_forgotten_while_it_is_sent_nothing_stays(rig: Rig) ->
     rig.work()
     assert rig.pump.sent_bytes > 0
     assert len(rig.manager.ahead) == 0
+
+
+def test_a_gpu_that_fails_while_layers_are_sent_costs_their_room_time_and_the_worker_lives(rig: Rig) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error")
+
+    req = rig.request(100, 0, 0)
+    rig.forward(req, 100)
+    for item in list(rig.queue.queue):
+        if isinstance(item, Forward):
+            item.written[-1] = Written(item.written[-1].buffers, SimpleNamespace(synchronize=broken))
+    rig.hand_over(req, 100)
+    rig.queue.put(None)
+    rig.manager.transfer_worker(rig.queue, None)
+    assert rig.queue.empty()
+    assert rig.landed()
+    assert rig.ahead == [0]
