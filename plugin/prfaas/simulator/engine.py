@@ -53,7 +53,11 @@ class Engine:
         self.pool_tokens = pool_tokens if pool_tokens is not None else profile.pool_tokens
         self.cache = BlockCache(profile.block_tokens, self.pool_tokens, exact=profile.state_bytes > 0)
         self.up = True
-        self._draining = False
+        self.draining = False
+        """Takes nothing new."""
+        self.keeps_backlog: tuple[list[float], int] | None = None
+        self.keeps_fullness: tuple[list[float], int] | None = None
+        """Where `backlog_s` and `fullness` are kept for whoever compares many instances."""
         self.busy_s = 0.0
         """Seconds spent in prefill steps."""
         self.reserved_tokens = 0
@@ -131,7 +135,7 @@ class Engine:
     def _enqueue(self, job: Job, now: float) -> None:
         job.cached = job.done = self.cache.match(job.block_ids, job.prompt_tokens) if job.block_ids else 0
         job.whole_s, job.taken_s = self.profile.occupied_s(job.prompt_tokens, job.cached), 0.0
-        self.backlog_s += job.whole_s
+        self._set_backlog(self.backlog_s + job.whole_s)
         self.backlog_tokens += job.prompt_tokens - job.cached
         self._serial += 1
         heapq.heappush(self._queue, (job.key, self._serial, job))
@@ -146,7 +150,7 @@ class Engine:
         if job is self._begun or any(entry[2] is job for entry in self._queue):
             # What the running step does for it comes off when that ends.
             reached = next((last for one, last in self._current or () if one is job), job.done)
-            self.backlog_s -= job.whole_s - self._taken_s(job, reached)
+            self._set_backlog(self.backlog_s - (job.whole_s - self._taken_s(job, reached)))
             self.backlog_tokens -= job.prompt_tokens - reached
             if job is self._begun:
                 self._begun = None
@@ -222,7 +226,7 @@ class Engine:
         if self.role == "collocated":
             self._steps_at_s = now  # no token was made while it prefilled
         self._current = None
-        self.backlog_s = max(0.0, self.backlog_s - took_s)
+        self._set_backlog(max(0.0, self.backlog_s - took_s))
         for job, last in pieces:
             self.backlog_tokens -= last - job.done
             job.done = last
@@ -308,7 +312,8 @@ class Engine:
         self._landed.clear()
         self._unplaced.clear()
         self._decode_plan += 1
-        self.backlog_s, self.backlog_tokens, self.reserved_tokens, self.assigned = 0.0, 0, 0, 0
+        self._set_backlog(0.0)
+        self.backlog_tokens = self.reserved_tokens = self.assigned = 0
         self.cache.clear()
         self._fill()
 
@@ -328,22 +333,26 @@ class Engine:
         self.fullness = math.inf
         self._fill()
 
-    @property
-    def draining(self) -> bool:
-        """Takes nothing new."""
-        return self._draining
-
-    @draining.setter
-    def draining(self, draining: bool) -> None:
-        self._draining = draining
+    def drain(self, draining: bool = True) -> None:
+        """Take nothing new from now on, or do again."""
+        self.draining = draining
         self._fill()
+
+    def _set_backlog(self, backlog_s: float) -> None:
+        self.backlog_s = backlog_s
+        if self.keeps_backlog is not None:
+            kept, place = self.keeps_backlog
+            kept[place] = backlog_s
 
     def _fill(self) -> None:
         """`fullness` anew, after anything that it counts."""
         if self.role != "prefill":
-            able = self.up and not self._draining
+            able = self.up and not self.draining
             waiting = len(self._landed) + len(self._unplaced)
             self.fullness = (self.assigned + waiting) / self.max_batch if able else math.inf
+        if self.keeps_fullness is not None:
+            kept, place = self.keeps_fullness
+            kept[place] = self.fullness
 
     @property
     def running(self) -> int:

@@ -103,7 +103,7 @@ class RoleChanges:
         if proposal.step.kind is StepKind.RESUME:
             self._back(engine)
         else:
-            engine.draining = True
+            engine.drain()
             self._world.outlook.forget_sites()
             self._drain(cluster, engine, now)
 
@@ -140,7 +140,7 @@ class RoleChanges:
         self._back(engine)
 
     def _back(self, engine: Engine) -> None:
-        engine.draining = False
+        engine.drain(False)
         self._world.outlook.forget_sites()
 
     def _owed(self, engine: Engine) -> bool:

@@ -15,7 +15,7 @@ from prfaas.model.decisions import Action, Decision, Verdict
 from prfaas.model.ids import LinkId, SiteId
 from prfaas.routing.base import Policy
 from prfaas.simulator.agenda import Agenda
-from prfaas.simulator.choosing import pick_decode, pick_prefill, queue_key
+from prfaas.simulator.choosing import Ranked, pick_decode, pick_prefill, queue_key
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
 from prfaas.simulator.links import WatchedLink
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prfaas.simulator.roles import RoleChanges
 
 K_ATTEMPTS = 6  # a request that failed so often is answered with an error
+K_NONE = Ranked(())  # instances of a site that has none
 K_NO_DEADLINE_S = 600.0  # s, order of sending for requests without one
 K_TRANSFER_S = 60.0  # s after prefill by which a transfer must be through: what its ledger is asked for
 
@@ -77,10 +78,14 @@ class World:
 
     def sort_roles(self) -> None:
         """Which engines take what, anew after a change of role."""
-        self._prefills, self._decodes = (
-            {site: [one for one in engines if one.role != other] for site, engines in self._by_site.items()}
-            for other in ("decode", "prefill")
-        )
+        self._prefills = {
+            site: Ranked.by_backlog([one for one in engines if one.role != "decode"])
+            for site, engines in self._by_site.items()
+        }
+        self._decodes = {
+            site: Ranked.by_fullness([one for one in engines if one.role != "prefill"])
+            for site, engines in self._by_site.items()
+        }
 
     # Arrivals.
 
@@ -167,7 +172,7 @@ class World:
             named
             if named is not None and named.up and not named.draining
             else pick_prefill(
-                self._prefills.get(chosen.prefill_site, ()),
+                self._prefills.get(chosen.prefill_site, K_NONE),
                 request,
                 key,
                 order,
@@ -178,7 +183,7 @@ class World:
         decode = (
             prefill
             if prefill is not None and prefill.role == "collocated" and not decision.offloaded
-            else pick_decode(self._decodes.get(chosen.decode_site, ()))
+            else pick_decode(self._decodes.get(chosen.decode_site, K_NONE))
         )
         if prefill is None or decode is None:
             self._retry(live, chosen.prefill_site, "no instance is up", now, dispatched=False)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from prfaas.model.profiles import Curve, DecodeProfile, Profile
 from prfaas.simulator.agenda import Agenda
-from prfaas.simulator.choosing import pick_decode, pick_prefill
+from prfaas.simulator.choosing import Ranked, pick_decode, pick_prefill
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
 from prfaas.workload.requests import TimedRequest
@@ -44,7 +44,7 @@ def made(index: int, role: str, backlog_s: float, held: int, landed: int, state:
             if job.reserved:
                 engine.decode(job, 0.0)
     engine.backlog_s = backlog_s
-    engine.draining = state == "draining"
+    engine.drain(state == "draining")
     if state == "restarted":
         engine.kill(0.0)
         engine.restart(0.0)
@@ -69,5 +69,34 @@ def plain_decode(engines: list[Engine]) -> Engine | None:
 @given(st.lists(one_engine, max_size=6))
 def test_the_short_way_takes_the_instance_that_the_long_one_takes(kinds) -> None:
     engines = [made(index, *kind) for index, kind in enumerate(kinds)]
-    assert pick_prefill(engines, K_REQUEST, 0.0, "fcfs", 0.0, {}) is plain_prefill(engines)
-    assert pick_decode(engines) is plain_decode(engines)
+    assert pick_prefill(Ranked.by_backlog(engines), K_REQUEST, 0.0, "fcfs", 0.0, {}) is plain_prefill(engines)
+    assert pick_decode(Ranked.by_fullness(engines)) is plain_decode(engines)
+
+
+@given(st.lists(one_engine, min_size=1, max_size=6), st.data())
+def test_what_is_kept_of_an_instance_is_what_the_instance_has(kinds, data) -> None:
+    engines = [made(index, *kind) for index, kind in enumerate(kinds)]
+    backlogs, fullnesses = Ranked.by_backlog(engines), Ranked.by_fullness(engines)
+    for _ in range(8):
+        engine = data.draw(st.sampled_from(engines))
+        what = data.draw(
+            st.sampled_from(["prefill", "reserve", "drain", "kill", "restart", "give up", "end"])
+        )
+        if what == "prefill" and engine.up:
+            engine.prefill(Job(None, 700, 10), 0.0)
+        elif what == "reserve" and engine.role != "prefill" and engine.up:
+            engine.reserve(Job(None, 500, 10), 900, lambda job, now: None, 0.0)
+        elif what == "drain":
+            engine.drain(not engine.draining)
+        elif what == "kill":
+            engine.kill(0.0)
+        elif what == "restart":
+            engine.restart(0.0)
+        elif what == "give up" and engine.up:
+            job = Job(None, 900, 10)
+            engine.prefill(job, 0.0)
+            engine.give_up(job, 0.0)
+        elif what == "end":
+            engine._agenda.run(engine._agenda.now + 3.0)
+        assert backlogs.figures == [one.backlog_s for one in engines]
+        assert fullnesses.figures == [one.fullness for one in engines]
