@@ -174,6 +174,10 @@ def label_of(event: EventRow) -> str:
     elif instance is not None:
         done = {"SIGSTOP": "freeze", "SIGCONT": "freeze"}.get(str(field(event, "signal")), words)
         words = f"{done} {instance}" + ("'s pump" if field(event, "what") == "pump" else "")
+    change = field(event, "change")
+    if isinstance(change, dict) and event.event.startswith("set_link"):
+        values = [name if isinstance(value, dict) else f"{name} {value}" for name, value in change.items()]
+        words = f"{field(event, 'link')} {', '.join(values)}".replace("_", " ")
     return words + (" end" if event.event.endswith("_end") else "")
 
 

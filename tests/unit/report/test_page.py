@@ -108,7 +108,15 @@ def test_check_says_what_the_rows_say_whatever_the_file_claims(tmp_path: Path, c
         ({"event": "kill_end", "instance": "decode", "what": "server"}, "kill decode end"),
         ({"event": "kill", "instance": "decode", "what": "server", "signal": "SIGSTOP"}, "freeze decode"),
         ({"event": "kill_end", "instance": "decode", "signal": "SIGCONT"}, "freeze decode end"),
-        ({"event": "set_link", "link": "a->b"}, "set link"),
+        ({"event": "link_down", "link": "a->b"}, "link down"),
+        (
+            {"event": "set_link", "link": "a->b", "change": {"rate_mbps": 10.0, "loss_percent": 2.0}},
+            "a->b rate mbps 10.0, loss percent 2.0",
+        ),
+        (
+            {"event": "set_link_end", "link": "a->b", "change": {"bursty_loss": {"enter_percent": 1}}},
+            "a->b bursty loss end",
+        ),
     ],
 )
 def test_an_event_is_marked_by_its_kind(fields: dict[str, Any], words: str) -> None:
