@@ -243,9 +243,9 @@ class Runner:
         again."""
         for attempt in range(1 + K_VOID_AGAIN):
             name = f"rep{index}-{attempt}"
-            total = self.experiment.repetitions
+            of = "" if self.experiment.capacity else f" of {self.experiment.repetitions}"
             self.tell(
-                f"{fleet.model.name}: repetition {index + 1} of {total}, {len(requests)} requests"
+                f"{fleet.model.name}: repetition {index + 1}{of}, {len(requests)} requests"
                 + (f" (attempt {attempt + 1})" if attempt else "")
             )
             found = self.attempt(net, fleet, requests, name, self.experiment.timeline)

@@ -21,6 +21,7 @@ from prfaas_testbed.report.figures import draw_figures
 from prfaas_testbed.report.grid import count_lines, draw_grid, spark
 from prfaas_testbed.report.overview import draw_overview
 from prfaas_testbed.report.sheet import draw_sheet
+from prfaas_testbed.report.trials import draw_trials
 
 K_PAGE, K_SHEET, K_CELLS = "index.html", "page.png", "cells"
 K_UNSEEN = ("load", "watch", "accounting", "packets", "capture", "cost")
@@ -38,6 +39,8 @@ def draw_run(folder: Path) -> Path:
         for model in models:
             name = "-".join(word for word in ("overview", part, model) if word)
             figures += draw_overview(run, folder / "figures", part, model, name)
+            trials = name.replace("overview", "capacity", 1)
+            figures += draw_trials(run, folder / "figures", part, model, trials)
     shown = sorted((path for path in figures if path.suffix == ".png"), key=_order)
     checks = judge(run)
     draw_sheet(run, checks, shown, folder / K_SHEET)
@@ -160,7 +163,7 @@ def _templates() -> Environment:
 
 
 def _order(path: Path) -> tuple[int, str]:
-    for place, word in enumerate(("overview", "ttft", "links", "transfers")):
+    for place, word in enumerate(("capacity", "overview", "ttft", "links", "transfers")):
         if word in path.stem:
             return place, path.stem
     return 9, path.stem

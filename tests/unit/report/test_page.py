@@ -12,6 +12,7 @@ from prfaas_testbed.cli.main import main
 from prfaas_testbed.report.compare import compare_lines
 from prfaas_testbed.report.figures import label_of
 from prfaas_testbed.report.page import draw_run
+from prfaas_testbed.report.trials import draw_trials
 
 
 def example(**changes: Any) -> Run:
@@ -121,3 +122,25 @@ def test_check_says_what_the_rows_say_whatever_the_file_claims(tmp_path: Path, c
 )
 def test_an_event_is_marked_by_its_kind(fields: dict[str, Any], words: str) -> None:
     assert label_of(EventRow.model_validate({"at_s": 1.0, **fields})) == words
+
+
+def test_a_capacity_search_shows_every_trial_and_where_the_capacity_lies(tmp_path: Path) -> None:
+    trials = [(6.0, 1.0), (9.0, 0.95), (13.5, 0.3), (9.0, 0.91)]
+    events = [
+        {
+            "at_s": 0.0, "event": "capacity", "model": "toy", "rate_rps": rate, "slo_share": share,
+            "held_rps": 9.0, "broken_rps": 13.5,
+        }
+        for rate, share in trials
+    ]  # fmt: skip
+    base = example()
+    base.repetitions[0].events += [EventRow.model_validate(row) for row in events]
+    draw_trials(base, tmp_path, None, "toy", "capacity-toy")
+    drawn = (tmp_path / "capacity-toy.csv").read_text().split()
+    assert drawn == ["rate_rps,slo_share", *(f"{rate},{share}" for rate, share in trials)]
+    assert "capacity: 9 to 13.5 requests/s" in (tmp_path / "capacity-toy.svg").read_text()
+
+
+def test_a_run_that_searched_for_no_capacity_has_no_such_picture(tmp_path: Path) -> None:
+    assert draw_trials(example(), tmp_path, None, "toy", "capacity-toy") == []
+    assert not list(tmp_path.iterdir())
