@@ -56,6 +56,8 @@ class ServerHandle:
     """The same in seconds."""
     told_tokens: int = 0
     """What pending_tokens was when it last reported: the rest of what it reported is others'."""
+    chunk_tokens: int | None = None
+    """Most tokens of one of its prefill steps; None where it doesn't tell."""
     down_until_s: float = float("-inf")
     """Not to be used before, after a connection failed."""
     misses: int = 0
@@ -119,6 +121,7 @@ class ServerHandle:
             waiting=said.waiting,
             waiting_uncached_tokens=others_tokens + self.pending_tokens,
             prefill_backlog_s=backlog_s,
+            chunk_tokens=self.chunk_tokens,
             prefill_tokens_per_s=speed,
             free_tokens=free,
             total_tokens=self.reported.total_tokens,

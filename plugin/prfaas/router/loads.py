@@ -1,4 +1,4 @@
-"""Asks each server for its load (/v1/loads), and believes what can be true.
+"""Asks servers for their load (/v1/loads) and their settings (/server_info), and believes what can be true.
 
 Figures that can't be (negative, absurd, of another type, a server slower or faster than anything built) are
 refused and counted; the server's last good ones stand until they are too old, and then only what this router
@@ -22,6 +22,11 @@ from prfaas.router.fleet import Reported, ServerHandle
 from prfaas.telemetry.router_metrics import RouterMetrics
 
 K_PATH = "/v1/loads?include=core,disagg,queues"
+K_SETTINGS_PATH = "/server_info"
+K_SETTINGS_AGAIN_S = 30.0
+"""Between two questions for the settings of a server that doesn't tell them. What it has told isn't asked for
+again before it is gone: SGLang's scheduler has to answer this, between two steps."""
+K_MAX_STEP_TOKENS = 1 << 24
 K_MAX_BODY_BYTES = 1 << 20
 K_MISSES_DOWN = 3
 K_MAX_COUNT = 1 << 40
@@ -59,8 +64,32 @@ class LoadReport(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(LoadReport)
 
 
+class _ServerSettings(msgspec.Struct):
+    chunked_prefill_size: int | None = None
+    """Most tokens of a prefill step; -1 (or 0): prompts aren't cut."""
+    max_prefill_tokens: int | None = None
+    """Most tokens of a step of several whole prompts."""
+
+
+_SETTINGS_DECODER = msgspec.json.Decoder(_ServerSettings)
+
+
 class ReportError(ValueError):
-    """A load that can't be true."""
+    """A load, or settings, that can't be true."""
+
+
+def read_chunk_tokens(data: bytes) -> int | None:
+    """Most tokens of one of the server's prefill steps; None where it doesn't say. Raises ReportError."""
+    try:
+        found = _SETTINGS_DECODER.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ReportError(str(error)[:200]) from None
+    size = found.chunked_prefill_size
+    if size is not None and size <= 0:
+        size = found.max_prefill_tokens
+    if size is not None and not 0 < size <= K_MAX_STEP_TOKENS:
+        raise ReportError(f"prefill steps of {size} tokens")
+    return size
 
 
 def read_report(
@@ -137,6 +166,7 @@ class LoadPoller:
         self._handle, self._settings, self._cool_down_s = handle, settings, cool_down_s
         self._metrics, self._rng, self._clock, self._on_news = metrics, rng, clock, on_news
         self._totals: tuple[int, int] | None = None
+        self._settings_due_s = -math.inf
 
     async def run(self) -> None:
         while True:
@@ -146,22 +176,7 @@ class LoadPoller:
 
     async def once(self) -> None:
         handle, settings = self._handle, self._settings()
-        cause = None
-        try:
-            async with asyncio.timeout(settings.timeout_s):
-                async with handle.session.get(handle.url + K_PATH, headers=handle.headers) as response:
-                    data = await response.content.read(K_MAX_BODY_BYTES + 1)
-                    while data and len(data) <= K_MAX_BODY_BYTES and not response.content.at_eof():
-                        more = await response.content.read(K_MAX_BODY_BYTES + 1)
-                        data += more
-                    if len(data) > K_MAX_BODY_BYTES:
-                        cause = "too large"
-                    elif response.status != 200:
-                        cause = f"HTTP {response.status}"
-        except TimeoutError:
-            cause = "timeout"
-        except (aiohttp.ClientError, OSError):
-            cause = "connection"
+        data, cause = await self._ask(K_PATH, settings.timeout_s)
         if cause is None:
             try:
                 handle.reported, self._totals = read_report(
@@ -176,15 +191,50 @@ class LoadPoller:
             if handle.down_until_s > self._clock():
                 handle.down_until_s = -math.inf
                 self._on_news()
+            if self._clock() >= self._settings_due_s:
+                await self._ask_settings(settings.timeout_s)
             return
         self._metrics.refused_input.labels("loads", cause).inc()
         handle.misses += 1
-        if cause == "connection" and handle.broken:
-            # Nobody is there any more: what comes back has been restarted.
-            handle.broken, handle.draining = "", False
+        if cause == "connection":
+            # Nobody is there any more: what comes back has been restarted, with other settings perhaps.
+            self._settings_due_s = -math.inf
+            if handle.broken:
+                handle.broken, handle.draining = "", False
         # Silence means down; a server that answers nonsense may still serve, and its requests will tell.
         if cause in ("timeout", "connection") and handle.misses >= K_MISSES_DOWN:
             handle.mark_down(self._clock(), self._cool_down_s())
+
+    async def _ask_settings(self, timeout_s: float) -> None:
+        """What it doesn't tell is asked again, but not soon; what it told stands until it is gone."""
+        data, cause = await self._ask(K_SETTINGS_PATH, timeout_s)
+        found = None
+        if cause is None:
+            try:
+                found = read_chunk_tokens(data)
+            except ReportError:
+                cause = "garbage"
+        if cause is not None:
+            self._metrics.refused_input.labels("server_info", cause).inc()
+        self._handle.chunk_tokens = found
+        self._settings_due_s = math.inf if found is not None else self._clock() + K_SETTINGS_AGAIN_S
+
+    async def _ask(self, path: str, timeout_s: float) -> tuple[bytes, str | None]:
+        """The page, or why there is none."""
+        handle = self._handle
+        data = b""
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with handle.session.get(handle.url + path, headers=handle.headers) as response:
+                    while part := await response.content.readany():
+                        data += part
+                        if len(data) > K_MAX_BODY_BYTES:
+                            return b"", "too large"
+                    return data, None if response.status == 200 else f"HTTP {response.status}"
+        except TimeoutError:
+            return b"", "timeout"
+        except (aiohttp.ClientError, OSError):
+            return b"", "connection"
 
     def _follow_role(self) -> None:
         """Its role may have been changed by another router, or by its restart."""

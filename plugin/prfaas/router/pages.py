@@ -69,6 +69,7 @@ def health_page(
                 "up": up[handle.name],
                 "draining": handle.draining,
                 "in_flight": handle.in_flight,
+                "chunk_tokens": handle.chunk_tokens,
                 "load_age_s": None
                 if handle.reported.at_s < 0
                 else round(max(0.0, now - handle.reported.at_s), 3),

@@ -70,6 +70,8 @@ class InstanceChooser:
         Of many, those with least to do, and some that hold part of the prompt.
         """
         lanes: SiteLanes = {}
+        if now >= self.lanes.sweep_at_s:
+            self.lanes.sweep(now)
         known = self.lanes.lanes
         for path in paths:
             site = path.prefill_site
@@ -84,6 +86,8 @@ class InstanceChooser:
                 if lane is None:
                     chunk_tokens = one.chunk_tokens or self._paths.costs(site, request.model).chunk_tokens
                     lane = known[name] = Lane(chunk_tokens)
+                elif one.chunk_tokens and one.chunk_tokens != lane.chunk_tokens:
+                    lane.cut(one.chunk_tokens)  # it tells only now, or came back with others
                 if one.at_s > lane.reported_s:
                     backlog_s = one.prefill_backlog_s
                     if backlog_s is None:

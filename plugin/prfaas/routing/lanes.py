@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from prfaas.model.ids import InstanceId, RequestId
 
 K_FOREIGN_S = 0.5  # s by which a report must exceed what is known here for others' work to count
+K_SWEEP_S = 60.0  # s between two times that lanes without work are forgotten
 K_REMEMBERED = 64  # requests reckoned done and not yet said to be
 
 
@@ -65,7 +66,17 @@ class Lane:
         self._ends: list[float] | None = []
         """When each of `hopeful` ends, as things stand; None: to be found."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits here, or runs, as far as is known."""
+        return bool(self.step or self.hopeful or self.behind or self.foreign_s or self._reckoned)
+
     # What happens.
+
+    def cut(self, chunk_tokens: int) -> None:
+        """Its steps are of this size from the next one on."""
+        self.chunk_tokens = chunk_tokens
+        self._ends = None
 
     def add(self, entry: Queued, now: float) -> None:
         self.advance(now)
@@ -260,6 +271,12 @@ class Lanes:
         self.lanes: dict[InstanceId, Lane] = {}
         self._where: dict[RequestId, Lane] = {}
         self._serial = 0
+        self.sweep_at_s = -math.inf
+
+    def sweep(self, now: float) -> None:
+        """Forget lanes without work: instances come and go. Those that stay get another at the next look."""
+        self.sweep_at_s = now + K_SWEEP_S
+        self.lanes = {name: lane for name, lane in self.lanes.items() if lane.busy}
 
     def get(self, instance: InstanceId | None) -> Lane | None:
         return None if instance is None else self.lanes.get(instance)

@@ -304,6 +304,9 @@ def test_loads_role_switch_and_bad_bodies(tmp_path: Path) -> None:
             load = (await reply.json())["loads"][0]
             assert load["num_waiting_uncached_tokens"] == 0
             assert load["max_total_num_tokens"] == 20_000
+        async with cluster.session.get(cluster.url("prefill", "/server_info")) as reply:
+            steps = cluster.instances["prefill"].scheduler.chunk_tokens
+            assert (await reply.json())["chunked_prefill_size"] == steps
         began_s = time.monotonic()
         async with cluster.session.post(
             cluster.url("prefill", "/pd_role_switch"), json={"new_role": "decode"}

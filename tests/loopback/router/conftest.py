@@ -72,6 +72,9 @@ class Fake:
         """Requests whose connection the router closed before the answer."""
         self.load: dict[str, Any] = {"num_running_reqs": 0, "num_waiting_reqs": 0}
         self.load_body: bytes | None = None
+        self.settings: dict[str, Any] | None = None
+        """What /server_info says; None: there is no such page."""
+        self.settings_asked = 0
         self.tells_role = False
         """Its load tells its role, as SGLang's does."""
         self.switches: list[dict[str, Any]] = []
@@ -91,6 +94,7 @@ class Fake:
             app.router.add_post(path, self._serve)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_get("/v1/loads", self._loads)
+        app.router.add_get("/server_info", self._tell_settings)
         app.router.add_post("/pd_role_switch", self._switch)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
         await self._runner.setup()
@@ -117,6 +121,10 @@ class Fake:
         load = self.load | ({"disaggregation": {"mode": self.role}} if self.tells_role else {})
         body = self.load_body or json.dumps({"loads": [load]}).encode()
         return web.Response(body=body, content_type="application/json")
+
+    async def _tell_settings(self, request: web.Request) -> web.Response:
+        self.settings_asked += 1
+        return web.Response(status=404) if self.settings is None else web.json_response(self.settings)
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.append((await request.json())["rid"])

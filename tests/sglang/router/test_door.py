@@ -189,6 +189,10 @@ def test_long_prompts_go_east_short_stay_and_tokens_are_the_plain_servers(sites:
                     assert answer["output_ids"] == wanted[site]
                 async with session.post(url + "/generate", json=body(prompt, stream=True)) as response:
                     assert streamed_tokens(await response.text()) == wanted[site]
+            for handle in router.servers:
+                async with session.get(handle.url + "/server_info") as response:
+                    told = (await response.json())["chunked_prefill_size"]
+                assert handle.chunk_tokens == told > 0, "the size of its steps, which it was asked for"
             metrics = router.metrics.registry
             assert (
                 metrics.get_sample_value(

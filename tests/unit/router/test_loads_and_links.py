@@ -15,7 +15,7 @@ from prfaas.router.fleet import Reported
 from prfaas.router.holding import HoldingPen
 from prfaas.router.link_status import read_status
 from prfaas.router.links import LinkBook
-from prfaas.router.loads import ReportError, read_report
+from prfaas.router.loads import ReportError, read_chunk_tokens, read_report
 
 
 def report(*loads: dict[str, Any]) -> bytes:
@@ -55,6 +55,48 @@ def test_a_speed_beyond_anything_built_is_refused() -> None:
     data = report({"total_prefill_uncached_tokens": 1 << 39, "total_prefill_busy_us": 10})
     with pytest.raises(ReportError):
         read_report(data, Reported(), (0, 0), 0.0)
+
+
+K_SERVER_INFO = {
+    "model_path": "/models/m", "tokenizer_path": "/models/m", "page_size": 1, "dtype": "auto",
+    "max_prefill_tokens": 16384, "chunked_prefill_size": 2048, "prefill_max_requests": None,
+    "disaggregation_mode": "prefill", "disaggregation_bootstrap_port": 8998, "api_key": None,
+    "launch_command": {"argv": ["sglang", "serve"]}, "max_total_num_tokens": 65536,
+    "kv_events": None, "startup_time": 1.5, "version": "0.5.23", "frontend": "python",
+    "internal_states": [{"last_gen_throughput": 0.0, "memory_usage": {"weight": 0.1, "kvcache": 0.5}}],
+}  # fmt: skip
+"""As SGLang 0.5.23 answers, but for most of its several hundred fields."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, 2048),
+        ({"chunked_prefill_size": -1}, 16384),
+        ({"chunked_prefill_size": 0, "max_prefill_tokens": None}, None),
+        ({"chunked_prefill_size": None}, None),
+    ],
+)
+def test_a_servers_settings_tell_the_size_of_its_steps(fields: dict[str, Any], tokens: int | None) -> None:
+    assert read_chunk_tokens(json.dumps(K_SERVER_INFO | fields).encode()) == tokens
+    assert read_chunk_tokens(b'{"profiled": true}') is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        b'{"chunked_prefill_size": "many"}',
+        b'{"chunked_prefill_size": 1.5}',
+        b'{"chunked_prefill_size": 99999999999}',
+        b'{"chunked_prefill_size": -1, "max_prefill_tokens": -1}',
+    ],
+)
+def test_settings_that_cannot_be_true_are_refused(data: bytes) -> None:
+    with pytest.raises(ReportError):
+        read_chunk_tokens(data)
 
 
 K_LINK = LinkId("east", "west")

@@ -173,7 +173,9 @@ def test_whatever_comes_and_goes_nothing_is_left(seed: int) -> None:
     assert [lane.hopeful or lane.behind for lane in two] == [[], []]
 
 
-def listed(now: float = 0.0, **backlogs_s: float) -> Snapshot:
+def listed(
+    now: float = 0.0, chunk_tokens: int | None = K_CHUNK, tag: str = "", **backlogs_s: float
+) -> Snapshot:
     """West with two instances, east with two, 100 Gbit/s between them."""
     link, rate = LinkId("east", "west"), 1e11
     sites = {
@@ -181,12 +183,12 @@ def listed(now: float = 0.0, **backlogs_s: float) -> Snapshot:
             site,
             [
                 InstanceObservation(
-                    f"{site}-{k}",
+                    f"{site}-{k}{tag}",
                     site,
                     Role.PREFILL,
                     now,
                     prefill_backlog_s=backlogs_s.get(f"{site}_{k}", 0.0),
-                    chunk_tokens=K_CHUNK,
+                    chunk_tokens=chunk_tokens,
                 )
                 for k in range(2)
             ]
@@ -235,3 +237,27 @@ def test_requests_spread_over_instances_and_late_ones_go_behind() -> None:
     for number in range(24):
         chosen.on_finished(request=str(number), now=1.0)
     assert len(chosen.lanes) == 0
+
+
+def test_steps_are_of_the_size_that_the_instance_tells_whenever_it_tells_it() -> None:
+    chosen = policy()
+    sizes = []
+    for number, told in enumerate((None, 500, 500, None, 2000)):
+        view = RequestView(str(number), 4000, 0.0, home="west")
+        decision = chosen.decide(view, listed(chunk_tokens=told), 0.0)
+        chosen.on_dispatch(request=view, decision=decision, now=0.0)
+        sizes.append({lane.chunk_tokens for lane in chosen.lanes.lanes.values()})
+    assert sizes == [{K_PROFILE.chunk_tokens}, {500}, {500}, {500}, {2000}]
+
+
+def test_instances_that_come_and_go_leave_nothing() -> None:
+    chosen = policy()
+    for number in range(50):
+        now = 30.0 * number
+        view = RequestView(str(number), 4000, now, home="west")
+        decision = chosen.decide(view, listed(now, tag=f"-{number}"), now)
+        chosen.on_dispatch(request=view, decision=decision, now=now)
+        if number % 2:
+            chosen.on_prefill_done(request=str(number), now=now + 5)
+        chosen.on_finished(request=str(number), now=now + 6)
+        assert len(chosen.lanes.lanes) <= 4 * 3

@@ -225,6 +225,7 @@ class _Face:
             "disaggregation_mode": modes[self._instance.scheduler.role],
             "disaggregation_bootstrap_port": settings.bootstrap_port or settings.port,
             "page_size": self._instance.profile.block_tokens,
+            "chunked_prefill_size": self._instance.scheduler.chunk_tokens,
         }
         if settings.events_port is not None:
             info["kv_events_config"] = json.dumps(
