@@ -69,6 +69,12 @@ def differences(ours: Layout, theirs: Layout) -> str:
         )
         if mine != other
     ]
+    if (mine := _last_word(ours.model)) != (other := _last_word(theirs.model)) and mine and other:
+        # Caches of two models can lie alike, and mixed up they give wrong answers without an error.
+        wrong.append(
+            f"model: prefill serves {mine!r}, decode {other!r}; if it is one, name it alike by "
+            "--served-model-name"
+        )
     if ours.tp == theirs.tp and len(ours.kv_item_bytes) == len(theirs.kv_item_bytes):
         wrong += [
             f"{what} bytes an item: prefill has {mine}, decode has {other}"
@@ -83,6 +89,11 @@ def differences(ours: Layout, theirs: Layout) -> str:
             f"buffers of KV: prefill has {len(ours.kv_item_bytes)}, decode has {len(theirs.kv_item_bytes)}"
         )
     return "; ".join(wrong)
+
+
+def _last_word(name: str) -> str:
+    """Of a served model's name, which by default is the path that it was loaded from."""
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def leased_pieces(

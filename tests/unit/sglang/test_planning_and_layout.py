@@ -86,8 +86,17 @@ def layout(**changes: Any) -> Layout:
     return Layout(**{**fields, **changes})
 
 
-def test_equal_layouts_agree_whatever_the_model_is_called() -> None:
-    assert differences(layout(), layout(model="another name")) == ""
+@pytest.mark.parametrize(
+    ("prefill", "decode"), [("m", "m"), ("/models/m", "/data/hub/m/"), ("org/m", "m"), ("m", ""), ("", "m")]
+)
+def test_equal_layouts_agree_wherever_the_model_was_loaded_from(prefill: str, decode: str) -> None:
+    assert differences(layout(model=prefill), layout(model=decode)) == ""
+
+
+def test_two_models_whose_caches_lie_alike_are_refused_by_their_names() -> None:
+    assert differences(layout(model="/models/a"), layout(model="/models/b")) == (
+        "model: prefill serves 'a', decode 'b'; if it is one, name it alike by --served-model-name"
+    )
 
 
 @pytest.mark.parametrize(
