@@ -24,6 +24,8 @@ from prfaas.pump_client.guard import K_TABLE_BYTES, K_WORD
 from prfaas.transfer.segments import U64, Ranges
 
 K_IOV_MAX = 1024
+K_WRITABLE = 0x200
+"""PyBUF_WRITE."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _readv = _libc.process_vm_readv
@@ -33,6 +35,9 @@ for _call in (_readv, _writev):
     _call.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong
     ]  # fmt: skip
+_memory_view = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_view.restype = ctypes.py_object
+_memory_view.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 
 
 class Withdrawn(Exception):
@@ -60,8 +65,8 @@ def _spare() -> Buffer:
 
 
 def _at(address: int, size_bytes: int) -> Bytes:
-    """Bytes of ours."""
-    return np.frombuffer(memoryview((ctypes.c_uint8 * size_bytes).from_address(address)), dtype=np.uint8)
+    """Bytes of ours. (An array type of ctypes' would be made anew for each size.)"""
+    return np.frombuffer(_memory_view(address, size_bytes, K_WRITABLE), dtype=np.uint8)
 
 
 class OwnerMemory:
