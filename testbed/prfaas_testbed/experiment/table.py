@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from prfaas.config.run import CheckRow, RequestRow, Run
-from prfaas_testbed.experiment.metrics import equal_tokens, union_s
+from prfaas_testbed.experiment.metrics import K_METRICS, Unsupported, equal_tokens
 from prfaas_testbed.experiment.view import View, number
 
 K_MARKS = {"passed": "pass", "failed": "FAIL", "unsupported": "n/a "}
@@ -52,7 +52,7 @@ def block(view: View) -> list[str]:
         ("end to end median, s", lambda v, r, p: _quantile([x.e2e_s for x in r], 0.5)),
         ("transfer median, s", lambda v, r, p: "" if p else _quantile([_transfer_s(x) for x in r], 0.5)),
         ("KV and state, MB", lambda v, r, p: "" if p else f"{sum(x.kv_bytes or 0 for x in r) / 1e6:.2f}"),
-        ("goodput while moving, Mbit/s", lambda v, r, p: "" if p else _goodput(r)),
+        ("goodput while moving, Mbit/s", lambda v, r, p: "" if p else _goodput(v)),
         ("WAN bytes / accounted", lambda v, r, p: "" if p else _accounted(v)),
         ("retransmitted, kB", lambda v, r, p: "" if p else _retransmitted(v)),
     ]
@@ -77,16 +77,11 @@ def _transfer_s(row: RequestRow) -> float | None:
     return None if start is None or end is None else end - start
 
 
-def _goodput(rows: list[RequestRow]) -> str:
-    spans = []
-    size = 0
-    for row in rows:
-        start, end = number(row, "transfer_start_s"), number(row, "transfer_end_s")
-        if start is not None and end is not None:
-            spans.append((start, end))
-            size += row.kv_bytes or 0
-    busy_s = union_s(spans)
-    return f"{size * 8 / busy_s / 1e6:.1f}" if busy_s > 0 else "-"
+def _goodput(view: View) -> str:
+    try:
+        return f"{K_METRICS['goodput_mbps'].compute(view):.1f}"
+    except Unsupported:
+        return "-"
 
 
 def _equal(view: View) -> str:

@@ -9,6 +9,7 @@ from prfaas.config.run import CalibrationRow, EventRow, Repetition, RequestRow, 
 from prfaas.model.errors import ConfigError
 from prfaas_testbed.experiment.checks import exit_status, judge, require_known
 from prfaas_testbed.experiment.metrics import K_METRICS, metric, union_s
+from prfaas_testbed.experiment.table import summary_lines
 
 
 def request(id: str, ids: list[int], **fields: object) -> RequestRow:
@@ -193,3 +194,11 @@ def test_a_metric_is_registered_once_and_described() -> None:
 
 def test_overlapping_spans_count_once() -> None:
     assert union_s([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == pytest.approx(4)
+
+
+def test_the_table_tells_the_goodput_of_a_repetition_and_not_of_all_laid_over_one_another() -> None:
+    rows = [request("a", [1], kv_bytes=1_000_000, transfer_start_s=0.0, transfer_end_s=1.0)]
+    run = run_of(rows, [])
+    run.repetitions = [run.repetitions[0].model_copy(update={"index": index}) for index in range(5)]
+    (line,) = [line for line in summary_lines(run) if "goodput" in line]
+    assert line.split()[4] == "8.0"
