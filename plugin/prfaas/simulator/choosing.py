@@ -84,7 +84,7 @@ def pick_prefill(
             cost_s = engine.ahead_s(key, now) + K_EQUALS * cost_s
         if request.block_ids:
             cached = cached_tokens.get(engine.name, 0)
-            cost_s += engine.profile.prefill_s(request.prompt_tokens, cached)
+            cost_s += engine.works.prefill_s(request.prompt_tokens, cached)
         if engine.role == "collocated" and engine.running + engine.waiting >= engine.max_batch:
             cost_s += 1e3  # no place in its batch: only if all are so
         if cost_s < least_s:

@@ -21,6 +21,7 @@ from prfaas.model.profiles import Profile
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.cache import BlockCache
 from prfaas.simulator.job import Job
+from prfaas.simulator.works import works_of
 
 Role = Literal["prefill", "decode", "collocated"]
 
@@ -43,6 +44,7 @@ class Engine:
     ) -> None:
         self.name, self.site, self.role = name, site, role
         self.profile, self._agenda = profile, agenda
+        self.works = works_of(profile)
         decode = profile.decode
         if role != "prefill" and decode is None:
             raise ValueError(f"{name}: profile {profile.name} has no decode figures")
@@ -134,7 +136,7 @@ class Engine:
 
     def _enqueue(self, job: Job, now: float) -> None:
         job.cached = job.done = self.cache.match(job.block_ids, job.prompt_tokens) if job.block_ids else 0
-        job.whole_s, job.taken_s = self.profile.occupied_s(job.prompt_tokens, job.cached), 0.0
+        job.whole_s, job.taken_s = self.works.occupied_s(job.prompt_tokens, job.cached), 0.0
         self._set_backlog(self.backlog_s + job.whole_s)
         self.backlog_tokens += job.prompt_tokens - job.cached
         self._serial += 1
@@ -183,7 +185,7 @@ class Engine:
 
     def _taken_s(self, job: Job, reached: int) -> float:
         """Seconds of its prefill up to there."""
-        return self.profile.occupied_s(reached, job.cached) if reached > job.cached else 0.0
+        return self.works.occupied_s(reached, job.cached) if reached > job.cached else 0.0
 
     def _start_step(self, now: float) -> None:
         queue, begun = self._queue, self._begun
@@ -268,8 +270,7 @@ class Engine:
         """Decode steps a second now."""
         if not self._running or not self.up or (self.role == "collocated" and self._current is not None):
             return 0.0
-        assert self.profile.decode is not None  # the constructor refuses
-        return 1.0 / self.profile.decode.step_s(len(self._running))
+        return self.works.steps_per_s(len(self._running))
 
     def _catch_up(self, now: float) -> None:
         self._steps += self._rate() * (now - self._steps_at_s)

@@ -190,10 +190,10 @@ class World:
             return
         link_id = chosen.link
         if link_id is not None and self.settings.admission:
-            ready_s = now + prefill.backlog_s + prefill.profile.prefill_s(request.prompt_tokens)
+            ready_s = now + prefill.backlog_s + prefill.works.prefill_s(request.prompt_tokens, 0)
             answer = self.links[link_id].ledger.offer(
                 live,
-                prefill.profile.kv_bytes(request.prompt_tokens),
+                prefill.works.kv_bytes(request.prompt_tokens),
                 ready_s + K_TRANSFER_S,
                 now=now,
                 first_s=ready_s,
@@ -244,7 +244,7 @@ class World:
                 return
             if live.link is not None:
                 deadline_s = (live.decision.deadline_s if live.decision else None) or at_s + K_NO_DEADLINE_S
-                kv_bytes = prefill.profile.kv_bytes(live.request.prompt_tokens)
+                kv_bytes = prefill.works.kv_bytes(live.request.prompt_tokens)
                 live.kv_bytes = kv_bytes
                 live.transfer = Transfer(
                     kv_bytes, deadline_s, lambda now: self._on_landed(live, prefill_job, now)
@@ -261,12 +261,12 @@ class World:
         live = job.payload
         assert isinstance(live, Live)
         if live.link is not None and live.transfer is not None:
-            profile = live.prefill.profile if live.prefill else None
-            assert profile is not None
+            prefill = live.prefill
+            assert prefill is not None
             ready = (
                 live.transfer.total_bytes
                 if final
-                else max(0.0, profile.kv_bytes(job.done) - profile.state_bytes)
+                else max(0.0, prefill.works.kv_bytes(job.done) - prefill.profile.state_bytes)
             )
             self.network.supply(*live.link, live.transfer, ready, now)
         if final:
