@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from prfaas.model.errors import UsageError
 
@@ -173,3 +174,24 @@ def full_matrix() -> list[Cell]:
         for loss in ("0", "0.1%", "1%", "1%:burst=8")
         for congestion_control in ("cubic", "bbr")
     ]
+
+
+def choose(text: str) -> list[Cell]:
+    """Cells by name, `named` or `matrix` (all of them), or a pattern such as `150ms-*-bbr`; several with
+    commas between. Raises UsageError for what names none.
+    """
+    matrix = {cell.label(): cell for cell in full_matrix()}
+    known = {**NAMED_CELLS, **matrix}
+    found: dict[str, Cell] = {}
+    for name in text.split(","):
+        if name in ("named", "matrix"):
+            some = NAMED_CELLS if name == "named" else matrix
+        else:
+            some = {label: cell for label, cell in known.items() if fnmatchcase(label, name)}
+        if not some:
+            raise UsageError(
+                f"cells: found {name}; known: named, matrix, {', '.join(NAMED_CELLS)}, and the matrix's, as "
+                f"{next(iter(matrix))} (* stands for anything)"
+            )
+        found.update(some)
+    return list(found.values())

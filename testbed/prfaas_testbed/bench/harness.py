@@ -28,6 +28,8 @@ from prfaas_testbed.bench.worker import WorkerError
 PEERS = ("iperf3", "mooncake", "nixl")
 K_DEFAULT_PEERS = ("iperf3", "mooncake")
 _POOLS: dict[str, type[PoolPeer]] = {"mooncake": Mooncake, "nixl": Nixl}
+K_LEAST_RTTS = 60
+"""A repetition's least: the way of the first byte and of the last's acknowledgement count in it."""
 Progress = Callable[[str], None]
 Row = dict[str, Any]
 
@@ -62,8 +64,10 @@ def measure_cell(
     """A row for each engine; one that fails keeps what it measured and says why under `errors`.
 
     `narrow`: after the first round only prfaas, Mooncake and the best of the iperf3 rows go on, to spare
-    time. Raises MachineError when an engine lacks something here.
+    time. A repetition has `limit_s`, on a long way more. Raises MachineError when an engine lacks something
+    here.
     """
+    limit_s = max(limit_s, K_LEAST_RTTS * cell.rtt_s)
     rows = [_empty_row(cell, engine) for engine in engines]
     try:
         for engine, row in zip(engines, rows, strict=True):

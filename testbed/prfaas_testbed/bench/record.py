@@ -61,6 +61,10 @@ class Record:
         self.made.append(
             {"part": part, "commit": commit(), "ended": datetime.now(UTC).isoformat(timespec="seconds")}
         )
+        return self.write()
+
+    def write(self) -> Path:
+        """What there is by now."""
         return write_run(self.run(), self.folder)
 
     def add_place(self, place: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from prfaas.config.run import read_run
 from prfaas.figures import new_figure, save, series
-from prfaas_testbed.bench import checks, neighbour
+from prfaas_testbed.bench import checks, matrix, neighbour
+from prfaas_testbed.bench.cell import Cell, full_matrix
 from prfaas_testbed.bench.harness import Row, median
 from prfaas_testbed.bench.host import added_ms
 
@@ -31,6 +32,7 @@ def text(run: dict[str, Any], samples: Sequence[Row], stamp: str, figures: Seque
         _head(run, stamp, samples),
         "".join(f"![{name}]({stamp}/{name})\n" for name in figures),
         _wan(run, samples),
+        _matrix(run),
         _loopback(run, samples),
         _latency(run["measures"].get("latency", [])),
         _host(run["measures"].get("host", [])),
@@ -59,7 +61,10 @@ def _head(run: dict[str, Any], stamp: str, samples: Sequence[Row]) -> str:
 
 def _wan(run: dict[str, Any], samples: Sequence[Row]) -> str:
     cells = [
-        row for row in run["summary"] if any(_is_wan(r) and r["cell"] == row["cell"] for r in run["rows"])
+        row
+        for row in run["summary"]
+        if row["cell"] not in _matrix_labels()
+        and any(_is_wan(r) and r["cell"] == row["cell"] for r in run["rows"])
     ]
     if not cells:
         return ""
@@ -86,6 +91,52 @@ def _wan(run: dict[str, Any], samples: Sequence[Row]) -> str:
         "8, 16 and 32 streams once, and its best went on, bounded by what the link carries. Wanted: "
         f"{checks.K_TO_IPERF3} of it.\n\n" + _table(head, lines)
     )
+
+
+def _matrix_labels() -> dict[str, Cell]:
+    return {cell.label(): cell for cell in full_matrix()}
+
+
+def _matrix(run: dict[str, Any]) -> str:
+    """A line for each rate, loss and congestion control, a column for each round trip: goodput, and beside
+    the best iperf3 and Mooncake.
+    """
+    known = _matrix_labels()
+    found = {row["cell"]: row for row in run["summary"] if row["cell"] in known and row["to_best_iperf3"]}
+    if not found:
+        return ""
+    trips = sorted({cell.rtt_ms for cell in known.values() if cell.rtt_ms})
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for label, cell in known.items():
+        kind = (
+            f"{cell.rate_mbps:g}",
+            str(cell.loss).replace(":burst=8", " in bursts"),
+            cell.congestion_control,
+        )
+        row = found.get(label)
+        text = "-"
+        if row is not None:
+            theirs = row["to_mooncake"]
+            text = f"{row['prfaas_mbps']:.0f}, {row['to_best_iperf3']:.2f}"
+            text += f", {theirs:.1f}" if theirs else ""
+        lines.setdefault(kind, ["-"] * len(trips))[trips.index(cell.rtt_ms or 0.0)] = text
+    short = sum(row["to_best_iperf3"] < checks.K_TO_IPERF3 for row in found.values())
+    below = sum((row["to_mooncake"] or 2.0) < checks.K_TO_MOONCAKE for row in found.values())
+    return (
+        "## The whole matrix\n\n"
+        f"Each cell once: Mbit/s, its ratio to the best iperf3 over {_counts(matrix.K_STREAMS)} streams, its "
+        f"ratio to Mooncake. {len(found)} of {len(known)} cells measured; {short} below "
+        f"{checks.K_TO_IPERF3} of iperf3, {below} below Mooncake.\n\n"
+        + _table(
+            ["Mbit/s", "loss", "allowed", *(f"{trip:g} ms" for trip in trips)],
+            [[*kind, *texts] for kind, texts in lines.items()],
+        )
+    )
+
+
+def _counts(numbers: Sequence[int]) -> str:
+    *first, last = [str(number) for number in numbers]
+    return f"{', '.join(first)} and {last}"
 
 
 def _loopback(run: dict[str, Any], samples: Sequence[Row]) -> str:
@@ -262,7 +313,11 @@ def _checks(rows: Sequence[Row]) -> str:
 
 
 def _draw(run: dict[str, Any], folder: Path) -> list[Path]:
-    cells = [cell for cell in run["summary"] if cell["best_iperf3_mbps"] and cell["mooncake_mbps"]]
+    cells = [
+        cell
+        for cell in run["summary"]
+        if cell["best_iperf3_mbps"] and cell["mooncake_mbps"] and cell["cell"] not in _matrix_labels()
+    ]
     if not cells:
         return []
     figure, (axes,) = new_figure(1, 1, width=8.0, height=3.6)

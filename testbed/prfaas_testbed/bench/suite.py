@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prfaas_testbed.bench import checks, host, latency, neighbour, outage, scaling, share, slices, stages
+from prfaas_testbed.bench import (
+    checks,
+    host,
+    latency,
+    matrix,
+    neighbour,
+    outage,
+    scaling,
+    share,
+    slices,
+    stages,
+)
 from prfaas_testbed.bench.cell import NAMED_CELLS, Cell, full_matrix
 from prfaas_testbed.bench.harness import (
     Progress,
@@ -23,14 +34,10 @@ from prfaas_testbed.bench.harness import (
 from prfaas_testbed.bench.places import Loopback, emulated
 from prfaas_testbed.bench.record import Record
 
-PARTS = ("wan", "loopback", "latency", "host", "cost", "faults")
-K_LEAST_RTTS = 60
-"""A repetition's least: the way of the first byte and of the last's acknowledgement count in it."""
+PARTS = ("wan", "loopback", "latency", "host", "cost", "faults", "matrix")
+K_HOUR_LONG = ("matrix",)
+"""Parts that are measured only when they are asked for."""
 K_STREAMS_EQUAL = 2  # of iperf3 and prfaas over loopback: as many as this bench's smallest machine has cores
-K_MATRIX_STREAMS = (1, 16, 32)
-"""Of iperf3 in cells that are measured once: the ends and the middle of what wins anywhere in the named
-cells.
-"""
 K_COARSE_BYTES = 1 << 20
 """Mooncake waits a round trip for each segment of a connection: measured at this size too, where it does
 best.
@@ -46,6 +53,9 @@ class Sizes:
     limit_s: float
     streams_iperf3: tuple[int, ...] | None
     matrix: tuple[Cell, ...]
+    """Each once, in the part of that name."""
+    matrix_for_s: float | None
+    """No cell of it is begun after so long."""
     loopback_bytes: int
     loopback_repetitions: int
     host_s: float
@@ -59,15 +69,17 @@ class Sizes:
     """Whether figures are held against what is promised; a smoke run only shows that all of it runs."""
 
     @classmethod
-    def full(cls, repetitions: int, *, whole_matrix: bool, cells: Sequence[str] = ()) -> Sizes:
-        """`cells`: these of the named ones; none: all."""
-        named = tuple(cell for name, cell in NAMED_CELLS.items() if name in cells or not cells)
+    def full(
+        cls, repetitions: int, *, cells: Sequence[Cell] = (), matrix_for_s: float | None = None
+    ) -> Sizes:
+        """`cells`: these of the named ones and of the matrix; none: all."""
         return cls(
-            cells=named,
+            cells=tuple(cell for cell in NAMED_CELLS.values() if cell in cells or not cells),
             repetitions=repetitions,
             limit_s=4.0,
             streams_iperf3=None,
-            matrix=tuple(full_matrix()) if whole_matrix else (),
+            matrix=tuple(cell for cell in full_matrix() if cell in cells or not cells),
+            matrix_for_s=matrix_for_s,
             loopback_bytes=1_000_000_000,
             loopback_repetitions=repetitions,
             host_s=2.0,
@@ -87,6 +99,7 @@ class Sizes:
             limit_s=3.0,
             streams_iperf3=(4,),
             matrix=(),
+            matrix_for_s=None,
             loopback_bytes=100_000_000,
             loopback_repetitions=1,
             host_s=1.0,
@@ -130,7 +143,7 @@ def measure_cells(
                     cell,
                     engines,
                     repetitions=repetitions,
-                    limit_s=max(limit_s, K_LEAST_RTTS * cell.rtt_s),
+                    limit_s=limit_s,
                     progress=progress,
                     narrow=narrow,
                 )
@@ -162,6 +175,7 @@ def run_parts(parts: Sequence[str], record: Record, sizes: Sizes, progress: Prog
         "host": _host,
         "cost": _cost,
         "faults": _faults,
+        "matrix": _matrix,
     }
     for part in PARTS:
         if part in parts:
@@ -186,18 +200,17 @@ def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> Non
     _keep(record, rows, places)
     if sizes.judge:
         record.judged(checks.judge_wan(rows))
-    if sizes.matrix:
-        rows, places = measure_cells(
-            sizes.matrix,
-            peers,
-            workdir,
-            repetitions=1,
-            limit_s=sizes.limit_s,
-            progress=progress,
-            streams_iperf3=K_MATRIX_STREAMS,
+
+
+def _matrix(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
+    left = matrix.measure(
+        record, sizes.matrix, workdir, limit_s=sizes.limit_s, for_s=sizes.matrix_for_s, progress=progress
+    )
+    if left:
+        progress(
+            f"matrix: {len(sizes.matrix) - len(left)} of {len(sizes.matrix)} cells are measured; "
+            f"`prfaas bench all --parts matrix --into {record.folder}` goes on"
         )
-        _keep(record, rows, places)
-        record.judged(checks.judge_wan(rows))
 
 
 def loopback_cells(total_bytes: int) -> list[tuple[Cell, list[str]]]:

@@ -22,6 +22,7 @@ from prfaas_testbed.experiment.machine import K_RESULTS, commit, machine, versio
 K_LIMIT_S = (
     8.0  # of a repetition: twelve runs and their set-up in a cell of two repetitions stay under 4 minutes
 )
+K_DAY_S = 86400.0
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,7 +47,8 @@ def _register_transfer(actions: argparse._SubParsersAction[argparse.ArgumentPars
     link.add_argument(
         "--cells",
         metavar="NAME,…",
-        help=f"instead of one link: `named`, `matrix`, or some of {', '.join(cells.NAMED_CELLS)}",
+        help=f"instead of one link: `named`, `matrix`, or some of {', '.join(cells.NAMED_CELLS)} and of the "
+        "matrix, as 150ms-*-bbr",
     )
     load = transfer.add_argument_group("the transfer")
     load.add_argument("--streams", type=int, help="connections (default: iperf3 1,4,8,16,32; prfaas chooses)")
@@ -82,12 +84,16 @@ def _register_all(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--smoke", action="store_true", help="a minute's worth: that all of it still runs"
     )
     everything.add_argument(
-        "--matrix", action="store_true", help="the whole WAN matrix too: 90 minutes more at most"
+        "--matrix", action="store_true", help="the part matrix too, the whole WAN: 90 minutes more at most"
     )
     everything.add_argument("--parts", default="", help=f"only some of {', '.join(suite.PARTS)}")
     everything.add_argument(
-        "--cells", metavar="NAME,…", default="", help="of part wan: only these named cells"
+        "--cells", metavar="NAME,…", default="", help="of parts wan and matrix: only these, as 150ms-*-bbr"
     )
+    everything.add_argument(
+        "--for", dest="for_s", type=float, metavar="S",
+        help="begin no cell of part matrix after so long; with --into it goes on where it was left",
+    )  # fmt: skip
     everything.add_argument(
         "--into", type=Path, metavar="DIR", help="add to this run (or measure again) instead of beginning one"
     )
@@ -142,15 +148,21 @@ def run_transfer(args: argparse.Namespace) -> int:
 
 def run_all(args: argparse.Namespace) -> int:
     """Exit 0 when every check passed, 1 when one fell short."""
-    parts = [part for part in args.parts.split(",") if part] or list(suite.PARTS)
+    parts = [part for part in args.parts.split(",") if part]
+    if not parts:
+        parts = [part for part in suite.PARTS if args.matrix or part not in suite.K_HOUR_LONG]
     unknown = [part for part in parts if part not in suite.PARTS]
     if unknown:
         raise UsageError(f"parts: found {', '.join(unknown)}; known: {', '.join(suite.PARTS)}")
-    chosen = [cell.name for cell in _named(args.cells)] if args.cells else []
+    if args.for_s is not None and not 0 < args.for_s <= K_DAY_S:
+        raise UsageError(
+            f"for: found {args.for_s:g}; more than 0 and at most {K_DAY_S:g} seconds are allowed"
+        )
+    chosen = cells.choose(args.cells) if args.cells else []
     if args.smoke:
         sizes = suite.Sizes.smoke()
     else:
-        sizes = suite.Sizes.full(args.repetitions, whole_matrix=args.matrix, cells=chosen)
+        sizes = suite.Sizes.full(args.repetitions, cells=chosen, matrix_for_s=args.for_s)
     record = Record.again(args.into) if args.into else Record(args.out)
     harness.require_tools(harness.K_DEFAULT_PEERS)
     suite.run_parts(parts, record, sizes, _progress)
@@ -170,7 +182,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     if args.cells:
         if args.loopback:
             raise UsageError("--cells and --loopback exclude each other")
-        return [cell.with_(streams=args.streams, tls=args.tls) for cell in _named(args.cells)]
+        return [cell.with_(streams=args.streams, tls=args.tls) for cell in cells.choose(args.cells)]
     shape = {
         "streams": args.streams,
         "segment_bytes": args.segment_bytes,
@@ -184,19 +196,6 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     return [
         Cell(rtt_ms=args.rtt_ms, rate_mbps=args.rate_mbps, loss=args.loss, total_bytes=total_bytes, **shape)
     ]
-
-
-def _named(text: str) -> list[Cell]:
-    if text == "named":
-        return list(cells.NAMED_CELLS.values())
-    if text == "matrix":
-        return cells.full_matrix()
-    unknown = [name for name in text.split(",") if name not in cells.NAMED_CELLS]
-    if unknown:
-        raise UsageError(
-            f"cells: found {', '.join(unknown)}; known: named, matrix, {', '.join(cells.NAMED_CELLS)}"
-        )
-    return [cells.NAMED_CELLS[name] for name in text.split(",")]
 
 
 def _peers(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prfaas.model.errors import UsageError
-from prfaas_testbed.bench.cell import NAMED_CELLS, Cell, Loss, full_matrix
+from prfaas_testbed.bench.cell import NAMED_CELLS, Cell, Loss, choose, full_matrix
 from prfaas_testbed.bench.latency import ideal_s
 from prfaas_testbed.bench.layout import Layout
 from prfaas_testbed.bench.places import change_for, gilbert_elliott, topology_for
@@ -100,3 +100,16 @@ def test_the_ideal_time_is_a_round_trip_and_the_bytes_own() -> None:
     cell = Cell(rtt_ms=40, rate_mbps=200)
     # 200 Mbit/s of frames carry 200 x 1448/1514 of payload; 1 MB takes 41.8 ms of that.
     assert ideal_s(1_000_000, cell) == pytest.approx(0.040 + 8 / (200 * 1448 / 1514), rel=1e-9)
+
+
+def test_cells_are_chosen_by_name_by_pattern_and_all_together_and_unknown_ones_are_refused() -> None:
+    assert choose("wan-loss") == [NAMED_CELLS["wan-loss"]]
+    assert len(choose("named")) == 8
+    assert len(choose("matrix")) == 64
+    some = choose("150ms-*-1%-*,wan-clean")
+    assert [cell.label() for cell in some[:-1]] == [
+        f"150ms-{rate}mbit-1%-{control}" for rate in (100, 200) for control in ("cubic", "bbr")
+    ]
+    assert some[-1].name == "wan-clean"
+    with pytest.raises(UsageError, match="wam"):
+        choose("wan-clean,wam")
