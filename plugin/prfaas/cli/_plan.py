@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 from prfaas.cli import _plan_text
+from prfaas.cli._places import folder_for
 from prfaas.config.case import CaseConfig, SitesCaseConfig, TraceLengths, load_case
 from prfaas.config.lengths import lengths_of
 from prfaas.config.workload import Azure, Mooncake, read_trace
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.figures is not None:
         from prfaas.figures.plan import draw_plan  # matplotlib takes a second to import
 
-        for path in draw_plan(result, args.figures):
+        for path in draw_plan(result, folder_for("--figures", args.figures)):
             sys.stderr.write(f"{path}\n")
     if args.json:
         json.dump({"case": file} | result, sys.stdout, indent=1)

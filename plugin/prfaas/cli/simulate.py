@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from prfaas.cli._places import file_for, folder_for
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.places import checkout
 from prfaas.config.run import Repetition, Run, stamp, write_run
@@ -51,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{name}: found {found}; at least 1")
     experiments = list(parts_of(loaded, topologies)) if isinstance(loaded, ExperimentSet) else [("", loaded)]
     experiments = variants(experiments, args.sweep)
+    if args.chrome_trace is not None:
+        file_for("--chrome-trace", args.chrome_trace)
+    if args.out is not None and not args.json:
+        folder_for("--out", args.out)
     started = datetime.now(UTC)
     repetitions: dict[int, dict[str, Any]] = {}
     summaries: list[dict[str, Any]] = []

@@ -111,3 +111,23 @@ def test_a_bad_sweep_is_one_line_that_names_the_fault(tmp_path, capsys, words, n
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--out", "{file}"], "--out"),
+        (["--out", "{file}/below"], "--out"),
+        (["--out", "/proc/nowhere"], "--out"),
+        (["--chrome-trace", "{folder}"], "--chrome-trace"),
+        (["--chrome-trace", "{folder}/nowhere/trace.json"], "--chrome-trace"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_anything_runs(tmp_path, capsys, words, named) -> None:
+    path = write(tmp_path)
+    said = [word.format(file=path, folder=tmp_path) for word in words]
+    assert main(["simulate", path, *said]) == 2
+    out, error = capsys.readouterr()
+    assert named in error
+    assert error.count("\n") == 1
+    assert out == ""
