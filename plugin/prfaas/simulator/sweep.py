@@ -34,6 +34,7 @@ from prfaas.simulator.scale import completion_rate_rps
 K_MOST_ROWS = 200_000  # requests beyond this leave a summary only
 K_MOST_VARIANTS = 10_000
 K_LOOK_S = 1.0
+K_LINE = 600  # characters of an error's
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,6 +53,11 @@ class Job:
     topologies: Path
     traced: bool = False
     """Whether a Chrome trace is wanted."""
+
+    def __str__(self) -> str:
+        part = f", part {self.part}" if self.part else ""
+        model = self.experiment.models[self.model].name
+        return f"{self.experiment.name}{part}, {model}, repetition {self.repetition}"
 
 
 @dataclass
@@ -164,7 +170,9 @@ def _pool(workers: int) -> Pool:
 
 @dataclass(frozen=True)
 class _Elsewhere(Generic[Item, Result]):
-    """What goes wrong travels as a line of text: not every error survives the way between processes."""
+    """What goes wrong travels as a line of text, and where as a note: not every error survives the way
+    between processes.
+    """
 
     function: Callable[[Item], Result]
 
@@ -174,9 +182,13 @@ class _Elsewhere(Generic[Item, Result]):
         except UsageError as error:
             return UsageError(str(error))
         except PrfaasError as error:
-            return PrfaasError(str(error))
-        except Exception:
-            return PrfaasError(f"{item}: {traceback.format_exc()}"[-4000:])
+            told = PrfaasError(str(error))
+            told.exit_status = error.exit_status
+            return told
+        except Exception as error:  # whatever it is, the others' results and our pool must not hang on it
+            told = PrfaasError(f"{item}: a fault of ours: {type(error).__name__}: {error}"[:K_LINE])
+            told.add_note(traceback.format_exc())
+            return told
 
 
 def variants(
