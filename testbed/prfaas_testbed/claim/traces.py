@@ -28,7 +28,7 @@ K_LARGER = {
     4: ("conversation", "conversation-trouble", "code", "code-trouble"),
     10: ("conversation", "code"),
 }
-"""What is played at the greater ones: the trace whose prompts share prefixes, and the one with most bursts."""
+"""What is played at the greater ones: the trace whose prompts share prefixes, the one with most bursts."""
 K_FASTER = 60.0  # an hour in a minute of CPU time, at the traces' own size
 K_VARIANTS = {
     "": ("as recorded", "steady"),
