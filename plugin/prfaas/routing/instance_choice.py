@@ -14,6 +14,7 @@ from prfaas.routing.lanes import K_FOREIGN_S, Lane, Lanes
 from prfaas.routing.paths import PathFinder, transfer_tail_s
 
 K_STEPS_MARGIN_S = 0.05  # s by which a prediction by the instance's own steps must keep a deadline
+K_ROUNDING_S = 1e-6  # s by which sums of the same seconds in another order may differ, and more
 K_LOOKED_AT = 8  # instances of a site, those with least to do,
 K_HOLDERS = 2  # and so many more that hold some of the prompt
 
@@ -73,27 +74,26 @@ class InstanceChooser:
         if now >= self.lanes.sweep_at_s:
             self.lanes.sweep(now)
         known = self.lanes.lanes
+        decodes = Role.DECODE
         for path in paths:
             site = path.prefill_site
             if not path.feasible or site in lanes:
                 continue
             found: list[SortedLane] = []
+            costs = self._paths.costs(site, request.model)
             for one in snapshot.sites[site].instances:
-                if one.role is Role.DECODE or not one.healthy or one.draining:
+                if one.role is decodes or one.draining or not one.healthy:
                     continue
-                name = one.instance
+                name, chunk_tokens = one.instance, one.chunk_tokens
                 lane = known.get(name)
                 if lane is None:
-                    chunk_tokens = one.chunk_tokens or self._paths.costs(site, request.model).chunk_tokens
-                    lane = known[name] = Lane(chunk_tokens)
-                elif one.chunk_tokens and one.chunk_tokens != lane.chunk_tokens:
-                    lane.cut(one.chunk_tokens)  # it tells only now, or came back with others
+                    lane = known[name] = Lane(chunk_tokens or costs.chunk_tokens)
+                elif chunk_tokens and chunk_tokens != lane.chunk_tokens:
+                    lane.cut(chunk_tokens)  # it tells only now, or came back with others
                 if one.at_s > lane.reported_s:
                     backlog_s = one.prefill_backlog_s
                     if backlog_s is None:
-                        backlog_s = one.waiting_uncached_tokens
-                        if backlog_s:
-                            backlog_s *= self._paths.costs(site, request.model).s_per_token
+                        backlog_s = one.waiting_uncached_tokens * costs.s_per_token
                     if backlog_s > K_FOREIGN_S or lane.foreign_s:
                         lane.report(backlog_s, one.at_s, now)
                 work_s = lane.ends_s - now
@@ -132,7 +132,7 @@ class InstanceChooser:
 
         `prices` are the paths', for the prefill that each predicts. None where no path is feasible.
         """
-        best: Choice | None = None
+        best: tuple[PathPrediction, InstanceId, float, float, int, float, float] | None = None
         best_cost = math.inf
         shared = bool(request.instance_cached_tokens)
         for path, price in zip(paths, prices, strict=True):
@@ -141,28 +141,32 @@ class InstanceChooser:
             site, tokens, own_s, tail_s = path.prefill_site, path.uncached_tokens, path.prefill_s, 0.0
             start_up_s = self._paths.costs(site, request.model).start_up_s
             away = site != path.decode_site
-            due_price = price
-            for _, instance, lane in lanes[site]:
+            due_price, move_s = price, path.move_s
+            for held_s, instance, lane in lanes[site]:
                 if shared:
                     tokens, own_s = self._own(request, path, instance)
                     due_price = price * own_s / path.prefill_s if path.prefill_s > 0 else price
-                # It can't cost less than this: most lanes need no closer look.
-                wait_s = lane.ends_s - now
-                least_s = (wait_s if wait_s > 0 else 0.0) + own_s + path.move_s
-                if least_s + due_price >= best_cost:
+                # It can't cost less than this, or than the next: most lanes need no closer look.
+                hopeful = lane.hopeful
+                if hopeful and hopeful[-1].order_s > order_s:
+                    held_s = lane.ends_s - now if lane.ends_s > now else 0.0
+                if held_s + own_s + move_s + due_price >= best_cost + K_ROUNDING_S:
                     continue
-                end_s, delayed = lane.place(order_s, tokens, own_s, now, start_up_s)
-                ttft_s = end_s - now + path.move_s
+                end_s = lane.end_s(order_s, tokens, own_s, now, start_up_s)
+                ttft_s = end_s - now + move_s
+                if ttft_s + due_price >= best_cost:
+                    continue
                 if away:
                     tail_s = self._tail_s(path, snapshot, end_s - now - own_s, own_s, tokens)
                     ttft_s += tail_s
+                delayed = lane.place(order_s, tokens, own_s, now, start_up_s)[1] if lane.hopeful else 0
                 cost = ttft_s + due_price + other_miss_s * delayed
                 if now + ttft_s + K_STEPS_MARGIN_S > deadline_s:
                     cost += miss_s
                 if cost < best_cost:
                     best_cost = cost
-                    best = Choice(path, instance, end_s - now - own_s, own_s, tokens, tail_s, due_price, cost)
-        return best
+                    best = (path, instance, end_s - now - own_s, own_s, tokens, tail_s, due_price)
+        return None if best is None else Choice(*best, best_cost)
 
     def behind(
         self,

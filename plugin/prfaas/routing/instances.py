@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prfaas.model.decisions import PathPrediction
 from prfaas.model.ids import InstanceId
-from prfaas.model.observations import RequestView, Snapshot
+from prfaas.model.observations import RequestView, Role, Snapshot
 from prfaas.routing.paths import Costs
 
 
@@ -33,8 +33,9 @@ def decode_instance(snapshot: Snapshot, path: PathPrediction) -> InstanceId | No
     site = snapshot.sites.get(path.decode_site)
     best: InstanceId | None = None
     least, least_used = float("inf"), 0
+    prefills = Role.PREFILL
     for one in site.instances if site is not None else ():
-        if not one.takes_decode:
+        if one.role is prefills or one.draining or not one.healthy:  # as takes_decode, at half its price
             continue
         used, limit = one.running + one.waiting, one.max_running
         share = used / limit if limit else float(used)

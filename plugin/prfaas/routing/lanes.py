@@ -17,12 +17,18 @@ import math
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from prfaas.model.ids import InstanceId, RequestId
 
 K_FOREIGN_S = 0.5  # s by which a report must exceed what is known here for others' work to count
 K_SWEEP_S = 60.0  # s between two times that lanes without work are forgotten
 K_REMEMBERED = 64  # requests reckoned done and not yet said to be
+
+
+_State: TypeAlias = tuple[float, float, float, int]
+"""Of steps reckoned ahead: when the one being filled begins, tokens left in it, its seconds so far,
+and how many prompts it ends."""
 
 
 @dataclass(slots=True, order=True)
@@ -65,6 +71,8 @@ class Lane:
         """Done by this account: when, and the shift then."""
         self._ends: list[float] | None = []
         """When each of `hopeful` ends, as things stand; None: to be found."""
+        self._states: list[_State] = []
+        """Where the steps stand before each of `hopeful`, and after the last; as of `_ends`."""
 
     @property
     def busy(self) -> bool:
@@ -200,33 +208,90 @@ class Lane:
     ) -> tuple[float, int]:
         """When a prefill of that place in the queue would end, and how many it would make late."""
         hopeful = self.hopeful
-        begin_s = (self.ends_s if self.ends_s > now else now) + self.foreign_s
-        if not hopeful and not self.behind:
-            return begin_s + work_s, 0
-        before = self._ends
-        if before is None:
-            before = self._ends = self._walk(hopeful, begin_s)
+        if not hopeful:
+            return self.end_s(order_s, tokens, work_s, now, start_up_s), 0
+        before = self._looked(now)
         at = bisect_right(hopeful, order_s, key=_order)
         new = Queued(order_s, 0, "", tokens, work_s, math.inf, min(start_up_s, work_s))
-        ends = self._walk([*hopeful[:at], new, *hopeful[at:]], begin_s)
-        late = 0
+        state = self._states[at]
+        sharing = state[3]
+        ends = self._walk([new, *hopeful[at:]], state)
+        late, gone = 0, at - sharing - 1
         for place in range(at, len(hopeful)):
-            if before[place] <= hopeful[place].latest_s < ends[place + 1]:
+            if before[place] <= hopeful[place].latest_s < ends[place - gone]:
                 late += 1
         # One whose step it shares ends later, though it comes before.
-        for place in range(at - 1, -1, -1):
-            if ends[place] < ends[at]:
-                break
-            if before[place] <= hopeful[place].latest_s < ends[place]:
-                late += 1
-        return ends[at], late
+        if ends[0] == ends[sharing]:
+            for place in range(at - sharing, at):
+                if before[place] <= hopeful[place].latest_s < ends[0]:
+                    late += 1
+        return ends[sharing], late
 
-    def _walk(self, entries: Sequence[Queued], at_s: float) -> list[float]:
-        """When the prefill of each ends, from at_s on."""
+    def end_s(self, order_s: float, tokens: float, work_s: float, now: float, start_up_s: float) -> float:
+        """When a prefill of that place in the queue would end: as `place` says, without looking at the others
+        again.
+        """
+        hopeful, chunk = self.hopeful, float(self.chunk_tokens)
+        if hopeful:
+            if self._ends is None or self.ends_s <= now:
+                self._looked(now)
+            at = bisect_right(hopeful, order_s, key=_order)
+            at_s, left, took_s, _ = self._states[at]
+            if left <= 0:
+                at_s += took_s
+                left, took_s = chunk, 0.0
+        else:
+            at_s = (self.ends_s if self.ends_s > now else now) + self.foreign_s
+            if not self.behind:
+                return at_s + work_s
+            at, left, took_s = 0, chunk, 0.0
+        # As in `_walk`, from here to the end of the step that ends it.
+        if tokens > left:
+            if start_up_s > work_s:
+                start_up_s = work_s
+            a_token_s = (work_s - start_up_s) / tokens
+            at_s += took_s + start_up_s + left * a_token_s
+            tokens -= left
+            whole = (math.ceil(tokens / chunk) - 1) * chunk
+            at_s += whole * a_token_s
+            tokens -= whole
+            work_s, took_s, left = tokens * a_token_s, 0.0, chunk
+        took_s += work_s
+        left -= tokens
+        for entry in hopeful[at:]:
+            if left <= 0:
+                return at_s + took_s
+            tokens = entry.tokens
+            if tokens > left:
+                a_token_s = (entry.work_s - entry.start_up_s) / tokens
+                return at_s + (took_s + entry.start_up_s + left * a_token_s)
+            took_s += entry.work_s
+            left -= tokens
+        return at_s + self._filled_up(left, took_s)
+
+    def _looked(self, now: float) -> list[float]:
+        """When each of `hopeful` ends: reckoned anew where something has changed."""
+        ends = self._ends
+        if ends is None or self.ends_s <= now:
+            begin_s = (self.ends_s if self.ends_s > now else now) + self.foreign_s
+            self._states = []
+            ends = self._ends = self._walk(
+                self.hopeful, (begin_s, float(self.chunk_tokens), 0.0, 0), self._states
+            )
+        return ends
+
+    def _walk(
+        self, entries: Sequence[Queued], state: _State, states: list[_State] | None = None
+    ) -> list[float]:
+        """When the prefill of each ends, those first that share the step that `state` fills. `states` gets
+        where the steps stand before each, and after the last.
+        """
         chunk = float(self.chunk_tokens)
-        left, took_s, sharing = chunk, 0.0, 0
+        at_s, left, took_s, sharing = state
         ends: list[float] = []
         for entry in entries:
+            if states is not None:
+                states.append((at_s, left, took_s, sharing))
             tokens, work_s = entry.tokens, entry.work_s
             if left <= 0:
                 at_s += took_s
@@ -247,17 +312,23 @@ class Lane:
             took_s += work_s
             left -= tokens
             sharing += 1
+        if states is not None:
+            states.append((at_s, left, took_s, sharing))
         if sharing:
-            for entry in self.behind:
-                if left <= 0:
-                    break
-                if entry.tokens <= left:
-                    took_s += entry.work_s
-                else:
-                    took_s += entry.start_up_s + (entry.work_s - entry.start_up_s) * left / entry.tokens
-                left -= entry.tokens
-            ends += [at_s + took_s] * sharing
+            ends += [at_s + self._filled_up(left, took_s)] * sharing
         return ends
+
+    def _filled_up(self, left: float, took_s: float) -> float:
+        """Seconds of the last step, once those that are given up have filled what is left of it."""
+        for entry in self.behind:
+            if left <= 0:
+                break
+            if entry.tokens <= left:
+                took_s += entry.work_s
+            else:
+                took_s += entry.start_up_s + (entry.work_s - entry.start_up_s) * left / entry.tokens
+            left -= entry.tokens
+        return took_s
 
 
 def _order(entry: Queued) -> float:

@@ -123,29 +123,31 @@ class PriceList:
 
         `queues_s` are the sites' queues that matter to others, where not all that waits does.
         """
-        uses: list[list[tuple[int, float]]] = []
+        uses: list[tuple[tuple[int, float], ...]] = []
         raw: dict[int, float] = {}
         for path, way in zip(paths, ways, strict=True):
-            used: list[tuple[int, float]] = []
-            uses.append(used)
             if way is None:
+                uses.append(())
                 continue
             site, link_id, link = way
-            if site.number not in raw:
+            number = site.number
+            if number not in raw:
                 queue_s = path.queue_s if queues_s is None else queues_s[path.prefill_site]
-                raw[site.number] = site.raw_price(queue_s, now)
-            used.append((site.number, path.prefill_s / site.capacity))
+                raw[number] = site.raw_price(queue_s, now)
+            used: tuple[tuple[int, float], ...] = ((number, path.prefill_s / site.capacity),)
             if link is not None and link_id is not None:
-                if link.number not in raw:
-                    raw[link.number] = link.raw_price(self._queue_s(link_id, link, snapshot), now)
-                used.append((link.number, path.transfer_bytes * 8 / link.capacity))
+                number = link.number
+                if number not in raw:
+                    raw[number] = link.raw_price(self._queue_s(link_id, link, snapshot), now)
+                used += ((number, path.transfer_bytes * 8 / link.capacity),)
             move = path.cache_move
             if move is not None:
                 link_id = self._paths.link_id(move.source, move.target)
                 link = self._link(link_id, snapshot, now)
                 if link.number not in raw:
                     raw[link.number] = link.raw_price(self._queue_s(link_id, link, snapshot), now)
-                used.append((link.number, move.transfer_bytes * 8 / link.capacity))
+                used += ((link.number, move.transfer_bytes * 8 / link.capacity),)
+            uses.append(used)
         prices = self._shared_out(raw)
         costs = []
         for used in uses:
@@ -203,13 +205,17 @@ class PriceList:
             crossings.append((self._paths.link_id(move.source, move.target), move.transfer_bytes))
         return crossings
 
-    def _shared_out(self, raw: Mapping[int, float]) -> dict[int, float]:
+    def _shared_out(self, raw: dict[int, float]) -> dict[int, float]:
         multipliers = self._duals.multipliers
-        known = len(multipliers)
-        weight = sum(multipliers[number] for number in raw if number < known)
-        if weight <= 0 or max(raw) >= known:
-            return dict(raw)
-        factor = (1 - K_OWN_SHARE) * sum(raw.values()) / weight
+        known, weight, every = len(multipliers), 0.0, 0.0
+        for number, own in raw.items():
+            if number >= known:
+                return raw
+            weight += multipliers[number]
+            every += own
+        if weight <= 0:
+            return raw
+        factor = (1 - K_OWN_SHARE) * every / weight
         return {number: factor * multipliers[number] + K_OWN_SHARE * own for number, own in raw.items()}
 
     def _queue_s(self, link_id: LinkId, link: Resource, snapshot: Snapshot) -> float:

@@ -1,0 +1,245 @@
+"""What is made quick in a decision answers as its plain form does."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prfaas.config.policy import PolicyConfig
+from prfaas.model.ids import LinkId
+from prfaas.model.observations import (
+    InstanceObservation,
+    LinkEstimate,
+    RequestView,
+    Role,
+    SiteObservation,
+    Snapshot,
+)
+from prfaas.model.profiles import Curve, Profile
+from prfaas.routing import Fleet, create_policy
+from prfaas.routing import duals as duals_module
+from prfaas.routing.duals import DualPrices
+from prfaas.routing.instance_choice import K_STEPS_MARGIN_S, Choice
+from prfaas.routing.lanes import Lane, Queued
+from prfaas.routing.prices import PricesPolicy
+
+K_PROFILE = Profile("unit", Curve.of([1000, 2000], [1.3, 2.3]), Curve.of([1000, 2000], [1e6, 2e6]))
+K_WEST_EAST = LinkId("east", "west")
+
+
+def plain_ends(lane: Lane, entries: list[Queued], at_s: float) -> list[float]:
+    """Step by step: each takes what fits, and those that it ends are done at its end."""
+    queue = [[one.tokens, one.work_s, one.start_up_s] for one in entries]
+    ends: list[float] = []
+    while len(ends) < len(queue):
+        left, took_s, done = float(lane.chunk_tokens), 0.0, 0
+        for one in queue[len(ends) :]:
+            tokens, work_s, start_up_s = one
+            if left <= 0:
+                break
+            if tokens > left:
+                part_s = start_up_s + (work_s - start_up_s) * left / tokens
+                one[:] = [tokens - left, work_s - part_s, 0.0]
+                took_s, left = took_s + part_s, 0.0
+            else:
+                took_s, left, done = took_s + work_s, left - tokens, done + 1
+        if len(ends) + done == len(queue):
+            for given_up in lane.behind:
+                if left <= 0:
+                    break
+                part = min(1.0, left / given_up.tokens)
+                rest_s = given_up.work_s - given_up.start_up_s
+                took_s += given_up.start_up_s + rest_s * part
+                left -= given_up.tokens
+        at_s += took_s
+        ends += [at_s] * done
+    return ends
+
+
+def plain_place(lane: Lane, order_s: float, tokens: float, work_s: float, now: float) -> tuple[float, int]:
+    """All ends with it, beside all without it."""
+    begin_s = max(lane.ends_s, now) + lane.foreign_s
+    at = sum(1 for one in lane.hopeful if one.order_s <= order_s)
+    new = Queued(order_s, 0, "new", tokens, work_s, math.inf, min(0.3, work_s))
+    before = plain_ends(lane, lane.hopeful, begin_s)
+    ends = plain_ends(lane, [*lane.hopeful[:at], new, *lane.hopeful[at:]], begin_s)
+    end_s = ends.pop(at)
+    late = 0
+    for place, one in enumerate(lane.hopeful):
+        shares = place >= at or ends[place] == pytest.approx(end_s, abs=1e-9)
+        late += shares and before[place] <= one.latest_s < ends[place]
+    return end_s, late
+
+
+def lane_of(rng: Random, now: float) -> Lane:
+    lane = Lane(rng.choice([300, 1000, 4000]))
+    for serial in range(rng.randrange(7)):
+        tokens = rng.choice([rng.randrange(1, 6000), lane.chunk_tokens])
+        # Off the ends by more than sums of the same seconds in another order differ.
+        latest_s = math.inf if rng.random() < 0.3 else now + rng.randrange(40) / 4 + 0.0371
+        lane.add(
+            Queued(rng.random(), serial, str(serial), tokens, 0.3 + tokens / 1000, latest_s, 0.3),
+            now - rng.random(),
+        )
+    if rng.random() < 0.3:
+        lane.report(rng.uniform(0.6, 5.0), now, now)
+    lane.advance(now)
+    return lane
+
+
+@settings(max_examples=400)
+@given(seed=st.integers(0, 1 << 40))
+def test_a_place_in_a_queue_is_what_all_steps_one_by_one_say(seed: int) -> None:
+    rng = Random(seed)
+    lane, now = lane_of(rng, 10.0), 10.0
+    for _ in range(4):
+        order_s, tokens = rng.random(), rng.choice([rng.randrange(1, 6000), lane.chunk_tokens])
+        work_s = 0.3 + tokens / 1000
+        end_s, late = lane.place(order_s, tokens, work_s, now, 0.3)
+        assert lane.end_s(order_s, tokens, work_s, now, 0.3) == end_s
+        plain_s, plainly_late = plain_place(lane, order_s, tokens, work_s, now)
+        assert end_s == pytest.approx(plain_s, abs=1e-9)
+        assert late == plainly_late
+
+
+def plain_choice(policy: PricesPolicy, asked: tuple[object, ...]) -> Choice | None:
+    """Every lane of every path looked at in full."""
+    request, paths, prices, lanes, snapshot, now, order_s, deadline_s, miss_s, other_miss_s = asked
+    chooser, best = policy.instances, None
+    for path, price in zip(paths, prices, strict=True):  # type: ignore[call-overload]
+        if not path.feasible:
+            continue
+        start_up_s = policy.paths.costs(path.prefill_site, request.model).start_up_s  # type: ignore[attr-defined]
+        for _, instance, lane in lanes[path.prefill_site]:  # type: ignore[index]
+            tokens, own_s = chooser._own(request, path, instance)  # type: ignore[arg-type]
+            due = price
+            if request.instance_cached_tokens:  # type: ignore[attr-defined]
+                due = price * own_s / path.prefill_s if path.prefill_s > 0 else price
+            end_s, delayed = lane.place(order_s, tokens, own_s, now, start_up_s)
+            tail_s = chooser._tail_s(path, snapshot, end_s - now - own_s, own_s, tokens)  # type: ignore[arg-type]
+            ttft_s = end_s - now + path.move_s
+            if path.prefill_site != path.decode_site:
+                ttft_s += tail_s
+            cost = ttft_s + due + other_miss_s * delayed
+            if now + ttft_s + K_STEPS_MARGIN_S > deadline_s:
+                cost += miss_s
+            if best is None or cost < best.cost:
+                best = Choice(path, instance, end_s - now - own_s, own_s, tokens, tail_s, due, cost)
+    return best
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 1 << 40))
+def test_the_choice_among_instances_is_that_of_looking_at_each_in_full(seed: int) -> None:
+    rng, now = Random(seed), 0.0
+    policy = create_policy(
+        PolicyConfig(name="prices", service="deadline"),
+        Fleet({("", ""): K_PROFILE}, frozenset({"west"}), movable=True),
+    )
+    assert isinstance(policy, PricesPolicy)
+    quick, seen = policy.instances.in_time, []
+
+    def both(*asked: object) -> Choice | None:
+        found = quick(*asked)  # type: ignore[arg-type]
+        assert found == plain_choice(policy, asked)
+        seen.append(found)
+        return found
+
+    policy.instances.in_time = both  # type: ignore[method-assign, assignment]
+    for number in range(40):
+        now += rng.expovariate(2)
+        view = view_of(rng, str(number), now)
+        decision = policy.decide(view, snapshot_of(rng, now), now)
+        if decision.chosen is not None:
+            policy.on_dispatch(request=view, decision=decision, now=now)
+        if rng.random() < 0.5:
+            policy.on_prefill_done(request=str(rng.randrange(number + 1)), now=now)
+    assert seen
+
+
+def view_of(rng: Random, name: str, now: float) -> RequestView:
+    tokens = rng.randrange(50, 12_000)
+    if rng.random() < 0.6:
+        return RequestView(name, tokens, now, home="west")
+    held = {f"{site}-{k}": rng.randrange(tokens + 1) for site in ("west", "east") for k in range(3)}
+    by_site = {site: max(held[name] for name in held if name.startswith(site)) for site in ("west", "east")}
+    return RequestView(name, tokens, now, home="west", cached_tokens=by_site, instance_cached_tokens=held)
+
+
+def snapshot_of(rng: Random, now: float) -> Snapshot:
+    sites = {}
+    for site in ("west", "east"):
+        prefills = [
+            InstanceObservation(
+                f"{site}-{k}",
+                site,
+                Role.PREFILL,
+                now,
+                prefill_backlog_s=rng.choice([0.0, 0.0, 3.0]),
+                chunk_tokens=1000,
+                healthy=rng.random() < 0.95,
+            )
+            for k in range(3)
+        ]
+        decodes = [InstanceObservation("d", "west", Role.DECODE, now)] if site == "west" else []
+        sites[site] = SiteObservation.of(site, [*prefills, *decodes], now)
+    rate = rng.choice([1e8, 1e9, 1e10])
+    both = (K_WEST_EAST, LinkId("west", "east"))
+    return Snapshot(now, sites, {link: LinkEstimate(link, now, rate, rate, rate, 0.04) for link in both})
+
+
+def plain_steps(duals: DualPrices, capacity: list[float], sizes: list[float]) -> list[float]:
+    """The gradient's steps by row and column; the multipliers they lead to."""
+    now = np.maximum(np.asarray(capacity), duals_module.K_NONE)
+    rows, size = min(duals._count, duals_module.K_WINDOW), len(now)
+    site, link = duals._site[:rows], duals._link[:rows]
+    nu, mean = duals._nu, duals._mean
+    for step in sizes:
+        used = np.zeros(size)
+        for row in range(rows):
+            costs = [
+                duals._prefill_s[row, k] / now[site[row, k]] * nu[site[row, k]]
+                + duals._bits[row, k] / now[link[row, k]] * nu[link[row, k]]
+                for k in range(site.shape[1])
+            ]
+            best = costs.index(min(costs))
+            used[site[row, best]] += min(
+                duals._prefill_s[row, best] / now[site[row, best]], duals_module.K_NEVER
+            )
+            used[link[row, best]] += duals._bits[row, best] / now[link[row, best]]
+        raised = np.zeros(size)
+        for one in range(size):
+            group = [other for other in range(size) if duals._root(other) == duals._root(one)]
+            highest = max(used[other] for other in group)
+            raised[one] = nu[one] * math.exp(step * used[one] / max(highest, 1e-12))
+        for one in range(size):
+            group = [other for other in range(size) if duals._root(other) == duals._root(one)]
+            used[one] = max(raised[one] / sum(raised[other] for other in group), duals_module.K_LEAST)
+        nu = used
+        mean = duals_module.K_SMOOTH * mean + (1 - duals_module.K_SMOOTH) * nu
+    found: list[float] = mean.tolist()
+    return found
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_multipliers_are_those_of_steps_by_row_and_column(apart: bool) -> None:
+    rng = Random(5)
+    duals, capacity = DualPrices(), [3.0, 4.0, 1e9] + ([2.0, 2.0] if apart else [])
+    for number in range(90):
+        options = [(0, rng.uniform(0.1, 9), -1, 0.0), (1, rng.uniform(0.1, 4), 2, rng.uniform(1e8, 2e9))]
+        if apart and number % 3 == 0:
+            options = [(3, rng.uniform(0.1, 9), -1, 0.0), (4, rng.uniform(0.1, 4), -1, 0.0)]
+        duals.observe(options[: rng.choice([1, 2, 2])])
+        if number == 80:
+            duals.solve(capacity)
+    duals._take_in()
+    first, last = duals_module.K_STEP
+    sizes = np.geomspace(first, last, duals_module.K_STEPS[1]).tolist()
+    wanted = plain_steps(duals, capacity, sizes)
+    duals.solve(capacity)
+    assert duals.multipliers == pytest.approx(wanted, rel=1e-9)
