@@ -149,21 +149,38 @@ class BackendConfig(Strict):
 
 
 def load_backend_config(path: Path | str | None) -> BackendConfig:
-    """The file's configuration, or the loopback default without one. Raises UsageError or ConfigError."""
+    """The file's configuration, or the loopback default without one; relative paths are taken from their
+    file's folder. Raises UsageError or ConfigError.
+    """
     if not path:
         return BackendConfig.model_validate({})
     config = load(path, BackendConfig)
     if config.pump_file is None:
-        return config
+        return config.model_copy(update={"pump": _located(config.pump, path)})
     pump_path = Path(path).parent / config.pump_file
-    return config.model_copy(update={"pump": load(pump_path, PumpConfig), "pump_file": pump_path})
+    pump = _located(load(pump_path, PumpConfig), pump_path)
+    return config.model_copy(update={"pump": pump, "pump_file": pump_path})
 
 
 def load_pump_config(path: Path | str) -> PumpConfig:
-    """A pump's configuration, from a file of its own or from the one that the servers beside it read. Raises
-    UsageError or ConfigError.
+    """A pump's configuration, from a file of its own or from the one that the servers beside it read;
+    relative paths are taken from the file's folder. Raises UsageError or ConfigError.
     """
     data = read_yaml(path)
     if isinstance(data, dict) and not data.keys().isdisjoint(("pump", "pump_file")):
         return load_backend_config(path).pump
-    return check(data, PumpConfig, str(path))
+    return _located(check(data, PumpConfig, str(path)), path)
+
+
+def _located(config: PumpConfig, path: Path | str) -> PumpConfig:
+    """With absolute paths: a pump that a server starts works in another folder than whoever wrote them."""
+    folder = Path(path).resolve().parent
+    found: dict[str, object] = {}
+    if config.control_socket is not None:
+        found["control_socket"] = folder / config.control_socket
+    if (tls := config.tls) is not None:
+        authorities = tuple(folder / one for one in tls.authorities)
+        found["tls"] = tls.model_copy(
+            update={"site_file": folder / tls.site_file, "authorities": authorities}
+        )
+    return config.model_copy(update=found)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+K_MODE = "--disaggregation-mode"
 K_APPLICATION = "prfaas.sglang.http_app:app"
 
 _registered = False
@@ -42,17 +43,19 @@ def load_plugin() -> None:
             # SGLang's schedulers are children of the process that serves HTTP.
             serves_http = multiprocessing.parent_process() is None
             compat.check_backend(with_http=serves_http)
-            if config.near is not None and _said(sys.argv, "--disaggregation-mode", "decode"):
+            prefills, decodes = (_said(sys.argv, K_MODE, mode) for mode in ("prefill", "decode"))
+            if config.near is not None and decodes:
                 from prfaas.sglang import near
 
                 near.check_installed()
+            if serves_http and (prefills or decodes):
+                _find_pump(config)
             _register_answers(serves_http)
             if serves_http:
                 _name_application()
             if config.control is not None:
                 _register_passage()
             # A decode server's layers aren't looked at, unless it may change its role.
-            prefills = _said(sys.argv, "--disaggregation-mode", "prefill")
             if config.overlap == "layer" and (prefills or "--enable-pd-role-switch" in sys.argv):
                 _register_layers()
         register(with_classes=asked or compat.utils_loaded())
@@ -68,6 +71,15 @@ def _check_configuration() -> BackendConfig:
     from prfaas.config.backend import K_ENVIRONMENT, load_backend_config
 
     return load_backend_config(os.environ.get(K_ENVIRONMENT))
+
+
+def _find_pump(config: BackendConfig) -> None:
+    """The node's, or one of ours: a certificate or a port that it can't use is known before minutes of
+    loading. Raises MachineError.
+    """
+    from prfaas.pump_client.launch import connect_or_start
+
+    connect_or_start(config.pump).close()
 
 
 def backend_asked_for(argv: Sequence[str]) -> bool:

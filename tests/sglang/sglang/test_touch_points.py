@@ -184,7 +184,7 @@ def test_each_kind_of_pool_tells_which_of_its_buffers_a_layer_has_filled(tmp_pat
     tell nothing."""
     flags = ("--disaggregation-transfer-backend", "prfaas", "--disaggregation-mode", "prefill")
     config = tmp_path / "prfaas.yaml"
-    config.write_text("overlap: layer\n")
+    config.write_text("overlap: layer\npump: {site: test, control_socket: p.sock, idle_exit_s: 1}\n")
     done = run_python(K_POOLS, *flags, config=config)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {

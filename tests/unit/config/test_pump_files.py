@@ -29,6 +29,25 @@ def test_a_pump_is_read_from_its_own_file_and_from_the_servers(tmp_path: Path, t
     assert (pump.site, pump.listen) == ("west", "127.0.0.1:7701")
 
 
+@pytest.mark.parametrize("where", ["pump: {pump}", "pump_file: pumps/pump.yaml", "{pump}"])
+def test_paths_are_taken_from_the_folder_of_the_file_that_names_them(tmp_path: Path, where: str) -> None:
+    """Not from where a pump is started, which for one that a server starts is /."""
+    tls = "tls: {site_file: keys/site.pem, authorities: [keys/a.crt, /b.crt]}"
+    pump = f"site: west\ncontrol_socket: p.sock\n{tls}\n"
+    (tmp_path / "pumps").mkdir()
+    (tmp_path / "pumps" / "pump.yaml").write_text(pump)
+    path = tmp_path / "west.yaml"
+    path.write_text(
+        where.replace("{pump}", pump if where == "{pump}" else "{" + ", ".join(pump.split("\n")[:-1]) + "}")
+    )
+    folder = path.parent / "pumps" if "pump_file" in where else path.parent
+    found = load_pump_config(path)
+    assert found.control_socket == folder / "p.sock"
+    assert found.tls is not None
+    assert found.tls.site_file == folder / "keys" / "site.pem"
+    assert found.tls.authorities == (folder / "keys" / "a.crt", Path("/b.crt"))
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [
