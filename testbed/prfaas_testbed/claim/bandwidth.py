@@ -323,8 +323,9 @@ One timeline of all steps, with a backlog kept through them, was tried first, on
 then carried 0.82 of a threshold that is told the bandwidth at 2 Gbit/s and 0.90 at 0. A backlog taken along
 from the steps before is mixed into those two figures; they were not pursued, and aren't in the record.
 
-Role conversion itself isn't simulated. With the split that the plan finds best for each bandwidth held from
-the start, and {K_MORE_SPLIT:g} of that optimum arriving, ours carries of it: {splits}.{told}
+Roles don't change in these runs (`one-t-roles` plays that). With the split that the plan finds best for each
+bandwidth held from the start, and {K_MORE_SPLIT:g} of that optimum arriving, ours carries of it:
+{splits}.{told}
 """
     )
 
