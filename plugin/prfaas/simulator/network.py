@@ -357,7 +357,10 @@ class Network:
             pipe.rates = {}
             if pipe in self._active:
                 self._rest(pipe, now)
-                self._replan_around(pipe, now)
+                for link in pipe.links:
+                    if link.users:
+                        self._replan_around(pipe, now)
+                        break
             return
         if pipe.busy_since_s is not None and capacity is None:
             # Gathering speed: what it can take changes with time.
