@@ -148,9 +148,9 @@ class Fleet:
         """Where the users are: beside the decode servers."""
         return next(i.site for i in self.experiment.instances if i.role in ("decode", "collocated"))
 
-    def url(self, server: Server, site: str | None = None) -> str:
-        """The server's, as a program of `site` (the users' where absent) reaches it."""
-        host, port = self.ways.to(site or self.client_site, server.host, server.port)
+    def url(self, server: Server) -> str:
+        """The server's, as the users' site reaches it."""
+        host, port = self.ways.to(self.client_site, server.host, server.port)
         return f"http://{host}:{port}"
 
     def by_role(self, *roles: str) -> list[Server]:
