@@ -319,6 +319,9 @@ class Engine:
         self._fill()
 
     def restart(self, now: float) -> None:
+        """Nothing where it is up: two kills may both bring it back."""
+        if self.up:
+            return
         self.up = True
         self._fill()
         self._steps_at_s = now

@@ -162,7 +162,8 @@ class RoleChanges:
                 Role(one.role),
                 now,
                 running=one.running if one.role != "prefill" else int(one.backlog_s > 0),
-                waiting=one.waiting,
+                # As SGLang's decode servers tell it: with those that wait for their KV, or its prefill.
+                waiting=max(one.waiting, one.assigned - one.running),
                 prefill_backlog_s=one.backlog_s,
                 max_running=one.max_batch or None,
                 healthy=one.up,

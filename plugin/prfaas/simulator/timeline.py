@@ -17,13 +17,17 @@ from prfaas.config.experiment import (
     directed,
 )
 from prfaas.config.topology import LinkChange
+from prfaas.model.errors import UsageError
 from prfaas.simulator.world import World
 
 
 def play_timeline(world: World, events: tuple[Event, ...]) -> list[str]:
-    """Put all events on the agenda. Answers what this world can't show, one line each."""
+    """Put all events on the agenda. Answers what this world can't show, one line each. Raises UsageError for
+    a link or a site that isn't there.
+    """
     unsupported = []
     for event in events:
+        _check(world, event)
         match event:
             case SetLink():
                 _set_link(world, event)
@@ -38,10 +42,9 @@ def play_timeline(world: World, events: tuple[Event, ...]) -> list[str]:
             case CrossTraffic():
                 _cross_traffic(world, event)
             case Kill():
-                if event.what == "pump" or event.signal == "freeze":
-                    unsupported.append(
-                        f"at {event.at_s:g} s: {event.signal} of a {event.what} isn't simulated"
-                    )
+                if event.what == "pump" or event.signal == "freeze" or event.instance not in world.engines:
+                    what = event.what if event.instance in world.engines else event.instance
+                    unsupported.append(f"at {event.at_s:g} s: {event.signal} of a {what} isn't simulated")
                     continue
                 world.agenda.at(event.at_s, lambda now, name=event.instance: world.kill(name, now))  # type: ignore[misc]
                 if event.restart_after_s is not None:
@@ -58,6 +61,18 @@ def play_timeline(world: World, events: tuple[Event, ...]) -> list[str]:
             case Hostile():
                 unsupported.append(f"at {event.at_s:g} s: hostile packets aren't simulated")
     return unsupported
+
+
+def _check(world: World, event: Event) -> None:
+    said = f"timeline: {event.do} at {event.at_s:g} s"
+    links, pipes = world.network.links, world.network.pipes
+    if isinstance(event, SetLink | LinkDown | Flap):
+        for link_id in directed(event.link):
+            if link_id not in links:
+                raise UsageError(f"{said}: no link {link_id!r}; there are {', '.join(links)}")
+    elif isinstance(event, CrossTraffic) and (event.source, event.target) not in pipes:
+        ways = ", ".join(f"{a}->{b}" for a, b in pipes)
+        raise UsageError(f"{said}: no way {event.source}->{event.target}; there are {ways}")
 
 
 def apply(world: World, link_id: str, change: LinkChange, now: float) -> None:

@@ -65,6 +65,15 @@ def test_a_sweep_takes_a_file_whose_timeline_changes_a_link(tmp_path, capsys) ->
         ({"models": [{"name": "m", "profile": "nowhere"}]}, "nowhere"),
         ({"router": {"site": "west", "policy": {"name": "nonsense"}}}, "nonsense"),
         ({"surprise": 1}, "surprise"),
+        ({"timeline": [{"do": "link_down", "at_s": 1, "link": "east->north", "for_s": 3}]}, "'east->north'"),
+        (
+            {
+                "timeline": [
+                    {"do": "cross_traffic", "at_s": 1, "source": "east", "target": "north", "for_s": 3}
+                ]
+            },
+            "east->north",
+        ),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_fault(tmp_path, capsys, changes, named) -> None:
@@ -131,3 +140,9 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_runs(tmp_path, c
     assert named in error
     assert error.count("\n") == 1
     assert out == ""
+
+
+def test_a_kill_of_the_router_is_said_to_be_beyond_it(tmp_path, capsys) -> None:
+    kill = {"do": "kill", "at_s": 1, "instance": "router"}
+    assert main(["simulate", write(tmp_path, timeline=[kill]), "--out", str(tmp_path / "out")]) == 0
+    assert "not simulated: at 1 s: kill of a router isn't simulated" in capsys.readouterr().out

@@ -172,3 +172,12 @@ def test_a_killed_engine_holds_nothing_and_ends_nothing() -> None:
     assert not seen
     assert one.idle
     assert not one.up
+
+
+def test_bringing_back_what_is_up_changes_nothing() -> None:
+    agenda, done = Agenda(), []
+    one = engine("decode", agenda)
+    one.decode(Job("a", 10, 11, on_done=lambda job, now: done.append(now)), 0.0)
+    agenda.at(0.55, one.restart)
+    agenda.run()
+    assert done == [pytest.approx(1.0)]
