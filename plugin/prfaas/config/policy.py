@@ -106,5 +106,5 @@ class SlowLoopConfig(Strict):
     `role_switch`, then their last one's) are part of it."""
     settle_s: float = Field(default=60.0, ge=0)
     """Pause after a change, for its effect to be seen; twice as long after one that failed."""
-    drain_limit_s: float = Field(default=120.0, gt=0)
-    """An instance that isn't idle by then goes back into service as it was."""
+    drain_limit_s: float = Field(default=300.0, gt=0)
+    """An instance that drains goes back into service as it was when nothing on it has ended for so long."""

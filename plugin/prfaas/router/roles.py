@@ -192,6 +192,8 @@ class RoleKeeper:
         for site, cluster in self._clusters.items():
             meter, there = cluster.meter, snapshot.sites.get(site)
             meter.sample(snapshot)
+            if there is not None and (given_up := cluster.loop.overdue(there, now)) is not None:
+                self._take(cluster, given_up)
             if there is None or not cluster.loop.due(now) or meter.requests < self._config.least_requests:
                 continue
             cluster.loads = meter.loads()
@@ -246,7 +248,7 @@ class RoleKeeper:
             if switch is None:
                 return
             self._note(switch)
-            outcome, why, broken = await self._switch(handle, step.role, began_s)
+            outcome, why, broken = await self._switch(handle, step.role)
             seconds = self._clock() - began_s
             if outcome == "switched":
                 handle.role = step.role
@@ -273,10 +275,10 @@ class RoleKeeper:
                 return
             await asyncio.sleep(K_AGAIN_S / 2)
 
-    async def _switch(self, handle: ServerHandle, role: Role, began_s: float) -> tuple[str, str, str]:
+    async def _switch(self, handle: ServerHandle, role: Role) -> tuple[str, str, str]:
         """(outcome for the metrics, why it failed, what broke it for good)."""
         assert self._config is not None
-        config = self._config
+        config, began_s = self._config, self._clock()
         while True:
             answer = await self._ask(handle, role, config)
             if answer is not None and answer.success:

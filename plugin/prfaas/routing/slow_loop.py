@@ -9,7 +9,9 @@ dry run steps are marked as such and nothing is expected to follow.
 
 What a conversion costs is time: the gain begins once all instances that the plan asks for have turned. It
 costs no throughput, for the role that gives an instance has it to spare, or the plan wouldn't ask for it. The
-seconds are the profile's until a conversion has been seen, and the last one's from then on.
+seconds are the profile's until a conversion has been seen, and the last one's from then on; drains count by
+half, as the instance works on, on less and less. Beyond capacity an instance may have work for minutes: it
+drains as long as something on it ends, and is given up when nothing did for `drain_limit_s`.
 """
 
 from __future__ import annotations
@@ -87,6 +89,10 @@ class _Conversion:
     instance: InstanceId
     role: Role
     since_s: float
+    ended_s: float
+    """When something on it last ended."""
+    left: tuple[int, float]
+    """Requests and work that were left then."""
     switching: bool = False
     drained_s: float = 0.0
     """How long it drained."""
@@ -102,9 +108,11 @@ class SlowLoop:
     def __init__(self, site: SiteId, config: SlowLoopConfig, switch: RoleSwitch | None = None) -> None:
         self.site = site
         self.config = config
-        self._out_s: dict[Role, float] = {}
+        self._switch_s: dict[Role, float] = {}
+        self._drained_s: dict[Role, float] = {}
+        """The last drains."""
         if switch is not None:
-            self._out_s = {Role.PREFILL: switch.to_prefill_s, Role.DECODE: switch.to_decode_s}
+            self._switch_s = {Role.PREFILL: switch.to_prefill_s, Role.DECODE: switch.to_decode_s}
         self._wanted = 0
         self._agreed = 0
         self._next_look_s = -math.inf
@@ -115,9 +123,10 @@ class SlowLoop:
         """The one instance that is being converted."""
         return None if self._conversion is None else self._conversion.instance
 
-    def out_of_service_s(self, role: Role) -> float:
-        """Seconds that a conversion to `role` is believed to take, in which the instance gives nothing."""
-        return self._out_s.get(role, 0.0)
+    def out_of_service_s(self, role: Role, drain_s: float = 0.0) -> float:
+        """Seconds that a conversion to `role` is believed to take, in which the instance gives nothing, where
+        what it has takes drain_s. Drains count by half."""
+        return self._switch_s.get(role, 0.0) + max(drain_s, self._drained_s.get(role, 0.0)) / 2
 
     def due(self, now: float) -> bool:
         """Whether `look` would look."""
@@ -150,38 +159,41 @@ class SlowLoop:
             target = optimum(now_system, grid)
             here = best_threshold(now_system, len(prefills), grid)
         if self._conversion is not None:
-            return Proposal(binding, target, here, self._agreed, self._overdue(now))
-        wanted, gained = 0, 0.0
-        if target is not None and here is not None and target.prefill != len(prefills):
-            gained = self._gained(here, target)
+            return Proposal(binding, target, here, self._agreed, self.overdue(site, now))
+        turns = 0 if target is None else target.prefill - len(prefills)
+        giving = decodes if turns > 0 else prefills
+        free = [one for one in giving if convertible is None or one.instance in convertible]
+        one = min(free, key=_busyness) if free else None
+        role = Role.PREFILL if turns > 0 else Role.DECODE
+        drain_s = 0.0 if one is None else _drain_s(one, loads, system)
+        wanted, gained, out_s = 0, 0.0, self.out_of_service_s(role, drain_s)
+        if target is not None and here is not None and turns:
+            lasts_s = max(0.0, self.config.holds_s - abs(turns) * out_s)
+            gained = (target.throughput_rps - here.throughput_rps) * lasts_s
             if gained >= here.throughput_rps * self.config.least_gain * self.config.holds_s and gained > 0:
-                wanted = 1 if target.prefill > len(prefills) else -1
+                wanted = 1 if turns > 0 else -1
         self._agreed = self._agreed + 1 if wanted and wanted == self._wanted else int(bool(wanted))
         self._wanted = wanted
-        giving = decodes if wanted > 0 else prefills
-        free = [one for one in giving if convertible is None or one.instance in convertible]
         if (
             target is None
             or here is None
             or not wanted
             or self._agreed < self.config.patience
             or len(giving) < 2
-            or not free
+            or one is None
         ):
             return Proposal(binding, target, here, self._agreed, None, gained)
-        one = min(free, key=_busyness)
-        role = Role.PREFILL if wanted > 0 else Role.DECODE
         split = f"{len(prefills)}/{len(decodes)}"
         reason = (
             f"{binding.value} binds; {target.prefill}/{target.decode} would carry "
             f"{target.throughput_rps:.2f} req/s, {split} carries {here.throughput_rps:.2f}"
         )
-        if out_s := self.out_of_service_s(role):
+        if out_s:
             reason += f"; out for {out_s:.3g} s, {gained:.0f} requests more in {self.config.holds_s:g} s"
         self._agreed = 0
         step = Step(StepKind.DRAIN, self.site, one.instance, role, reason, self.config.dry_run)
         if not self.config.dry_run:
-            self._conversion = _Conversion(one.instance, role, now)
+            self._conversion = _Conversion(one.instance, role, now, now, _left(one))
         return Proposal(binding, target, here, self._agreed, step, gained)
 
     def on_drained(self, instance: InstanceId, now: float) -> Step | None:
@@ -197,23 +209,25 @@ class SlowLoop:
         """The server says that it has its new role; the next look waits for its effect."""
         conversion = self._conversion
         if conversion is not None and conversion.instance == instance and conversion.switching:
-            self._out_s[conversion.role] = conversion.drained_s / 2 + now - conversion.since_s
+            self._switch_s[conversion.role] = now - conversion.since_s
+            self._drained_s[conversion.role] = conversion.drained_s
         return self._end(instance, f"switched to {self._role(instance)}", now, self.config.settle_s)
 
     def on_failed(self, instance: InstanceId, reason: str, now: float) -> Step | None:
         """The server refused or died: back into service as it was, and not at once again."""
         return self._end(instance, f"conversion failed: {reason}", now, 2 * self.config.settle_s)
 
-    def _gained(self, here: Plan, target: Plan) -> float:
-        """Requests more within `holds_s`, of which one instance after another takes its time to turn."""
-        turns = target.prefill - here.prefill
-        away_s = abs(turns) * self.out_of_service_s(Role.PREFILL if turns > 0 else Role.DECODE)
-        return (target.throughput_rps - here.throughput_rps) * max(0.0, self.config.holds_s - away_s)
-
-    def _overdue(self, now: float) -> Step | None:
-        """A drain that doesn't end is given up; a switch is the shell's to end."""
+    def overdue(self, site: SiteObservation, now: float) -> Step | None:
+        """A drain in which nothing ends is given up, at looks and between. A switch is the shell's to end."""
         conversion = self._conversion
-        if conversion is None or conversion.switching or now - conversion.since_s < self.config.drain_limit_s:
+        if conversion is None or conversion.switching:
+            return None
+        for one in site.instances:
+            if one.instance == conversion.instance:
+                requests, work = _left(one)
+                if requests < conversion.left[0] or work < conversion.left[1]:
+                    conversion.ended_s, conversion.left = now, (requests, work)
+        if now - conversion.ended_s < self.config.drain_limit_s:
             return None
         return self._end(conversion.instance, "not drained in time", now, 2 * self.config.settle_s)
 
@@ -229,6 +243,24 @@ class SlowLoop:
     def _role(self, instance: InstanceId) -> str:
         conversion = self._conversion
         return conversion.role.value if conversion is not None and conversion.instance == instance else "?"
+
+
+def _drain_s(one: InstanceObservation, loads: Sequence[StageLoad], system: System) -> float:
+    """What the work that it has will take. A decode instance is bound to its requests from their dispatch on,
+    while they wait for prefill."""
+    if one.role is Role.PREFILL:
+        return one.prefill_backlog_s or 0.0
+    if not one.running + one.waiting:
+        return 0.0
+    wait_s = max((load.queue_s for load in loads if load.stage is not Stage.DECODE), default=0.0)
+    turns = 1.0 + one.waiting / one.max_running if one.max_running else 1.0
+    return wait_s + turns * system.output_tokens * system.decode.step_s(max(1, one.running))
+
+
+def _left(one: InstanceObservation) -> tuple[int, float]:
+    """Requests on it, and prefill in seconds, or tokens where it tells these."""
+    work = one.prefill_backlog_s
+    return one.running + one.waiting, float(one.waiting_uncached_tokens) if work is None else work
 
 
 def _busyness(one: InstanceObservation) -> tuple[float, int]:

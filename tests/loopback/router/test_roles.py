@@ -99,6 +99,29 @@ def test_a_server_is_drained_first_and_gets_nothing_new_meanwhile(stand: Any) ->
     asyncio.run(main())
 
 
+def test_a_drain_that_never_ends_is_given_up_though_no_traffic_comes_to_be_planned_for(stand: Any) -> None:
+    loop = K_LOOP | {"drain_limit_s": 1.0, "window_s": 2.0}
+
+    async def main() -> None:
+        async with stand(K_ROLES, links=K_LINK, slow_loop=loop) as s:
+            prepare(s)
+            decodes = [s.servers["west-d"], s.servers["west-e"]]
+            for one in decodes:
+                one.hold.clear()
+            streams = [asyncio.ensure_future(s.post(stream=True)) for _ in range(8)]
+            await s.settle(lambda: sum(len(one.seen) for one in decodes) == 8)
+            await traffic(s)
+            await s.settle(lambda: s.router.roles.page()["sites"]["west"]["converting"], 20)
+            await s.settle(lambda: not any(one.draining for one in s.router.servers), 20)
+            assert s.router.roles.steps[-1].reason == "not drained in time"
+            assert not converted(s)
+            for one in decodes:
+                one.hold.set()
+            assert [status for status, _, _ in await asyncio.gather(*streams)] == [200] * 8
+
+    asyncio.run(main())
+
+
 def test_a_dry_run_says_what_it_would_do_and_without_the_section_nothing_is_planned(stand: Any) -> None:
     async def main() -> None:
         async with stand(K_ROLES, links=K_LINK, slow_loop=K_LOOP | {"dry_run": True}) as s:

@@ -103,13 +103,49 @@ def test_a_dry_run_says_it_and_starts_nothing(system: System) -> None:
 
 
 def test_a_drain_that_does_not_end_is_given_up_and_not_tried_again_at_once(system: System) -> None:
-    loop = SlowLoop("west", SlowLoopConfig(dry_run=False))
+    loop = SlowLoop("west", SlowLoopConfig(dry_run=False, drain_limit_s=120.0))
     slow = system.changed(egress_bps=5e9)
     looks(loop, cluster(3, 5), slow, 3)
     step = loop.look(cluster(3, 5), LOADS, slow, 200.0).step
     assert step.kind is StepKind.RESUME
     assert loop.converting is None
     assert loop.look(cluster(3, 5), LOADS, slow, 300.0) is None
+
+
+def busy(requests: int, backlog_s: float, at_s: float) -> SiteObservation:
+    """5 prefill instances, of which the last has so much, and the others more; and 3 for decode."""
+    listed = [
+        InstanceObservation(
+            f"prefill{k}", "west", Role.PREFILL, at_s, running=1, waiting=requests - 1 + 9 * (4 - k),
+            prefill_backlog_s=backlog_s + 90 * (4 - k),
+        )
+        for k in range(5)
+    ]  # fmt: skip
+    listed += [InstanceObservation(f"decode{k}", "west", Role.DECODE, at_s, running=20) for k in range(3)]
+    return SiteObservation.of("west", listed, at_s)
+
+
+def test_beyond_capacity_a_drain_lasts_as_long_as_something_ends(system: System) -> None:
+    """At 100 Gbit/s 3/5 carries more than 5/3; each prefill instance has work for ten minutes and more."""
+    config = SlowLoopConfig(dry_run=False, drain_limit_s=100.0, holds_s=1800.0)
+    for stuck_from_s in (float("inf"), 400.0):
+        loop = SlowLoop("west", config)
+        steps = [loop.look(busy(60, 600.0, 30.0 * k), LOADS, system, 30.0 * k).step for k in range(3)]
+        assert steps[-1].instance == "prefill4"
+        assert "out for 300 s" in steps[-1].reason, "half of its ten minutes"
+        gone_s = None
+        for at_s in range(61, 661):
+            left_s = 660.0 - min(at_s, stuck_from_s)
+            step = loop.overdue(busy(max(1, round(left_s / 10)), left_s, at_s), float(at_s))
+            gone_s = at_s if step is not None and gone_s is None else gone_s
+        if stuck_from_s == float("inf"):
+            assert gone_s is None
+            assert loop.on_drained("prefill4", 661.0).kind is StepKind.SWITCH
+            assert loop.on_switched("prefill4", 671.0).kind is StepKind.RESUME
+            assert loop.out_of_service_s(Role.DECODE) == pytest.approx(10 + 601 / 2)
+        else:
+            assert gone_s == pytest.approx(stuck_from_s + 100.0, abs=1)
+            assert loop.on_drained("prefill4", 661.0) is None
 
 
 def test_a_refused_switch_puts_the_instance_back(system: System) -> None:
@@ -129,9 +165,10 @@ def test_a_conversion_that_does_not_pay_while_it_holds_is_left(system: System) -
         loop = SlowLoop("west", SlowLoopConfig(dry_run=False, holds_s=200.0), RoleSwitch(out_s, 0.0))
         told[out_s] = looks(loop, cluster(3, 5), system.changed(egress_bps=5e9), 3)[-1]
     gained = [told[out_s].gained for out_s in told]
-    assert gained == pytest.approx([0.478 * 200, 0.478 * 80, 0.478 * 30], rel=0.01)
+    # What it has takes 28.6 s (an answer's 25.6, after 3.0 in prefill's queue), which count by half.
+    assert gained == pytest.approx([0.478 * (200 - 2 * (out_s + 14.3)) for out_s in told], rel=0.03)
     assert [told[out_s].step is not None for out_s in told] == [True, True, False], "the last is below 5%"
-    assert "out for 60 s, 38 requests more in 200 s" in told[60.0].step.reason
+    assert "out for 74.3 s, 25 requests more in 200 s" in told[60.0].step.reason
 
 
 def test_the_last_conversion_tells_what_the_next_one_costs(system: System) -> None:

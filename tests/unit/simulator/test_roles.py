@@ -90,7 +90,8 @@ def test_roles_follow_a_link_that_falls_in_the_time_that_the_profile_tells(tmp_p
     assert again.endswith("switched to prefill")
     assert turned_s - asked_s == pytest.approx(20.0)
     assert out_s(first) > 20, "what it has is to be answered first"
-    assert f"out for {(asked_s - drained_s) / 2 + 20:.3g} s" in second, "the last one tells of the next"
+    # The last one tells of the next, unless that has more work.
+    assert out_s(second) >= float(f"{(asked_s - drained_s) / 2 + 20:.3g}")
     assert sum(engine.role == "prefill" for engine in moved.world.engines.values()) == 4 + 5
     waits = [record.summary(400)["ttft_mean_s"] for record in (before, after)]
     assert waits[1] < waits[0] / 2
@@ -126,8 +127,8 @@ def test_an_instance_that_dies_while_it_changes_its_role_comes_back_in_its_old_o
 
 
 def test_roles_change_beyond_capacity_too_where_no_instance_is_ever_without_work(tmp_path: Path) -> None:
-    """Five of eight prefill, and their link recovers: 3/5 would carry 3.2 req/s, and 3 come. As they are, 2.35
-    are carried, and each prefill instance has work for minutes."""
+    """Five of eight prefill, and their link recovers: 3/5 would carry 3.2 req/s, 5/3 carries 2.35; 3 come,
+    so that each prefill instance has work for minutes."""
     changes: dict[str, Any] = {
         "requests": 1500,
         "instances": [
