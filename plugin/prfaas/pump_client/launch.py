@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def _start(config: PumpConfig, path: Path) -> socket.socket:
     while time.monotonic() < end_s:
         sock = connect(path)
         if sock is not None:
-            # It outlives us: Popen must not complain of a child nobody waited for.
-            process.returncode = 0
+            # It may outlive us, and we it: a child that nobody waits for would stay as a zombie.
+            threading.Thread(target=process.wait, name="prfaas-pump-ends", daemon=True).start()
             return sock
         if process.poll() is not None:
             break

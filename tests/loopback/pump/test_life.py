@@ -25,12 +25,12 @@ from_start = {"idle_exit_s": 0.5}
 
 
 def gone(pid: int) -> bool:
+    """Whether nothing is left of it: a zombie is."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "Z"
+    return False
 
 
 def test_servers_that_find_no_pump_start_one_between_them_and_it_ends_after_them(pumps):
