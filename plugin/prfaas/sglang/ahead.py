@@ -89,6 +89,11 @@ class Piece:
         self._sent |= rows
         return int(self._segments.length[rows].sum())
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything of it has been sent."""
+        return bool(self._sent.any())
+
     def rest(self) -> Segments:
         """What hasn't been sent."""
         return self._segments.some(~self._sent)
@@ -143,16 +148,18 @@ class Ahead:
         first: int,
         pages: NDArray[Any],
         plan: Callable[[int, int], Segments],
-    ) -> Segments:
-        """What is left to send of a chunk's pages, at positions from `first` on. `plan(i, j)` maps pages i to
-        j of them. Pieces that begin before the chunk's end are done with."""
+    ) -> tuple[Segments, bool]:
+        """What is left to send of a chunk's pages, at positions from `first` on, and whether it goes where
+        something that was sent before it goes too. `plan(i, j)` maps pages i to j of them. Pieces that begin
+        before the chunk's end are done with."""
         mine = self._take(room, session, first + len(pages))
         parts: list[Segments] = []
-        at = 0
+        at, again = 0, False
         for piece in sorted(mine, key=lambda piece: piece.first):
             begin, end = piece.first - first, piece.end - first
             fits = at <= begin and end <= len(pages) and piece.grant is grant
             if not fits or not np.array_equal(pages[begin:end], piece.pages):
+                again = again or piece.begun
                 continue
             if begin > at:
                 parts.append(plan(at, begin))
@@ -160,7 +167,7 @@ class Ahead:
             at = end
         if at < len(pages):
             parts.append(plan(at, len(pages)))
-        return joined(parts)
+        return joined(parts), again
 
     def _take(self, room: int, session: str, before: int) -> list[Piece]:
         """Its pieces for a peer that begin before a position; they are known no more."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import TransferKind
 from prfaas.sglang import compat, layers
 from prfaas.sglang.ahead import Ahead, Forward, Piece, RoomAhead
@@ -148,9 +149,15 @@ class LayerSide(PrefillSide):
     def _plan_kv(
         self, chunk: Any, request: Any, have: Any, wanted: Any, executor: InlineExecutor
     ) -> Segments:
-        """The chunk's, less what has been sent ahead."""
+        """The chunk's, less what has been sent ahead.
+
+        Its pages may be others than those that the pass filled: where the prefix tree has the same tokens
+        already, which a hybrid model computes again for want of a state, SGLang keeps the tree's pages and
+        frees the new ones, for anybody to fill. So what was sent from there counts for nothing, and the
+        chunk's own bytes must be the last to land.
+        """
         session = request.mooncake_session_id
-        return self.ahead.rest(
+        segments, again = self.ahead.rest(
             chunk.room,
             session,
             self.sending.grant_of(chunk.room, session),
@@ -158,3 +165,6 @@ class LayerSide(PrefillSide):
             np.asarray(have),
             lambda begin, end: self._map_kv(request, have[begin:end], wanted[begin:end], executor),
         )
+        if again and not self.sending.drained(chunk.room, self.deadline_s):
+            raise PrfaasError("what was sent of it by layers hasn't landed in time")
+        return segments

@@ -8,6 +8,7 @@ computed anew.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -154,6 +155,14 @@ class SendingRooms:
         for other in others:
             self._pump.cancel(other)
         self._conclude(room, room.failure)
+
+    def drained(self, room_id: int, timeout_s: float) -> bool:
+        """Wait until all that has been handed over of a room has ended; whether it has in time."""
+        with self._lock:
+            room = self._rooms.get(room_id)
+            transfers = list(room.open.values()) if room else []
+        end_s = time.monotonic() + timeout_s
+        return all(transfer.wait(max(0.0, end_s - time.monotonic())) is not None for transfer in transfers)
 
     def cancel(self, room_id: int, reason: str) -> None:
         """The room is over on this side: when this returns its pages aren't read any more."""

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
 from prfaas.pump_client import Transfer
 from prfaas.sglang import compat, layers
@@ -393,9 +394,69 @@ def test_pages_that_were_not_foreseen_are_sent_whole(module: ModuleType) -> None
         planned.append((begin, end))
         return one
 
-    ahead.rest(K_ROOM, K_SESSION, grant, 0, np.array([6, 7]), plan)
+    segments, again = ahead.rest(K_ROOM, K_SESSION, grant, 0, np.array([6, 7]), plan)
     assert planned == [(0, 2)]
+    assert not again
+    assert len(segments) == 1
     assert len(ahead) == 0
+
+
+class LatePump(CopyingPump):
+    """Reads the source, and ends the transfer, when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: Queue[Any] = Queue()
+
+    def submit(self, *arguments: Any, **how: Any) -> Transfer:
+        transfer = Transfer(self.waiting.qsize() + 100)
+        self.waiting.put((transfer, arguments, how))
+        return transfer
+
+    def land(self) -> None:
+        transfer, arguments, how = self.waiting.get(timeout=10)
+        super().submit(*arguments, **how)
+        transfer.end(Outcome(True))
+
+
+def test_where_sglang_keeps_other_pages_than_were_filled_the_chunks_own_bytes_are_the_last_to_land(
+    rig: Rig,
+) -> None:
+    """As it does where the prefix tree has the tokens already; those that were filled are anybody's then."""
+    pump = LatePump()
+    for user in (rig.manager.engine, rig.manager.sending):
+        user._pump = pump
+    req = rig.request(100, 0, 0)
+    rig.forward(req, 100, rig.work)
+    n_ahead = pump.waiting.qsize()
+    assert n_ahead == K_LAYERS
+    kept = np.setdiff1d(np.arange(K_POOL_TOKENS), rig.pages)[:100]
+    rig.ours[:, kept], rig.ours[:, rig.pages] = 1, 77
+    rig.pages = kept
+    rig.hand_over(req, 100)
+    worker = threading.Thread(target=rig.work)
+    worker.start()
+    for left in reversed(range(n_ahead)):
+        assert pump.waiting.qsize() == left + 1
+        pump.land()
+    assert not rig.landed()
+    pump.land()
+    worker.join(timeout=10)
+    assert rig.landed()
+    assert pump.sent_bytes == 2 * rig.bytes_wanted()
+
+
+def test_a_room_whose_layers_never_land_fails_rather_than_be_overwritten(rig: Rig) -> None:
+    pump = LatePump()
+    rig.manager.sending._pump = pump
+    rig.manager.deadline_s = 0.0
+    req = rig.request(100, 0, 0)
+    rig.forward(req, 100, rig.work)
+    rig.pages = np.setdiff1d(np.arange(K_POOL_TOKENS), rig.pages)[:100]
+    rig.hand_over(req, 100)
+    with pytest.raises(PrfaasError, match="hasn't landed in time"):
+        rig.work()
+    assert pump.waiting.qsize() == K_LAYERS
 
 
 def test_what_fails_in_watching_costs_no_request(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
