@@ -95,7 +95,8 @@ def start_servers(
     model_name: str, directory: Path, roles: tuple[str, ...] = ("plain", "prefill", "decode"), **options: Any
 ) -> Servers:
     """Start them together (most of a start is imports) and wait for all. `options`: config=, prefill_args=,
-    decode_args=; the role "near" is a prefill server of decode's own site. What fails ends what had started.
+    decode_args=, decode_env= and so on; the role "near" is a prefill server of decode's own site. What fails
+    ends what had started.
     """
     stop_running()
     model = K_MODELS[model_name]
@@ -115,6 +116,7 @@ def start_servers(
             backend="mooncake_tcp" if near else "prfaas",
             config_path=None if near else config,
             extra_args=(*K_SAME_CHUNKS, *options.get(f"{role}_args", ())),
+            extra_env=options.get(f"{role}_env", {}),
         )
         servers[role] = SglangServer(spec, directory / f"{role}.log")
     try:
@@ -167,12 +169,17 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """One model's servers after the other's: pytest groups the tests by the parameter."""
     # With a radix cache on decode only what it lacks crosses; where SGLang has one for the kind of model.
     radix = ("--disaggregation-decode-enable-radix-cache",) if request.param in ("dense", "hybrid") else ()
-    # One model has a second prefill server, in decode's own site, and its KV leaves layer by layer.
-    near: dict[str, Any] = {}
+    # KV leaves layer by layer: of each kind of model other layers are seen. By chunks it does in the servers
+    # that other tests start.
+    options: dict[str, Any] = {"config": {"overlap": "layer"}, "decode_args": radix}
+    # One model has a second prefill server, in decode's own site.
     if request.param == "dense":
-        near["roles"] = ("plain", "prefill", "decode", "near")
-        near["config"] = {"near": {"hosts": [K_NEAR], "transport": "tcp"}, "overlap": "layer"}
-    started = start_servers(request.param, tmp_path_factory.mktemp(request.param), decode_args=radix, **near)
+        options["roles"] = ("plain", "prefill", "decode", "near")
+        options["config"]["near"] = {"hosts": [K_NEAR], "transport": "tcp"}
+    # Another's decode takes pages back from requests that run, every few steps.
+    if request.param == "mla":
+        options["decode_env"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+    started = start_servers(request.param, tmp_path_factory.mktemp(request.param), **options)
     yield started
     stop(started)
 
