@@ -12,6 +12,7 @@ from prfaas.config.loading import check
 from prfaas.config.run import Run, read_run
 from prfaas.config.workload import Synthetic
 from prfaas.model.errors import UsageError
+from prfaas_testbed.claim.runs import parts
 from prfaas_testbed.experiment.view import View
 
 K_BELIEVED_SINCE = "2026-11-24T18:15:53"
@@ -80,6 +81,13 @@ def _told(definition: Mapping[str, Any]) -> dict[str, Any]:
 def last_of_each(found: Iterable[Gathered]) -> dict[str, Gathered]:
     """What was added later stands in place of what there was of a part."""
     return {one.part: one for one in found}
+
+
+def not_run(experiment: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """A paragraph on the parts of the experiment's file that no run has; empty where there is none."""
+    known = {run["part"] for run in runs}
+    missing = [part for part, _ in parts(experiment) if part not in known]
+    return f"**Not run yet**: {', '.join(missing)}.\n\n" if missing else ""
 
 
 def unbelieved(runs: Sequence[Mapping[str, Any]]) -> str:

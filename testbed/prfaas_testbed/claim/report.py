@@ -70,10 +70,21 @@ def write_report(folder: Path) -> tuple[Path, list[Goal]]:
             f"- {'reached' if goal.reached else '**missed**'}: {goal.text}: {goal.found}\n"
             for _, goal in judged
         )
+        + _unmeasured({record["piece"] for record in records})
     )
     path = folder / "README.md"
     path.write_text("\n".join([head, K_WORLD, *sections]).rstrip() + "\n", encoding="utf-8")
     return path, [goal for _, goal in judged]
+
+
+def _unmeasured(known: set[str]) -> str:
+    """What has no record."""
+    missing = [
+        f"{piece.title} (`prfaas-testbed claim run {name}`)"
+        for name, piece in PIECES.items()
+        if name not in known
+    ]
+    return f"\nNot measured yet: {'; '.join(missing)}.\n" if missing else ""
 
 
 def _made(record: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from prfaas.planner.build import system_of
 from prfaas.planner.optimum import best_threshold
 from prfaas_testbed.claim import worlds
 from prfaas_testbed.claim.bandwidth import K_GRACE_S, K_PREFILL
-from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each, unbelieved
+from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each, not_run, unbelieved
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, mean, table
 from prfaas_testbed.claim.runs import K_TOPOLOGIES
 from prfaas_testbed.claim.testbed import K_TIME_SCALE
@@ -144,8 +144,8 @@ def tell(data: dict[str, Any]) -> str:
             ]
         )  # fmt: skip
     head = ["step to, by", "plan, req/s", "first tokens, req/s", "judged on", "offloaded, %", "TTFT P90, s"]
-    older = unbelieved(data["runs"])
-    return table(head, lines) + K_TOLD + (f"\n{older}" if older else "")
+    more = unbelieved(data["runs"]) + not_run(K_EXPERIMENT, data["runs"])
+    return table(head, lines) + K_TOLD + (f"\n{more}" if more else "")
 
 
 K_TOLD = f"""

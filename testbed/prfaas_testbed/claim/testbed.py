@@ -13,7 +13,7 @@ from prfaas.config.experiment import Experiment
 from prfaas.config.run import Run
 from prfaas.figures import new_figure, save, series
 from prfaas_testbed.claim import worlds
-from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each, unbelieved
+from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each, not_run, unbelieved
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, column, mean, ratios, table
 from prfaas_testbed.claim.runs import parts
 
@@ -174,7 +174,9 @@ def tell(data: dict[str, Any]) -> str:
     head = ["system, load", "world", "answered, req/s", "TTFT mean, s", "P50", "P90", "egress, Gbit/s",
             "offloaded, %", "within SLO, %"]  # fmt: skip
     text = table(head, lines)
-    return text + K_SCALE + unbelieved(data["runs"]) + _costs(rows) + K_SHARED
+    once = max(row["repetition"] for row in rows) == 0
+    told = unbelieved(data["runs"]) + not_run(K_EXPERIMENT, data["runs"])
+    return text + K_SCALE + (K_ONCE if once else "") + told + _costs(rows) + K_SHARED
 
 
 def _costs(rows: list[dict[str, Any]]) -> str:
@@ -214,6 +216,11 @@ Where the worlds are known to differ: an instance of the testbed, as a real one,
 batch at the end of a decode step, the simulator at once (here half a step is 0.1 s of the table); a transfer
 of 0.1 to 1 MB over a warm link with loss takes one round trip more than the simulator's fluid; a request's
 way through client, router and instances is some milliseconds of one processor, which others use as well.
+
+"""
+K_ONCE = """\
+Each part ran once, over some hundreds of requests: there are no intervals, and a ratio of two parts is
+uncertain by some percents.
 
 """
 K_SHARED = """\

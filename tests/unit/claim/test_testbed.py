@@ -86,6 +86,9 @@ def test_its_section_is_made_of_the_record_alone(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "testbed.png").stat().st_size > 10_000
     assert "claim add testbed FOLDER" in text
     assert "| paper-1.2 | 20 |" in text
+    assert "**Not run yet**: two-sites-0.9, two-sites-1.2, paper-0.9, prices-0.9" in text
+    assert "Each part ran once" in text
+    assert "Not measured yet: The 1T case at capacity (`prfaas-testbed claim run capacity`)" in text
     ratio = next(goal.found for goal in goals if "published ratio 1.54" in goal.text)
     assert 1.3 < float(ratio.split()[0]) < 1.7
 
