@@ -64,7 +64,7 @@ class LayerWatch:
         if end < whole:
             end -= end % page
         skipped = begin - req.start_send_idx
-        if begin >= end or skipped % page:
+        if begin >= end or skipped % page or begin < _known_to_the_tree(req):
             return None
         raw = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, begin:end]
         tokens = scheduler.token_to_kv_pool_allocator.translate_kv_indices_for_transfer(raw)
@@ -104,6 +104,13 @@ class LayerWatch:
     def end(self) -> None:
         """The pass has run, or is in the GPU's queue."""
         self._forwards = []
+
+
+def _known_to_the_tree(req: Any) -> int:
+    """How many tokens the prefix tree has beyond those that their states let it use. SGLang computes them
+    again, and then keeps the tree's pages: the ones that the pass fills are anybody's.
+    """
+    return max(req.mamba_branching_seqlen or 0, req.swa_branching_seqlen or 0)
 
 
 _here: LayerWatch | None = None

@@ -191,6 +191,8 @@ class Rig:
             extend_end=None,
             start_send_idx=decode_has,
             kv=SimpleNamespace(req_pool_idx=0),
+            mamba_branching_seqlen=None,
+            swa_branching_seqlen=None,
         )
 
     def forward(self, req: Any, end: int, between: Any = lambda: None, halves: bool = False) -> None:
@@ -444,6 +446,19 @@ def test_where_sglang_keeps_other_pages_than_were_filled_the_chunks_own_bytes_ar
     worker.join(timeout=10)
     assert rig.landed()
     assert pump.sent_bytes == 2 * rig.bytes_wanted()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "swa"])
+def test_what_is_computed_again_for_want_of_a_state_leaves_with_its_chunk(rig: Rig, kind: str) -> None:
+    req = rig.request(100, 0, 0)
+    setattr(req, f"{kind}_branching_seqlen", 40)
+    for end in (60, 100):
+        rig.forward(req, end, rig.work)
+        rig.hand_over(req, end)
+        rig.work()
+    assert rig.ahead == [0, 40 * K_TOKEN_BYTES * 2 * K_LAYERS]
+    assert rig.landed()
+    assert rig.pump.sent_bytes == rig.bytes_wanted()
 
 
 def test_a_room_whose_layers_never_land_fails_rather_than_be_overwritten(rig: Rig) -> None:
