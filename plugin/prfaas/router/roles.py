@@ -17,17 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-import msgspec
-
 from prfaas.config.router import RouterConfig, SlowLoop
-from prfaas.model.errors import ConfigError
+from prfaas.model.errors import PrfaasError
 from prfaas.model.ids import SiteId
 from prfaas.model.observations import Role, Snapshot
 from prfaas.model.profiles import Profile
 from prfaas.planner.system import Plan
-from prfaas.router.fleet import ServerHandle, ServerPool, read_key
+from prfaas.router.fleet import ServerHandle, ServerPool
 from prfaas.router.outcome import Outcome
+from prfaas.router.role_switch import ask_switch
 from prfaas.router.ticket import Record
 from prfaas.routing import CostProfile, Policy, Proposal, StageLoad, StageMeter, Step, StepKind
 from prfaas.routing import SlowLoop as Loop
@@ -40,32 +38,8 @@ K_SAMPLE_S = 1.0
 K_AGAIN_S = 0.5
 """Between two questions to a server that isn't idle yet."""
 K_KEPT_STEPS = 100
-K_MAX_ANSWER_BYTES = 1 << 16
 K_THRESHOLD_STEP = 0.05
 """Share by which a threshold must differ from the one in force before it is set."""
-
-K_NO_ANSWER = (
-    TimeoutError, OSError, aiohttp.ClientError, ConfigError,
-    msgspec.DecodeError, RecursionError, UnicodeDecodeError,
-)  # fmt: skip
-"""What may come instead of a server's answer to its change of role."""
-
-
-class _Error(msgspec.Struct):
-    message: str = ""
-
-
-class SwitchAnswer(msgspec.Struct):
-    """What a server says to `/pd_role_switch`."""
-
-    success: bool = False
-    message: str = ""
-    safe_to_restore: bool | None = None
-    """It is as it was. None: not told."""
-    error: _Error | None = None
-
-
-_ANSWER = msgspec.json.Decoder(SwitchAnswer)
 
 
 @dataclass(slots=True)
@@ -125,6 +99,7 @@ class RoleKeeper:
         self._config: SlowLoop | None = None
         self._made_of: object = None
         self._policy_told: Policy | None = None
+        self._failed = ""
         self.apply(config)
 
     def apply(self, config: RouterConfig) -> None:
@@ -176,9 +151,12 @@ class RoleKeeper:
                 await asyncio.sleep(min(K_SAMPLE_S, every_s / 4))
                 try:
                     self.tick()
-                except Exception:
-                    # Serving doesn't depend on it: a plan that fails is told, and made again.
-                    log.exception("the slow loop's look failed")
+                    self._failed = ""
+                except (PrfaasError, ArithmeticError, LookupError, ValueError) as error:
+                    # Serving doesn't depend on it: a plan that can't be made is told, once, and tried again.
+                    if repr(error) != self._failed:
+                        self._failed = repr(error)
+                        log.error("the slow loop can't plan: %r", error)
         finally:
             self.end()
 
@@ -280,7 +258,7 @@ class RoleKeeper:
         assert self._config is not None
         config, began_s = self._config, self._clock()
         while True:
-            answer = await self._ask(handle, role, config)
+            answer = await ask_switch(handle, role, config)
             if answer is not None and answer.success:
                 return "switched", "", ""
             if answer is None or (answer.safe_to_restore is None and answer.error is None):
@@ -293,27 +271,6 @@ class RoleKeeper:
             if "idle" not in why or self._clock() - began_s >= config.drain_limit_s:
                 return "refused", why, ""
             await asyncio.sleep(K_AGAIN_S)
-
-    async def _ask(self, handle: ServerHandle, role: Role, config: SlowLoop) -> SwitchAnswer | None:
-        """None: nothing that could be understood."""
-        headers = handle.headers
-        body = {
-            "new_role": role.value,
-            "decode_cuda_graph_memory_gb": config.decode_cuda_graph_memory_gb,
-        }
-        try:
-            if handle.config.admin_key_file is not None:
-                field, file = f"{handle.name}.admin_key_file", handle.config.admin_key_file
-                key = await asyncio.to_thread(read_key, field, file)
-                headers = headers | {"Authorization": f"Bearer {key}"}
-            async with asyncio.timeout(config.switch_timeout_s):
-                async with handle.session.post(
-                    handle.url + "/pd_role_switch", json=body, headers=headers
-                ) as response:
-                    return _ANSWER.decode(await response.content.read(K_MAX_ANSWER_BYTES))
-        except K_NO_ANSWER as error:
-            log.warning("%s: no usable answer to its change of role: %r", handle.name, error)
-            return None
 
     async def _became(self, handle: ServerHandle) -> Role | None:
         """Its role by a load report from now on; None where it tells none in time."""
