@@ -2,8 +2,10 @@
 load.
 
 A line of JSON in: {"seed", "tokens", "output_tokens", "targets": [URL…], "fields": {…}}; the last target's
-stream is the answer. A line out: {"ttft_s", "e2e_s", "output_ids", "error"}. Times are from when the first
-byte of the request is about to be written. The prompt is made here, so that only its seed crosses the pipe.
+stream is the answer. A line out: {"ttft_s", "e2e_s", "output_ids", "error"}; of what isn't answered with
+tokens {"status", "body", "retry_after", "e2e_s", "error"}, and under "sides" the same of each target. Times
+are from when the first byte of the request is about to be written. The prompt is made here, so that only its
+seed crosses the pipe.
 """
 
 from __future__ import annotations
@@ -58,7 +60,11 @@ class Connection:
         response = self._http.getresponse()
         if not stream or response.status != 200:
             text = response.read()
-            return {"error": None if response.status == 200 else f"{response.status} {text[:300]!r}"}
+            return {
+                "error": None if response.status == 200 else f"{response.status} {text[:300]!r}",
+                "status": response.status, "body": text.decode(errors="replace"),
+                "retry_after": response.headers["Retry-After"], "e2e_s": time.monotonic() - began_s,
+            }  # fmt: skip
         parser, collected, ttft_s = EventParser(), Collected(), None
         while data := response.read1(K_READ_BYTES):
             for event in parser.feed(data):
@@ -103,9 +109,9 @@ class Asker:
             thread.start()
         for thread in threads:
             thread.join()
-        answer = found[urls[-1]]
-        answer["error"] = next((one["error"] for one in found.values() if one["error"]), None)
-        return answer
+        error = next((one["error"] for one in found.values() if one["error"]), None)
+        answer = {**found[urls[-1]], "error": error}
+        return answer if error is None else {**answer, "sides": [found[url] for url in urls]}
 
     def close(self) -> None:
         for connection in self._connections.values():

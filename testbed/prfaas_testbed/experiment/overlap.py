@@ -201,14 +201,19 @@ class SiteAsker:
 
     def ask(self, order: dict[str, Any]) -> dict[str, Any]:
         """Raises PrfaasError for what isn't answered."""
+        answer = self.answer(order)
+        if answer["error"]:
+            raise PrfaasError(f"a request of {order['tokens']} tokens: {answer['error']}")
+        return answer
+
+    def answer(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Whatever it is."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": "the client ended; see its log"}
-        if answer["error"]:
-            raise PrfaasError(f"a request of {order['tokens']} tokens: {answer['error']}")
         return answer
 
     def close(self) -> None:

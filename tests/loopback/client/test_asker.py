@@ -36,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, data: bytes) -> None:
         self.send_response(self.server.status)
+        self.send_header("retry-after", "3")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -96,5 +97,10 @@ def test_both_servers_get_the_body_over_connections_that_stay_and_the_last_ones_
 def test_a_refusal_of_either_server_is_the_answers_error(servers: tuple[Server, Server]) -> None:
     servers[0].status = 503
     asker = Asker()
-    assert "503" in asker.ask(order(*servers))["error"]
+    answer = asker.ask(order(*servers))
     asker.close()
+    assert "503" in answer["error"]
+    refused, other = answer["sides"]
+    assert (refused["status"], refused["body"], refused["retry_after"]) == (503, "refused", "3")
+    assert refused["e2e_s"] > 0
+    assert other["output_ids"] == [0, 1]
