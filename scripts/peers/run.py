@@ -32,11 +32,14 @@ K_CASES = (
     "peer-liveness-failures",
     "peer-liveness-clean-abort",
     "chunked-prefill-abort",
+    "structured-output",
+    "pause-resume",
+    "abort-all",
 )
 K_UNSUPPORTED = (
     ("kv-checksum", "its Adler-32 is a CUDA kernel: --disaggregation-enable-kv-checksum needs a GPU"),
-    ("structured output, first-token EOS (test_disaggregation_basic)", "not in the 0.5.23 wheel"),
-    ("pause, resume, retract (test_disaggregation_basic)", "not in the 0.5.23 wheel"),
+    ("first-token EOS (test_disaggregation_basic)", "not in the 0.5.23 wheel; tests/sglang has its like"),
+    ("pause with retraction (test_disaggregation_basic)", "not in the 0.5.23 wheel"),
     ("different TP, PP, DP attention", "several GPUs"),
     ("EAGLE3 speculation", "no CPU path in SGLang 0.5.23"),
 )

@@ -13,6 +13,7 @@ import sys
 import time
 import unittest
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,21 @@ from prfaas_testbed.instances.sglang_server import K_CPU_ARGS, K_CPU_ENV, K_CPU_
 
 K_HERE = Path(__file__).resolve().parent
 K_DECODE_ARGS = ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+# A model of random weights ends neither a name nor a number by itself.
+K_ENDLESS = [
+    f"test_{kit}_generate_{what}"
+    for kit in ("regex", "ebnf")
+    for what in ("complex_json", "custom_log_format")
+]
+K_BOUNDED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]{1,8}$"},
+        "population": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "population"],
+    "additionalProperties": False,
+}
 
 
 def environment() -> dict[str, str]:
@@ -61,7 +77,11 @@ def prepare(models: Path, port: int) -> Any:
     return base
 
 
-def parity(model: str, *decode_args: str) -> Callable[[Path, int], type[unittest.TestCase]]:
+Make = Callable[[Path, int], type[unittest.TestCase]]
+"""From the models' folder and a first port."""
+
+
+def parity(model: str, *decode_args: str) -> Make:
     def make(models: Path, port: int) -> type[unittest.TestCase]:
         base = prepare(models, port)
         from sglang.test.kits.pd_parity_kit import PDLogprobParityMixin
@@ -83,7 +103,36 @@ def parity(model: str, *decode_args: str) -> Callable[[Path, int], type[unittest
     return make
 
 
-def liveness(name: str) -> Callable[[Path, int], type[unittest.TestCase]]:
+def with_kits(module: str, *names: str, **settings: Any) -> Make:
+    """SGLang's kits, which it runs on single servers and on pairs alike, against a pair."""
+
+    def make(models: Path, port: int) -> type[unittest.TestCase]:
+        base = prepare(models, port)
+        kits = tuple(
+            getattr(import_module(f"sglang.test.kits.{one}"), name)
+            for one, name in zip(module.split(), names, strict=True)
+        )
+
+        def launch(cls: Any) -> None:
+            super(made, cls).setUpClass()
+            cls.launch_all()
+            cls.process = cls.process_decode  # what the kits look after
+            cls.pause_target_urls = [cls.prefill_url, cls.decode_url]
+
+        fields = {
+            "model": str(models / "dense"),
+            "extra_prefill_args": cpu_args("dense"),
+            "extra_decode_args": cpu_args("dense", *K_DECODE_ARGS),
+            "setUpClass": classmethod(launch),
+            **settings,
+        }
+        made = type("Kits", (*kits, base), fields)
+        return made
+
+    return make
+
+
+def liveness(name: str) -> Make:
     def make(models: Path, port: int) -> type[unittest.TestCase]:
         base = prepare(models, port)
         # Failures are drawn once a side of a request, not once a poll: see draws/peers_draws.py.
@@ -119,13 +168,28 @@ def chunked_abort(models: Path, port: int) -> type[unittest.TestCase]:
     return module.TestDisaggChunkedPrefillAbort
 
 
-K_CASES: dict[str, Callable[[Path, int], type[unittest.TestCase]]] = {
+K_CASES: dict[str, Make] = {
     "parity-dense": parity("dense"),
     "parity-hybrid": parity("hybrid"),
     "parity-dense-decode-radix-cache": parity("dense", "--disaggregation-decode-enable-radix-cache"),
     "peer-liveness-failures": liveness("TestDisaggregationPeerLivenessAbort"),
     "peer-liveness-clean-abort": liveness("TestDisaggregationPeerLivenessCleanRecovery"),
     "chunked-prefill-abort": chunked_abort,
+    "structured-output": with_kits(
+        "json_constrained_kit regex_constrained_kit ebnf_constrained_kit",
+        "JSONConstrainedMixin",
+        "RegexConstrainedMixin",
+        "EBNFConstrainedMixin",
+        json_schema=json.dumps(K_BOUNDED_SCHEMA),
+        **dict.fromkeys(K_ENDLESS),
+    ),
+    "pause-resume": with_kits(
+        "pause_generation_kit",
+        "PauseResumeInPlaceMixin",
+        pause_num_requests=16,
+        pause_ignore_eos=True,
+    ),
+    "abort-all": with_kits("abort_timeout_kit", "AbortAllMixin", abort_all_num_requests=8),
 }
 
 

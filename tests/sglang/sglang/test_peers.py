@@ -17,4 +17,4 @@ def test_each_of_sglangs_own_cases_can_be_run_against_the_backend() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 of 6 of SGLang's cases can be run" in done.stdout
+    assert "9 of 9 of SGLang's cases can be run" in done.stdout
