@@ -102,7 +102,8 @@ class Peer(PeerFigures):
         self._dial(now)
 
     def block_bytes(self, most_bytes: int) -> int:
-        rtt_s, n = self.rtt_s, max(1, self.n_ready)
+        # Nothing is known of a peer that isn't connected yet, but that it is this machine.
+        rtt_s, n = self.rtt_s or (0.0 if self.is_local() else None), max(1, self.n_ready)
         rate = max(
             self.count.goodput_bps, sum(s.info.delivery_rate_bps for s in self._streams.values() if s.info)
         )
@@ -192,6 +193,7 @@ class Peer(PeerFigures):
         stream.set_unsent(K_UNSENT_S, max(1, self.n_ready))
         self._dialling.succeeded(now)
         self.counters.streams_opened += 1
+        self._observe(now)  # the first one tells how far the peer is, and so how many are wanted
         self._dial(now)
 
     def on_block(self, stream: Stream, header: Header, body: memoryview, address: int, now: float) -> None:

@@ -29,6 +29,7 @@ K_FAR_STREAMS = 8
 K_FAR_RATE_DRIVEN = 4
 K_FINE_FROM = 16
 K_FRUITLESS = 2
+K_UNMEASURED_BYTES = 64 * 1024
 K_LONG_PATH_S = 0.002
 """On a shorter path a lost packet is mended at once, and more streams are only more work."""
 
@@ -110,15 +111,17 @@ class StreamCount:
         self.wanted = min(self._maximum, int(self.wanted * factor))
 
 
-def block_bytes_for(rate_per_stream_bps: float, rtt_s: float, most_bytes: int) -> int:
+def block_bytes_for(rate_per_stream_bps: float, rtt_s: float | None, most_bytes: int) -> int:
     """The block size that keeps one block's time on a stream near 20 ms, in powers of two from 16 KiB to
     `most_bytes`.
 
     Small blocks let a short transfer spread over all streams and end on all at once; large ones cost fewer
-    turns. Without a measured rate: large on a short path, 64 KiB on a long one.
+    turns. Without a measured rate: large on a short path, K_UNMEASURED_BYTES on a long or unknown (None) one:
+    a cold stream that holds a block of 2 MiB brings its transfer's end seconds later than the others do.
     """
     if rate_per_stream_bps <= 0:
-        return most_bytes if rtt_s < 0.002 else min(most_bytes, 64 * 1024)
+        short = rtt_s is not None and rtt_s < K_LONG_PATH_S
+        return most_bytes if short else min(most_bytes, K_UNMEASURED_BYTES)
     size = 16 * 1024
     while size * 2 <= most_bytes and size * 2 * 8 / rate_per_stream_bps <= 0.02:
         size *= 2
