@@ -17,6 +17,7 @@ from prfaas.config.experiment import Experiment
 from prfaas.config.topology import Topology, load_topology
 from prfaas.figures import new_figure, save
 from prfaas_testbed.claim.judge import Goal, Piece, table
+from prfaas_testbed.claim.pumps_alone import alone
 from prfaas_testbed.claim.runs import K_TOPOLOGIES, parts
 from prfaas_testbed.experiment.cost import spent
 from prfaas_testbed.experiment.fleet import Fleet
@@ -61,7 +62,9 @@ class Here:
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Each repetition is the experiment's load once more on servers that stay."""
     ((_, experiment),) = parts(K_EXPERIMENT)
-    return {"rows": played(experiment, repetitions, say), "load_s": experiment.workload.duration_s}
+    rows = played(experiment, repetitions, say)
+    say("two pumps alone: some minutes")
+    return {"rows": rows, "load_s": experiment.workload.duration_s, "alone": alone()}
 
 
 def played(experiment: Experiment, repetitions: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -166,7 +169,8 @@ def goals(data: dict[str, Any]) -> list[Goal]:
             f"most: {worst.name} {worst.growth_mib:+.1f} MiB an hour, over the second half of {minutes:.0f} "
             "minutes",
             worst.growth_mib <= K_GROWTH_MIB,
-            "a pump that receives grows, ever more slowly; it remembers ended transfers, up to 8,192 of them",
+            "a pump that receives remembers ended transfers, up to 8,192 of them, which this load reaches "
+            "after 34 minutes (below)",
         ),
         Goal(
             "every request of that load answered",
@@ -186,7 +190,23 @@ def tell(data: dict[str, Any]) -> str:
         for one in held(data)
     ]  # fmt: skip
     head = ["process", "MiB at the start", "at half-time", "at the end", "MiB an hour after", "% of a core"]
-    return table(head, lines) + K_TOLD
+    return table(head, lines) + K_TOLD + _alone(data.get("alone", []))
+
+
+def _alone(rows: list[dict[str, Any]]) -> str:
+    """Two pumps with nothing but transfers: the table that tells a limit from a leak."""
+    if not rows:
+        return ""
+    first = rows[0]
+    lines = [
+        [
+            f"{row['transfers']:,}", f"{row['at_s']:.0f}",
+            *(f"{(row[name] - first[name]) / K_MIB:+.2f}" for name in ("receiver_bytes", "sender_bytes")),
+        ]
+        for row in rows[1:]
+    ]  # fmt: skip
+    head = ["transfers ended", "after, s", "receiving pump, MiB", "sending pump, MiB"]
+    return K_ALONE + table(head, lines)
 
 
 K_TOLD = """
@@ -196,6 +216,14 @@ again in between; an hour of load is what the goal is about. Resident memory of 
 descendants, every ten seconds. The instances' prefix caches have no limit here, so that prefill's grow with
 every prompt; they aren't judged. Real SGLang servers are not among them: their memory is seen, over shorter
 loads, in the records of their own experiments.
+"""
+
+
+K_ALONE = """
+Whether a pump grows to a limit or without one takes more transfers than that load has. Two pumps alone on
+loopback, transfers of 256 KiB one after the other, each under a lease of its own; what each holds of its own
+more than after the first:
+
 """
 
 
