@@ -105,7 +105,9 @@ class LocalPumpClient(PumpClient):
         self, room: int, generation: int, regions: Sequence[Region], deadline_s: float, *,
         expected_sources: int = 1, site: str = "",
     ) -> LocalLease:  # fmt: skip
-        if not self._standing.registered.holds_all(Ranges(regions)):
+        with self._lock:  # another thread may be registering, or letting go
+            held = self._standing.registered.holds_all(Ranges(regions))
+        if not held:
             raise LocalProtocolError("a lease on memory that isn't registered")
         slot, word = self._guards.take()
         rows = iov([a for a, _ in regions], [n for _, n in regions])
