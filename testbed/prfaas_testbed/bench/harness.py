@@ -30,6 +30,8 @@ K_DEFAULT_PEERS = ("iperf3", "mooncake")
 _POOLS: dict[str, type[PoolPeer]] = {"mooncake": Mooncake, "nixl": Nixl}
 K_LEAST_RTTS = 60
 """A repetition's least: the way of the first byte and of the last's acknowledgement count in it."""
+K_SCAN_S, K_SCAN_RTTS = 3.0, 40
+"""Of iperf3's first round where only the best goes on: enough to tell which that is."""
 Progress = Callable[[str], None]
 Row = dict[str, Any]
 
@@ -76,7 +78,9 @@ def measure_cell(
             for index in _turns(len(engines), repetition):
                 if narrow and repetition and not _goes_on(rows, index):
                     continue
-                _measure(engines[index], rows[index], repetition, limit_s, progress)
+                scan = narrow and not repetition and engines[index].name == "iperf3"
+                most_s = min(limit_s, max(K_SCAN_S, K_SCAN_RTTS * cell.rtt_s)) if scan else limit_s
+                _measure(engines[index], rows[index], repetition, most_s, progress)
     finally:
         for engine in engines:
             engine.close()

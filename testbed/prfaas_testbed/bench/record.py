@@ -27,8 +27,8 @@ class Record:
         self.rows: list[Row] = []
         self.checks: list[Row] = []
         self.measures: dict[str, Any] = {}
-        self.made: list[dict[str, str]] = []
-        """Which parts were measured when, on which commit."""
+        self.made: list[dict[str, Any]] = []
+        """Which parts were measured when, on which commit, and how long that took."""
 
     @classmethod
     def again(cls, folder: Path) -> Record:
@@ -56,11 +56,11 @@ class Record:
         new = {check["name"] for check in checks}
         self.checks = [check for check in self.checks if check["name"] not in new] + list(checks)
 
-    def finished(self, part: str) -> Path:
+    def finished(self, part: str, took_s: float | None = None) -> Path:
         """A part is measured: note it, and write what there is."""
-        self.made.append(
-            {"part": part, "commit": commit(), "ended": datetime.now(UTC).isoformat(timespec="seconds")}
-        )
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        note: dict[str, Any] = {"part": part, "commit": commit(), "ended": ended}
+        self.made.append(note if took_s is None else {**note, "took_s": round(took_s, 1)})
         return self.write()
 
     def write(self) -> Path:

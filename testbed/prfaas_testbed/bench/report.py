@@ -46,7 +46,11 @@ def text(run: dict[str, Any], samples: Sequence[Row], stamp: str, figures: Seque
 def _head(run: dict[str, Any], stamp: str, samples: Sequence[Row]) -> str:
     machine = run["machine"]
     loads = [one["load_1min"] for one in samples if one.get("load_1min") is not None]
-    made = [f"{one['part']} at {one['ended']} on {one['commit'][:10]}" for one in run.get("made", [])]
+    made = [
+        f"{one['part']} at {one['ended']} on {one['commit'][:10]}"
+        + (f" in {one['took_s']:.0f} s" if one.get("took_s") else "")
+        for one in run.get("made", [])
+    ]
     return (
         "# The transfer engine beside its peers\n\n"
         f"Drawn by `prfaas bench report` from `{stamp}/run.json`, which holds every raw value. Link: "
@@ -89,8 +93,18 @@ def _wan(run: dict[str, Any], samples: Sequence[Row]) -> str:
         "## Over a link\n\n"
         "The number of streams and the congestion control are the engine's choice; iperf3 was run at 1, 4, "
         "8, 16 and 32 streams once, and its best went on, bounded by what the link carries. Wanted: "
-        f"{checks.K_TO_IPERF3} of it.\n\n" + _table(head, lines)
+        f"{checks.K_TO_IPERF3} of it.\n\n" + _table(head, lines) + _nixl(run["rows"])
     )
+
+
+def _nixl(rows: Sequence[Row]) -> str:
+    """Where it was measured over a link."""
+    found = [
+        f"{row['cell']} {_number(median(row['goodput_mbps']))}"
+        for row in rows
+        if row["engine"] == "nixl" and _is_wan(row) and row["goodput_mbps"]
+    ]
+    return f"\nNIXL over UCX's TCP, once each: {', '.join(found)} Mbit/s.\n" if found else ""
 
 
 def _matrix_labels() -> dict[str, Cell]:

@@ -5,6 +5,7 @@ process, and what faults and neighbours do to a transfer.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ PARTS = ("wan", "loopback", "latency", "host", "cost", "faults", "matrix")
 K_HOUR_LONG = ("matrix",)
 """Parts that are measured only when they are asked for."""
 K_STREAMS_EQUAL = 2  # of iperf3 and prfaas over loopback: as many as this bench's smallest machine has cores
+K_NIXL_CELLS = ("wan-clean", "wan-thin-loss")
+"""NIXL over UCX's TCP moves a few Mbit/s over a link: two cells show it."""
 K_COARSE_BYTES = 1 << 20
 """Mooncake waits a round trip for each segment of a connection: measured at this size too, where it does
 best.
@@ -137,7 +140,7 @@ def measure_cells(
             places.append(place.describe())
             for cell in wan:
                 place.shape(cell)
-                engines = engines_for(cell, peers, streams_iperf3)
+                engines = engines_for(cell, peers_for(cell, peers) if narrow else peers, streams_iperf3)
                 measured = measure_cell(
                     place,
                     cell,
@@ -166,6 +169,11 @@ def measure_cells(
     return rows, places
 
 
+def peers_for(cell: Cell, peers: Sequence[str]) -> list[str]:
+    """Those that are measured in a cell over a link. Pure."""
+    return [peer for peer in peers if peer != "nixl" or cell.name in K_NIXL_CELLS]
+
+
 def run_parts(parts: Sequence[str], record: Record, sizes: Sizes, progress: Progress) -> None:
     """The parts asked for, into the record, which is written after each. Raises MachineError."""
     run: dict[str, Callable[[Record, Sizes, Path, Progress], None]] = {
@@ -179,9 +187,10 @@ def run_parts(parts: Sequence[str], record: Record, sizes: Sizes, progress: Prog
     }
     for part in PARTS:
         if part in parts:
+            began_s = time.monotonic()
             with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as workdir:
                 run[part](record, sizes, Path(workdir), progress)
-            record.finished(part)
+            record.finished(part, time.monotonic() - began_s)
 
 
 def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:

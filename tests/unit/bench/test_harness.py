@@ -10,7 +10,7 @@ import pytest
 from prfaas.cli.main import main
 from prfaas.config.run import read_run
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.bench import checks, harness, host, latency, report, table
+from prfaas_testbed.bench import checks, harness, host, latency, report, suite, table
 from prfaas_testbed.bench.cell import NAMED_CELLS, Cell
 from prfaas_testbed.bench.engines.base import Engine, Sample
 from prfaas_testbed.bench.harness import engines_for, measure_cell, summary
@@ -90,6 +90,28 @@ def test_narrowed_only_the_best_iperf3_goes_on(tmp_path: Path) -> None:
     ]
     rows = measured(tmp_path, engines, 3, narrow=True)
     assert [len(row["goodput_mbps"]) for row in rows] == [3, 1, 3, 1, 1]
+
+
+def test_narrowed_the_round_that_only_finds_the_best_iperf3_is_shorter(tmp_path: Path) -> None:
+    limits: list[tuple[str, float]] = []
+
+    class Noting(Fake):
+        def measure(self, limit_s: float) -> Sample:
+            limits.append((self.name, limit_s))
+            return super().measure(limit_s)
+
+    engines: list[Engine] = [Noting("prfaas", None, [1, 2], []), Noting("iperf3", 1, [4, 5], [])]
+    measure_cell(
+        Loopback(tmp_path), CELL, engines, repetitions=2, limit_s=6, progress=lambda _: None, narrow=True
+    )
+    assert limits == [("prfaas", 6), ("iperf3", harness.K_SCAN_S), ("iperf3", 6), ("prfaas", 6)]
+
+
+def test_nixl_is_measured_over_two_links_and_wherever_there_is_none() -> None:
+    peers = ["iperf3", "mooncake", "nixl"]
+    assert suite.peers_for(NAMED_CELLS["wan-clean"], peers) == peers
+    assert suite.peers_for(NAMED_CELLS["wan-loss"], peers) == peers[:2]
+    assert sum("nixl" in suite.peers_for(cell, peers) for cell in NAMED_CELLS.values()) == 2
 
 
 def row(engine: str, figures: list[float], streams: int | None = None, cell: Cell = CELL) -> dict[str, Any]:
@@ -223,6 +245,7 @@ def test_a_page_says_what_its_run_holds(tmp_path: Path) -> None:
     record = Record(tmp_path)
     log: list[str] = []
     fakes = [Fake("prfaas", None, [90.0, 91.0], log), Fake("mooncake", None, [30.0, 30.0], log)]
+    fakes.append(Fake("nixl", None, [4.0, 4.2], log))
     record.replace(measured(tmp_path, [*fakes, Fake("iperf3", 8, [100.0, 100.0], log)]))
     record.judged(checks.judge_wan(record.rows))
     stages = [(name, 0.25) for name in ("copy out", "checksum", "socket", "TLS", "copy in")]
@@ -230,13 +253,15 @@ def test_a_page_says_what_its_run_holds(tmp_path: Path) -> None:
         "stages": [{"stage": name, "cpu_s_per_gb": [value]} for name, value in stages],
         "neighbour": {"running_mbps": [10.0], "stopped_mbps": [9.0], "to_stopped_mbps": [9.0], "kept": 0.9},
     }
-    record.finished("wan")
+    record.finished("wan", 61.2)
     assert main(["bench", "report", str(record.folder)]) == 0
     page, *figures = report.write(record.folder)
     text = page.read_text()
     assert page == tmp_path / "bench" / "README.md"
     assert {figure.suffix for figure in figures} == {".png", ".svg", ".csv"}
     assert "90.5 (90.0 to 91.0)" in text
+    assert "in 61 s" in text
+    assert "NIXL over UCX's TCP, once each: wan-clean 4.1 Mbit/s" in text
     assert "to_best_iperf3" in text  # it fell short, which the page says
     assert "keeps 0.90 of the goodput" in text
     assert "| all but TLS | 1.000 |" in text
