@@ -31,6 +31,7 @@ from prfaas.workload.generate import timed_requests
 from prfaas.workload.requests import TimedRequest
 
 K_SAMPLE_S = 0.1  # link rows, as the testbed's
+K_TOKEN_BYTES = 6.0  # of a prompt as JSON: an id of five digits, or a word, and what is between
 K_STUCK_S = 60.0  # s, longer than it takes to believe a link down
 K_MOST_SAMPLES = 20_000  # a long run is sampled more coarsely,
 K_MOST_SAMPLED_ROWS = 100_000  # and one of many sites and links as well
@@ -137,6 +138,7 @@ def simulation_of(
             timeout_s=experiment.request_timeout_s,
             service_order="deadline" if chosen.service == "deadline" else "fcfs",
             homes=_homes(experiment, local),
+            request_bytes_per_token=0.0 if experiment.transfer.http_by_pump else K_TOKEN_BYTES,
         ),
     )
     if slow_loop is not None:

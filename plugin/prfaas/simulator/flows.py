@@ -30,6 +30,18 @@ def stream_ceiling_bps(
     return min(capacity_bps, window * K_MSS_BYTES * 8 / rtt_s)
 
 
+def further_rounds(sent_bytes: float) -> int:
+    """Round trips that a cold stream waits before the last of so many bytes may leave: its window doubles."""
+    first_bytes = K_INITIAL_WINDOW * K_MSS_BYTES
+    return max(0, math.ceil(math.log2(sent_bytes / first_bytes + 1.0)) - 1)
+
+
+def repeated_late_s(rtt_s: float, loss: float, sent_bytes: float, rate_bytes_per_s: float) -> float:
+    """What a transfer's end waits, on average, for what was lost of its last round trip to come again."""
+    segments = min(sent_bytes, rate_bytes_per_s * rtt_s) / K_MSS_BYTES
+    return float(rtt_s * (1.0 - math.pow(1.0 - loss, max(1.0, segments))))
+
+
 def payload_share() -> float:
     """Part of a link's rate that is left for the engine's bytes, Ethernet, IP and TCP headers taken off."""
     return K_MSS_BYTES / K_FRAME_BYTES

@@ -12,7 +12,8 @@ from prfaas.model.ids import LinkId
 from prfaas.model.observations import LinkEstimate, LinkObservation
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.flows import K_MSS_BYTES, payload_share
-from prfaas.simulator.network import Network, Pipe
+from prfaas.simulator.network import Network
+from prfaas.simulator.pipes import Pipe
 
 K_OBSERVE_S = 0.1  # a pump reports as often
 K_NEWS = 0.01  # share by which a capacity must have moved before the ledger goes through its promises

@@ -9,7 +9,7 @@ from prfaas.model.ids import LinkId, SiteId
 from prfaas.model.observations import RequestView
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
-from prfaas.simulator.network import Transfer
+from prfaas.simulator.pipes import Transfer
 from prfaas.workload.requests import TimedRequest
 
 
@@ -30,6 +30,8 @@ class Live:
     first_token_s: float | None = None
     cached_tokens: int = 0
     kv_bytes: int = 0
+    asked_s: float = 0.0
+    """When this attempt left the door."""
     over: bool = False
     prefilled_s: float | None = None
     view: RequestView | None = None

@@ -25,5 +25,8 @@ class Settings:
     """Order in which prefill takes its queue."""
     homes: tuple[SiteId, ...] = ()
     """Sites whose users the requests are, in turn: each is decoded at home. Empty: where the policy says."""
+    request_bytes_per_token: float = 0.0
+    """What a prompt weighs on its way to a prefill server of another site, over a connection that starts
+    slowly each time; 0: requests go by the pumps' streams, which are kept warm."""
     timeout_s: float = math.inf
     """A request without a first token by then is answered with an error."""

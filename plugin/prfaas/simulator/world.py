@@ -17,11 +17,13 @@ from prfaas.routing.base import Policy
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.choosing import Ranked, pick_decode, pick_prefill, queue_key
 from prfaas.simulator.engine import Engine
+from prfaas.simulator.flows import further_rounds
 from prfaas.simulator.job import Job
 from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.live import Live
-from prfaas.simulator.network import Network, Pipe, Transfer
+from prfaas.simulator.network import Network
 from prfaas.simulator.observing import Outlook
+from prfaas.simulator.pipes import Pipe, Transfer
 from prfaas.simulator.prefixes import HeardPrefixes
 from prfaas.simulator.record import Record
 from prfaas.simulator.settings import Settings
@@ -214,7 +216,7 @@ class World:
         if self.roles is not None:
             self.roles.on_dispatch(live, decision, now)
         live.prefill, live.decode = prefill, decode
-        live.link = link_id
+        live.link, live.asked_s = link_id, now
         live.prefill_job = Job(
             live,
             request.prompt_tokens,
@@ -237,7 +239,16 @@ class World:
         assert decode is not None
         assert prefill is not None
         assert prefill_job is not None
-        delay_s = 0.0 if live.link is None else self.network.pipes[live.link].delay_s
+        begin_s = now
+        if live.link is not None:
+            # The pages are told to it, and the request is sent to it, over the same distance.
+            delay_s = self.network.pipes[live.link].delay_s
+            begin_s += delay_s
+            a_token = self.settings.request_bytes_per_token
+            if a_token:
+                rounds = further_rounds(a_token * live.request.prompt_tokens)
+                there_s = live.asked_s + delay_s + rounds * self.network.rtt_s(*live.link)
+                begin_s = max(begin_s, there_s)
 
         def begin(at_s: float) -> None:
             if live.over or prefill_job.void:
@@ -252,8 +263,8 @@ class World:
                 self.network.start(*live.link, live.transfer, at_s)
             prefill.prefill(prefill_job, at_s)
 
-        if delay_s:
-            self.agenda.at(now + delay_s, begin)
+        if begin_s > now:
+            self.agenda.at(begin_s, begin)
         else:
             begin(now)
 

@@ -4,8 +4,15 @@ from hypothesis import strategies as st
 
 from prfaas.config.topology import LinkChange, Topology
 from prfaas.simulator.agenda import Agenda
-from prfaas.simulator.flows import K_FRAME_BYTES, K_MSS_BYTES, stream_ceiling_bps
-from prfaas.simulator.network import Network, Transfer
+from prfaas.simulator.flows import (
+    K_FRAME_BYTES,
+    K_MSS_BYTES,
+    further_rounds,
+    repeated_late_s,
+    stream_ceiling_bps,
+)
+from prfaas.simulator.network import Network
+from prfaas.simulator.pipes import Transfer
 
 SHARE = K_MSS_BYTES / K_FRAME_BYTES
 
@@ -147,3 +154,17 @@ def test_every_transfer_lands_once_and_no_byte_is_lost_or_made(jobs) -> None:
     assert len(network.pipes["a", "b"].order) == 0
     # Work is conserved: the link is never idle while something is available.
     assert agenda.now <= 5.0 + sum(total for _, total, _ in jobs) / (10e6 * SHARE) + 1e-3
+
+
+def test_a_cold_stream_waits_a_round_trip_whenever_its_window_is_spent() -> None:
+    assert [further_rounds(size) for size in (0, 14_480, 14_481, 43_440, 43_441)] == [0, 0, 1, 1, 2]
+
+
+def test_an_end_waits_for_what_was_lost_of_the_last_round_trip_and_of_no_earlier_one() -> None:
+    few, all_of_it, long = (
+        repeated_late_s(0.04, 0.001, size, 25e6) for size in (14_480, 1_000_000, 100_000_000)
+    )
+    assert few == pytest.approx(0.04 * (1 - 0.999**10))
+    assert few < all_of_it == pytest.approx(long)
+    assert long < 0.04
+    assert repeated_late_s(0.04, 0.0, 1e6, 25e6) == 0.0

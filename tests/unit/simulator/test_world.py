@@ -351,3 +351,16 @@ def test_what_the_door_believes_cached_is_a_little_late_and_engines_find_what_th
     assert reused[0.05] == pytest.approx(reused[0.0], rel=0.1)
     assert reused[1e6] < 0.9 * reused[0.0]  # never told, the door sends turns anywhere
     assert reused[1e6] > 0
+
+
+@pytest.mark.parametrize(("tokens", "rounds"), [(1000, 0), (4000, 1), (60_000, 4)])
+def test_a_prompt_crosses_to_another_site_in_round_trips_unless_by_the_pumps(tokens, rounds) -> None:
+    ttft_s = []
+    for http_by_pump in (True, False):
+        alone = {
+            "kind": "synthetic", "arrivals": {"process": "at_once"}, "requests": 1,
+            "input_tokens": tokens, "output_tokens": 1,
+        }  # fmt: skip
+        sent = simulation(workload=alone, router=policy("naive"), transfer={"http_by_pump": http_by_pump})
+        ttft_s.append(sent.run().ttft_s[0])
+    assert ttft_s[1] - ttft_s[0] == pytest.approx(rounds * 0.02)
