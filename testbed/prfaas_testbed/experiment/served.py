@@ -27,7 +27,7 @@ from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 
 K_STREAM_REQUESTS = 16
 K_STREAM_NEW_TOKENS = (8, 16, 32)
-K_STREAM_LOAD = 0.9  # of what the server does: four and more are under way at once
+K_STREAM_LOAD = 1.2  # of what the server does: four and more are under way at once
 
 Kind = Literal["at once", "stream"]
 
