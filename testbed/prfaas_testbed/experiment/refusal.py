@@ -64,6 +64,7 @@ def experiment_of(network: str) -> Experiment:
             "wall_time_s": 600,
             "network": network,
             "models": [{"name": K_MODEL}],
+            "transfer": {"estimated": True},  # a ledger for the link
             "instances": [
                 {"name": role, "site": site, "role": role, "kind": "sglang"} for role, site in places
             ],
@@ -129,8 +130,9 @@ def _rounds(fleet: Fleet, asker: SiteAsker, rounds: int, found: Found) -> None:
                     "targets": [prefill.url, decode.url],
                 }
             )  # fmt: skip
-            sides = answer.get("sides") or [answer]
-            for side, one in zip((K_PREFILL, K_DECODE), sides, strict=False):
+            # What is answered with tokens has no sides: both have done their part.
+            sides = answer.get("sides", [answer, answer])
+            for side, one in zip((K_PREFILL, K_DECODE), sides, strict=True):
                 if number >= 0:
                     found.rows.append({"round": number, "tokens": tokens, "side": side, **row_of(one)})
         fleet.check_alive()

@@ -69,5 +69,6 @@ def test_late_refusals_computed_prompts_and_held_pages_fail() -> None:
 
 def test_its_experiment_and_its_network_fit() -> None:
     topology = load(K_TOPOLOGIES / "networks" / "overlap.yaml", Topology)
-    sites = {instance.site for instance in refusal.experiment_of(topology.name).instances}
-    assert sites == set(topology.sites)
+    experiment = refusal.experiment_of(topology.name)
+    assert {instance.site for instance in experiment.instances} == set(topology.sites)
+    assert experiment.transfer.estimated  # without a ledger nothing is refused
