@@ -16,6 +16,7 @@ from prfaas_testbed.experiment.served import (
     Asked,
     Served,
     against_simulator,
+    at_own_speed,
     ratios,
     rounds_of_record,
     simulated,
@@ -57,6 +58,15 @@ def test_on_a_machine_half_as_fast_all_takes_twice_as_long(tmp_path: Path) -> No
     usual, twice = simulated(profile, "known", one), simulated(profile, "known", slow)
     assert twice.ttft_s == pytest.approx([2 * value for value in usual.ttft_s], abs=1e-4)
     assert twice.e2e_s == pytest.approx([2 * value for value in usual.e2e_s], abs=1e-4)
+
+
+def test_a_round_s_own_speed_is_found_from_how_long_its_requests_last(tmp_path: Path) -> None:
+    profile = written(tmp_path)
+    asked = asked_of((0.0, 500, 3), (0.4, 100, 9), (0.9, 300, 5))
+    real = simulated(profile, "known", replace(asked, slowness=1.7))
+    found = at_own_speed(profile, "known", replace(real, slowness=1.0))
+    assert found.slowness == pytest.approx(1.7, rel=0.01)
+    assert found.ttft_s == pytest.approx(real.ttft_s, rel=0.01)
 
 
 def test_sides_are_compared_by_kind_and_quantile(tmp_path: Path) -> None:
