@@ -46,6 +46,8 @@ class Piece:
     """Where `measure` runs."""
     further: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     """Of a piece whose runs are repetitions: (a record, runs gathered since) to the two as one."""
+    resimulated: Callable[[dict[str, Any], Callable[[str], None]], dict[str, Any]] | None = None
+    """Of a piece that holds runs against the simulator: the record with what the simulator says now."""
 
 
 @dataclass(frozen=True)

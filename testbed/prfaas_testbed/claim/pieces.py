@@ -92,6 +92,18 @@ def further(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     return {**record, **join(before, record)}
 
 
+def resimulated(record: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The record with what the simulator says now in place of what it said then. Raises UsageError."""
+    again = piece(record["piece"]).resimulated
+    if again is None:
+        raise UsageError(f"{record['piece']} doesn't hold runs against the simulator")
+    fresh = _record(record["piece"], record["world"], record["repetitions"], time.monotonic(), dict)
+    return {
+        **again(record, say),
+        **{name: fresh[name] for name in ("commit", "started", "machine", "versions")},
+    }
+
+
 def gather(name: str, folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
     """A piece's record of its runs on the testbed. Raises UsageError for other runs, and other pieces."""
     found = piece(name).gather

@@ -105,7 +105,8 @@ def _made(record: dict[str, Any]) -> str:
         f"Made again by `nice -n -15 prfaas-testbed run claim-{name}`, then `prfaas-testbed claim add {name} "
         f"FOLDER`: {len(runs)} parts, {sum(run['wall_s'] for run in runs) / 60:.0f} minutes on {cores} cores"
         f"{beside}, commits {_commits([run['commit'] for run in runs])}, "
-        f"{min(run['started'] for run in runs)} to {max(run['started'] for run in runs)}.\n"
+        f"{min(run['started'] for run in runs)} to {max(run['started'] for run in runs)}; the record, and "
+        f"what is simulated in it, by {_commits([record['commit']])}.\n"
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from prfaas.config.experiment import Experiment
 from prfaas.config.run import Run
 from prfaas.figures import new_figure, save, series
+from prfaas.workload.requests import TimedRequest
 from prfaas_testbed.claim import worlds
 from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each, not_run, unbelieved
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, column, mean, ratios, table
@@ -33,8 +34,7 @@ K_COMPARED = {
 K_WHY = {
     "two-sites": "over a link with loss each transfer takes about a round trip more than the simulator's "
     "fluid, which shows where first tokens are quick",
-    "prices-gamma": "bursts served by deadline, where the order in a prefill queue decides: not looked into "
-    "yet",
+    "prices-gamma": "one run, on two cores with a load of 16, in which first tokens came later throughout",
 }
 """By part or system."""
 K_TROUBLES = {"gamma": "with arrivals in bursts", "loss": "with 1% loss"}
@@ -73,11 +73,44 @@ def both(run: Run, part: str, experiment: Experiment) -> list[dict[str, Any]]:
     for index, played in worlds.on_testbed(run, part or None):
         row = {**label, "world": "testbed", "repetition": index, **played.figures(allowed)}
         rows.append({**row, "cores": worlds.costs(run, part or None, index), "requests_rows": played.plain()})
-    simulated = worlds.simulated(experiment, requests)
-    for index in range(len(rows)):
-        row = {**label, "world": "simulator", "repetition": index, **simulated.figures(allowed)}
-        rows.append({**row, **({"requests_rows": simulated.plain()} if not index else {})})
+    return rows + _simulated(experiment, requests, allowed, label, len(rows))
+
+
+def _simulated(
+    experiment: Experiment, requests: Sequence[TimedRequest], allowed_s: np.ndarray, label: dict[str, Any],
+    repetitions: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The same row for each repetition: the testbed's all get the same requests."""
+    found = worlds.simulated(experiment, requests)
+    rows = []
+    for index in range(repetitions):
+        row = {**label, "world": "simulator", "repetition": index, **found.figures(allowed_s)}
+        rows.append({**row, **({"requests_rows": found.plain()} if not index else {})})
     return rows
+
+
+def resimulated(data: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The record with the simulator's rows made anew, by the experiment's file. Where that draws other
+    requests than the testbed had, a part's rows stay.
+    """
+    rows: list[dict[str, Any]] = []
+    known = dict(parts(K_EXPERIMENT))
+    for part in _parts(data["rows"]):
+        ours = [row for row in data["rows"] if row["part"] == part]
+        real = [row for row in ours if row["world"] == "testbed"]
+        experiment = known.get(part)
+        requests = worlds.requests_of_testbed(experiment) if experiment is not None else []
+        lengths = sorted(one.prompt_tokens for one in requests)
+        if experiment is None or lengths != sorted(real[0]["requests_rows"]["prompt_tokens"]):
+            say(f"{part}: the file has other requests by now; its simulated rows stay")
+            rows += ours
+            continue
+        label = {name: real[0][name] for name in ("part", "system", "load", "time_scale")}
+        allowed_s = worlds.allowed_s(experiment, requests, label["time_scale"])
+        fresh = real + _simulated(experiment, requests, allowed_s, label, len(real))
+        say(_line(part, fresh))
+        rows += sorted(fresh, key=lambda row: (row["world"], row["repetition"]))
+    return {**data, "rows": rows}
 
 
 def _line(part: str, rows: list[dict[str, Any]]) -> str:
@@ -265,4 +298,13 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
     return [path.name for path in paths if path.suffix == ".png"]
 
 
-PIECE = Piece("testbed", "On the testbed, and in the simulator", measure, goals, draw, tell, gather)
+PIECE = Piece(
+    "testbed",
+    "On the testbed, and in the simulator",
+    measure,
+    goals,
+    draw,
+    tell,
+    gather,
+    resimulated=resimulated,
+)

@@ -1,4 +1,4 @@
-"""`prfaas-testbed claim run|add|report`: the claim's pieces, simulated or of runs, and their report."""
+"""`prfaas-testbed claim run|add|resimulate|report`: the claim's pieces and their report."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--further", action="store_true", help="all that is in the record stays: these are repetitions of it"
     )
     add.set_defaults(run=gather)
+    again = commands.add_parser("resimulate", help="the simulator's side of a record of runs, made anew")
+    again.add_argument("piece", metavar="PIECE")
+    again.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    again.set_defaults(run=resimulate)
     report = commands.add_parser("report", help="README.md and figures from the records")
     report.add_argument("folder", type=Path, nargs="?", default=K_FOLDER, metavar="DIR")
     report.set_defaults(run=write)
@@ -78,6 +82,15 @@ def gather(args: argparse.Namespace) -> int:
     if args.keep or args.further:
         join = pieces.kept if args.keep else pieces.further
         record = join(record, pieces.read(args.out / f"{args.piece}.json"))
+    _say(f"{args.piece}: {pieces.write(record, args.out)}\n")
+    return EXIT_OK
+
+
+def resimulate(args: argparse.Namespace) -> int:
+    from prfaas_testbed.claim import pieces
+
+    record = pieces.read(args.out / f"{args.piece}.json")
+    record = pieces.resimulated(record, lambda line: _say(f"  {line}\n"))
     _say(f"{args.piece}: {pieces.write(record, args.out)}\n")
     return EXIT_OK
 

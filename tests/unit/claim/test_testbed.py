@@ -106,6 +106,27 @@ def test_what_a_later_run_has_no_part_of_can_be_kept(tmp_path: Path) -> None:
         pieces.kept({"piece": "x", "rows": [{"a": 1}], "runs": []}, before)
 
 
+def test_the_simulator_s_side_is_made_anew_where_the_file_still_draws_the_same_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(run_of(1.2), tmp_path / "run")
+    fresh = pieces.gather("testbed", [tmp_path / "run"], lambda line: None)
+    old = {**fresh, "commit": "old"}
+    old["rows"] = [
+        {**row, "ttft_p50_s": 99.0} if row["world"] == "simulator" else row for row in fresh["rows"]
+    ]
+    said: list[str] = []
+    # The file's own loads are longer than the run's: other requests.
+    assert pieces.resimulated(old, said.append)["rows"] == old["rows"]
+    assert all("other requests by now" in line for line in said)
+    monkeypatch.setattr(testbed, "parts", lambda name: list(short().items()))
+    again = pieces.resimulated(old, said.append)
+    assert again["rows"] == fresh["rows"]
+    assert (again["commit"], again["runs"]) != ("old", [])
+    with pytest.raises(UsageError, match="doesn't hold runs against the simulator"):
+        pieces.resimulated({"piece": "memory", "world": "loopback"}, said.append)
+
+
 def test_columns_come_back_as_they_were_written() -> None:
     (_, experiment), *_ = [one for one in runs.parts(testbed.K_EXPERIMENT) if one[0] == "two-sites-0.9"]
     requests = worlds.requests_of_testbed(experiment)[:30]
