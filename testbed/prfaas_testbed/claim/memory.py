@@ -63,7 +63,7 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Each repetition is the experiment's load once more on servers that stay."""
     ((_, experiment),) = parts(K_EXPERIMENT)
     rows = played(experiment, repetitions, say)
-    say("two pumps alone: some minutes")
+    say("two pumps alone")
     return {"rows": rows, "load_s": experiment.workload.duration_s, "alone": alone()}
 
 
