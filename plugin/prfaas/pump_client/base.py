@@ -101,13 +101,21 @@ class Offer:
             self.late = verdict == "late" or (admitted and verdict != Verdict.ADMITTED.value)
             if not self.late:
                 self.verdict = Verdict(verdict)
-                self.reason = RefusalReason(reason) if reason else None
+                self.reason = _refusal(reason)
                 self.retry_after_s = retry_after_s
             self.finish_in_s = finish_in_s
             callbacks = list(self._callbacks)
             self._changed.notify_all()
         for callback in callbacks:
             callback(self)
+
+
+def _refusal(reason: str) -> RefusalReason | None:
+    """A ledger of a later version may know more reasons: its word still ends the wait."""
+    try:
+        return RefusalReason(reason) if reason else None
+    except ValueError:
+        return RefusalReason.BAD_REQUEST
 
 
 class Arrival:

@@ -177,14 +177,7 @@ class Standing:
         """What the pump says."""
         match message:
             case m.Ended():
-                reason = FailureReason(message.reason) if message.reason else None
-                self.end(
-                    message.transfer_id,
-                    Outcome(
-                        message.ok, reason, message.detail, message.payload_bytes, message.resent_blocks,
-                        message.elapsed_s,
-                    ),
-                )  # fmt: skip
+                self.end(message.transfer_id, _outcome(message))
             case m.Arrived():
                 with self._lock:
                     lease = self._leases.get(message.lease_id)
@@ -243,6 +236,19 @@ class Standing:
             sent.message.deadline_s = max(0.0, sent.deadline_s - now)
             out += m.encode(sent.message)
         return out
+
+
+def _outcome(message: m.Ended) -> Outcome:
+    """A pump of a later version may know more reasons: a transfer that has ended for one still ends here."""
+    reason, detail = None, message.detail
+    if message.reason:
+        try:
+            reason = FailureReason(message.reason)
+        except ValueError:
+            reason, detail = FailureReason.BAD_REQUEST, f"{message.reason}: {message.detail}"
+    return Outcome(
+        message.ok, reason, detail, message.payload_bytes, message.resent_blocks, message.elapsed_s
+    )
 
 
 def register_message(serial: int, regions: Sequence[Region]) -> m.Register:
