@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from prfaas.model.errors import PrfaasError
 from prfaas.router.body import Endpoint
@@ -20,6 +21,32 @@ if TYPE_CHECKING:
 log = logging.getLogger("prfaas.router")
 
 
+class ClientFaults(logging.Logger):
+    """aiohttp's log. What clients send that isn't HTTP is counted, rather than told with a traceback."""
+
+    def __init__(self, on_fault: Callable[[], None]) -> None:
+        super().__init__("prfaas.router.http")
+        self.parent = log
+        self._on_fault = on_fault
+
+    def handle(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            self._on_fault()
+        else:
+            super().handle(record)
+
+
+async def _expected(request: web.Request) -> web.Response | None:
+    """`Expect: 100-continue`, and a clear no to anything else."""
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        if request.version >= (1, 1) and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return None
+    said = BadRequest("Expect: only 100-continue is known.", status=417, code="unknown_expectation")
+    return web.Response(status=417, body=said.body, content_type="application/json")
+
+
 class Application:
     """Handlers over a router's parts."""
 
@@ -29,7 +56,7 @@ class Application:
     def build(self) -> web.Application:
         app = web.Application(middlewares=[self._errors_in_form])
         for endpoint in Endpoint:
-            app.router.add_post(endpoint.value, self._generating(endpoint))
+            app.router.add_post(endpoint.value, self._generating(endpoint), expect_handler=_expected)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{name:.+}", self._model)
         for path in ("/health", "/health_generate"):

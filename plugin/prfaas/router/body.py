@@ -7,6 +7,7 @@ server's disaggregation are taken out first when a client sent any.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -16,6 +17,8 @@ from aiohttp import web
 
 from prfaas.router.errors import BadRequest
 
+K_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+"""Of bodies, with what zlib calls them."""
 K_OURS = frozenset({"bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "rid"})
 """Fields that only the router may set."""
 
@@ -62,6 +65,32 @@ async def body_of(request: web.Request, most_bytes: int) -> bytes:
         if left < 0:
             raise too_large(most_bytes)
     return b"".join(parts)
+
+
+def unpacked(raw: bytes, coding: str | None, most_bytes: int) -> bytes:
+    """A body as its Content-Encoding says. Never makes more of it than most_bytes. Raises BadRequest."""
+    coding = (coding or "identity").strip().lower()
+    if coding == "identity":
+        return raw
+    if coding not in K_CODINGS:
+        raise BadRequest(
+            f"Content-Encoding {coding[:64]!r} is not known here; known: gzip, deflate, identity.",
+            status=415,
+            code="unknown_encoding",
+        )
+    out, left = b"", raw
+    try:
+        while left:
+            unpacking = zlib.decompressobj(K_CODINGS[coding])
+            out += unpacking.decompress(left, most_bytes + 1 - len(out))
+            if len(out) > most_bytes:
+                raise too_large(most_bytes)
+            if not unpacking.eof:
+                raise BadRequest("The body ends before its compression does.", code="bad_body")
+            left = unpacking.unused_data
+    except zlib.error as error:
+        raise BadRequest(f"The body isn't {coding}: {error}", code="bad_body") from None
+    return out
 
 
 def too_large(most_bytes: int) -> BadRequest:

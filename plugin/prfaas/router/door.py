@@ -24,6 +24,7 @@ from prfaas.router.body import (
     merge_prompt_logprobs,
     read_body,
     too_large,
+    unpacked,
     with_fields,
 )
 from prfaas.router.clients import Clients, Wishes
@@ -120,14 +121,16 @@ class Door:
         """`late` gets what is still to be waited for before the outcome is whole."""
         raw = await self._body(request)
         arrived_s = self._clock()
-        asked, model, prompt = await self._off_loop.run(len(raw), lambda: self._read(endpoint, raw))
+        coding = request.headers.get("Content-Encoding")
+        size = len(raw) if coding is None else None
+        asked, model, prompt = await self._off_loop.run(size, lambda: self._read(endpoint, raw, coding))
         outcome.model, outcome.prompt_tokens = model.name, prompt.tokens
         self._metrics.prompt_tokens.observe(prompt.tokens)
-        longest = self._config.limits.max_prompt_tokens
-        limit = min(model.max_prompt_tokens or longest, longest)
+        limit = self._most_tokens(model)
         if prompt.tokens > limit * prompt.prompts:
+            counted = prompt.tokens if prompt.exact else f"some {prompt.tokens} or more"
             raise BadRequest(
-                f"The prompt has {prompt.tokens} tokens; the limit is {limit}.",
+                f"The prompt has {counted} tokens; the limit is {limit}.",
                 code="context_length_exceeded",
                 param="messages" if endpoint is Endpoint.CHAT else "prompt",
             )
@@ -178,11 +181,15 @@ class Door:
         except (aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
             raise BadRequest(f"The body can't be read: {error}", code="bad_body") from None
 
-    def _read(self, endpoint: Endpoint, raw: bytes) -> tuple[Asked, Model, Prompt]:
+    def _read(self, endpoint: Endpoint, raw: bytes, coding: str | None) -> tuple[Asked, Model, Prompt]:
         """Off the event loop for large bodies. Raises BadRequest."""
-        asked = read_body(endpoint, raw)
+        asked = read_body(endpoint, unpacked(raw, coding, self._config.limits.max_body_bytes))
         model = self._model(asked)
-        return asked, model, self._readers[model.name].read(asked)
+        return asked, model, self._readers[model.name].read(asked, self._most_tokens(model))
+
+    def _most_tokens(self, model: Model) -> int:
+        longest = self._config.limits.max_prompt_tokens
+        return min(model.max_prompt_tokens or longest, longest)
 
     def _model(self, asked: Asked) -> Model:
         name = asked.model

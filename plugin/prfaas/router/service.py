@@ -23,7 +23,7 @@ from aiohttp import web
 
 from prfaas.config.router import RouterConfig
 from prfaas.model.errors import ConfigError, MachineError, PrfaasError
-from prfaas.router.application import Application
+from prfaas.router.application import Application, ClientFaults
 from prfaas.router.clients import Clients
 from prfaas.router.door import Door
 from prfaas.router.fleet import ServerHandle, ServerPool
@@ -173,6 +173,8 @@ class Router:
             Application(self).build(),
             handle_signals=False,
             access_log=None,
+            logger=ClientFaults(self.metrics.refused_input.labels("client", "not http").inc),
+            auto_decompress=False,  # bounded, and off the event loop: see the body
             handler_cancellation=True,
             keepalive_timeout=limits.idle_timeout_s,
             max_field_size=limits.max_header_bytes,

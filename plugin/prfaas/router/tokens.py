@@ -22,6 +22,11 @@ K_CHARS_PER_TOKEN = 4
 """Where a prompt can't be tokenised here (embeddings, a template that refuses): about this many."""
 
 K_NAMESPACES = ("cache_salt", "extra_key", "lora_path")
+K_WINDOW_CHARACTERS = 100_000
+"""Longer texts are counted by windows of this size first, until they have too many tokens: the library keeps
+some 200 bytes for each."""
+K_WINDOW_SLACK = 1.05
+"""Cutting a text into windows adds no more than this to its tokens."""
 K_UNREADABLE = (TemplateError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 """What comes of fields that aren't shaped as an endpoint wants them, or nested without end."""
 
@@ -41,6 +46,14 @@ class Prompt:
     block_hashes: tuple[int, ...] = ()
     exact: bool = True
     """False: estimated from its size."""
+
+
+class TooManyTokens(Exception):
+    """A text has more than `most`."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"more than {most} tokens")
+        self.most = most
 
 
 class PromptReader:
@@ -71,38 +84,55 @@ class PromptReader:
         self._quick = quick_encoder(path, self._tokenizer)
         self._before, self._after = _around(self._tokenizer)
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids; `special` adds what the tokenizer puts around a bare prompt (BOS). Raises ValueError."""
+    def encode(self, text: str, *, special: bool, most: int | None = None) -> list[int]:
+        """Token ids; `special` adds what the tokenizer puts around a bare prompt (BOS).
+
+        Raises ValueError, and TooManyTokens where they are more than `most`, which isn't told of every text.
+        """
         if self._tokenizer is None:
             raise ValueError("this model has no tokenizer here")
+        if most is not None and len(text) > max(most, K_WINDOW_CHARACTERS):
+            counted = 0
+            for start in range(0, len(text), K_WINDOW_CHARACTERS):
+                window = text[start : start + K_WINDOW_CHARACTERS]
+                counted += len(self.encode(window, special=False))
+                if counted > most * K_WINDOW_SLACK:
+                    raise TooManyTokens(most)
         if self._quick is not None:
             found = self._quick(text)
             return [*self._before, *found, *self._after] if special else found
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
-    def read(self, asked: Asked) -> Prompt:
-        """The request's prompt. Never raises: what it can't read it estimates; servers have the last word."""
+    def read(self, asked: Asked, most: int | None = None) -> Prompt:
+        """The request's prompt. Never raises: what it can't read it estimates; servers have the last word.
+
+        A prompt of far more than `most` tokens isn't read to its end.
+        """
         try:
-            return self._read(asked)
+            return self._read(asked, most)
+        except TooManyTokens as error:
+            return Prompt(tokens=error.most + 1, exact=False)
         except K_UNREADABLE:
             return Prompt(tokens=max(1, len(asked.body) // K_CHARS_PER_TOKEN), exact=False)
 
-    def _read(self, asked: Asked) -> Prompt:
+    def _read(self, asked: Asked, most: int | None) -> Prompt:
         fields = asked.fields
         if asked.endpoint is Endpoint.CHAT:
             given = fields.get("input_ids")
-            return self._one(given if given else self._chat(fields), fields)
+            return self._one(given if given else self._chat(fields, most), fields)
         value = fields.get("prompt") if asked.endpoint is Endpoint.COMPLETIONS else fields.get("text")
         if value is None:
             value = fields.get("input_ids")
         if value is None:
             return Prompt(tokens=max(1, len(fields["input_embeds"])), exact=False)
         if isinstance(value, str):
-            return self._one(self.encode(value, special=True), fields)
+            return self._one(self.encode(value, special=True, most=most), fields)
         if isinstance(value[0], int):
             return self._one(value, fields)
-        sizes = [len(self.encode(one, special=True) if isinstance(one, str) else one) for one in value]
+        sizes = [
+            len(self.encode(one, special=True, most=most) if isinstance(one, str) else one) for one in value
+        ]
         return Prompt(tokens=sum(sizes), prompts=len(sizes))
 
     def _one(self, ids: Sequence[int], fields: dict[str, Any]) -> Prompt:
@@ -111,7 +141,7 @@ class PromptReader:
         hashes = self.hasher(ids) if self.hasher and not apart else ()
         return Prompt(tokens=len(ids), ids=ids, block_hashes=hashes)
 
-    def _chat(self, fields: dict[str, Any]) -> list[int]:
+    def _chat(self, fields: dict[str, Any], most: int | None) -> list[int]:
         if self._template is None:
             raise TemplateError("the model has no chat template")
         messages = [_as_rendered(one, self._template.wants_parts) for one in fields["messages"]]
@@ -136,9 +166,9 @@ class PromptReader:
             # Some templates want the bare functions.
             flat = [one["function"] for one in tools]
             text = self._template.render(messages, tools=flat, add_generation_prompt=True, **variables)
-        ids = self.encode(text, special=False)
+        ids = self.encode(text, special=False, most=most)
         if prefix:
-            ids += self.encode(prefix, special=False)
+            ids += self.encode(prefix, special=False, most=most)
         return ids
 
 
@@ -207,8 +237,9 @@ class OffLoop:
         self.inline_bytes = inline_bytes
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
 
-    async def run(self, size_bytes: int, work: Callable[[], T]) -> T:
-        if size_bytes <= self.inline_bytes:
+    async def run(self, size_bytes: int | None, work: Callable[[], T]) -> T:
+        """None: a size that isn't known before."""
+        if size_bytes is not None and size_bytes <= self.inline_bytes:
             # A hand-over costs more than these few tokens, and would wait behind long prompts.
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

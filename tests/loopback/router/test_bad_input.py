@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import hashlib
 import json
+import zlib
 from typing import Any
 
 import aiohttp
@@ -85,11 +86,48 @@ def test_a_body_over_the_limit_is_refused_also_when_it_is_compressed(stand: Any)
                 status, answer = await raw(s, data, "/v1/completions", **headers)
                 assert status == 413
                 assert answer["error"]["code"] == "body_too_large"
-            small = gzip.compress(b'{"prompt": "the fox"}')
-            status, _ = await raw(s, small, "/v1/completions", **{"Content-Encoding": "gzip"})
-            assert status == 200
+            small = b'{"prompt": "the fox"}'
+            for coding, data in (
+                ("gzip", gzip.compress(small)),
+                ("GZIP", gzip.compress(small[:5]) + gzip.compress(small[5:])),
+                ("deflate", zlib.compress(small)),
+                ("identity", small),
+            ):
+                status, _ = await raw(s, data, "/v1/completions", **{"Content-Encoding": coding})
+                assert status == 200, coding
+            for coding, data, status, code in (
+                ("gzip", small, 400, "bad_body"),
+                ("gzip", gzip.compress(small)[:-9], 400, "bad_body"),
+                ("br", small, 415, "unknown_encoding"),
+                ("gzip, gzip", gzip.compress(gzip.compress(small)), 415, "unknown_encoding"),
+            ):
+                found, answer = await raw(s, data, "/v1/completions", **{"Content-Encoding": coding})
+                assert (found, answer["error"]["code"]) == (status, code)
 
     asyncio.run(main())
+
+
+def test_what_is_not_http_is_counted_and_leaves_no_traceback_in_the_log(
+    stand: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            for data in (
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+                b"GET / HTTP/1.1\r\nA B: x\r\n\r\n",
+                b"GET / HTTP/1.1\r\n:\r\n\r\n",
+            ):
+                assert b" 400 " in (await talk(s, data)).partition(b"\r\n")[0]
+            counted = 'prfaas_router_refused_input_total{cause="not http",source="client"}'
+            assert (await s.metrics())[counted] == 3
+            answer = await talk(
+                s, b"POST /generate HTTP/1.1\r\nHost: x\r\nExpect: tea\r\nConnection: close\r\n\r\n"
+            )
+            assert b" 417 " in answer.partition(b"\r\n")[0]
+            assert b"unknown_expectation" in answer
+
+    asyncio.run(main())
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_unknown_pages_and_methods_are_errors_in_form(stand: Any) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prfaas.router.body import Endpoint, read_body, with_fields
+from prfaas.router.body import Endpoint, read_body, unpacked, with_fields
 from prfaas.router.errors import BadRequest
 
 K_JSON = st.recursive(
@@ -63,3 +65,23 @@ def test_the_output_bound_is_read_where_each_endpoint_has_it(
     endpoint: Endpoint, fields: dict[str, Any], tokens: int | None
 ) -> None:
     assert read_body(endpoint, json.dumps(fields).encode()).output_tokens == tokens
+
+
+def test_a_body_is_unpacked_no_further_than_it_may_be_large() -> None:
+    bomb = gzip.compress(b"x" * (64 << 20))
+    tracemalloc.start()
+    with pytest.raises(BadRequest) as refused:
+        unpacked(bomb, "gzip", 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.status == 413
+    assert peak < 4 << 20
+    assert unpacked(gzip.compress(b"x" * 1000) * 2, "gzip", 2000) == b"x" * 2000
+    with pytest.raises(BadRequest):
+        unpacked(gzip.compress(b"x" * 1000) * 2, "gzip", 1999)
+
+
+@given(st.binary(max_size=100), st.sampled_from(["gzip", "deflate", "identity", None, "x", ""]))
+def test_any_bytes_in_any_coding_are_a_body_or_a_bad_request(raw: bytes, coding: str | None) -> None:
+    with contextlib.suppress(BadRequest):
+        unpacked(raw, coding, 1000)

@@ -159,6 +159,31 @@ def test_a_content_of_bare_words_and_one_nested_without_end_are_estimated(tmp_pa
     assert not ask(reader, Endpoint.CHAT, messages=[{"role": "user", "tool_calls": [deep]}]).exact
 
 
+def test_a_text_of_far_too_many_tokens_is_not_read_to_its_end(tmp_path: Path) -> None:
+    reader, read = make(tmp_path, K_STRING), []
+    whole = reader.encode
+
+    def encode(text: str, **wishes: Any) -> list[int]:
+        read.append(len(text))
+        return whole(text, **wishes)
+
+    reader.encode = encode  # type: ignore[method-assign]
+    long = "abc " * 1_000_000
+    for asked in (
+        read_body(Endpoint.COMPLETIONS, json.dumps({"prompt": long}).encode()),
+        read_body(Endpoint.CHAT, json.dumps({"messages": [{"role": "user", "content": long}]}).encode()),
+    ):
+        read.clear()
+        prompt = reader.read(asked, 150_000)
+        assert (prompt.tokens, prompt.exact) == (150_001, False)
+        assert sum(read[1:]) == 200_000, "of four million, two windows"
+    prompt = reader.read(
+        read_body(Endpoint.COMPLETIONS, json.dumps({"prompt": "abc " * 60_000}).encode()), 250_000
+    )
+    assert prompt.exact
+    assert prompt.tokens == 1 + 4 * 60_000
+
+
 def test_a_salted_prompt_has_no_hashes(tmp_path: Path) -> None:
     make(tmp_path, None)
     reader = PromptReader(Model(name="m", tokenizer=str(tmp_path)), lambda ids: tuple(ids))
