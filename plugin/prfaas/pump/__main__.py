@@ -5,8 +5,10 @@ same.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ def run(config: PumpConfig, *, persistent: bool) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    _take_descriptors()
     try:
         # The bytes of all servers wait for this process, and it never works for long at a time.
         os.setpriority(os.PRIO_PROCESS, 0, config.nice)
@@ -32,6 +35,15 @@ def run(config: PumpConfig, *, persistent: bool) -> int:
         signal.signal(number, lambda *_: pump.stop())
     pump.run()
     return 0
+
+
+def _take_descriptors() -> None:
+    """As many as the process may have: the usual 1,024 are sixteen peers' streams. (The loop is epoll's, which
+    takes any number.)
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

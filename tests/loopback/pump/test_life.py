@@ -157,3 +157,12 @@ def test_an_address_that_is_none_costs_the_server_that_prepares_for_it_nothing(p
     assert east.stats()["clients"] == 1
     assert "no peer to be ready for" in pumps.log("east")
     assert east.pump_pid == pid
+
+
+def test_a_pump_takes_as_many_descriptors_as_it_may_have():
+    code = (
+        "import resource as r; from prfaas.pump.__main__ import _take_descriptors as take; "
+        "most = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (256, most)); take(); "
+        "assert r.getrlimit(r.RLIMIT_NOFILE) == (most, most) != (256, most)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
