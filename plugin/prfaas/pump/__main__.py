@@ -38,8 +38,8 @@ def run(config: PumpConfig, *, persistent: bool) -> int:
 
 
 def _take_descriptors() -> None:
-    """As many as the process may have: the usual 1,024 are sixteen peers' streams. (The loop is epoll's, which
-    takes any number.)
+    """As many as the process may have: the usual 1,024 are sixteen peers' streams. (The loop's epoll takes
+    any number.)
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
