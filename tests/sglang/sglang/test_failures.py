@@ -18,6 +18,7 @@ from prfaas.config.loading import check
 from prfaas.config.pump import PumpConfig
 from prfaas.pump_client import LocalPumpClient
 from prfaas.sglang.verify import compare, read_rows
+from prfaas_testbed.experiment.presence import cpu_s
 from prfaas_testbed.instances.sglang_client import Answer, generate, loads, new_room, post, prompt_of
 from prfaas_testbed.instances.sglang_server import SglangServer
 
@@ -26,6 +27,8 @@ K_STAGING_BYTES = 10 << 20
 K_POOL_TOKENS = 11000
 K_FULL_SHARE = 0.9
 K_KEPT_OPEN = 6
+K_WAITING_SHARE = 0.5
+"""Of a core."""
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
@@ -220,11 +223,16 @@ def test_bootstrap_away_costs_the_requests_of_that_time_and_the_next_one_works(o
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         with frozen(own.prefill, bootstrap_alone=True):
             waiting = [pool.submit(answer_of, own, prompt_of(300, 201 + i)) for i in range(4)]
+            assert eventually(lambda: held(own)["crossing"] == 4, 10.0)
+            began_s, used_s = time.monotonic(), cpu_s(own.decode)
             # Two of SGLang's heartbeats, each 5 s and its time-out.
             assert eventually(lambda: losses(own.decode) > known, 40.0)
+            busy = (cpu_s(own.decode) - used_s) / (time.monotonic() - began_s)
         lost = [one.result(timeout=30) for one in waiting]
     assert {answer.status for answer in lost} == {500}
     assert all("Lost connection with prefill instance" in (answer.error or "") for answer in lost), lost
+    # What only waits leaves this machine's few cores to others.
+    assert busy < K_WAITING_SHARE
     # It is back, with all that it was asked meanwhile: nothing of that is done for nobody.
     most = before | {"sockets": before["sockets"] + K_KEPT_OPEN}
     after = eventually(lambda: h if all((h := held(own))[k] <= most[k] for k in most) else None)

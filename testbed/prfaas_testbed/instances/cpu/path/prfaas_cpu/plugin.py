@@ -11,6 +11,8 @@ from prfaas_cpu import kda
 
 K_KDA = "PRFAAS_CPU_KDA"
 """Set for servers of models with Kimi delta attention, whose modules others needn't import."""
+K_LOOK_MS = 1
+"""How often a server that waits for a transfer looks for its end."""
 _loaded = False
 
 
@@ -66,6 +68,7 @@ def _register_hooks() -> None:
         with_device_indices,
         HookType.BEFORE,
     )
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", rest, HookType.AFTER)
     if os.environ.get(K_KDA):
         kda.register(HookRegistry, HookType.REPLACE, HookType.AROUND)
 
@@ -84,6 +87,13 @@ def fused_gate_sigmoid_mul_add(
     gate = torch.nn.functional.linear(hidden_states.float(), gate_weight.float().reshape(1, -1))
     final_hidden_states.add_((torch.sigmoid(gate) * shared_output.float()).to(final_hidden_states.dtype))
     return final_hidden_states
+
+
+def rest(result: Any, scheduler: Any) -> None:
+    """A scheduler with nothing to compute that waits for a transfer turns without a pause: a core each, which
+    the other servers of this machine compute with. What a client sends wakes it at once."""
+    if scheduler.idle_sleeper is not None:
+        scheduler.idle_sleeper.poller.poll(K_LOOK_MS)
 
 
 def without_pynccl(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
