@@ -49,7 +49,7 @@ class RoleChanges:
         for engine in world.engines.values():
             if engine.role == "decode" and engine.site not in self._clusters:
                 self._clusters[engine.site] = _Cluster(engine.site, config, profiles)
-        self._sites = {engine.site for engine in world.engines.values()}
+        self._sites = tuple(dict.fromkeys(engine.site for engine in world.engines.values()))
         every_s = min(K_SAMPLE_S, config.look_every_s / 4)
         world.roles = self
         world.agenda.at_in_background(world.agenda.now + every_s, lambda now: self._tick(every_s, now))
