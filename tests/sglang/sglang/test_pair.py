@@ -139,6 +139,30 @@ def eight_at_once_each_get_their_own_answer(servers: Any) -> None:
         assert_equal(answer, generate(servers.plain.url, prompt, K_OUTPUT_TOKENS))
 
 
+@pytest.mark.parametrize("servers", ["hybrid"], indirect=True)
+def test_a_prompt_that_prefill_computes_again_for_want_of_a_state_crosses_once(servers: Any) -> None:
+    prompt, model = prompt_of(700, 77), servers.model
+    for ahead in (700 * model.kv_bytes_per_token, 0):
+        assert eventually(lambda: post(f"{servers.decode.url}/flush_cache", {})[0] == 200)
+        room, before = new_room(), payload_sent(servers)
+        prefill, decode = servers.pair.generate(prompt, K_OUTPUT_TOKENS, room)
+        assert_equal(decode, generate(servers.plain.url, prompt, K_OUTPUT_TOKENS))
+        assert prefill.cached_tokens == 0
+        assert verdict(servers, room) == "equal"
+        assert sent_of(servers, room)["ahead_bytes"] == ahead
+        # Twice would be 1.7 times; a block that was late on a busy machine may be repeated.
+        once = sum(bytes_of(servers, room).values())
+        assert once <= payload_sent(servers) - before < 1.5 * once
+
+
+def payload_sent(servers: Any) -> int:
+    """Bytes of KV, state and auxiliary data that the pump has sent, repeats included."""
+    config = load_backend_config(servers.prefill.spec.config_path)
+    with LocalPumpClient.open(config.pump, start=False) as client:
+        stats: Any = client.stats()
+    return sum(int(peer["payload_bytes_sent"]) for peer in stats["peers"])
+
+
 @pytest.mark.parametrize("servers", ["mla"], indirect=True)
 def test_requests_whose_pages_decode_took_back_each_end_with_their_own_answer(servers: Any) -> None:
     eight_at_once_each_get_their_own_answer(servers)
