@@ -9,18 +9,22 @@ import pytest
 
 KEPT = 60  # requests outstanding: what isn't served waits, so that the slower side can't be outrun
 JOBS = 2000
+LONG = 6000
+"""At 1 Gbit/s one prompt in ten crosses the link. A threshold somewhat too low piles them up there, and looks
+better in a short run than it is: what is served by then are the short ones."""
 
 # Gbit/s and the threshold that a search found best for it; its neighbours are tried as well.
-BEST_TOKENS = {100: 20_000, 20: 20_000, 10: 21_200, 7: 25_400, 5: 30_000, 3.5: 37_600, 2: 48_900, 1: 65_000}
+BEST_TOKENS = {100: 20_000, 20: 20_000, 10: 21_200, 7: 25_400, 5: 30_000, 3.5: 37_600, 2: 48_900, 1: 69_500}
 
 
 @cache
 def served_rps(fluid: ModuleType, name: str, gbps: float, threshold_tokens: float = 0.0) -> float:
     """Completions a second with KEPT requests always outstanding, start and end left out."""
     made = fluid.make_policy(name, threshold_tokens=threshold_tokens, regime="scarce")
-    outcome = fluid.Fluid(made, gbps).run(fluid.make_jobs(JOBS, 1.0, seed=3), keep=KEPT)
+    jobs = LONG if gbps <= 1 else JOBS
+    outcome = fluid.Fluid(made, gbps).run(fluid.make_jobs(jobs, 1.0, seed=3), keep=KEPT)
     done = sorted(job.done_s for job in outcome.jobs)
-    first, last = JOBS // 6, JOBS - 2 * KEPT
+    first, last = jobs // 6, jobs - 2 * KEPT
     rate: float = (last - first) / (done[last] - done[first])
     return rate
 
@@ -31,8 +35,7 @@ def test_prices_carry_what_the_best_threshold_for_this_bandwidth_carries(
 ) -> None:
     best = max(served_rps(fluid, "paper", gbps, BEST_TOKENS[gbps] * factor) for factor in (0.93, 1.0, 1.07))
     ours = served_rps(fluid, "prices", gbps)
-    # below the planned range the sample's luck in picking the best threshold weighs more than ours loses
-    assert ours >= (0.95 if gbps >= 2 else 0.92) * best
+    assert ours >= 0.95 * best
     assert ours > served_rps(fluid, "homogeneous", 100)
 
 
