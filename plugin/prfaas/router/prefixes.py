@@ -7,7 +7,7 @@ where one was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from prfaas.config.router import Model, RouterConfig
@@ -15,6 +15,11 @@ from prfaas.model.ids import ModelId
 from prfaas.router.fleet import ServerHandle
 from prfaas.router.tokens import Hasher, Prompt
 from prfaas.routing import KvEvent, PrefixIndex, block_hashes
+
+K_MOST_BLOCKS = 1 << 24
+"""That one server may tell of: 2 GB of the index."""
+K_SPARE_BLOCKS = 4096
+"""Beyond twice its pool, for what is told before it is taken back."""
 
 
 def hashers(config: RouterConfig) -> dict[str, Hasher | None]:
@@ -47,10 +52,12 @@ class Caches:
 class PrefixBook(Caches):
     """Who has which prefix. Of servers without KV events nothing is known, and nothing promised."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, on_refused: Callable[[str], None] = lambda cause: None) -> None:
         self.index = PrefixIndex()
         self._models: dict[str, Model] = {}
         self._holders: dict[str, Model] = {}
+        self._pools: dict[str, ServerHandle] = {}
+        self._on_refused = on_refused
         self.apply(config)
 
     def apply(self, config: RouterConfig) -> list[str]:
@@ -82,6 +89,7 @@ class PrefixBook(Caches):
             return
         model = self._models[names[0]]
         self._holders[handle.name] = model
+        self._pools[handle.name] = handle
         self.index.add_holder(
             handle.name,
             model.name,
@@ -91,6 +99,7 @@ class PrefixBook(Caches):
 
     def remove_server(self, name: str) -> None:
         if self._holders.pop(name, None) is not None:
+            del self._pools[name]
             self.index.remove_holder(name)
 
     def cached_tokens(self, model: ModelId, prompt: Prompt) -> Mapping[str, int]:
@@ -128,6 +137,17 @@ class PrefixBook(Caches):
 
     def on_events(self, server: str, events: Sequence[KvEvent]) -> None:
         self.index.apply(server, events)
+        if self.index.blocks(server) > self._most_blocks(server):
+            # Not all of it can be true, and nobody knows what of it is.
+            self._on_refused("more than its pool")
+            self.index.clear(server)
+
+    def _most_blocks(self, server: str) -> int:
+        """That its pool can hold, by its own word, and as many again."""
+        pool_tokens = self._pools[server].reported.total_tokens if server in self._pools else None
+        if pool_tokens is None:
+            return K_MOST_BLOCKS
+        return min(K_MOST_BLOCKS, 2 * pool_tokens // self._holders[server].page_tokens + K_SPARE_BLOCKS)
 
     def on_lost(self, server: str) -> None:
         self.index.clear(server)

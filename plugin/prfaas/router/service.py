@@ -74,7 +74,9 @@ class Router:
         )
         self.links = LinkBook(cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s)
         self.links.apply(config.links, cool_down_s=config.retry.cool_down_s, max_age_s=config.loads.max_age_s)
-        self.prefixes = PrefixBook(config)
+        self.prefixes = PrefixBook(
+            config, lambda cause: self.metrics.refused_input.labels("kv_events", cause).inc()
+        )
         self._log = self._open_log(config)
         self.scheduler = Scheduler(
             config,

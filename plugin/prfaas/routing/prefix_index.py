@@ -191,6 +191,11 @@ class PrefixIndex:
             elif isinstance(event, BlockRemoved):
                 self._remove(table, known, event.block_hashes)
 
+    def blocks(self, holder: InstanceId) -> int:
+        """That it has, by its events; 0 for servers that aren't in the index."""
+        known = self._holders.get(holder)
+        return 0 if known is None else known.blocks
+
     def on_started(self, holder: InstanceId, block_hash: int | None) -> None:
         """`holder` takes up a request, which reuses the state at the end of this block."""
         known = self._holders.get(holder)
