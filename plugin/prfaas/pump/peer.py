@@ -91,6 +91,8 @@ class Peer(PeerFigures):
             most_bytes = max(4096, min(most_bytes, window_bytes))
         plan = plan_of(self.block_bytes(most_bytes))
         opening.total_bytes, opening.n_blocks = plan.total_bytes, plan.n_blocks
+        if not len(self.sending):
+            self._spreading.begins(self._infos(), now)
         self.sending.submit(transfer_id, opening, plan, window_bytes, deadline_s, now)
         self._sources[transfer_id] = (memory, guard, on_event)
         self.prepare(now)
@@ -120,7 +122,7 @@ class Peer(PeerFigures):
         """Let every stream that can take something have a turn."""
         self._note_work(now)
         able = [s for s in self._streams.values() if s.ready and not s.waiting_to_write]
-        if able and self._little_left():
+        if able and self._spreads(now):
             for stream in able:
                 stream.sample(now)
             able = self._spreading.with_room(able, self._infos(), now)
@@ -129,12 +131,12 @@ class Peer(PeerFigures):
                 return
             if stream.ready and not stream.waiting_to_write:
                 stream.on_ready(W, now)
-        if self.sending.backlog_bytes and self.n_ready and self._little_left():
+        if self.sending.backlog_bytes and self.n_ready and self._spreads(now):
             self._spreading.look_again(now)
         self._note_work(now)
 
-    def _little_left(self) -> bool:
-        return self._spreading.little_left(self.sending.backlog_bytes)
+    def _spreads(self, now: float) -> bool:
+        return self._spreading.is_on(self.sending.backlog_bytes, now)
 
     def is_given_up(self, now: float) -> bool:
         """Whether it doesn't answer, and for long nobody has wanted anything of it."""
@@ -226,7 +228,7 @@ class Peer(PeerFigures):
     def next_block(self, stream: Stream, now: float) -> int:
         if stream.is_cut:
             return 0
-        spread = self._little_left()
+        spread = self._spreads(now)
         if spread and not self._spreading.may_take(stream):
             self._spreading.look_again(now)
             return 0

@@ -22,14 +22,21 @@ class Spreading:
         self._allowance = Allowance()
         self._windows_bytes = 0
         self._looking = False
+        self._first_until_s = 0.0
 
     def measure(self, infos: Sequence[TcpInfo]) -> None:
         """What the streams' windows hold now."""
         self._windows_bytes = gauges.windows_bytes(infos)
 
-    def little_left(self, backlog_bytes: int) -> bool:
+    def begins(self, infos: Sequence[TcpInfo], now: float) -> None:
+        """There is something to send after a rest. `infos`: of all streams."""
+        self.measure(infos)
+        self._first_until_s = now + gauges.mean_rtt_s(infos) if self._windows_bytes else 0.0
+
+    def is_on(self, backlog_bytes: int, now: float) -> bool:
         """Whether what waits is to be spread."""
-        return little_left(backlog_bytes, self._windows_bytes)
+        first = backlog_bytes > 0 and now < self._first_until_s
+        return first or little_left(backlog_bytes, self._windows_bytes)
 
     def with_room(self, able: Sequence[Stream], infos: Sequence[TcpInfo], now: float) -> list[Stream]:
         """Those of `able` that have room, the most first, and what they may take by now. `infos`: of all

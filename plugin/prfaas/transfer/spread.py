@@ -7,7 +7,8 @@ the most room first, and what no window has room for waits here, for whichever o
 
 All windows at once are a burst of a whole round trip's bytes, which overflows queues before the link that the
 link itself would have kept up with. So they are handed out at K_PACE of the rate that the windows allow,
-K_BURST_BYTES at a time.
+K_BURST_SHARE of them at a time. For the same reason so is the first round trip of much after a rest: no
+acknowledgements set its pace, and of all windows at once half was lost.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ K_WINDOWS = 1.0
 """Little is left when it is less than so many windows of all streams: about as many round trips."""
 
 K_PACE = 1.25
-K_BURST_BYTES = 512 * 1024
+K_BURST_BYTES, K_BURST_SHARE = 512 * 1024, 0.25
+"""Most at once, and most of the windows, which hold up to what the link and the queue before it do."""
 
 S = TypeVar("S", bound=Hashable)
 
@@ -56,7 +58,8 @@ class Allowance:
         self._at_s = now
         pace = K_PACE * windows_bytes / rtt_s if rtt_s > 0 else float("inf")
         more = pace * since_s if since_s > 0 else 0.0
-        self._bytes = min(float(K_BURST_BYTES), self._bytes + more)
+        most = min(float(K_BURST_BYTES), K_BURST_SHARE * windows_bytes) if windows_bytes else K_BURST_BYTES
+        self._bytes = min(most, self._bytes + more)
 
     @property
     def open(self) -> bool:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import time
 
+from prfaas.pump.loop import Loop
 from prfaas.pump.server import Pump
+from prfaas.pump.spreading import Spreading
+from prfaas.pump.tcpinfo import TcpInfo
 
 K_MOST = 2 << 20
+
+
+def far(packets: int, rtt_s: float) -> TcpInfo:
+    """What the kernel says of a stream whose window holds so many packets."""
+    return TcpInfo(rtt_s, rtt_s, packets, 1448, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
 
 
 def test_blocks_to_a_peer_that_was_never_reached_are_small_unless_it_is_this_machine(pumps):
@@ -35,3 +43,28 @@ def test_a_far_peer_gets_its_streams_with_the_first_that_is_ready_not_with_the_n
             pump.loop.turn(0.05)
     finally:
         pump.close()
+
+
+def test_the_first_round_trip_after_a_rest_is_handed_out_at_a_pace_however_much_waits():
+    loop, looks = Loop(), []
+    spreading = Spreading(loop, looks.append)
+    infos = [far(packets=100, rtt_s=0.04) for _ in range(8)]  # windows of 1.16 MB
+    now = 100.0
+    assert not spreading.is_on(10**9, now)
+    spreading.begins(infos, now)
+    assert spreading.is_on(10**9, now)
+    assert spreading.with_room([], infos, now) == []
+    handed = 0
+    for _ in range(20):  # 2 ms each
+        spreading.with_room([], infos, now)
+        while spreading._allowance.open:
+            spreading.spent(16 * 1024)
+            handed += 16 * 1024
+        now += 0.002
+    windows = 8 * 100 * 1448
+    assert 0.9 * windows < handed < 1.6 * windows
+    assert not spreading.is_on(10**9, 100.0 + 0.041), "then acknowledgements set the pace"
+    assert spreading.is_on(windows // 2, 100.0 + 0.041)
+    spreading.begins([far(packets=100, rtt_s=0.0001)] * 8, now)
+    assert not spreading.is_on(10**9, now), "on a short path there is nothing to pace"
+    loop.close()
