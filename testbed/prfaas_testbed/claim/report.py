@@ -40,6 +40,9 @@ that strikes one request in a thousand can have gone unseen.
 """
 
 
+K_STEPS_SINCE = "2026-11-29T20:34:11Z"
+
+
 def write_report(folder: Path) -> tuple[Path, list[Goal]]:
     """README.md and figures/ of all records in `folder`; the path, and every goal.
 
@@ -95,7 +98,7 @@ def _made(record: dict[str, Any]) -> str:
             f"Made again by `prfaas-testbed claim run {name}`: {record['repetitions']} repetitions, "
             f"{record['took_s']:.0f} s on {cores} cores, commit {_commits([record['commit']])}, "
             f"{record['started']}. The experiments are `topologies/experiments/claim-{name}*.yaml`; "
-            "`prfaas simulate` plays each alone.\n"
+            f"`prfaas simulate` plays each alone.\n{_older(record)}"
         )
     runs = record["runs"]
     loads = sorted(f"{run['machine']['load_1min_before']:4.1f}" for run in runs if "machine" in run)
@@ -107,6 +110,17 @@ def _made(record: dict[str, Any]) -> str:
         f"{beside}, commits {_commits([run['commit'] for run in runs])}, "
         f"{min(run['started'] for run in runs)} to {max(run['started'] for run in runs)}; the record, and "
         f"what is simulated in it, by {_commits([record['commit']])}.\n"
+    )
+
+
+def _older(record: dict[str, Any]) -> str:
+    """Where the simulator has changed since in what this record shows."""
+    if record.get("world") != "simulator" or record["started"] >= K_STEPS_SINCE:
+        return ""
+    return (
+        "\nMade before the simulator's instances went on with a prompt that a step has cut before all "
+        "others, as SGLang does (084cab3ea907): a long prompt holds its instance now, and what is served by "
+        "deadline comes out lower. What is served as it comes hasn't changed.\n"
     )
 
 
