@@ -46,8 +46,9 @@ class EventCutter:
         return chunk
 
     def passes(self, data: bytes, start: int, end: int) -> bool:
-        """Whether data[start:end] is whole events by itself, as after `feed`, which then isn't needed."""
-        if self._held or not data.endswith(K_END, start, end):
+        """Whether data, whose last chunk is [start:end], ends where an event does; then `feed` isn't needed.
+        A chunk too short for the last event of all may be a part of it."""
+        if self._held or end - start < len(K_DONE) or not data.endswith(K_END, start, end):
             return False
         self.done = data.endswith(K_DONE, start, end)
         return True

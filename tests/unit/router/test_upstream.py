@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prfaas.router.sse import EventCutter
 from prfaas.router.upstream import Connection, ConnectionCut, NotHttp, UpstreamError
 
 
@@ -220,3 +221,31 @@ def test_a_reader_that_is_cancelled_leaves_the_connection_to_be_closed() -> None
         assert wire.aborted
 
     asyncio.run(main())
+
+
+@given(
+    texts=st.lists(st.text(alphabet="ab", max_size=3), max_size=4),
+    places=K_PLACES,
+    together=st.integers(min_value=1, max_value=4),
+)
+def test_the_end_of_a_stream_is_seen_however_a_proxy_has_cut_it_into_chunks(
+    texts: list[str], places: list[int], together: int
+) -> None:
+    """As the relay has it: chunks as they stand where the cutter lets them pass, else cut into events."""
+    stream = b"".join(b"data: " + text.encode() + b"\n\n" for text in texts) + b"data: [DONE]\n\n"
+    chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut(stream, places)]
+    connection, _ = connected()
+    cutter, out = EventCutter(), []
+
+    def on_chunk(data: bytes, last: int) -> bool:
+        passes = cutter.passes(data, last, len(data) - 2)
+        if passes:
+            out.append(data_of(data))
+        return passes
+
+    connection.data_received(chunked([]).removesuffix(b"0\r\n\r\n"))
+    connection.pipe(lambda data: out.append(cutter.feed(data)), lambda error: None, on_chunk)
+    for place in range(0, len(chunks), together):
+        connection.data_received(b"".join(chunks[place : place + together]))
+    assert b"".join(out) == stream
+    assert cutter.done
