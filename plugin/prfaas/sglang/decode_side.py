@@ -82,6 +82,11 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
             leased = self._lease(
                 room, arguments["kv_indices"], arguments["aux_index"], arguments["state_indices"]
             )
+        elif leased.aux_index != arguments["aux_index"]:
+            raise PrfaasError(
+                f"room {room} is another request's already; SGLang gives all samples of a request (n above 1) "
+                "one room: ask for them one by one"
+            )
         places = b"" if leased.places is None else leased.places.to_bytes()
         return leased.lease.grant.to_text().encode(), places, str(leased.share_bytes).encode()
 
@@ -116,7 +121,7 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
         except PrfaasError:
             release()
             raise
-        leased = LeasedRoom(room, generation, lease, places, release, share_bytes)
+        leased = LeasedRoom(room, generation, lease, places, release, share_bytes, aux_index)
         self.leased.hold(leased)
         lease.add_callback(lambda lease: self._landed(leased))
         return leased

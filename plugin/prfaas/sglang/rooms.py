@@ -197,6 +197,8 @@ class LeasedRoom:
     """Called once when the lease has ended: gives back what it stood on beside the pages."""
     share_bytes: int = 0
     """What each of its senders has to bring."""
+    aux_index: int | None = None
+    """SGLang's slot for the request's auxiliary data: no other's, as long as the request lives."""
     landing: threading.Event | None = None
     """Set once all that landed is where it belongs; None while nothing has landed."""
 

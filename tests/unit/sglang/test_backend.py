@@ -287,12 +287,12 @@ def decode(backend: ModuleType) -> Any:
     return backend.PrfaasKVManager(kv_args(), Mode.DECODE)
 
 
-def metadata(decode: Any, room: int, dummy: bool = False) -> list[bytes]:
+def metadata(decode: Any, room: int, dummy: bool = False, aux_index: int = 0) -> list[bytes]:
     """What the decode side says of a room's pages."""
     message: list[bytes] = decode.build_receiver_metadata_message(
         bootstrap_room=room,
         kv_indices=np.array([1, 2], dtype=np.int32),
-        aux_index=0,
+        aux_index=aux_index,
         state_indices=None,
         is_dummy=dummy,
     )
@@ -317,6 +317,16 @@ def test_grant_is_taken_off_the_message_and_sglang_reads_its_own_frames(prefill:
 def test_lease_is_one_for_all_prefill_ranks_of_a_room_and_dummy_ranks_get_none(decode: Any) -> None:
     assert metadata(decode, 7)[11] == metadata(decode, 7)[11]
     assert len(metadata(decode, 8, dummy=True)) == 10
+    assert len(decode.pump.leases) == 1
+
+
+def test_second_request_with_a_room_is_refused_with_what_to_do(prefill: Any, decode: Any) -> None:
+    """As all samples of one request have it."""
+    hear(prefill, metadata(decode, 7))
+    prefill.update_status(7, KVPoll.Bootstrapping)
+    hear(prefill, metadata(decode, 7, aux_index=1))
+    assert prefill.request_status[7] == KVPoll.Failed
+    assert "room 7 is another request's already; SGLang gives all samples" in prefill.failure_records[7]
     assert len(decode.pump.leases) == 1
 
 
