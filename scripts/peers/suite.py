@@ -22,12 +22,6 @@ from prfaas_testbed.instances.sglang_server import K_CPU_ARGS, K_CPU_ENV, K_CPU_
 
 K_HERE = Path(__file__).resolve().parent
 K_DECODE_ARGS = ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
-# A model of random weights ends neither a name nor a number by itself.
-K_ENDLESS = [
-    f"test_{kit}_generate_{what}"
-    for kit in ("regex", "ebnf")
-    for what in ("complex_json", "custom_log_format")
-]
 K_BOUNDED_SCHEMA = {
     "type": "object",
     "properties": {
@@ -103,20 +97,17 @@ def parity(model: str, *decode_args: str) -> Make:
     return make
 
 
-def with_kits(module: str, *names: str, **settings: Any) -> Make:
-    """SGLang's kits, which it runs on single servers and on pairs alike, against a pair."""
+def with_kit(module: str, name: str, **settings: Any) -> Make:
+    """One of SGLang's kits, which it runs on single servers and on pairs alike, against a pair."""
 
     def make(models: Path, port: int) -> type[unittest.TestCase]:
         base = prepare(models, port)
-        kits = tuple(
-            getattr(import_module(f"sglang.test.kits.{one}"), name)
-            for one, name in zip(module.split(), names, strict=True)
-        )
+        kit = getattr(import_module(f"sglang.test.kits.{module}"), name)
 
         def launch(cls: Any) -> None:
             super(made, cls).setUpClass()
             cls.launch_all()
-            cls.process = cls.process_decode  # what the kits look after
+            cls.process = cls.process_decode  # what kits look after
             cls.pause_target_urls = [cls.prefill_url, cls.decode_url]
 
         fields = {
@@ -126,7 +117,7 @@ def with_kits(module: str, *names: str, **settings: Any) -> Make:
             "setUpClass": classmethod(launch),
             **settings,
         }
-        made = type("Kits", (*kits, base), fields)
+        made = type(name, (kit, base), fields)
         return made
 
     return make
@@ -175,21 +166,17 @@ K_CASES: dict[str, Make] = {
     "peer-liveness-failures": liveness("TestDisaggregationPeerLivenessAbort"),
     "peer-liveness-clean-abort": liveness("TestDisaggregationPeerLivenessCleanRecovery"),
     "chunked-prefill-abort": chunked_abort,
-    "structured-output": with_kits(
-        "json_constrained_kit regex_constrained_kit ebnf_constrained_kit",
-        "JSONConstrainedMixin",
-        "RegexConstrainedMixin",
-        "EBNFConstrainedMixin",
-        json_schema=json.dumps(K_BOUNDED_SCHEMA),
-        **dict.fromkeys(K_ENDLESS),
+    # A model of random weights ends neither a name nor a number by itself.
+    "structured-output": with_kit(
+        "json_constrained_kit", "JSONConstrainedMixin", json_schema=json.dumps(K_BOUNDED_SCHEMA)
     ),
-    "pause-resume": with_kits(
+    "pause-resume": with_kit(
         "pause_generation_kit",
         "PauseResumeInPlaceMixin",
         pause_num_requests=16,
         pause_ignore_eos=True,
     ),
-    "abort-all": with_kits("abort_timeout_kit", "AbortAllMixin", abort_all_num_requests=8),
+    "abort-all": with_kit("abort_timeout_kit", "AbortAllMixin", abort_all_num_requests=8),
 }
 
 
