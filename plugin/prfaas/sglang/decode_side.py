@@ -84,8 +84,8 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
             )
         elif leased.aux_index != arguments["aux_index"]:
             raise PrfaasError(
-                f"room {room} is another request's already; SGLang gives all samples of a request (n above 1) "
-                "one room: ask for them one by one"
+                f"room {room} is another request's already; SGLang gives all samples of a request "
+                "(n above 1) one room: ask for them one by one"
             )
         places = b"" if leased.places is None else leased.places.to_bytes()
         return leased.lease.grant.to_text().encode(), places, str(leased.share_bytes).encode()
