@@ -107,7 +107,7 @@ class LinkWatcher:
     async def _once(self, session: aiohttp.ClientSession, url: str) -> None:
         cause = None
         try:
-            async with session.get(url) as response:
+            async with session.get(url, allow_redirects=False) as response:
                 data = await response.content.read(K_MAX_BODY_BYTES)
                 while not response.content.at_eof() and len(data) < K_MAX_BODY_BYTES:
                     data += await response.content.read(K_MAX_BODY_BYTES)

@@ -54,7 +54,7 @@ async def ask_switch(handle: ServerHandle, role: Role, config: SlowLoop) -> Swit
             headers = headers | {"Authorization": f"Bearer {key}"}
         async with asyncio.timeout(config.switch_timeout_s):
             async with handle.session.post(
-                handle.url + "/pd_role_switch", json=body, headers=headers
+                handle.url + "/pd_role_switch", json=body, headers=headers, allow_redirects=False
             ) as response:
                 return _ANSWER.decode(await response.content.read(K_MAX_ANSWER_BYTES))
     except K_NO_ANSWER as error:
