@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 Call = Callable[[float], None]
 
@@ -21,8 +21,8 @@ class Agenda:
 
     def at(self, at_s: float, call: Call) -> None:
         """`call(now)` at `at_s`. There is no cancelling: a caller whose plan changed ignores the call."""
-        self._serial += 1
-        heapq.heappush(self._heap, (at_s if at_s > self.now else self.now, self._serial, call))
+        self._serial = serial = self._serial + 1
+        heappush(self._heap, (at_s if at_s > self.now else self.now, serial, call))
 
     def at_in_background(self, at_s: float, call: Call) -> None:
         """As `at`, for what only watches: while nothing else is planned, nothing goes on."""
@@ -41,7 +41,7 @@ class Agenda:
 
     def run(self, until_s: float = float("inf")) -> None:
         """Handle everything up to `until_s`."""
-        heap, pop, handled = self._heap, heapq.heappop, 0
+        heap, pop, handled = self._heap, heappop, 0
         while heap and heap[0][0] <= until_s:
             self.now, _, call = pop(heap)
             call(self.now)

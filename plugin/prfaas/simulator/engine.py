@@ -273,8 +273,10 @@ class Engine:
         return self.works.steps_per_s(len(self._running))
 
     def _catch_up(self, now: float) -> None:
-        self._steps += self._rate() * (now - self._steps_at_s)
-        self._steps_at_s = now
+        passed_s = now - self._steps_at_s
+        if passed_s:
+            self._steps += self._rate() * passed_s
+            self._steps_at_s = now
 
     def _plan_decode(self, now: float) -> None:
         self._catch_up(now)
