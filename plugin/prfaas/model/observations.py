@@ -9,6 +9,7 @@ Snapshot                               everything at one moment
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from enum import StrEnum
@@ -107,6 +108,8 @@ class InstanceObservation:
     """Seconds of prefill queued or running, where the instance can tell (profiled, simulated); else None."""
     chunk_tokens: int | None = None
     """Most tokens of one of its prefill steps, where that is known."""
+    prefill_requests: float = math.inf
+    """Most prompts of one of its prefill steps; inf: as many as fit, or not known."""
     prefill_tokens_per_s: float | None = None
     """Measured while busy; None before anything was measured."""
     free_tokens: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class ServerHandle:
     """What pending_tokens was when it last reported: the rest of what it reported is others'."""
     chunk_tokens: int | None = None
     """Most tokens of one of its prefill steps; None where it doesn't tell."""
+    prefill_requests: int | None = None
+    """Most prompts of one of its prefill steps; None: as many as fit, or it doesn't tell."""
     down_until_s: float = float("-inf")
     """Not to be used before, after a connection failed."""
     misses: int = 0
@@ -122,6 +125,7 @@ class ServerHandle:
             waiting_uncached_tokens=others_tokens + self.pending_tokens,
             prefill_backlog_s=backlog_s,
             chunk_tokens=self.chunk_tokens,
+            prefill_requests=self.prefill_requests or math.inf,
             prefill_tokens_per_s=speed,
             free_tokens=free,
             total_tokens=self.reported.total_tokens,

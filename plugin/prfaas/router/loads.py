@@ -69,6 +69,8 @@ class _ServerSettings(msgspec.Struct):
     """Most tokens of a prefill step; -1 (or 0): prompts aren't cut."""
     max_prefill_tokens: int | None = None
     """Most tokens of a step of several whole prompts."""
+    prefill_max_requests: int | None = None
+    """Most prompts of a step; null: as many as fit."""
 
 
 _SETTINGS_DECODER = msgspec.json.Decoder(_ServerSettings)
@@ -78,8 +80,10 @@ class ReportError(ValueError):
     """A load, or settings, that can't be true."""
 
 
-def read_chunk_tokens(data: bytes) -> int | None:
-    """Most tokens of one of the server's prefill steps; None where it doesn't say. Raises ReportError."""
+def read_steps(data: bytes) -> tuple[int | None, int | None]:
+    """Most tokens and most prompts of one of the server's prefill steps; None where it doesn't say, or has no
+    limit. Raises ReportError.
+    """
     try:
         found = _SETTINGS_DECODER.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -89,7 +93,10 @@ def read_chunk_tokens(data: bytes) -> int | None:
         size = found.max_prefill_tokens
     if size is not None and not 0 < size <= K_MAX_STEP_TOKENS:
         raise ReportError(f"prefill steps of {size} tokens")
-    return size
+    most = found.prefill_max_requests
+    if most is not None and most <= 0:
+        raise ReportError(f"prefill steps of {most} prompts")
+    return size, most
 
 
 def read_report(
@@ -208,15 +215,15 @@ class LoadPoller:
     async def _ask_settings(self, timeout_s: float) -> None:
         """What it doesn't tell is asked again, but not soon; what it told stands until it is gone."""
         data, cause = await self._ask(K_SETTINGS_PATH, timeout_s)
-        found = None
+        found = most = None
         if cause is None:
             try:
-                found = read_chunk_tokens(data)
+                found, most = read_steps(data)
             except ReportError:
                 cause = "garbage"
         if cause is not None:
             self._metrics.refused_input.labels("server_info", cause).inc()
-        self._handle.chunk_tokens = found
+        self._handle.chunk_tokens, self._handle.prefill_requests = found, most
         self._settings_due_s = math.inf if found is not None else self._clock() + K_SETTINGS_AGAIN_S
 
     async def _ask(self, path: str, timeout_s: float) -> tuple[bytes, str | None]:
@@ -225,7 +232,9 @@ class LoadPoller:
         data = b""
         try:
             async with asyncio.timeout(timeout_s):
-                async with handle.session.get(handle.url + path, headers=handle.headers) as response:
+                async with handle.session.get(
+                    handle.url + path, headers=handle.headers, allow_redirects=False
+                ) as response:
                     while part := await response.content.readany():
                         data += part
                         if len(data) > K_MAX_BODY_BYTES:

@@ -70,6 +70,7 @@ def health_page(
                 "draining": handle.draining,
                 "in_flight": handle.in_flight,
                 "chunk_tokens": handle.chunk_tokens,
+                "prefill_requests": handle.prefill_requests,
                 "load_age_s": None
                 if handle.reported.at_s < 0
                 else round(max(0.0, now - handle.reported.at_s), 3),

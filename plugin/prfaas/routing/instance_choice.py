@@ -85,11 +85,12 @@ class InstanceChooser:
                 if one.role is decodes or one.draining or not one.healthy:
                     continue
                 name, chunk_tokens = one.instance, one.chunk_tokens
+                most = one.prefill_requests
                 lane = known.get(name)
                 if lane is None:
-                    lane = known[name] = Lane(chunk_tokens or costs.chunk_tokens)
-                elif chunk_tokens and chunk_tokens != lane.chunk_tokens:
-                    lane.cut(chunk_tokens)  # it tells only now, or came back with others
+                    lane = known[name] = Lane(chunk_tokens or costs.chunk_tokens, most)
+                elif chunk_tokens and (chunk_tokens != lane.chunk_tokens or most != lane.prefill_requests):
+                    lane.cut(chunk_tokens, most)  # it tells only now, or came back with others
                 if one.at_s > lane.reported_s:
                     backlog_s = one.prefill_backlog_s
                     if backlog_s is None:

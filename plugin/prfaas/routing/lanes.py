@@ -1,11 +1,11 @@
 """What each prefill instance has before it: the same steps that the instance will take, reckoned ahead.
 
-An instance takes steps of at most `chunk_tokens`, filled in order of service; whatever is in a step is
-done at its end, and what comes meanwhile waits for that end, however urgent it is. A prompt that a step has
-cut goes on before all others, as SGLang's chunked request does, so that what comes waits for all of it. So a
-prompt's prefill ends later than the work before it says: by the rest of what runs, and by what shares its
-last step. Near a deadline that decides, and a request that is let in by a wrong account makes all behind it
-late.
+An instance takes steps of at most `chunk_tokens` and `prefill_requests`, filled in order of service;
+whatever is in a step is done at its end, and what comes meanwhile waits for that end, however urgent it is.
+A prompt that a step has cut goes on before all others, as SGLang's chunked request does, so that what comes
+waits for all of it. So a prompt's prefill ends later than the work before it says: by the rest of what runs,
+and by what shares its last step. Near a deadline that decides, and a request that is let in by a wrong
+account makes all behind it late.
 
 A lane is told what was sent to its instance and what was done. Where the instance is slower than reckoned,
 all that follows moves back; where it reports more work than is known here, others have sent it.
@@ -49,8 +49,10 @@ class Queued:
 class Lane:
     """One instance's."""
 
-    def __init__(self, chunk_tokens: int) -> None:
+    def __init__(self, chunk_tokens: int, prefill_requests: float = math.inf) -> None:
         self.chunk_tokens = chunk_tokens
+        self.prefill_requests = prefill_requests
+        """Most prompts of a step; inf: as many as fit."""
         self.hopeful: list[Queued] = []
         """In order of service; first, whatever else it is, the prompt that the running step cuts."""
         self.behind: list[Queued] = []
@@ -81,9 +83,9 @@ class Lane:
 
     # What happens.
 
-    def cut(self, chunk_tokens: int) -> None:
+    def cut(self, chunk_tokens: int, prefill_requests: float = math.inf) -> None:
         """Its steps are of this size from the next one on."""
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.prefill_requests = chunk_tokens, prefill_requests
         self._ends = None
 
     def add(self, entry: Queued, now: float) -> None:
@@ -160,10 +162,12 @@ class Lane:
     def _start(self, at_s: float) -> None:
         """The next step, from at_s on."""
         left, took_s = float(self.chunk_tokens), 0.0
+        room = self.prefill_requests
         self._ends = None
         for entries in (self.hopeful, self.behind):
-            while entries and left > 0:
+            while entries and left > 0 and room > 0:
                 entry = entries[0]
+                room -= 1
                 if entry.tokens > left:
                     part_s = entry.start_up_s + (entry.work_s - entry.start_up_s) * left / entry.tokens
                     entry.tokens -= left
@@ -236,15 +240,15 @@ class Lane:
             if self._ends is None or self.ends_s <= now:
                 self._looked(now)
             at = bisect_right(hopeful, order_s, key=_order)
-            at_s, left, took_s, _ = self._states[at]
-            if left <= 0:
+            at_s, left, took_s, sharing = self._states[at]
+            if left <= 0 or sharing >= self.prefill_requests:
                 at_s += took_s
-                left, took_s = chunk, 0.0
+                left, took_s, sharing = chunk, 0.0, 0
         else:
             at_s = (self.ends_s if self.ends_s > now else now) + self.foreign_s
             if not self.behind:
                 return at_s + work_s
-            at, left, took_s = 0, chunk, 0.0
+            at, left, took_s, sharing = 0, chunk, 0.0, 0
         # As in `_walk`, from here to the end of the step that ends it.
         if tokens > left:
             if start_up_s > work_s:
@@ -255,19 +259,21 @@ class Lane:
             whole = (math.ceil(tokens / chunk) - 1) * chunk
             at_s += whole * a_token_s
             tokens -= whole
-            work_s, took_s, left = tokens * a_token_s, 0.0, chunk
+            work_s, took_s, left, sharing = tokens * a_token_s, 0.0, chunk, 0
         took_s += work_s
         left -= tokens
+        room = self.prefill_requests - sharing - 1
         for entry in hopeful[at:]:
-            if left <= 0:
+            if left <= 0 or room <= 0:
                 return at_s + took_s
+            room -= 1
             tokens = entry.tokens
             if tokens > left:
                 a_token_s = (entry.work_s - entry.start_up_s) / tokens
                 return at_s + (took_s + entry.start_up_s + left * a_token_s)
             took_s += entry.work_s
             left -= tokens
-        return at_s + self._filled_up(left, took_s)
+        return at_s + self._filled_up(left, took_s, room)
 
     def _looked(self, now: float) -> list[float]:
         """When each of `hopeful` ends: reckoned anew where something has changed."""
@@ -286,14 +292,14 @@ class Lane:
         """When the prefill of each ends, those first that share the step that `state` fills. `states` gets
         where the steps stand before each, and after the last.
         """
-        chunk = float(self.chunk_tokens)
+        chunk, most = float(self.chunk_tokens), self.prefill_requests
         at_s, left, took_s, sharing = state
         ends: list[float] = []
         for entry in entries:
             if states is not None:
                 states.append((at_s, left, took_s, sharing))
             tokens, work_s = entry.tokens, entry.work_s
-            if left <= 0:
+            if left <= 0 or sharing >= most:
                 at_s += took_s
                 ends += [at_s] * sharing
                 left, took_s, sharing = chunk, 0.0, 0
@@ -315,14 +321,15 @@ class Lane:
         if states is not None:
             states.append((at_s, left, took_s, sharing))
         if sharing:
-            ends += [at_s + self._filled_up(left, took_s)] * sharing
+            ends += [at_s + self._filled_up(left, took_s, most - sharing)] * sharing
         return ends
 
-    def _filled_up(self, left: float, took_s: float) -> float:
+    def _filled_up(self, left: float, took_s: float, room: float) -> float:
         """Seconds of the last step, once those that are given up have filled what is left of it."""
         for entry in self.behind:
-            if left <= 0:
+            if left <= 0 or room <= 0:
                 break
+            room -= 1
             if entry.tokens <= left:
                 took_s += entry.work_s
             else:

@@ -103,6 +103,7 @@ class Outlook:
                             now,
                             prefill_backlog_s=engine.work_s(now),
                             chunk_tokens=engine.chunk_tokens,
+                            prefill_requests=engine.prefill_requests,
                         )
                     )
             if engine.role != "prefill":

@@ -15,7 +15,7 @@ from prfaas.router.fleet import Reported
 from prfaas.router.holding import HoldingPen
 from prfaas.router.link_status import read_status
 from prfaas.router.links import LinkBook
-from prfaas.router.loads import ReportError, read_chunk_tokens, read_report
+from prfaas.router.loads import ReportError, read_report, read_steps
 
 
 def report(*loads: dict[str, Any]) -> bytes:
@@ -78,8 +78,10 @@ K_SERVER_INFO = {
     ],
 )
 def test_a_servers_settings_tell_the_size_of_its_steps(fields: dict[str, Any], tokens: int | None) -> None:
-    assert read_chunk_tokens(json.dumps(K_SERVER_INFO | fields).encode()) == tokens
-    assert read_chunk_tokens(b'{"profiled": true}') is None
+    assert read_steps(json.dumps(K_SERVER_INFO | fields).encode()) == (tokens, None)
+    told = K_SERVER_INFO | fields | {"prefill_max_requests": 3}
+    assert read_steps(json.dumps(told).encode()) == (tokens, 3)
+    assert read_steps(b'{"profiled": true}') == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -92,11 +94,12 @@ def test_a_servers_settings_tell_the_size_of_its_steps(fields: dict[str, Any], t
         b'{"chunked_prefill_size": 1.5}',
         b'{"chunked_prefill_size": 99999999999}',
         b'{"chunked_prefill_size": -1, "max_prefill_tokens": -1}',
+        b'{"chunked_prefill_size": 512, "prefill_max_requests": 0}',
     ],
 )
 def test_settings_that_cannot_be_true_are_refused(data: bytes) -> None:
     with pytest.raises(ReportError):
-        read_chunk_tokens(data)
+        read_steps(data)
 
 
 K_LINK = LinkId("east", "west")

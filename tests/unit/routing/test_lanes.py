@@ -107,11 +107,11 @@ requests = st.lists(
 )
 
 
-@given(requests)
+@given(requests, st.sampled_from([1, 2, None, None]))
 @settings(max_examples=200, deadline=None)
-def test_what_is_reckoned_is_what_an_instance_does(kinds) -> None:
-    agenda, lane, ended, reckoned = Agenda(), Lane(K_CHUNK), {}, {}
-    engine = Engine("e", "here", "prefill", K_PROFILE, agenda, chunk_tokens=K_CHUNK)
+def test_what_is_reckoned_is_what_an_instance_does(kinds, most: int | None) -> None:
+    agenda, lane, ended, reckoned = Agenda(), Lane(K_CHUNK, most or math.inf), {}, {}
+    engine = Engine("e", "here", "prefill", K_PROFILE, agenda, chunk_tokens=K_CHUNK, prefill_requests=most)
 
     def arrive(name: str, tokens: int, order_s: float, given_up: bool, now: float) -> None:
         work_s, order_s = K_PROFILE.prefill_s(tokens), order_s + (1e6 if given_up else 0.0)
@@ -248,6 +248,16 @@ def test_steps_are_of_the_size_that_the_instance_tells_whenever_it_tells_it() ->
         chosen.on_dispatch(request=view, decision=decision, now=0.0)
         sizes.append({lane.chunk_tokens for lane in chosen.lanes.lanes.values()})
     assert sizes == [{K_PROFILE.chunk_tokens}, {500}, {500}, {500}, {2000}]
+
+
+def test_one_prompt_a_step_waits_for_no_other_that_shares_it() -> None:
+    shared, alone = Lane(K_CHUNK), Lane(K_CHUNK, 1)
+    for lane in (shared, alone):
+        for number in range(3):
+            lane.add(Queued(number, number, str(number), 200, 0.5, 9.0, 0.3), 0.0)
+    # The first is under way; the second ends before the third, where the two don't share a step.
+    assert shared.place(1.5, 200, 0.5, 0.0, 0.3) == (2.0, 0)
+    assert alone.place(1.5, 200, 0.5, 0.0, 0.3) == (1.5, 0)
 
 
 def test_instances_that_come_and_go_leave_nothing() -> None:

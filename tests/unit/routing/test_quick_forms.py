@@ -37,11 +37,12 @@ def plain_ends(lane: Lane, entries: list[Queued], at_s: float) -> list[float]:
     queue = [[one.tokens, one.work_s, one.start_up_s] for one in entries]
     ends: list[float] = []
     while len(ends) < len(queue):
-        left, took_s, done = float(lane.chunk_tokens), 0.0, 0
+        left, took_s, done, taken = float(lane.chunk_tokens), 0.0, 0, 0
         for one in queue[len(ends) :]:
             tokens, work_s, start_up_s = one
-            if left <= 0:
+            if left <= 0 or taken >= lane.prefill_requests:
                 break
+            taken += 1
             if tokens > left:
                 part_s = start_up_s + (work_s - start_up_s) * left / tokens
                 one[:] = [tokens - left, work_s - part_s, 0.0]
@@ -50,8 +51,9 @@ def plain_ends(lane: Lane, entries: list[Queued], at_s: float) -> list[float]:
                 took_s, left, done = took_s + work_s, left - tokens, done + 1
         if len(ends) + done == len(queue):
             for given_up in lane.behind:
-                if left <= 0:
+                if left <= 0 or taken >= lane.prefill_requests:
                     break
+                taken += 1
                 part = min(1.0, left / given_up.tokens)
                 rest_s = given_up.work_s - given_up.start_up_s
                 took_s += given_up.start_up_s + rest_s * part
@@ -77,7 +79,7 @@ def plain_place(lane: Lane, order_s: float, tokens: float, work_s: float, now: f
 
 
 def lane_of(rng: Random, now: float) -> Lane:
-    lane = Lane(rng.choice([300, 1000, 4000]))
+    lane = Lane(rng.choice([300, 1000, 4000]), rng.choice([1, 2, math.inf, math.inf]))
     for serial in range(rng.randrange(7)):
         tokens = rng.choice([rng.randrange(1, 6000), lane.chunk_tokens])
         # Off the ends by more than sums of the same seconds in another order differ.
