@@ -10,7 +10,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from prfaas.admission import (
@@ -37,6 +37,8 @@ News = Callable[[str, Body], None]
 """(transfer, what): how an offer stands now."""
 
 K_NUMBER_MOST = 1 << 62
+K_SEEN = tuple(one.name for one in fields(LinkObservation) if one.name not in ("link", "at_s"))
+"""Of a report. A pump of a later version may say more."""
 
 
 def decision_body(decision: AdmissionDecision) -> Body:
@@ -80,7 +82,8 @@ class LedgerHost:
         """
         op, pump, key = body["op"], str(body["pump"]), str(body.get("key", ""))
         if op == "report":
-            seen = LinkObservation(link=self.link, at_s=now, **body["seen"])
+            known = {name: body["seen"][name] for name in K_SEEN if name in body["seen"]}
+            seen = LinkObservation(link=self.link, at_s=now, **known)
             share = self.report(seen, float(body["demand_bps"]), now, int(body.get("holds", 0)))
             estimate = {
                 k: v for k, v in asdict(self.estimator.estimate(now)).items() if k not in ("link", "at_s")

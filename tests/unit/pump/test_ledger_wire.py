@@ -353,6 +353,15 @@ def test_more_offers_than_a_page_holds_go_in_turns_and_lose_nothing() -> None:
     assert set(host._held) == {key for key, _ in book.standings()}
 
 
+def test_a_report_of_a_later_version_that_says_more_gets_its_share() -> None:
+    host, book, heard = pair()
+    more = report(book, 0.1)
+    more["seen"]["colour"] = "red"
+    more["mood"] = "fine"
+    answer = said(host, {**more, "demand_bps": 1e9}, heard, 0.1)
+    assert answer["share"]["rate_bps"] > 0
+
+
 def test_news_of_a_later_version_is_heard_as_far_as_it_is_known_here_and_nonsense_is_refused() -> None:
     book = OfferBook()
     book.ask("k", QUESTION, 0.0)
