@@ -26,7 +26,7 @@ from prfaas.config.backend import K_ENVIRONMENT, BackendConfig, load_backend_con
 from prfaas.config.pump import split_address
 from prfaas.model.errors import PrfaasError
 from prfaas.pump_client import LocalPumpClient
-from prfaas.sglang import compat, passage
+from prfaas.sglang import compat, passage, plugin
 from prfaas.sglang.asking import AskedRooms
 from prfaas.sglang.decode_side import DecodeSide
 from prfaas.sglang.layer_side import LayerSide
@@ -55,6 +55,7 @@ class PrfaasKVManager(DecodeSide, LayerSide):
     def init_engine(self) -> None:
         """Called by the constructor, after the bootstrap and before memory is registered."""
         config = load_config()
+        plugin.complete(config, self.disaggregation_mode == compat.DisaggregationMode.PREFILL)
         self.deadline_s = config.deadline_s
         self.pump = LocalPumpClient.open(
             config.pump, name=f"sglang {self.disaggregation_mode.value} {os.getpid()}"

@@ -8,7 +8,6 @@ and its modules are imported when SGLang asks for its classes.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import multiprocessing
 import os
@@ -17,14 +16,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prfaas.model.errors import PrfaasError
-from prfaas.sglang import compat
+from prfaas.sglang import command_line, compat
 
 if TYPE_CHECKING:
     from prfaas.config.backend import BackendConfig
 
 logger = logging.getLogger(__name__)
 
-K_MODE = "--disaggregation-mode"
+K_BACKEND_FLAG = "--disaggregation-transfer-backend"
+K_MODE, K_SWITCH = "--disaggregation-mode", "--enable-pd-role-switch"
 K_APPLICATION = "prfaas.sglang.http_app:app"
 
 _registered = False
@@ -43,12 +43,12 @@ def load_plugin() -> None:
             # SGLang's schedulers are children of the process that serves HTTP.
             serves_http = multiprocessing.parent_process() is None
             compat.check_backend(with_http=serves_http)
-            prefills, decodes = (_said(sys.argv, K_MODE, mode) for mode in ("prefill", "decode"))
-            if config.near is not None and decodes:
+            mode = command_line.value_of(sys.argv, K_MODE)
+            if config.near is not None and mode == "decode":
                 from prfaas.sglang import near
 
                 near.check_installed()
-            if serves_http and (prefills or decodes):
+            if serves_http and mode in ("prefill", "decode"):
                 _find_pump(config)
             _register_answers(serves_http)
             if serves_http:
@@ -56,7 +56,7 @@ def load_plugin() -> None:
             if config.control is not None:
                 _register_passage()
             # A decode server's layers aren't looked at, unless it may change its role.
-            if config.overlap == "layer" and (prefills or "--enable-pd-role-switch" in sys.argv):
+            if config.overlap == "layer" and (mode == "prefill" or command_line.says(sys.argv, K_SWITCH)):
                 _register_layers()
         register(with_classes=asked or compat.utils_loaded())
     except PrfaasError as error:
@@ -82,13 +82,24 @@ def _find_pump(config: BackendConfig) -> None:
     connect_or_start(config.pump).close()
 
 
+def complete(config: BackendConfig, prefills: bool) -> None:
+    """In a scheduler that uses the backend: what its command line would have had registered, had it one; an
+    engine that was made in Python hasn't. Raises SglangMoved.
+    """
+    before = _answering, _passing, _watching
+    _register_answers(serves_http=False)
+    if config.control is not None:
+        _register_passage()
+    if config.overlap == "layer" and prefills:
+        _register_layers()
+    if before != (_answering, _passing, _watching):
+        compat.check_backend(with_http=False)
+        compat.HookRegistry.apply_hooks()
+
+
 def backend_asked_for(argv: Sequence[str]) -> bool:
     """Whether the command line names this backend; spawned children inherit their parent's."""
-    return _said(argv, "--disaggregation-transfer-backend", compat.K_BACKEND)
-
-
-def _said(argv: Sequence[str], flag: str, value: str) -> bool:
-    return f"{flag}={value}" in argv or (flag, value) in itertools.pairwise(argv)
+    return command_line.value_of(argv, K_BACKEND_FLAG) == compat.K_BACKEND
 
 
 def _register_answers(serves_http: bool) -> None:

@@ -130,6 +130,7 @@ def test_server_without_the_backend_imports_none_of_it_and_has_one_hook_that_han
         "prfaas.model",
         "prfaas.model.errors",
         "prfaas.sglang",
+        "prfaas.sglang.command_line",
         "prfaas.sglang.compat",
         "prfaas.sglang.plugin",
     ]

@@ -273,6 +273,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     forget_backend()
     module = importlib.import_module("prfaas.sglang.backend")
     monkeypatch.setattr(module, "LocalPumpClient", FakePump)
+    monkeypatch.setattr("prfaas.sglang.plugin.complete", lambda config, prefills: None)
     yield module
     forget_backend()
 

@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from prfaas.sglang import compat, plugin
+from prfaas.config.backend import BackendConfig
+from prfaas.sglang import command_line, compat, plugin
 from prfaas.sglang.compat import SglangMoved, TouchPoint
 
 K_MODULE = """
@@ -106,6 +108,61 @@ def test_names_outside_of_the_tables_are_no_names_of_ours() -> None:
 )
 def test_the_command_line_says_whether_the_backend_is_asked_for(argv: list[str], asked: bool) -> None:
     assert plugin.backend_asked_for(argv) is asked
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ([], "prefill"),
+        (["--disaggregation-mode", "decode"], "decode"),
+        (["--disaggregation-mode=decode"], "decode"),
+        (["--config", "another.yaml"], None),
+    ],
+)
+def test_sglangs_own_file_says_as_much_as_its_command_line_which_counts_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], mode: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = (
+        "disaggregation-mode: prefill",
+        "enable_pd_role_switch: true",
+        "disaggregation-transfer-backend: prfaas",
+    )
+    Path("server.yaml").write_text("\n".join(lines))
+    argv = ["x", *(words if "--config" in words else ["--config", "server.yaml", *words])]
+    assert command_line.value_of(argv, "--disaggregation-mode") == mode
+    assert command_line.says(argv, "--enable-pd-role-switch") is (mode is not None)
+    assert plugin.backend_asked_for(argv) is (mode is not None)
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "- a list", ""])
+def test_a_file_that_sglang_cannot_take_says_nothing(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(text)
+    assert not plugin.backend_asked_for(["x", "--config", str(path)])
+
+
+def test_a_scheduler_without_a_command_line_gets_the_hooks_that_its_file_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of an engine that is made in Python."""
+    hooked: list[str] = []
+    registry = SimpleNamespace(
+        register=lambda target, hook, kind: hooked.append(target),
+        apply_hooks=lambda: hooked.append("applied"),
+    )
+    monkeypatch.setitem(vars(compat), "HookRegistry", registry)
+    kinds = SimpleNamespace(AROUND=1, AFTER=2, BEFORE=3)
+    monkeypatch.setitem(vars(compat), "HookType", kinds)
+    monkeypatch.setattr(compat, "check_backend", lambda with_http: hooked.append("checked"))
+    for flag in ("_answering", "_passing", "_watching"):
+        monkeypatch.setattr(plugin, flag, False)
+    config = BackendConfig.model_validate({"overlap": "layer", "control": {}})
+    plugin.complete(config, prefills=True)
+    wanted = [compat.K_PREPARE_ABORT, compat.K_BOOTSTRAP_ADDRESS, compat.K_RUN_BATCH, compat.K_MHA_WRITE]
+    assert hooked == [*wanted, compat.K_MLA_WRITE, compat.K_MLA_WRITE_PARTS, "checked", "applied"]
+    plugin.complete(config, prefills=True)
+    assert len(hooked) == 8
 
 
 def moved(*args: object, **kwargs: object) -> None:
