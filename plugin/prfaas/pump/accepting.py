@@ -47,7 +47,7 @@ class Acceptor:
         loop.add(sock.fileno(), R, self)
 
     def on_ready(self, mask: int, now: float) -> None:
-        for _ in range(K_TURN):
+        for _ in range(0 if self._closed else K_TURN):
             try:
                 conn, _ = self._sock.accept()
             except ConnectionAbortedError:

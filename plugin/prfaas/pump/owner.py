@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 K_READ_BYTES = 1 << 20
+K_UNUSED_S = 30.0
+"""So long after its deadline an offer whose bytes don't come is given up: a server that forgot to release it
+would take its place from others for as long as it lives.
+"""
 K_BACKLOG_MAX_BYTES = 64 << 20
 """A server that doesn't read what happened to its transfers is cut off at so much."""
 R, W = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -46,6 +50,8 @@ class Promised:
 
     desk: LinkDesk
     left_bytes: int
+    until_s: float
+    """After this it is given up, unless a transfer of it is under way."""
 
 
 class Owner:
@@ -280,7 +286,8 @@ class Owner:
             self.send(m.OfferNews(message.key, "admitted", finish_in_s=None))
             return
         key = self._ledger_key(message.key)
-        self.offers[message.key] = Promised(desk, message.size_bytes)
+        until_s = now + message.deadline_s + K_UNUSED_S
+        self.offers[message.key] = Promised(desk, message.size_bytes, until_s)
         body = {
             "size_bytes": message.size_bytes,
             "deadline_s": message.deadline_s,
@@ -320,6 +327,9 @@ class Owner:
             if offer is not None:
                 left = max(0, offer.left_bytes - acked_bytes)
                 offer.desk.progress(self._ledger_key(key), left, now)
+        for key in [key for key, x in self.offers.items() if key not in acked and now > x.until_s]:
+            log.warning("%s: offer %s is given up: nothing is under way for it", self.name, key)
+            self._release(key, now)
 
     def _ended(self, event: SendEvent) -> None:
         self.transfers.pop(event.transfer_id, None)

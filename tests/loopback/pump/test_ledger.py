@@ -7,13 +7,16 @@ import dataclasses
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
+from prfaas.config.pump import PumpConfig
 from prfaas.model.decisions import RefusalReason, Verdict
 from prfaas.model.transfer import TransferKind
+from prfaas.pump.server import Pump
 
 K_WAIT_S = 20
 K_LINK = {"nominal_bps": 80e6, "max_pumps": 3, "share_ttl_s": 0.5}
@@ -261,3 +264,25 @@ def silent_address():
             one.setblocking(False)
             one.connect_ex(listener.getsockname())
         yield "{}:{}".format(*listener.getsockname())
+
+
+def test_an_offer_that_a_server_forgot_is_given_up_after_its_deadline_and_others_stay(pumps, monkeypatch):
+    monkeypatch.setattr("prfaas.pump.owner.K_UNUSED_S", 0.2)
+    pump = Pump(PumpConfig.model_validate({**pumps.config("east").model_dump(), "links": link()}))
+    thread = threading.Thread(target=pump.run)
+    thread.start()
+    try:
+        east = pumps.client(pump.config)
+        kept = east.offer("west", 1_000_000, 30.0)
+        forgotten = east.offer("west", 1_000_000, 0.5)
+        for offer in (kept, forgotten):
+            assert offer.wait(K_WAIT_S) is Verdict.ADMITTED
+        wait_for(lambda: status(east)["admitted"] == 1)
+        wait_for(lambda: status(east)["late"] == 0)
+        east.release(kept)
+        wait_for(lambda: status(east)["admitted"] == 0)
+        east.release(forgotten)  # it remembers after all
+        east.close()
+    finally:
+        pump.stop()
+        thread.join()
