@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from prfaas.config.experiment import Experiment, Instance
 from prfaas.config.policy import PolicyConfig
 from prfaas.config.workload import Azure, Mooncake
 from prfaas.figures import new_figure, save, series
+from prfaas.model.errors import UsageError
 from prfaas.model.lengths import Empirical
 from prfaas.planner import Job, Plan, Resources, clairvoyant_bound
 from prfaas.planner.build import system_of
@@ -37,6 +38,7 @@ from prfaas_testbed.claim.starts import at_each_start
 K_LOADS = (0.75, 0.85, 0.95)
 K_TRACE_STEP_S = 500.0  # repetition i plays the trace from i times this on
 K_NO_GAP = 0.01  # share of the requests between the report's policy and the bound that is no gap to close
+K_SET = "claim-bursts"
 K_CLOSED = 0.6
 K_FAR = 4  # PrfaaS instances of the 1T case
 K_STARTS = "at-each-start"
@@ -65,7 +67,12 @@ class Case:
 
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Each workload at each load: the bound, and what each policy has within the SLO."""
-    plans, cases = cases_of(repetitions)
+    return measure_some(repetitions, say, [part for part, _ in parts(K_SET)])
+
+
+def measure_some(repetitions: int, say: Callable[[str], None], only: Collection[str]) -> dict[str, Any]:
+    """As `measure`, of these workloads. Raises UsageError for one that isn't there."""
+    plans, cases = cases_of(repetitions, only)
     rows: list[dict[str, Any]] = []
     for case, found in zip(cases, spread(play_case, cases), strict=True):
         rows += found
@@ -79,11 +86,15 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     return {"plans": plans, "by_instance": True, "rows": rows}
 
 
-def cases_of(repetitions: int) -> tuple[dict[str, Any], list[Case]]:
-    """The plans by workload, for the record, and every case."""
+def cases_of(repetitions: int, only: Collection[str]) -> tuple[dict[str, Any], list[Case]]:
+    """The plans by workload, for the record, and every case. Raises UsageError."""
     plans: dict[str, Any] = {}
     cases = []
-    for part, experiment in parts("claim-bursts"):
+    known = dict(parts(K_SET))
+    if unknown := sorted(set(only) - set(known)):
+        raise UsageError(f"bursts has no {', '.join(unknown)}; there are: {', '.join(known)}")
+    for part in (one for one in known if one in only):
+        experiment = known[part]
         plan = _plan(experiment)
         plans[part] = {
             "capacity_rps": plan.throughput_rps,
@@ -338,4 +349,4 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
     return [path.name for path in paths if path.suffix == ".png"]
 
 
-PIECE = Piece("bursts", "Bursts and real traffic", measure, goals, draw, tell)
+PIECE = Piece("bursts", "Bursts and real traffic", measure, goals, draw, tell, measure_some=measure_some)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ class Piece:
     """Of a piece that runs on the testbed: from the folders of its runs to the record's own fields."""
     world: str = "simulator"
     """Where `measure` runs."""
+    measure_some: Callable[[int, Callable[[str], None], Collection[str]], dict[str, Any]] | None = None
+    """As `measure`, of these parts alone, where a piece's rows say of which part they are. Raises UsageError
+    for a part that isn't one."""
     further: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     """Of a piece whose runs are repetitions: (a record, runs gathered since) to the two as one."""
     resimulated: Callable[[dict[str, Any], Callable[[str], None]], dict[str, Any]] | None = None

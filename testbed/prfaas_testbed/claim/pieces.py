@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,36 @@ def piece(name: str) -> Piece:
     return found
 
 
-def measure(name: str, repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run a piece in the simulator; its record. `say` hears of progress. Raises UsageError for an unknown
-    piece, and for one that runs on the testbed.
+def measure(
+    name: str, repetitions: int, say: Callable[[str], None], only: Collection[str] = ()
+) -> dict[str, Any]:
+    """Run a piece in the simulator, or `only` some of its parts; its record. `say` hears of progress. Raises
+    UsageError for an unknown piece or part, and for one that runs on the testbed.
     """
-    begun = time.monotonic()
-    return _record(name, piece(name).world, repetitions, begun, lambda: piece(name).measure(repetitions, say))
+    found, begun = piece(name), time.monotonic()
+
+    def make() -> dict[str, Any]:
+        if not only:
+            return found.measure(repetitions, say)
+        if found.measure_some is None:
+            raise UsageError(f"{name} is measured whole; --only isn't for it")
+        return found.measure_some(repetitions, say, only)
+
+    return _record(name, found.world, repetitions, begun, make)
+
+
+def partly(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The record of some parts, with what one before has of the others, and of which commit that is."""
+    fresh = set(record["plans"])
+    kept = [part for part in before["plans"] if part not in fresh]
+    older = {part: one for part, one in before.get("older", {}).items() if part in kept}
+    told = {name: before[name] for name in ("commit", "started")}
+    return {
+        **record,
+        "older": {part: older.get(part, told) for part in kept},
+        "plans": {**before["plans"], **record["plans"]},
+        "rows": [row for row in before["rows"] if row["part"] in kept] + record["rows"],
+    }
 
 
 def kept(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _made(record: dict[str, Any]) -> str:
             f"Made again by `prfaas-testbed claim run {name}`: {record['repetitions']} repetitions, "
             f"{record['took_s']:.0f} s on {cores} cores, commit {_commits([record['commit']])}, "
             f"{record['started']}. The experiments are `topologies/experiments/claim-{name}*.yaml`; "
-            f"`prfaas simulate` plays each alone.\n{_older(record)}"
+            f"`prfaas simulate` plays each alone.{_parts_before(record)}\n{_older(record)}"
         )
     runs = record["runs"]
     loads = sorted(f"{run['machine']['load_1min_before']:4.1f}" for run in runs if "machine" in run)
@@ -111,6 +111,15 @@ def _made(record: dict[str, Any]) -> str:
         f"{min(run['started'] for run in runs)} to {max(run['started'] for run in runs)}; the record, and "
         f"what is simulated in it, by {_commits([record['commit']])}.\n"
     )
+
+
+def _parts_before(record: dict[str, Any]) -> str:
+    """Which parts of it were measured before the others (`claim run --only`)."""
+    told = [
+        f"{part} {_commits([one['commit']])}, {one['started']}"
+        for part, one in record.get("older", {}).items()
+    ]
+    return f" Parts of it are of other commits: {'; '.join(told)}." if told else ""
 
 
 def _older(record: dict[str, Any]) -> str:

@@ -21,6 +21,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     measure.add_argument("pieces", nargs="*", metavar="PIECE", help="all simulated ones where none is named")
     measure.add_argument("--repetitions", type=int, default=K_REPETITIONS, help="seeds a figure (5)")
     measure.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    measure.add_argument(
+        "--only", default="", metavar="PART[,PART]",
+        help="of one piece these parts alone; what the record has of the others stays in it",
+    )  # fmt: skip
     measure.set_defaults(run=run)
     add = commands.add_parser("add", help="a piece's record from its runs on the testbed")
     add.add_argument("piece", metavar="PIECE")
@@ -51,12 +55,17 @@ def run(args: argparse.Namespace) -> int:
     names = args.pieces or list(pieces.SIMULATED)
     for name in names:
         pieces.piece(name)
+    only = [part for part in args.only.split(",") if part]
+    if only and len(names) != 1:
+        raise UsageError("--only: parts of one piece; name it")
     pieces.check_folder(args.out)
+    before = pieces.read(args.out / f"{names[0]}.json") if only else None
     for name in names:
         if pieces.piece(name).gather is not None:
             _run_and_gather(name, args.out)
             continue
-        record = pieces.measure(name, args.repetitions, lambda line: _say(f"  {line}\n"))
+        record = pieces.measure(name, args.repetitions, lambda line: _say(f"  {line}\n"), only)
+        record = record if before is None else pieces.partly(record, before)
         _say(f"{name}: {record['took_s']:.0f} s, {pieces.write(record, args.out)}\n")
     return EXIT_OK
 

@@ -117,6 +117,35 @@ def bursts_record(ours: float) -> dict[str, Any]:
     return record("bursts", rows) | {"plans": {"gamma": plan}}
 
 
+def test_some_workloads_can_be_measured_anew(tmp_path: Path) -> None:
+    before = bursts_record(0.9)
+    for row in list(before["rows"]):
+        before["rows"].append({**row, "part": "code"})
+    before["plans"]["code"] = before["plans"]["gamma"]
+    fresh = {**bursts_record(0.7), "commit": "1" * 40}
+    joined = pieces.partly(fresh, before)
+    assert list(joined["plans"]) == ["gamma", "code"]
+    assert joined["older"] == {"code": {"commit": "0" * 40, "started": "2026-01-01T00:00:00Z"}}
+    shown = {
+        part: {
+            row["within_slo"] for row in joined["rows"] if (row["part"], row["policy"]) == (part, "prices")
+        }
+        for part in ("gamma", "code")
+    }
+    assert shown == {"gamma": {0.7}, "code": {0.9}}
+    pieces.write(joined, tmp_path)
+    path, _ = write_report(tmp_path)
+    assert "Parts of it are of other commits: code `000000000000`," in path.read_text()
+    # Of a part that was kept before, the commit is still its own; of one that is measured now, none.
+    third = pieces.partly({**fresh, "plans": {"new": {}}, "rows": [{"part": "new"}]}, joined)
+    assert (third["older"]["code"]["commit"], third["older"]["gamma"]["commit"]) == ("0" * 40, "1" * 40)
+    assert pieces.partly(fresh, {**third, "plans": {"gamma": {}}})["older"] == {}
+    with pytest.raises(UsageError, match="bursts has no nonsense; there are: gamma, on-off"):
+        bursts.measure_some(1, lambda line: None, ["nonsense"])
+    with pytest.raises(UsageError, match="links is measured whole"):
+        pieces.measure("links", 1, lambda line: None, ["flaps"])
+
+
 def bandwidth_record(ours_rps: float) -> dict[str, Any]:
     step = {
         "step": 0,
