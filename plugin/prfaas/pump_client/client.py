@@ -116,18 +116,13 @@ class LocalPumpClient(PumpClient):
             rows[:, 1].tobytes(), deadline_s, site, slot, word,
         )  # fmt: skip
         grant = LeaseGrant(
-            self.address,
-            message.lease_id,
-            message.token,
-            room,
-            generation,
-            self._attached.window_bytes,
+            self.address, message.lease_id, message.token, room, generation, self._attached.window_bytes,
             self.site,
-        )
+        )  # fmt: skip
         lease = LocalLease(self.revoke, grant, message, expected_sources, time.monotonic() + deadline_s)
         with self._lock:
+            self._send_guarded(message)
             self._standing.add_lease(lease)
-            self._send(message)
         return lease
 
     def revoke(self, lease: LocalLease) -> None:
@@ -148,15 +143,17 @@ class LocalPumpClient(PumpClient):
     ) -> Transfer:  # fmt: skip
         with self._lock:
             key = (grant.lease_id, source)
-            index = self._counts.pop(key, 0)
+            index = self._counts.get(key, 0)
+            transfer = self._submit(
+                grant, sources, destinations, lengths, kind, deadline_s, index, index + 1 if last else 0,
+                source, offer.key if offer else "",
+            )  # fmt: skip
+            self._counts.pop(key, None)
             if not last:
                 self._counts[key] = index + 1
                 if len(self._counts) > K_ROOMS_UNDER_WAY:
                     del self._counts[next(iter(self._counts))]
-            return self._submit(
-                grant, sources, destinations, lengths, kind, deadline_s, index, index + 1 if last else 0,
-                source, offer.key if offer else "",
-            )  # fmt: skip
+            return transfer
 
     def submit_raw(
         self,
@@ -191,8 +188,8 @@ class LocalPumpClient(PumpClient):
             grant.window_bytes, kind.value, deadline_s, src, dst, size, slot, word, index, count, source,
             grant.site, offer,
         )  # fmt: skip
+        self._send_guarded(message)
         self._standing.add_transfer(transfer, message)
-        self._send(message)
         return transfer
 
     def cancel(self, transfer: Transfer) -> None:
@@ -268,11 +265,20 @@ class LocalPumpClient(PumpClient):
         """
         if self._closed:
             raise PrfaasError("the pump client is closed")
+        data = m.encode(message)
         if self._sock is None and isinstance(message, K_TOLD_AGAIN):
             return
-        self._out += m.encode(message)
+        self._out += data
         if not self._flush():
             os.write(self._wake_out, b"x")
+
+    def _send_guarded(self, message: m.Submit | m.Grant) -> None:
+        """Under the lock. What can't be said gives its guard back."""
+        try:
+            self._send(message)
+        except PrfaasError:
+            self._guards.withdraw(message.guard_slot, message.guard_word)
+            raise
 
     def _flush(self) -> bool:
         """Under the lock. Whether all is sent (or waits for a new pump)."""

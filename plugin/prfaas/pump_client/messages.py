@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from prfaas.model.errors import LocalProtocolError
+
 K_LENGTH = struct.Struct("<I")
 K_MESSAGE_MAX_BYTES = 256 << 20
 K_CONTROL_VERSION = 1
@@ -212,7 +214,13 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: Message) -> bytes:
+    """As it goes over the socket. Raises LocalProtocolError for one that the other end would refuse."""
     body = _encoder.encode(message)
+    if len(body) > K_MESSAGE_MAX_BYTES:
+        raise LocalProtocolError(
+            f"a message of {len(body) >> 20} MiB to the pump, and {K_MESSAGE_MAX_BYTES >> 20} are allowed: "
+            "fewer segments in one call"
+        )
     return K_LENGTH.pack(len(body)) + body
 
 

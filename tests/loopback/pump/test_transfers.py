@@ -326,3 +326,22 @@ def test_counters_account_for_every_byte_on_the_wire(pair):
     named = grown["payload_bytes_sent"] + grown["framing_bytes_sent"] + grown["control_bytes_sent"]
     assert first == pytest.approx(named, rel=0.02)
     assert grown["framing_bytes_sent"] < 0.01 * (1 << 22)
+
+
+def test_a_call_that_no_message_holds_is_refused_here_and_costs_no_other_transfer(pair, monkeypatch):
+    pumps, east, west = pair
+    src, dst = pumps.memory(east, 1 << 16), pumps.memory(west, 1 << 16, fill=0)
+    lease = lease_on(west, dst)
+    free = len(east._guards._free)
+    monkeypatch.setattr("prfaas.pump_client.messages.K_MESSAGE_MAX_BYTES", 50_000)
+    places = np.arange(0, 1 << 16, 16, dtype=np.uint64)
+    sizes = np.full(len(places), 16)
+    with pytest.raises(LocalProtocolError, match="fewer segments"):
+        send_kv(east, lease.grant, places + src.ctypes.data, places + dst.ctypes.data, sizes)
+    assert len(east._guards._free) == free
+    half = slice(0, None, 4)
+    outcome = send_kv(
+        east, lease.grant, places[half] + src.ctypes.data, places[half] + dst.ctypes.data, sizes[half]
+    ).wait(K_WAIT_S)
+    assert outcome.ok
+    lease.revoke()
