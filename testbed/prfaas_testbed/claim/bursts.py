@@ -216,6 +216,7 @@ K_WHY = {
     " single runs 9% more was to be prefilled at 0.85 and 18% at 0.95, and local prefill had more than it"
     " could do. And an instance goes on with a prompt that a step has cut, so that a long one holds up what"
     " comes after it, wherever that is due: with steps that anything could pass ours closed 76, 75 and 60%",
+    "code-singly": "as of code",
     "code": "ours binds a request to an instance when it comes, and what is let in early keeps out shorter"
     " prompts that come later; a door that decided at each start would have most of the rest (below), without"
     " knowing more of what comes. With all queues known exactly the same rule closed 55% at 0.85 on other"
@@ -309,7 +310,10 @@ gamma and on-off arrivals, partly of the seeds played here, so that those rows a
 traces weren't used for it. The bound knows all arrivals beforehand, and
 divides and interrupts prefills at will, so that part of the remaining gap can't be closed by anybody. The
 code trace comes in bursts of up to four times the capacity; its prefill steps take 2,048 tokens, in all
-systems alike, because one of 8,192 holds several of its short prompts until the last of them is done.
+systems alike, because one of 8,192 holds several of its short prompts until the last of them is done. In
+*code-singly* a step takes one prompt (SGLang's --prefill-max-requests 1), which ours knows of; the simulator
+counts each prompt's start-up whether it shares a step or not, so that it can't say what this costs a server
+that shares it among them.
 """
         + (K_TOLD_STARTS.format(starts=starts) if starts else "")
     )

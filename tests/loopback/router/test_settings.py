@@ -6,7 +6,9 @@ import asyncio
 from typing import Any
 
 K_DEADLINE = {"name": "prices", "service": "deadline"}
-K_SETTINGS: dict[str, Any] = {"chunked_prefill_size": 512, "max_prefill_tokens": 16384, "version": "0.5.23"}
+K_SETTINGS: dict[str, Any] = {
+    "chunked_prefill_size": 512, "max_prefill_tokens": 16384, "prefill_max_requests": 2, "version": "0.5.23"
+}  # fmt: skip
 
 
 def test_the_size_of_steps_is_asked_of_the_server_once_and_anew_after_it_was_gone(stand: Any) -> None:
@@ -24,11 +26,13 @@ def test_the_size_of_steps_is_asked_of_the_server_once_and_anew_after_it_was_gon
             await s.settle(lambda: handle.chunk_tokens == 512)
             await s.settle(lambda: handle.up(s.router.clock()))
             assert (await s.post())[0] == 200
-            assert s.router.scheduler.policy.lanes.lanes["west-p"].chunk_tokens == 512
+            lane = s.router.scheduler.policy.lanes.lanes["west-p"]
+            assert (lane.chunk_tokens, lane.prefill_requests) == (512, 2)
             await asyncio.sleep(0.3)
             assert west.settings_asked == 2
             async with s.session.get(s.url + "/health") as response:
-                assert (await response.json())["servers"]["west-p"]["chunk_tokens"] == 512
+                told = (await response.json())["servers"]["west-p"]
+                assert (told["chunk_tokens"], told["prefill_requests"]) == (512, 2)
             east = 'prfaas_router_refused_input_total{cause="HTTP 404",source="server_info"}'
             assert (await s.metrics())[east] >= 1
 
