@@ -156,14 +156,9 @@ class LocalPumpClient(PumpClient):
             return transfer
 
     def submit_raw(
-        self,
-        session_id: str,
-        sources: ArrayLike,
-        destinations: ArrayLike,
-        lengths: ArrayLike,
-        *,
+        self, session_id: str, sources: ArrayLike, destinations: ArrayLike, lengths: ArrayLike, *,
         deadline_s: float,
-    ) -> Transfer:
+    ) -> Transfer:  # fmt: skip
         address, mark, token = session_id.rpartition("#")
         try:
             grant = LeaseGrant(address, 0, bytes.fromhex(token), 0, 0, self._attached.window_bytes)
