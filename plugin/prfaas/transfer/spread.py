@@ -22,6 +22,8 @@ K_WINDOWS = 1.0
 K_PACE = 1.25
 K_BURST_BYTES, K_BURST_SHARE = 512 * 1024, 0.25
 """Most at once, and most of the windows, which hold up to what the link and the queue before it do."""
+K_LOOKS_S = 0.004
+"""But no less than the pace brings between two looks at the streams, or a fast link would wait for them."""
 
 S = TypeVar("S", bound=Hashable)
 
@@ -58,7 +60,9 @@ class Allowance:
         self._at_s = now
         pace = K_PACE * windows_bytes / rtt_s if rtt_s > 0 else float("inf")
         more = pace * since_s if since_s > 0 else 0.0
-        most = min(float(K_BURST_BYTES), K_BURST_SHARE * windows_bytes) if windows_bytes else K_BURST_BYTES
+        most = float(K_BURST_BYTES)
+        if windows_bytes and rtt_s > 0:
+            most = max(min(most, K_BURST_SHARE * windows_bytes), pace * K_LOOKS_S)
         self._bytes = min(most, self._bytes + more)
 
     @property
