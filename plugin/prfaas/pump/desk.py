@@ -103,6 +103,11 @@ class LinkDesk:
         """What is believed of the link: by the ledger here, or as its host last said."""
         return self.host.estimator.estimate(now) if self.host else self._told
 
+    def is_down(self, now: float) -> bool:
+        """Whether the link is believed to be down."""
+        estimate = self.estimate(now)
+        return estimate is not None and not estimate.up
+
     def status(self, now: float) -> dict[str, Any]:
         """Share, estimate and promises, for figures."""
         estimate = self.estimate(now)
@@ -296,8 +301,8 @@ class LinkDesk:
         the link is back, when what was under way has been given up (or waits for a peer that is lost for
         good) and nothing new is admitted.
         """
-        estimate, every_s = self.estimate(now), self.config.admission.probe_every_s
-        if estimate is None or estimate.up:
+        every_s = self.config.admission.probe_every_s
+        if not self.is_down(now):
             self._probe_s = now + every_s
         if now < self._probe_s:
             return

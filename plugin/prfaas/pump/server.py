@@ -314,14 +314,23 @@ class Pump:
             self.on_receive_event(event, now)
         for owner in self._owners.values():
             owner.tell_progress(now)
-        for address in [name for name, peer in self._peers.items() if peer.is_given_up(now)]:
-            self._peers.pop(address).close(now)
+        self._forget_peers(now)
         if self._owners:
             self._last_client_s = now
         elif not self._persistent and now - self._last_client_s > self.config.idle_exit_s:
             log.info("no clients for %.0f s: the pump ends", self.config.idle_exit_s)
             self.stop()
         self.loop.call_at(now + K_TICK_S, self._tick)
+
+    def _forget_peers(self, now: float) -> None:
+        """Those that are given up. Not by whom a link that is down is probed: nothing would tell of its
+        return.
+        """
+        down = {site for site, desk in self.desks.items() if desk.is_down(now)}
+        for address, peer in list(self._peers.items()):
+            if peer.is_given_up(now) and not down & {peer.site, peer.wanted_site}:
+                del self._peers[address]
+                peer.close(now)
 
     def run(self) -> None:
         log.info(

@@ -16,7 +16,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from prfaas.config.pump import PumpConfig
 from prfaas.model.errors import MachineError
+from prfaas.model.observations import LinkObservation
 from prfaas.model.transfer import TransferKind
 from prfaas.pump.server import Pump
 from prfaas.pump_client import LocalPumpClient
@@ -146,6 +148,28 @@ def test_a_peer_that_went_for_good_is_forgotten_and_one_that_answers_is_not(pump
                 break
         assert addresses() == {there}
         assert pump.peer(there, pump.loop.now()).n_ready
+    finally:
+        pump.close()
+
+
+def test_a_peer_by_which_a_link_that_is_down_is_probed_is_not_forgotten(pumps):
+    link = {"peer_site": "west", "admission": {"nominal_bps": 1e9, "probe_every_s": 300.0}}
+    pump = Pump(PumpConfig.model_validate({**pumps.config("east").model_dump(), "links": [link]}))
+    try:
+        estimator, now = pump.desks["west"].host.estimator, pump.loop.now()
+        for address, site in (("127.0.0.1:9", "west"), ("127.0.0.1:10", "north")):
+            pump.peer(address, now).wanted_site = site
+            pump.peer(address, now)._used_s -= 1000
+        waiting = {"delivered_bytes": 0, "backlog_bytes": 1 << 20, "interval_s": 0.1, "sender": "p"}
+        estimator.on_observation(LinkObservation(link=estimator.link, at_s=now, **waiting))
+        estimator.on_timer(now + 60)
+        pump._tick(now)
+        assert set(pump._peers) == {"127.0.0.1:9"}
+        estimator.on_observation(
+            LinkObservation(link=estimator.link, at_s=now + 61, **{**waiting, "delivered_bytes": 1})
+        )
+        pump._tick(now)
+        assert not pump._peers
     finally:
         pump.close()
 
