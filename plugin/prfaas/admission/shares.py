@@ -13,6 +13,7 @@ count no more: then what one gives up is another's after a report, not after a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,12 +69,16 @@ class _Pump:
 
 class ShareBook:
     """Grants shares of one link. `before_serial`: its serials are larger, and are to be larger than those of
-    any book of this link before it: who holds an older one's share takes no smaller serial.
+    any book of this link before it: who holds an older one's share takes no smaller serial. `opens_s`: until
+    then it grants floors alone, for pumps may hold shares of a book before it, and have to say so first.
     """
 
-    def __init__(self, link: LinkId, config: LinkAdmission, before_serial: int = 0) -> None:
+    def __init__(
+        self, link: LinkId, config: LinkAdmission, before_serial: int = 0, opens_s: float = -math.inf
+    ) -> None:
         self.link = link
         self.config = config
+        self._first_serial, self._opens_s = before_serial + 1, opens_s
         self._capacity_bps = config.nominal_bps
         self._grants: dict[PumpId, _Pump] = {}
         self._serial = before_serial
@@ -90,9 +95,11 @@ class ShareBook:
         """
         self._capacity_bps = max(0.0, usable_bps)
 
-    def renew(self, pump: PumpId, demand_bps: float, *, now: float, holds: int = 0) -> Share:
-        """`pump` would like to send at demand_bps. `holds`: the serial of the share that it has, as far as it
-        says so.
+    def renew(
+        self, pump: PumpId, demand_bps: float, *, now: float, holds: int = 0, holds_bps: float = 0.0
+    ) -> Share:
+        """`pump` would like to send at demand_bps. `holds`: the serial of the share that it has, and its rate
+        while it lives, as far as it says so.
 
         Raises LocalProtocolError when max_pumps others hold shares.
         """
@@ -104,9 +111,15 @@ class ShareBook:
         demand_bps = max(0.0, demand_bps)
         grant = self._grants.setdefault(pump, _Pump(0.0, []))
         grant.demand_bps = demand_bps
-        if holds <= self._serial:  # else it is another book's
+        if self._first_serial <= holds <= self._serial:
             grant.grants = [one for one in grant.grants if one[2] >= holds]
-        rate_bps = max(self.floor_bps, min(self._fair(pump), self._room_for(pump)))
+        elif holds:  # another book's: this one learns of it here
+            grant.grants = [one for one in grant.grants if one[2] > 0]
+            if 0 < holds_bps < math.inf:
+                grant.grants.append((holds_bps, now + self.config.share_ttl_s, 0))
+        rate_bps = self.floor_bps
+        if now >= self._opens_s:
+            rate_bps = max(rate_bps, min(self._fair(pump), self._room_for(pump)))
         rate_bps = max(0.0, min(rate_bps, self._room_for(pump)))
         self._serial += 1
         grant.grants.append((rate_bps, now + self.config.share_ttl_s, self._serial))
@@ -191,6 +204,10 @@ class ShareHolder:
     def serial(self) -> int:
         """Of the share that it has; 0 before any."""
         return self._share.serial if self._share is not None else 0
+
+    def held_bps(self, now: float) -> float:
+        """Of the share that it has, while it lives; 0 afterwards and before any."""
+        return self._share.rate_bps if self._share is not None and now < self._expires_s else 0.0
 
     @property
     def has_share(self) -> bool:

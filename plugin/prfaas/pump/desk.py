@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 K_TICK_S = 0.1
 K_SILENT_S = 1.0
 """A ledger's host that hasn't answered for so long can't be reached."""
+K_OPENS_S = 3 * K_TICK_S
+"""A ledger grants floors alone until every pump that it can hear has said which share it holds."""
 K_BURST_S = 0.05
 """Of its rate a pump may catch up with, when it came late to its turn."""
 K_HELD_SHARE = 0.1
@@ -48,7 +50,8 @@ class LinkDesk:
         self.link = LinkId(pump.config.site, config.peer_site)
         self.name = f"{pump.address}/{pump.boot.hex()[:8]}"
         elsewhere = config.host and config.host != pump.address
-        self.host = None if elsewhere else LedgerHost(self.link, config, now, time.time_ns() // 1_000_000)
+        milliseconds = time.time_ns() // 1_000_000
+        self.host = None if elsewhere else LedgerHost(self.link, config, now, milliseconds, K_OPENS_S)
         self._fallback = Ledger(self.link, 0.0, queue_limit=config.admission.queue_limit)
         self._holder = ShareHolder(self.link, self.name)
         self._told: LinkEstimate | None = None
@@ -273,8 +276,9 @@ class LinkDesk:
     def _tick(self, now: float) -> None:
         if now > self._at_s:
             seen, demand_bps = self._observe(now)
+            serial, held_bps = holds = self._holder.serial, self._holder.held_bps(now)
             if self.host is not None:
-                share = self.host.report(seen, demand_bps, now, self._holder.serial)
+                share = self.host.report(seen, demand_bps, now, holds)
                 if share is not None:
                     self._holder.on_share(share, asked_s=now)
                 self.host.tick(now)
@@ -282,8 +286,8 @@ class LinkDesk:
                 self._host_peer(now).prepare(now)
                 fields = {k: v for k, v in asdict(seen).items() if k not in ("link", "at_s")}
                 report = {
-                    "op": "report", "seen": fields, "demand_bps": demand_bps, "holds": self._holder.serial,
-                    "page": self._book.page(),
+                    "op": "report", "seen": fields, "demand_bps": demand_bps, "holds": serial,
+                    "holds_bps": held_bps, "page": self._book.page(),
                 }  # fmt: skip
                 self._ask(report, now)
                 if self._early and not self._just_started(now):

@@ -62,12 +62,16 @@ class _Held:
 class LedgerHost:
     """A link's ledger, estimate and shares, kept here for all of the site's pumps."""
 
-    def __init__(self, link: LinkId, config: LinkConfig, now: float, before_serial: int = 0) -> None:
-        """`before_serial`: see ShareBook. Milliseconds since 1970 grow faster than shares are granted."""
+    def __init__(
+        self, link: LinkId, config: LinkConfig, now: float, before_serial: int = 0, opens_in_s: float = 0.0
+    ) -> None:
+        """`before_serial` and `opens_in_s`: see ShareBook. Milliseconds since 1970 grow faster than shares
+        are granted.
+        """
         self.link, self.config = link, config.admission
         self.estimator = LinkEstimator(link, config.admission, now)
         self.ledger = Ledger(link, 0.0, queue_limit=config.admission.queue_limit)
-        self.book = ShareBook(link, config.admission, before_serial)
+        self.book = ShareBook(link, config.admission, before_serial, now + opens_in_s)
         self._held: dict[str, _Held] = {}
         self._numbered: dict[str, dict[int, str]] = {}
         """Pump to its numbered offers that are held here, by key."""
@@ -84,7 +88,8 @@ class LedgerHost:
         if op == "report":
             known = {name: body["seen"][name] for name in K_SEEN if name in body["seen"]}
             seen = LinkObservation(link=self.link, at_s=now, **known)
-            share = self.report(seen, float(body["demand_bps"]), now, int(body.get("holds", 0)))
+            holds = int(body.get("holds", 0)), float(body.get("holds_bps", 0.0))
+            share = self.report(seen, float(body["demand_bps"]), now, holds)
             estimate = {
                 k: v for k, v in asdict(self.estimator.estimate(now)).items() if k not in ("link", "at_s")
             }
@@ -104,16 +109,19 @@ class LedgerHost:
                 self.release(key, now)
         return {"op": "done"}
 
-    def report(self, seen: LinkObservation, demand_bps: float, now: float, holds: int = 0) -> Share | None:
-        """A pump says what it saw, would like and holds (the serial of its share); its new share, None when
-        too many pumps hold one.
+    def report(
+        self, seen: LinkObservation, demand_bps: float, now: float, holds: tuple[int, float] = (0, 0.0)
+    ) -> Share | None:
+        """A pump says what it saw, would like and holds (its share's serial, and the rate while it lives);
+        its new share, None when too many pumps hold one.
         """
         self._seen_s[seen.sender] = now
         for event in self.estimator.on_observation(seen):
             log.info("link %s: %s", self.link, event)
         self._set_capacity(now)
         try:
-            return self.book.renew(seen.sender, demand_bps, now=now, holds=holds)
+            serial, held_bps = holds
+            return self.book.renew(seen.sender, demand_bps, now=now, holds=serial, holds_bps=held_bps)
         except LocalProtocolError as error:
             log.warning("%s", error)
             return None

@@ -96,6 +96,33 @@ def test_the_serial_of_another_book_forgets_no_grant() -> None:
     assert shared.statistics(0.1)["a"] == first.rate_bps
 
 
+@pytest.mark.parametrize("restart_s", [0.05, 0.3, 0.9])
+def test_a_book_started_anew_grants_nothing_that_the_one_before_has_granted_already(restart_s: float) -> None:
+    config = LinkAdmission(nominal_bps=1e9, max_pumps=3)
+    holders = [ShareHolder(LINK, str(k)) for k in range(3)]
+    shared, now = ShareBook(LINK, config), 0.0
+
+    def report(who: ShareHolder, demand_bps: float, *, lost: bool = False) -> None:
+        held_bps = who.held_bps(now)
+        share = shared.renew(who.pump, demand_bps, now=now, holds=who.serial, holds_bps=held_bps)
+        if not lost:
+            who.on_share(share, asked_s=now)
+
+    for _ in range(30):  # the first has nearly all, for the others ask for little
+        now += 0.1
+        for k, holder in enumerate(holders):
+            report(holder, 5e9 if k == 0 else 1e6)
+    now += restart_s
+    shared = ShareBook(LINK, config, 1_000_000, opens_s=now + 0.3)
+    for step in range(60):
+        now += 0.025
+        if step % 4 < 3:  # each every 0.1 s, the greedy one last of all
+            who = holders[-1 - step % 4]
+            report(who, 5e9, lost=who is holders[0] and step < 20)
+        assert sum(holder.rate_bps(now) for holder in holders) <= 1e9 + 1
+    assert min(holder.rate_bps(now) for holder in holders) > 0.3e9
+
+
 def test_one_pump_too_many_is_refused_and_changes_nothing() -> None:
     shared = book(max_pumps=1)
     shared.renew("a", 1e9, now=0)
