@@ -85,10 +85,13 @@ class LinkBook:
             found = replace(found, up=False)
         return found
 
-    def on_sent(self, link: LinkId) -> None:
+    def on_sent(self, link: LinkId) -> bool:
+        """Whether the request is a probe: the link failed, and hasn't carried one since."""
         state = self._states.get(link)
-        if state is not None and state.failures:
-            state.probing += 1
+        if state is None or not state.failures:
+            return False
+        state.probing += 1
+        return True
 
     def on_succeeded(self, link: LinkId) -> None:
         """A first token by way of it: it carries, whatever became of others."""
@@ -97,11 +100,13 @@ class LinkBook:
             state.failures = state.probing = 0
             state.down_until_s = float("-inf")
 
-    def on_given_up(self, link: LinkId) -> None:
-        """The attempt ended without saying anything of the link (the client left)."""
+    def on_given_up(self, link: LinkId, *, probe: bool) -> None:
+        """The attempt ended and says nothing of the link (the client left). A probe's place is free then;
+        who was sent before the link failed had none.
+        """
         state = self._states.get(link)
-        if state is not None:
-            state.probing = 0
+        if state is not None and probe:
+            state.probing = max(0, state.probing - 1)
 
     def on_failed(self, link: LinkId, now: float, sent_s: float = float("inf")) -> None:
         """Leave it alone for a while, longer each time, then try one request. An attempt that was sent before

@@ -283,7 +283,7 @@ class Scheduler:
         ticket.link = decision.chosen.link
         if ticket.link is not None:
             ticket.link_sent_s = self._clock()
-            self._links.on_sent(ticket.link)
+            ticket.probe = self._links.on_sent(ticket.link)
         self.policy.on_dispatch(request=view, decision=decision, now=now)
         self._record(ticket, decision, route)
 
@@ -360,7 +360,7 @@ class Scheduler:
 
     def _leave_link(self, ticket: Ticket) -> None:
         if ticket.link is not None:
-            self._links.on_given_up(ticket.link)
+            self._links.on_given_up(ticket.link, probe=ticket.probe)
             ticket.link = None
 
     def forgive(self, ticket: Ticket) -> None:

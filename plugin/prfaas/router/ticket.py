@@ -37,6 +37,8 @@ class Ticket:
     """What the running attempt's KV crosses."""
     link_sent_s: float = 0.0
     """When that attempt began."""
+    probe: bool = False
+    """Whether it is the one that tries a link which had failed."""
 
 
 @dataclass(frozen=True, slots=True)

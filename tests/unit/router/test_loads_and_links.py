@@ -139,8 +139,8 @@ def test_a_link_that_failed_rests_then_one_request_tries_it_and_the_rest_grows()
     links.on_failed(K_LINK, 16.0)
     assert not links.estimates(25.9)[K_LINK].up
     assert links.estimates(26.1)[K_LINK].up
-    links.on_sent(K_LINK)
-    links.on_given_up(K_LINK)
+    assert links.on_sent(K_LINK), "a probe"
+    links.on_given_up(K_LINK, probe=True)
     assert links.estimates(26.2)[K_LINK].up
     links.on_sent(K_LINK)
     links.on_succeeded(K_LINK)
@@ -157,6 +157,18 @@ def test_an_attempt_from_before_a_failure_does_not_prolong_the_rest_however_late
     links.on_failed(K_LINK, 17.0, sent_s=15.5)
     assert not links.estimates(26.9)[K_LINK].up
     assert links.estimates(27.1)[K_LINK].up
+
+
+def test_who_was_sent_before_a_failure_and_leaves_makes_no_room_for_another_probe() -> None:
+    links = book()
+    assert not links.on_sent(K_LINK)
+    links.on_failed(K_LINK, 10.0)
+    assert links.on_sent(K_LINK)  # the probe, after the rest
+    assert not links.estimates(15.1)[K_LINK].up
+    links.on_given_up(K_LINK, probe=False)
+    assert not links.estimates(15.2)[K_LINK].up, "the probe is still under way"
+    links.on_given_up(K_LINK, probe=True)
+    assert links.estimates(15.3)[K_LINK].up
 
 
 def test_a_link_that_carries_others_through_does_not_rest_for_one_that_failed() -> None:
