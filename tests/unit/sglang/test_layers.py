@@ -403,6 +403,43 @@ def test_pages_that_were_not_foreseen_are_sent_whole(module: ModuleType) -> None
     assert len(ahead) == 0
 
 
+class PromptPump(CopyingPump):
+    """Reads the source and ends the transfer when it is submitted."""
+
+    def submit(self, *arguments: Any, **how: Any) -> Transfer:
+        transfer = super().submit(*arguments, **how)
+        transfer.end(Outcome(True))
+        return transfer
+
+
+@given(data=st.data())
+def test_whichever_pages_sglang_keeps_of_each_chunk_the_peer_has_what_was_computed(
+    module: ModuleType, data: Any
+) -> None:
+    rig = Rig(module, data.draw(st.sampled_from([1, 4])))
+    pump = PromptPump()
+    rig.manager.engine._pump = rig.manager.sending._pump = pump
+    n_tokens = data.draw(st.integers(2, 100))
+    req, some = rig.request(n_tokens, 0, 0), st.integers(0, 5)
+    while req.prefix_len < n_tokens:
+        begin, end = req.prefix_len, data.draw(st.integers(req.prefix_len + 1, n_tokens))
+        rig.forward(req, end, lambda: rig.work(data.draw(some)))
+        if data.draw(st.booleans()):
+            # What is whole of the chunk is in the tree: its pages are kept, and the filled ones given away.
+            filled = slice(-(-begin // rig.page), end // rig.page)
+            spare = np.setdiff1d(np.arange(K_POOL_TOKENS // rig.page), rig.pages)
+            kept = spare[: len(rig.pages[filled])]
+            at, to = (np.add.outer(p * rig.page, np.arange(rig.page)) for p in (rig.pages[filled], kept))
+            rig.ours[:, to.reshape(-1)], rig.ours[:, at.reshape(-1)] = 1, 77
+            rig.pages[filled] = kept
+            rig.tokens[:] = np.add.outer(rig.pages * rig.page, np.arange(rig.page)).reshape(-1)[:n_tokens]
+        rig.hand_over(req, end)
+        rig.work(data.draw(some))
+    rig.work()
+    assert rig.landed()
+    assert len(rig.manager.ahead) == len(rig.manager.sending) == 0
+
+
 class LatePump(CopyingPump):
     """Reads the source, and ends the transfer, when the test says so."""
 
