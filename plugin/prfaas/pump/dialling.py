@@ -17,11 +17,14 @@ from prfaas.pump.backoff import Backoff
 from prfaas.pump.handler import Handler
 from prfaas.pump.loop import Loop
 from prfaas.pump.measured import K_UNSENT_FIRST_BYTES
+from prfaas.pump.resolving import Address, Resolver
 from prfaas.pump.stream import Stream
 from prfaas.pump.trust import Trust
 
 K_REFUSED_S = 10.0
 K_UNTRUSTED_TRIES = 3
+K_RESOLVING_S = 0.02
+"""How soon to dial again while the peer's name is being looked up."""
 K_WARM_TRIES = 10
 """Failures in a row after which a peer that nothing waits for isn't dialled any more."""
 K_UNDER_WAY = (0, errno.EAGAIN, errno.EINPROGRESS)
@@ -35,18 +38,23 @@ class NotAllowed(Exception):
 class Dialling:
     """Dials `address` for `handler`, which the new streams report to."""
 
-    def __init__(self, loop: Loop, trust: Trust, address: str, handler: Handler, now: float) -> None:
-        self._loop, self._trust, self._handler = loop, trust, handler
+    def __init__(
+        self, loop: Loop, trust: Trust, resolver: Resolver, address: str, handler: Handler, now: float
+    ) -> None:
+        self._loop, self._trust, self._resolver, self._handler = loop, trust, resolver, handler
         self._host, self._port = split_address(address)
         self._backoff = Backoff(now)
         self._untrusted = 0
         self.last_error = ""
+        self.is_resolving = False
+        """Whether the last call of `dial` gave nothing because the name is being looked up."""
 
     def dial(self, *, wanted: int, n_open: int, n_ready: int, now: float) -> list[Stream]:
         """New streams, on their way to be ready, so that `wanted` are open; none during a pause.
 
         Raises NotAllowed.
         """
+        self.is_resolving = False
         if now < self._backoff.next_s:
             return []
         # One connection tries a peer that doesn't answer; the others follow when it does.
@@ -58,13 +66,18 @@ class Dialling:
         tls = self._trust.context(server=False)
         if tls is None and not self._trust.plaintext_allowed(self._host):
             raise NotAllowed(f"{self._host}: plaintext is for loopback only (allow_plaintext)")
-        tried = [self._dial_one(tls, now) for _ in range(missing)]
+        try:
+            where = self._resolver.find(self._host, self._port, now)
+        except OSError as error:
+            self.failed(str(error), refused=False, now=now)
+            return []
+        self.is_resolving = where is None
+        tried = [self._dial_one(where, tls, now) for _ in range(missing)] if where is not None else []
         return [stream for stream in tried if stream is not None]
 
-    def _dial_one(self, tls: ssl.SSLContext | None, now: float) -> Stream | None:
+    def _dial_one(self, where: Address, tls: ssl.SSLContext | None, now: float) -> Stream | None:
+        family, target = where
         try:
-            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-            family, _, _, _, target = found[0]
             sock = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
             self.failed(str(error), refused=False, now=now)

@@ -20,7 +20,7 @@ from prfaas.model.errors import MachineError, RemoteProtocolError
 from prfaas.pump import tcpinfo
 from prfaas.pump.accepting import Acceptor, bound
 from prfaas.pump.backoff import Backoff
-from prfaas.pump.dialling import Dialling, NotAllowed
+from prfaas.pump.dialling import K_RESOLVING_S, Dialling, NotAllowed
 from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.relay import Relay
 from prfaas.pump.stream import K_FORWARD_DEAD_S, Stream
@@ -176,17 +176,26 @@ class _Dialled(_Carrying):
         self._stream: Stream | None = None
         self.forwards.connections.add(self)
         self.forwards.opened += 1
-        dialling = Dialling(self.pump.loop, self.pump.trust, listener.peer, self, now)
+        pump = self.pump
+        self._dialling = Dialling(pump.loop, pump.trust, pump.resolver, listener.peer, self, now)
+        self._give_up_s = now + K_CONNECT_S
+        self._dial(now)
+
+    def _dial(self, now: float) -> None:
+        if self._sock is None:
+            return  # it has ended meanwhile
         try:
-            streams = dialling.dial(wanted=1, n_open=0, n_ready=0, now=now)
+            streams = self._dialling.dial(wanted=1, n_open=0, n_ready=0, now=now)
         except NotAllowed as error:
             self._fail(str(error), now)
             return
-        if not streams:
-            self._fail(dialling.last_error, now)
-            return
-        self._stream = streams[0]
-        self.pump.loop.call_at(now + K_CONNECT_S, self._expect)
+        if streams:
+            self._stream = streams[0]
+            self.pump.loop.call_at(self._give_up_s, self._expect)
+        elif self._dialling.is_resolving and now < self._give_up_s:
+            self.pump.loop.call_at(now + K_RESOLVING_S, self._dial)
+        else:
+            self._fail(self._dialling.last_error or "its name isn't found", now)
 
     def _expect(self, now: float) -> None:
         if self._relay is None and self._stream is not None:

@@ -14,7 +14,7 @@ from prfaas.config.pump import is_loopback, split_address
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump import gauges
-from prfaas.pump.dialling import Dialling, NotAllowed
+from prfaas.pump.dialling import K_RESOLVING_S, Dialling, NotAllowed
 from prfaas.pump.memory import Gone, OwnerMemory, Withdrawn
 from prfaas.pump.packing import Packer
 from prfaas.pump.peer_figures import PeerFigures
@@ -61,9 +61,9 @@ class Peer(PeerFigures):
         self.count = StreamCount(pump.config.min_streams, pump.config.max_streams)
         self.boot: bytes | None = None
         self._sources: dict[int, tuple[OwnerMemory, tuple[int, int], Callable[[SendEvent], None]]] = {}
-        self._dialling = Dialling(pump.loop, pump.trust, address, self, now)
+        self._dialling = Dialling(pump.loop, pump.trust, pump.resolver, address, self, now)
         self._spreading = Spreading(pump.loop, self.kick)
-        self._keep_warm = self._paced = False
+        self._keep_warm = self._paced = self._resolving = False
         self._packer = Packer(pump.config.faults)
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
@@ -160,6 +160,13 @@ class Peer(PeerFigures):
             self._fail_all(FailureReason.PEER_UNTRUSTED, str(error), now)
             return
         self._streams.update((stream.index, stream) for stream in new)
+        if self._dialling.is_resolving and not self._resolving:
+            self._resolving = True
+            self.pump.loop.call_at(now + K_RESOLVING_S, self._dial_resolved)
+
+    def _dial_resolved(self, now: float) -> None:
+        self._resolving = False
+        self._dial(now)
 
     # Handler
 

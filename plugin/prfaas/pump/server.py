@@ -23,6 +23,7 @@ from prfaas.pump.measured import K_UNSENT_FIRST_BYTES
 from prfaas.pump.owner import Owner
 from prfaas.pump.page import Page
 from prfaas.pump.peer import Peer
+from prfaas.pump.resolving import Resolver
 from prfaas.pump.stream import Stream
 from prfaas.pump.trust import Trust
 from prfaas.pump_client import messages as m
@@ -45,7 +46,7 @@ class Pump:
     def __init__(self, config: PumpConfig, *, persistent: bool = True) -> None:
         self.config = config
         self.trust = Trust(config)
-        self.loop = Loop()
+        self.loop, self.resolver = Loop(), Resolver()
         self.boot = secrets.token_bytes(16)
         self.receiving = Receiving(config.max_transfers)
         self.inbound = Inbound(self)

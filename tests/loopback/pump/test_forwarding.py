@@ -143,8 +143,9 @@ def test_the_configuration_forwards_and_exposes_without_any_server(pumps, serve)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         listen = f"127.0.0.1:{free.getsockname()[1]}"
-    # Another name of the same node: its port tells which endpoint is meant.
-    pumps.start("west", forwards=[{"listen": listen, "pump": east.address, "to": f"192.0.2.1:{port}"}])
+    # Another name of the same node: its port tells which endpoint is meant. And the pump by its name.
+    pump = f"localhost:{split_address(east.address)[1]}"
+    pumps.start("west", forwards=[{"listen": listen, "pump": pump, "to": f"192.0.2.1:{port}"}])
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for path in ("/route", "/health"):
         with opener.open(f"http://{listen}{path}", timeout=K_PATIENCE_S) as answer:
