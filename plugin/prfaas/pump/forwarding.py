@@ -1,14 +1,17 @@
 """Connections of other programs, carried between two pumps: SGLang's bootstrap and control, and HTTP to its
 servers, then cross between sites encrypted and authenticated like the data, through the pump's one port.
 
-`Forwards` listens on loopback and dials the peer's pump once for each connection; `Exposed` knows which
-endpoints of this node peers may reach, and connects to those. A stream carries one connection (relay.py).
+`Forwards` listens on loopback and carries each connection over a stream of its own (relay.py) to the peer's
+pump, which reaches the endpoint (exposing.py). Behind one that was carried, `K_SPARES` streams are kept ready
+for a while: opening one takes three round trips, for TCP, TLS and HELLO, and the next connection's first bytes
+then don't wait for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import selectors
 import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -31,6 +34,7 @@ from prfaas.transfer.frames import (
     Hello,
     Refuse,
     agree_version,
+    control_frame,
     decode_message,
     message_frame,
 )
@@ -45,7 +49,10 @@ K_VERSION = 2
 K_FORWARDS_MOST = 4096
 K_CONNECTIONS_MOST = 1024
 K_CONNECT_S = 10.0
-_IN_USE = "no more connections can be forwarded"
+K_SPARES = 2
+"""A request's HTTP, and what SGLang asks the bootstrap server for it."""
+K_SPARE_S = 20.0
+K_IN_USE = "no more connections can be forwarded"
 
 
 class Forwards:
@@ -56,6 +63,8 @@ class Forwards:
         self._fixed: list[_Listener] = []
         self._shared: dict[tuple[str, str, Forward], _Listener] = {}
         self.connections: set[_Dialled] = set()
+        self._spares: dict[tuple[str, str], list[_Dialled]] = {}
+        """Those that carry nothing yet, by pump and site."""
         self.counters = Counters()
         self.opened = self.failed = 0
 
@@ -88,6 +97,35 @@ class Forwards:
                 listener.close()
                 del self._shared[key]
 
+    def carry(self, listener: _Listener, sock: socket.socket, now: float) -> None:
+        """A connection that `listener` has accepted."""
+        spares = self._spares.get((listener.peer, listener.site), [])
+        # One that is ready before one that is on its way.
+        spare = next((one for one in spares if one.is_ready), spares[0] if spares else None)
+        if spare is not None:
+            spares.remove(spare)
+        dialled = spare or _Dialled(self, listener.peer, listener.site, now)
+        dialled.carry(listener, sock, now)
+
+    def keep_spares(self, peer: str, site: str, now: float) -> None:
+        """The pump at `peer` was reached just now."""
+        spares = self._spares.setdefault((peer, site), [])
+        while len(spares) < K_SPARES and len(self.connections) < K_CONNECTIONS_MOST:
+            spare = _Dialled(self, peer, site, now)
+            spares.append(spare)
+            spare.dial(now)
+            if spare not in spares:
+                break  # it came to nothing at once
+            self.pump.loop.call_at(now + K_SPARE_S, spare.end_spare)
+
+    def ended(self, dialled: _Dialled) -> None:
+        self.connections.discard(dialled)
+        spares = self._spares.get((dialled.peer, dialled.site), [])
+        if dialled in spares:
+            spares.remove(dialled)
+        if not spares:
+            self._spares.pop((dialled.peer, dialled.site), None)
+
     @property
     def _listeners(self) -> list[_Listener]:
         return [*self._fixed, *self._shared.values()]
@@ -97,9 +135,10 @@ class Forwards:
         total = dataclasses.replace(self.counters)
         for connection in self.connections:
             total.add(connection.counters(now))
+        spares = sum(map(len, self._spares.values()))
         return {
-            "endpoints": len(self._listeners), "connections": len(self.connections), "opened": self.opened,
-            "failed": self.failed, **total.as_dict(),
+            "endpoints": len(self._listeners), "connections": len(self.connections) - spares,
+            "spares": spares, "opened": self.opened, "failed": self.failed, **total.as_dict(),
         }  # fmt: skip
 
     def close(self, now: float) -> None:
@@ -129,14 +168,14 @@ class _Listener:
 
     def _accept(self, sock: socket.socket, now: float) -> None:
         if len(self.forwards.connections) >= K_CONNECTIONS_MOST:
-            self.failed(_IN_USE, now)
+            self.failed(K_IN_USE, now)
             tcpinfo.abort(sock)
         elif now < self._backoff.next_s:
             # A program that dials again and again is told no at once while the peer's pump rests.
             self.forwards.failed += 1
             tcpinfo.abort(sock)
         else:
-            _Dialled(self, sock, now)
+            self.forwards.carry(self, sock, now)
 
     def failed(self, reason: str, now: float) -> None:
         """A connection came to nothing. Told when it is the first in a row."""
@@ -166,24 +205,41 @@ class _Carrying(Handler):
 
 
 class _Dialled(_Carrying):
-    """One accepted connection, on its way to the peer's pump and then to the endpoint."""
+    """A stream to a peer's pump for one connection: one that was accepted, or the next one."""
 
-    def __init__(self, listener: _Listener, sock: socket.socket, now: float) -> None:
-        self.forwards, self.site, self.listener = listener.forwards, listener.site, listener
-        self.pump = self.forwards.pump
-        self._sock: socket.socket | None = sock
+    def __init__(self, forwards: Forwards, peer: str, site: str, now: float) -> None:
+        self.forwards, self.pump, self.peer, self.site = forwards, forwards.pump, peer, site
+        self._listener: _Listener | None = None
+        self._sock: socket.socket | None = None
         self._relay: Relay | None = None
         self._stream: Stream | None = None
-        self.forwards.connections.add(self)
-        self.forwards.opened += 1
+        self._answered = self._ended = False
+        forwards.connections.add(self)
         pump = self.pump
-        self._dialling = Dialling(pump.loop, pump.trust, pump.resolver, listener.peer, self, now)
+        self._dialling = Dialling(pump.loop, pump.trust, pump.resolver, peer, self, now)
         self._give_up_s = now + K_CONNECT_S
-        self._dial(now)
 
-    def _dial(self, now: float) -> None:
-        if self._sock is None:
-            return  # it has ended meanwhile
+    @property
+    def is_ready(self) -> bool:
+        return self._stream is not None and self._stream.ready
+
+    def carry(self, listener: _Listener, sock: socket.socket, now: float) -> None:
+        self._listener, self._sock = listener, sock
+        self.forwards.opened += 1
+        self._give_up_s = now + K_CONNECT_S
+        if self._stream is None:
+            self.dial(now)
+            return
+        self.pump.loop.call_at(self._give_up_s, self._expect)
+        if self._stream.ready:
+            # What rested may have lost its way meanwhile: that is asked beside the first bytes.
+            self._answered = False
+            self._stream.send_control(control_frame(self._stream.version, FrameType.PING, b""))
+            self._start(self._stream, now)
+
+    def dial(self, now: float) -> None:
+        if self._ended or self._stream is not None:
+            return
         try:
             streams = self._dialling.dial(wanted=1, n_open=0, n_ready=0, now=now)
         except NotAllowed as error:
@@ -193,12 +249,12 @@ class _Dialled(_Carrying):
             self._stream = streams[0]
             self.pump.loop.call_at(self._give_up_s, self._expect)
         elif self._dialling.is_resolving and now < self._give_up_s:
-            self.pump.loop.call_at(now + K_RESOLVING_S, self._dial)
+            self.pump.loop.call_at(now + K_RESOLVING_S, self.dial)
         else:
             self._fail(self._dialling.last_error or "its name isn't found", now)
 
     def _expect(self, now: float) -> None:
-        if self._relay is None and self._stream is not None:
+        if not self._answered and self._stream is not None and now >= self._give_up_s:
             self._stream.lose(f"no answer within {K_CONNECT_S:.0f} s", now)
 
     def check_certificate(self, certificate: Mapping[str, object]) -> str:
@@ -219,30 +275,46 @@ class _Dialled(_Carrying):
         return version
 
     def on_ready(self, stream: Stream, now: float) -> None:
+        self._answered = True
+        if self._sock is not None:
+            self._start(stream, now)
+
+    def _start(self, stream: Stream, now: float) -> None:
         sock, self._sock = self._sock, None
         assert sock is not None
-        stream.send_control(message_frame(stream.version, FrameType.FORWARD, self.listener.target))
+        assert self._listener is not None
+        stream.send_control(message_frame(stream.version, FrameType.FORWARD, self._listener.target))
         self._relay = Relay(self.pump.loop, sock, stream, self.end, connecting=False)
+        self.pump.loop.call_again(stream, selectors.EVENT_WRITE)
+        self.forwards.keep_spares(self.peer, self.site, now)
 
     def on_frame(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
-        if header.type is FrameType.DATA and self._relay is not None:
-            self.listener.succeeded(now)
+        self._answered = True
+        if header.type is FrameType.DATA and self._relay is not None and self._listener is not None:
+            self._listener.succeeded(now)
             self._relay.on_data(header, body, now)
         elif header.type is FrameType.REFUSE:
             raise RemoteProtocolError(decode_message(body, Refuse).detail[:200])
-        else:
+        elif header.type is not FrameType.PONG:
             raise RemoteProtocolError(f"{header.type.name} on a forwarded connection")
 
     def on_lost(self, stream: Stream, reason: str, now: float) -> None:
         self._fail(reason, now)
 
     def _fail(self, reason: str, now: float) -> None:
-        self.listener.failed(reason, now)
+        if self._listener is not None:
+            self._listener.failed(reason, now)
         self.end(now)
+
+    def end_spare(self, now: float) -> None:
+        """Nothing has come to be carried."""
+        if self._listener is None:
+            self.end(now)
 
     def end(self, now: float) -> None:
         """Everything of this connection is over."""
-        self.forwards.connections.discard(self)
+        self._ended = True
+        self.forwards.ended(self)
         if self._sock is not None:
             self._sock.close()
             self._sock = None
@@ -258,80 +330,3 @@ class _Dialled(_Carrying):
             return Counters()
         self._stream.sample(now)
         return self._stream.counters
-
-
-class Exposed:
-    """Endpoints of this node that peers' pumps may reach, and the connections they have to them."""
-
-    def __init__(self, pump: Pump) -> None:
-        self.pump = pump
-        self._fixed: set[tuple[str, int]] = set()
-        self._by_server: dict[object, set[tuple[str, int]]] = {}
-        self._relays: dict[Stream, Relay] = {}
-
-    def expose(self, host: str, port: int, server: object = None) -> None:
-        """Let peers reach host:port, as long as the server is attached; without one, always."""
-        (self._fixed if server is None else self._by_server.setdefault(server, set())).add((host, port))
-
-    def withdraw(self, server: object) -> None:
-        """What a server that has gone had exposed. Standing connections end by themselves."""
-        self._by_server.pop(server, None)
-
-    def _target(self, wanted: Forward) -> tuple[str, int] | None:
-        """The endpoint meant: peers may know this node by another address than its programs do."""
-        known = self._fixed.union(*self._by_server.values())
-        if (wanted.host, wanted.port) in known:
-            return wanted.host, wanted.port
-        same = [endpoint for endpoint in known if endpoint[1] == wanted.port]
-        return same[0] if len(same) == 1 else None
-
-    def start(self, stream: Stream, body: memoryview, now: float) -> None:
-        """A FORWARD frame. Raises RemoteProtocolError, which ends the stream alone."""
-        if stream.version < K_VERSION:
-            raise RemoteProtocolError(f"FORWARD in version {stream.version}")
-        wanted = decode_message(body, Forward)
-        target = self._target(wanted)
-        if stream in self._relays:
-            raise RemoteProtocolError("FORWARD twice")
-        problem = ""
-        if target is None:
-            problem = f"{wanted.host}:{wanted.port} isn't exposed at this node"
-        elif len(self._relays) >= K_CONNECTIONS_MOST:
-            problem = _IN_USE
-        if problem or target is None:
-            self.pump.inbound.count_refusal("forward")
-            log.warning("site %s: %s", stream.peer_site, problem)
-            stream.send_control(message_frame(stream.version, FrameType.REFUSE, Refuse("forward", problem)))
-            return
-        host, port = target
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            sock.connect_ex((host, port))
-        except OSError as error:  # a name that nobody knows
-            sock.close()
-            raise RemoteProtocolError(f"{host}:{port}: {error}") from None
-        # Whether it worked is seen when the socket is writable; until then what comes waits in the relay.
-        self._relays[stream] = Relay(
-            self.pump.loop, sock, stream, lambda at: self._ended(stream, at), connecting=True
-        )
-
-    def on_data(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
-        relay = self._relays.get(stream)
-        if relay is not None:
-            relay.on_data(header, body, now)
-        # else: it was refused, and its peer doesn't know yet
-
-    def lost(self, stream: Stream, now: float) -> None:
-        relay = self._relays.get(stream)
-        if relay is not None:
-            relay.close(now)
-
-    def _ended(self, stream: Stream, now: float) -> None:
-        self._relays.pop(stream, None)
-        stream.lose("the forwarded connection ended", now)
-
-    def __len__(self) -> int:
-        return len(self._relays)

@@ -16,7 +16,8 @@ from prfaas.model.transfer import FailureReason
 from prfaas.pump import tcpinfo
 from prfaas.pump.accepting import K_BACKLOG, Acceptor, bound
 from prfaas.pump.desk import LinkDesk
-from prfaas.pump.forwarding import Exposed, Forwards
+from prfaas.pump.exposing import Exposed
+from prfaas.pump.forwarding import Forwards
 from prfaas.pump.inbound import Inbound
 from prfaas.pump.loop import Loop
 from prfaas.pump.measured import K_UNSENT_FIRST_BYTES

@@ -19,6 +19,7 @@ from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump import keys
+from prfaas.pump.forwarding import K_SPARES
 from prfaas.pump_client import messages as m
 from prfaas.pump_client.standing import Standing
 
@@ -228,6 +229,35 @@ def test_a_server_that_ends_and_one_that_is_away_are_seen_as_such(pumps, serve):
     east.expose("127.0.0.1", away)
     assert is_cut_off(west.forward(east.address, "127.0.0.1", away))
     pumps.until(lambda: not west.stats()["forwards"]["connections"] and not east.stats()["forwarded_in"])
+
+
+def test_the_next_connection_finds_its_stream_open_and_a_stream_that_rests_goes_with_the_peers_pump(
+    pumps, serve
+):
+    east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
+    port = serve(Echo)
+    east.expose("127.0.0.1", port)
+    address = west.forward(east.address, "127.0.0.1", port)
+
+    def opened() -> int:
+        return int(east.stats()["inbound"]["streams_opened"])
+
+    def echoed(text: bytes) -> bool:
+        with call(address) as sock:
+            sock.sendall(text)
+            sock.shutdown(socket.SHUT_WR)
+            return all_of(sock) == text
+
+    assert west.stats()["forwards"]["spares"] == 0  # nobody has used it yet
+    assert echoed(b"first")
+    pumps.until(lambda: west.stats()["forwards"]["spares"] == K_SPARES and opened() == 1 + K_SPARES)
+    for i in range(3):
+        assert echoed(b"%d" % i)
+        # Its own was open, and one more was opened behind it.
+        pumps.until(lambda n=i: opened() == 2 + K_SPARES + n)
+    assert west.stats()["forwards"]["failed"] == 0
+    pumps.kill("east")
+    pumps.until(lambda: west.stats()["forwards"]["spares"] == 0)
 
 
 def test_after_its_pump_was_killed_the_same_port_leads_there_again(pumps, serve):
