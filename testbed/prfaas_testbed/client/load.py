@@ -15,6 +15,7 @@ from prfaas_testbed.client.stream import Collected, EventParser, StreamError
 # How long a prefill server's own answer is awaited once the client has its tokens: over a link that is down
 # for seconds it comes late, and without it nobody knows what was sent.
 K_PREFILL_GRACE_S = 10.0
+K_KEPT_S = 2.0  # servers close what has rested for 5 s: nothing is sent into that
 
 
 class Load:
@@ -27,15 +28,20 @@ class Load:
     async def run(self, start_monotonic_s: float) -> None:
         """`start_monotonic_s`: the load's zero on CLOCK_MONOTONIC, which all namespaces share."""
         timeout = aiohttp.ClientTimeout(total=None)
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        # Users come each on a connection of their own. Where there is no door, requests go to prefill and
+        # decode as a door sends them, over connections that it keeps.
+        own = aiohttp.TCPConnector(limit=0, force_close=True)
+        kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=K_KEPT_S)
         async with (
-            aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
+            aiohttp.ClientSession(timeout=timeout, connector=own) as users,
+            aiohttp.ClientSession(timeout=timeout, connector=kept) as door,
             asyncio.TaskGroup() as group,
         ):
             for shot in self._shots:
                 delay_s = start_monotonic_s + shot.at_s - time.monotonic()
                 if delay_s > 0:
                     await asyncio.sleep(delay_s)
+                session = users if len(shot.targets) == 1 else door
                 group.create_task(self._one(session, shot, start_monotonic_s))
 
     async def _one(self, session: aiohttp.ClientSession, shot: Shot, start_s: float) -> None:
