@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import shutil
 import signal
@@ -282,7 +283,7 @@ class Fleet:
         self.digests.mkdir(parents=True, exist_ok=True)
         settings = {
             "name": name, "role": instance.role, "host": site.address, "port": port, "model": self.model.name,
-            "profile": instance.profile or self.model.profile, "scale": self.scale,
+            "profile": seen_profile(instance.profile or self.model.profile, self.folder), "scale": self.scale,
             "limits": instance.limits.model_dump(exclude_none=True),
             "pump": None if instance.role == "collocated" else str(self.pump_config(instance.site)),
             "events_port": port + K_EVENTS_OFFSET, "events_replay_port": port + K_EVENTS_OFFSET + 1,
@@ -337,7 +338,8 @@ class Fleet:
         else:
             settings = {
                 "name": "plain", "role": "collocated", "host": site.address, "port": K_PLAIN_PORT,
-                "model": self.model.name, "profile": self.model.profile, "scale": self.scale,
+                "model": self.model.name, "profile": seen_profile(self.model.profile, self.folder),
+                "scale": self.scale,
             }  # fmt: skip
             config = write_json(self.folder / "plain.yaml", settings)
             process = Program(
@@ -345,6 +347,17 @@ class Fleet:
                 "profiled instance ready: plain",
             )  # fmt: skip
         return Server("plain", site_name, "plain", site.address, K_PLAIN_PORT, process)
+
+
+def seen_profile(name: str | None, folder: Path) -> str | None:
+    """A profile's name, or, where it is a path, that of a copy in `folder`: a site sees no other's /tmp."""
+    if name is None or ("/" not in name and Path(name).suffix not in (".yaml", ".yml")):
+        return name
+    digest = hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:8]
+    copy = folder / "profiles" / f"{digest}-{Path(name).name}"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(name, copy)
+    return str(copy)
 
 
 def _popen_of(site: Site) -> Callable[..., subprocess.Popen[Any]]:
