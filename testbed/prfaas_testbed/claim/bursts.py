@@ -221,7 +221,7 @@ K_WHY = {
     " prompts that come later; a door that decided at each start would have most of the rest (below), without"
     " knowing more of what comes. With all queues known exactly the same rule closed 55% at 0.85 on other"
     " parts of the trace; a bound that neither counts parts of requests nor divides one between sites lies 1"
-    " to 1.5 points below this one there",
+    " to 1.5 points below this one there. What steps of several prompts take of it shows in code-singly",
 }
 
 
