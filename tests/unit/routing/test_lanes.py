@@ -28,6 +28,7 @@ from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
 
 K_CHUNK = 1000
+K_APART_S = 1.7e-4  # nothing comes just as a step ends: whether it joins the next is open then
 K_PROFILE = Profile("unit", Curve.of([1000, 2000], [1.3, 2.3]), Curve.of([1000, 2000], [1e6, 2e6]))
 K_START_UP_S = K_PROFILE.prefill_s(0)
 
@@ -128,10 +129,10 @@ def test_what_is_reckoned_is_what_an_instance_does(kinds, most: int | None) -> N
         engine.prefill(Job(name, tokens, 1, key=order_s, on_chunk=on_chunk), now)
         assert lane.work_s(now) == pytest.approx(engine.work_s(now), abs=1e-6)
 
-    last = max(at_s for at_s, *_ in kinds)
+    last = max(at_s for at_s, *_ in kinds) + len(kinds) * K_APART_S
     for place, (at_s, tokens, order, given_up) in enumerate(sorted(kinds)):
         agenda.at(
-            at_s,
+            at_s + place * K_APART_S,
             lambda now, a=(str(place), tokens, float(order) + place / 100, given_up): arrive(*a, now),  # type: ignore[misc]
         )
     agenda.run(last)
