@@ -1,10 +1,10 @@
 """Connections of other programs, carried between two pumps: SGLang's bootstrap and control, and HTTP to its
 servers, then cross between sites encrypted and authenticated like the data, through the pump's one port.
 
-`Forwards` listens on loopback and carries each connection over a stream of its own (relay.py) to the peer's
-pump, which reaches the endpoint (exposing.py). Behind one that was carried, `K_SPARES` streams are kept ready
-for a while: opening one takes three round trips, for TCP, TLS and HELLO, and the next connection's first bytes
-then don't wait for them.
+`Forwards` listens on loopback and carries each connection over a stream of its own (relay.py) to the
+peer's pump, which reaches the endpoint (exposing.py). Behind one that was carried, `K_SPARES` streams are
+kept ready for a while: opening one takes three round trips, for TCP, TLS and HELLO, and the next connection's
+first bytes then don't wait for them.
 """
 
 from __future__ import annotations
