@@ -39,11 +39,11 @@ def measure(
     Raises MachineError.
     """
     todo = left(record.rows, cells)
-    end_s = math.inf if for_s is None else time.monotonic() + for_s
     if not todo:
         return []
     with emulated(todo[0], workdir, progress) as place:
         record.add_place(place.describe())
+        end_s = math.inf if for_s is None else time.monotonic() + for_s
         for number, cell in enumerate(todo):
             if time.monotonic() >= end_s:
                 return todo[number:]
