@@ -12,10 +12,11 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from multiprocessing.pool import IMapIterator, Pool
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -33,7 +34,6 @@ from prfaas.simulator.scale import completion_rate_rps
 
 K_MOST_ROWS = 200_000  # requests beyond this leave a summary only
 K_MOST_VARIANTS = 10_000
-K_LOOK_S = 1.0
 K_LINE = 600  # characters of an error's
 
 Item = TypeVar("Item")
@@ -133,37 +133,32 @@ def spread(
     if workers <= 1:
         yield from map(function, items)
         return
-    with _pool(workers) as pool:  # leaving it ends its processes
-        ours = {process.pid for process in multiprocessing.active_children()}
-        results = pool.imap(_Elsewhere(function), items)
-        for _ in items:
-            found = _next(results, ours)
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    others = set(multiprocessing.active_children())
+    try:
+        for found in _started(executor, _Elsewhere(function), items):
             if isinstance(found, PrfaasError):
                 raise found
             yield found
+    except BrokenProcessPool:
+        raise PrfaasError("a process that played was ended from outside: out of memory?") from None
+    finally:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # what it still plays, nobody waits for
+        executor.shutdown(cancel_futures=True)
 
 
-def _next(results: IMapIterator[Result | PrfaasError], workers: set[int | None]) -> Result | PrfaasError:
-    """The next result. Raises PrfaasError when a worker is gone: the pool starts another in its place, but
-    what it played is lost.
-    """
-    while True:
-        try:
-            return results.next(timeout=K_LOOK_S)
-        except multiprocessing.TimeoutError:
-            if workers - {process.pid for process in multiprocessing.active_children()}:
-                raise PrfaasError("a process that played was ended from outside: out of memory?") from None
-
-
-def _pool(workers: int) -> Pool:
-    """Processes that leave an interruption to this one, from their first instruction on.
+def _started(
+    executor: ProcessPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[Result]:
+    """The processes leave an interruption to this one, from their first instruction on.
 
     Spawned, because a copy of a process that has threads may stand still.
     """
-    resource_tracker.ensure_running()  # or the pool would start it, and allow interruptions again
+    resource_tracker.ensure_running()  # or the executor would start it, and allow interruptions again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return multiprocessing.get_context("spawn").Pool(workers)
+        return executor.map(function, items)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

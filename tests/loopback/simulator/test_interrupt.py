@@ -88,7 +88,7 @@ def ends(process: subprocess.Popen[str], folder: Path) -> str:
     while alive(process.pid) and time.monotonic() < end_s:
         time.sleep(0.05)
     assert alive(process.pid) == []
-    assert not (folder / "out").exists()
+    assert list((folder / "out").iterdir()) == []
     return error
 
 
