@@ -19,6 +19,8 @@ from prfaas.router.errors import BadRequest
 
 K_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Of bodies, with what zlib calls them."""
+K_MOST_PARTS = 64
+"""Compressed apart and put one behind the other, as may be: each costs a copy of all that follows it."""
 K_OURS = frozenset({"bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "rid"})
 """Fields that only the router may set."""
 
@@ -78,9 +80,14 @@ def unpacked(raw: bytes, coding: str | None, most_bytes: int) -> bytes:
             status=415,
             code="unknown_encoding",
         )
-    out, left = b"", raw
+    out, left, parts = b"", raw, 0
     try:
         while left:
+            parts += 1
+            if parts > K_MOST_PARTS:
+                raise BadRequest(
+                    f"The body is compressed in more than {K_MOST_PARTS} parts.", code="bad_body"
+                )
             unpacking = zlib.decompressobj(K_CODINGS[coding])
             out += unpacking.decompress(left, most_bytes + 1 - len(out))
             if len(out) > most_bytes:

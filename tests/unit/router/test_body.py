@@ -81,6 +81,14 @@ def test_a_body_is_unpacked_no_further_than_it_may_be_large() -> None:
         unpacked(gzip.compress(b"x" * 1000) * 2, "gzip", 1999)
 
 
+def test_a_body_of_parts_without_end_is_refused() -> None:
+    """16 MB of empty ones kept a thread busy for minutes."""
+    part = gzip.compress(b"x")
+    assert unpacked(part * 64, "gzip", 1000) == b"x" * 64
+    with pytest.raises(BadRequest, match="64 parts"):
+        unpacked(part * 64 + gzip.compress(b"") * 10_000, "gzip", 1000)
+
+
 @given(st.binary(max_size=100), st.sampled_from(["gzip", "deflate", "identity", None, "x", ""]))
 def test_any_bytes_in_any_coding_are_a_body_or_a_bad_request(raw: bytes, coding: str | None) -> None:
     with contextlib.suppress(BadRequest):
