@@ -76,10 +76,13 @@ class Lane:
         self._states: list[_State] = []
         """Where the steps stand before each of `hopeful`, and after the last; as of `_ends`."""
 
-    @property
-    def busy(self) -> bool:
-        """Whether anything waits here, or runs, as far as is known."""
-        return bool(self.step or self.hopeful or self.behind or self.foreign_s or self._reckoned)
+    def busy(self, now: float) -> bool:
+        """Whether anything waits here, or runs, as far as is known. What others sent counts while the instance
+        is heard of.
+        """
+        self.advance(now)
+        foreign = self.foreign_s and now - self.reported_s < K_SWEEP_S
+        return bool(self.step or self.hopeful or self.behind or foreign or self._reckoned)
 
     # What happens.
 
@@ -153,7 +156,8 @@ class Lane:
         """Steps that have ended by now."""
         while self.ends_s <= now and (self.step or self.hopeful or self.behind):
             for entry in self.step:
-                self._reckoned[entry.request] = (self.ends_s, self._shift_s)
+                if entry.request:  # else for nobody, and nobody will say that it is done
+                    self._reckoned[entry.request] = (self.ends_s, self._shift_s)
             while len(self._reckoned) > K_REMEMBERED:
                 del self._reckoned[next(iter(self._reckoned))]
             self.step = []
@@ -354,7 +358,7 @@ class Lanes:
     def sweep(self, now: float) -> None:
         """Forget lanes without work: instances come and go. Those that stay get another at the next look."""
         self.sweep_at_s = now + K_SWEEP_S
-        self.lanes = {name: lane for name, lane in self.lanes.items() if lane.busy}
+        self.lanes = {name: lane for name, lane in self.lanes.items() if lane.busy(now)}
 
     def get(self, instance: InstanceId | None) -> Lane | None:
         return None if instance is None else self.lanes.get(instance)

@@ -272,3 +272,14 @@ def test_instances_that_come_and_go_leave_nothing() -> None:
             chosen.on_prefill_done(request=str(number), now=now + 5)
         chosen.on_finished(request=str(number), now=now + 6)
         assert len(chosen.lanes.lanes) <= 4 * 3
+
+
+def test_instances_that_leave_in_the_middle_of_a_prefill_or_with_others_work_leave_nothing() -> None:
+    chosen = policy()
+    for number in range(50):
+        now = 30.0 * number
+        view = RequestView(str(number), 4000, now, home="west")
+        decision = chosen.decide(view, listed(now, tag=f"-{number}", west_1=4.0), now)
+        chosen.on_dispatch(request=view, decision=decision, now=now)
+        chosen.on_failed(request=str(number), site="west", reason="it died", now=now + 1)
+        assert len(chosen.lanes.lanes) <= 4 * 5
