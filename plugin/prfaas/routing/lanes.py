@@ -77,8 +77,8 @@ class Lane:
         """Where the steps stand before each of `hopeful`, and after the last; as of `_ends`."""
 
     def busy(self, now: float) -> bool:
-        """Whether anything waits here, or runs, as far as is known. What others sent counts while the instance
-        is heard of.
+        """Whether anything waits here, or runs, as far as is known. Others' work counts while the instance is
+        heard of.
         """
         self.advance(now)
         foreign = self.foreign_s and now - self.reported_s < K_SWEEP_S
