@@ -8,6 +8,7 @@ request ends exactly once: answered, refused, told of an error, or left by its c
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from prfaas.router.body import (
     with_fields,
 )
 from prfaas.router.clients import Clients, Wishes
-from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded, error_event
+from prfaas.router.errors import BadRequest, DoorError, NoPath, Overloaded
 from prfaas.router.moves import bring
 from prfaas.router.outcome import Outcome, answer_headers
 from prfaas.router.prefixes import Caches
@@ -37,6 +38,8 @@ from prfaas.router.scheduler import Scheduler
 from prfaas.router.ticket import Ticket
 from prfaas.router.tokens import OffLoop, Prompt, PromptReader
 from prfaas.telemetry.router_metrics import RouterMetrics
+
+log = logging.getLogger("prfaas.router")
 
 K_DEFAULT_MODEL = "default"
 """What SGLang takes a request without a model to name."""
@@ -97,6 +100,9 @@ class Door:
             )
         except (asyncio.CancelledError, ConnectionResetError):
             outcome.status, outcome.error = K_CLIENT_LEFT, outcome.error or "the client left"
+            raise
+        except Exception as fault:  # logged, and told to the client, by the application
+            outcome.status, outcome.error = 500, repr(fault)
             raise
         finally:
             outcome.e2e_s = self._clock() - began_s
@@ -363,6 +369,11 @@ class Door:
         except ConnectionResetError as left:
             # Nothing to be told to anybody, and nothing for the log: clients leave.
             outcome.status, outcome.error = K_CLIENT_LEFT, str(left) or "the client left"
+        except Exception as fault:
+            # An answer of its own, as the application makes, would land in the middle of the stream.
+            log.exception("a fault of the router's own, in a stream")
+            outcome.error = repr(fault)
+            await out.fail("The router failed; its log says more.", "internal_error")
         return out
 
     async def _stream(
@@ -384,8 +395,5 @@ class Door:
         else:
             outcome.error = f"the stream broke after its first token: {cause}"
             self._metrics.broken_streams.labels(cause).inc()
-            event = error_event(
-                f"The server's stream ended early ({cause}).", "server_error", "stream_broken"
-            )
-            out.send(event)
+            await out.fail(f"The server's stream ended early ({cause}).", "stream_broken")
         await out.write_eof()

@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.web_request import BaseRequest
 
+from prfaas.router.errors import error_event
 from prfaas.router.sse import EventCutter
 from prfaas.router.upstream import Connection, UpstreamError
 
@@ -57,6 +58,11 @@ class EventStream(web.StreamResponse):
 
     async def prepare(self, request: BaseRequest) -> None:
         """It is begun by `send`."""
+
+    async def fail(self, message: str, code: str) -> None:
+        """Its end, with an error. Raises ConnectionResetError: the client left."""
+        self.send(error_event(message, "server_error", code))
+        await self.write_eof()
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Its end, once."""

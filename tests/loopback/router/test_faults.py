@@ -12,6 +12,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from prfaas.router.attempt import Attempt
+from prfaas.router.relay import Relay
+
 
 async def refuse(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
     error = {"error": {"message": "link-down", "type": "prfaas_refused", "code": "prfaas_refused"}}
@@ -361,5 +364,31 @@ def test_many_requests_through_random_faults_are_each_answered_once(stand: Any, 
             for handle in s.router.servers:
                 assert handle.in_flight == 0
                 assert handle.pending_tokens == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_fault_of_the_routers_own_ends_its_request_and_no_other(
+    stand: Any, begun: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*words: Any) -> str:
+        raise RuntimeError("a mistake")
+
+    async def main() -> None:
+        async with stand() as s:
+            ended: list[Any] = []
+            monkeypatch.setattr(s.router.door, "_on_outcome", ended.append)
+            with monkeypatch.context() as patch:
+                patch.setattr(Relay if begun else Attempt, "run" if begun else "open", broken)
+                status, _, answer = await s.post("/v1/completions", prompt="x", stream=True)
+                said = answer.split("data: ")[-2] if begun else json.dumps(answer)
+                assert status == (200 if begun else 500)
+                assert "its log says more" in json.loads(said)["error"]["message"]
+            await s.settle(lambda: ended)
+            assert (ended[0].status, ended[0].error) == (status, "RuntimeError('a mistake')")
+            assert "a mistake" in caplog.text
+            assert s.router.clients.in_flight == 0
+            assert (await s.post())[0] == 200
 
     asyncio.run(main())
