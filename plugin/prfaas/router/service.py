@@ -121,6 +121,7 @@ class Router:
         self._listeners: list[asyncio.Server] = []
         self._tls = tls_context(config.listen.tls) if config.listen.tls else None
         self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Future[None]] = set()
         self._refused_connections = 0
 
     # Building blocks
@@ -280,10 +281,17 @@ class Router:
             await self.servers.sweep()
 
     async def reload(self) -> None:
-        """Read the configuration again and take it over; running requests end as they began.
+        """Read the configuration again and take it over; running requests end as they began. Who asked for it
+        may leave: it is taken over whole.
 
         Raises ConfigError or UsageError, and then nothing has changed.
         """
+        reloading = asyncio.ensure_future(self._reload())
+        self._reloads.add(reloading)
+        reloading.add_done_callback(self._reloads.discard)
+        await asyncio.shield(reloading)
+
+    async def _reload(self) -> None:
         async with self._reloading:
             try:
                 if self._reread is None:
@@ -325,8 +333,9 @@ class Router:
             log.info("stopping: %d under way have %g s to end", self.clients.in_flight, K_GRACE_S)
         if self._runner is not None:
             await self._runner.cleanup()
-        if self.door.background:
-            await asyncio.wait(self.door.background, timeout=K_GRACE_S)
+        for under_way in (self.door.background, self._reloads):
+            if under_way:
+                await asyncio.wait(under_way, timeout=K_GRACE_S)
         for owner in list(self._tasks):
             await self._end(owner)
         await self.servers.close()

@@ -144,6 +144,33 @@ def test_a_refused_reload_leaves_nothing_of_itself(stand: Any, model_folder: Pat
     asyncio.run(main())
 
 
+def test_a_reload_is_taken_over_whole_though_who_asked_for_it_leaves(
+    stand: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            begun, may_end = asyncio.Event(), asyncio.Event()
+            end = s.router._end
+
+            async def slowly(owner: str) -> None:
+                begun.set()
+                await may_end.wait()
+                await end(owner)
+
+            monkeypatch.setattr(s.router, "_end", slowly)
+            for site in s.settings["sites"]:
+                for server in site["servers"]:
+                    server["name"] += "-again"
+            asking = asyncio.ensure_future(s.router.reload())
+            await begun.wait()
+            asking.cancel()  # as aiohttp does with a handler whose client is gone
+            may_end.set()
+            await s.settle(lambda: all(one.reported.at_s > 0 for one in s.router.servers))
+            assert [one.name for one in s.router.servers] == ["west-p-again", "west-d-again", "east-p-again"]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("section", "value", "word"),
     [
