@@ -145,7 +145,10 @@ class Timeline:
             self._thread.join()
         for thread in self._beside:
             thread.join()
-        self._end_hostile()
+        for process in self._hostile.values():
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
         with self._lock:
             return sorted(self._rows, key=lambda row: row.at_s)
 
@@ -156,13 +159,9 @@ class Timeline:
         self._stopped.set()
         if self._thread.ident is not None:
             self._thread.join()
-        self._end_hostile()
-
-    def _end_hostile(self) -> None:
         for process in self._hostile.values():
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
+            process.kill()
+            process.wait()  # a thread beside may be reading what it says
 
     def _run(self) -> None:
         for step in self._steps:
