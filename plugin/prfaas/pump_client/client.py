@@ -196,6 +196,8 @@ class LocalPumpClient(PumpClient):
             self._guards.withdraw(message.guard_slot, message.guard_word)
             outcome = Outcome(False, FailureReason.CANCELLED, "by this server")
             self._standing.end(transfer.transfer_id, outcome)
+        # Where the pump's word was quicker, the thread that heard it may be about to say so.
+        transfer.wait(K_ANSWER_S)
 
     def offer(
         self, site: str, size_bytes: int, deadline_s: float, *,

@@ -6,6 +6,9 @@ import dataclasses
 import os
 import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -36,6 +39,15 @@ def lease_on(client, array, room=1, generation=0, **kwargs):
 def send_kv(client, grant, src, dst, length, **kwargs):
     kwargs = {"kind": TransferKind.KV, "deadline_s": 20, "last": True, **kwargs}
     return client.submit(grant, src, dst, length, **kwargs)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(
@@ -277,14 +289,37 @@ def test_a_cancelled_transfer_ends_at_both_ends(pair):
     pumps, east, west = pair
     src, dst = pumps.memory(east, 1 << 24), pumps.memory(west, 1 << 24, fill=0)
     lease = lease_on(west, dst)
-    os.kill(pumps.pid("west"), signal.SIGSTOP)  # or it may be through before it is cancelled
-    try:
+    with stopped(pumps.pid("west")):  # or it may be through before it is cancelled
         transfer = send_kv(east, lease.grant, [src.ctypes.data], [dst.ctypes.data], [1 << 24])
         east.cancel(transfer)
-    finally:
-        os.kill(pumps.pid("west"), signal.SIGCONT)
     assert transfer.outcome is not None
     assert transfer.outcome.reason is FailureReason.CANCELLED
+    lease.revoke()
+
+
+def test_a_transfer_is_over_when_cancel_returns_though_the_pumps_word_came_first(pair, monkeypatch):
+    pumps, east, west = pair
+    src, dst = pumps.memory(east, 1 << 24), pumps.memory(west, 1 << 24, fill=0)
+    lease = lease_on(west, dst)
+    heard, returned = threading.Event(), threading.Event()
+    withdraw = east._guards.withdraw
+
+    def slow(slot, word):
+        withdraw(slot, word)
+        if threading.current_thread() is east._thread:
+            heard.set()
+            returned.wait(0.3)
+        else:
+            assert heard.wait(K_WAIT_S)
+
+    monkeypatch.setattr(east._guards, "withdraw", slow)
+    with stopped(pumps.pid("west")):
+        transfer = send_kv(east, lease.grant, [src.ctypes.data], [dst.ctypes.data], [1 << 24])
+        east.cancel(transfer)
+        outcome = transfer.outcome
+        returned.set()
+    assert outcome is not None
+    assert outcome.reason is FailureReason.CANCELLED
     lease.revoke()
 
 
