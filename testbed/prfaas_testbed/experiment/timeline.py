@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,8 +89,10 @@ def steps_of(events: Sequence[Event]) -> list[Step]:
 class Timeline:
     """`start` with the load's zero; `finish` ends what is still on and gives the rows."""
 
-    def __init__(self, events: Sequence[Event], net: Network, fleet: Fleet) -> None:
-        self._steps, self._net, self._fleet = steps_of(events), net, fleet
+    def __init__(
+        self, events: Sequence[Event], net: Network, fleet: Fleet, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._steps, self._net, self._fleet, self._now = steps_of(events), net, fleet, now
         self._rows: list[EventRow] = []
         self._changed: set[str] = set()
         self._before: dict[tuple[int, str], Impairments] = {}
@@ -165,12 +167,12 @@ class Timeline:
 
     def _run(self) -> None:
         for step in self._steps:
-            left_s = self._zero_s + step.at_s - time.monotonic()
+            left_s = self._zero_s + step.at_s - self._now()
             stopped = self._stopped.wait(max(0.0, left_s))
             if self._abandoned:
                 return
             if stopped and step.phase == "begin":
-                self._record(step, time.monotonic(), skipped="the load ended before it")
+                self._record(step, self._now(), skipped="the load ended before it")
                 continue
             if isinstance(step.event, K_BESIDE):
                 # A daemon: one that is abandoned may wait for a server's start for a minute yet.
@@ -186,10 +188,10 @@ class Timeline:
             if isinstance(event, SetLink | LinkDown | Flap):
                 self._link(step, event)
             elif isinstance(event, CutStream):
-                began_s = time.monotonic()
+                began_s = self._now()
                 found = cut_streams(self._net, event.source, event.target, K_PUMP_PORT, event.streams)
                 # It waits for a stream that carries bytes: its time is the cut, its lag is of its start.
-                cut_s = time.monotonic()
+                cut_s = self._now()
                 self._record(step, cut_s, began_s, waited_ms=_ms(cut_s - began_s), **found)
             elif isinstance(event, Kill):
                 self._kill(step, event)
@@ -203,12 +205,12 @@ class Timeline:
                 assert self._fleet.clocks is not None  # the fleet was made with this event known
                 seconds = event.step_s if step.phase == "begin" else 0
                 self._fleet.clocks.step(event.site, seconds)
-                self._record(step, time.monotonic(), site=event.site, seconds=seconds)
+                self._record(step, self._now(), site=event.site, seconds=seconds)
             else:
                 folder = self._fleet.folder / "keys" / event.site
                 self._replace(step, event, folder)
         except (PrfaasError, OSError, subprocess.SubprocessError) as error:
-            self._record(step, time.monotonic(), failed=str(error))
+            self._record(step, self._now(), failed=str(error))
 
     def _link(self, step: Step, event: SetLink | LinkDown | Flap) -> None:
         for link in directed(event.link):
@@ -232,7 +234,7 @@ class Timeline:
     def _kill(self, step: Step, event: Kill) -> None:
         server = self._fleet.named(event.instance)
         process = self._fleet.pumps[server.site] if event.what == "pump" else server.process
-        at_s = time.monotonic()
+        at_s = self._now()
         said: dict[str, Any] = {"instance": event.instance, "what": event.what}
         if event.signal == "freeze":
             if process.pid is not None:
@@ -242,7 +244,7 @@ class Timeline:
             if event.what == "pump" and event.restart_after_s is None:
                 self._fleet.given_up.add(server.site)
             process.kill()
-            said |= {"signal": "SIGKILL", "dead_ms": _ms(time.monotonic() - at_s)}
+            said |= {"signal": "SIGKILL", "dead_ms": _ms(self._now() - at_s)}
         else:
             process.start()
             try:
@@ -253,7 +255,7 @@ class Timeline:
                     raise
                 self._fleet.given_up.add(server.site)
                 said |= {"by": "a server that missed it"}
-            said |= {"ready_s": round(time.monotonic() - at_s, 3)}
+            said |= {"ready_s": round(self._now() - at_s, 3)}
         self._record(step, at_s, **said)
 
     def _pump_answers(self, server: Server) -> bool:
@@ -270,7 +272,7 @@ class Timeline:
         return False
 
     def _disk(self, step: Step) -> None:
-        disk, at_s = self._fleet.folder, time.monotonic()
+        disk, at_s = self._fleet.folder, self._now()
         if step.phase == "begin":
             self._record(step, at_s, filled_bytes=fill_disk(disk))
         else:
@@ -285,7 +287,7 @@ class Timeline:
             assert traffic.begun_s is not None
             self._record(step, traffic.begun_s, **said)
             return
-        at_s = time.monotonic()  # what follows is the report of what arrived
+        at_s = self._now()  # what follows is the report of what arrived
         if traffic.begun_s is None:
             traffic.stop()
             self._record(step, at_s, skipped="the load ended before it", **said)
@@ -333,7 +335,7 @@ class Timeline:
                 stranger, event.site, days=K_CERTIFICATE_DAYS, authority_days=K_AUTHORITY_DAYS, now=now
             )
             os.replace(stranger / keys.K_SITE_FILE, folder / keys.K_SITE_FILE)
-        self._record(step, time.monotonic(), site=event.site, trusted=event.trusted)
+        self._record(step, self._now(), site=event.site, trusted=event.trusted)
 
     def _record(self, step: Step, at_s: float, began_s: float | None = None, **fields: Any) -> None:
         """`at_s`: when it happened; `began_s`: when it was begun, where it then waited for something."""

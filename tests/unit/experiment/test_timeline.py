@@ -26,10 +26,11 @@ class Server:
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self.back = threading.Event()
+        self.gone, self.back = threading.Event(), threading.Event()
 
     def kill(self) -> None:
         self.said.append("kill")
+        self.gone.set()
 
     def start(self) -> None:
         self.said.append("start")
@@ -89,45 +90,50 @@ def test_what_the_load_did_not_wait_for_has_no_distance() -> None:
     assert number(skipped, "lag_ms") is None
 
 
+K_REPORT_S = 3.0
+
+
 class Traffic:
-    """What the timeline needs of cross-traffic."""
+    """Cross-traffic as the timeline takes it, whose report takes its time; by a clock of its own."""
 
     def __init__(self) -> None:
+        self.now_s = 1000.0
         self.begun_s: float | None = None
-        self.ended_early = False
-        self.stops, self.zero_s, self.told_s = 0, 0.0, 0.0
+        self.ended_early, self.stopped = False, threading.Event()
+        self.stops = 0
 
     def begin(self) -> None:
-        self.begun_s = time.monotonic()
+        self.begun_s = self.now_s
 
     def stop(self) -> dict[str, Any]:
         self.stops += 1
-        self.told_s = time.monotonic() - self.zero_s
+        self.now_s += K_REPORT_S
+        self.stopped.set()
         return {"seconds": 1.0, "mbps": 7.5, "error": None}
 
 
-def crossed(at_s: float, then_s: float) -> tuple[list[EventRow], Traffic]:
+def crossed(at_s: float, waits: bool) -> tuple[list[EventRow], Traffic]:
+    """`waits`: the load lasts until the traffic has ended."""
     event = CrossTraffic(do="cross_traffic", at_s=at_s, source="a", target="b", for_s=0.05)
     traffic = Traffic()
     net = SimpleNamespace(prepare_changes=lambda links: None, prepare_traffic=lambda *words: traffic)
-    timeline = Timeline([event], net, SimpleNamespace())  # type: ignore[arg-type]
+    timeline = Timeline([event], net, SimpleNamespace(), now=lambda: traffic.now_s)  # type: ignore[arg-type]
     timeline.prepare()
-    traffic.zero_s = time.monotonic()
-    timeline.start(traffic.zero_s)
-    time.sleep(then_s)
+    timeline.start(traffic.now_s)
+    assert not waits or traffic.stopped.wait(10)
     return timeline.finish(), traffic
 
 
 def test_cross_traffic_ends_when_it_is_told_to_and_not_when_its_report_has_come() -> None:
-    rows, traffic = crossed(0.0, 0.5)
+    rows, traffic = crossed(0.0, waits=True)
     assert [row.event for row in rows] == ["cross_traffic", "cross_traffic_end"]
     assert field(rows[1], "mbps") == 7.5
-    assert 0 < rows[1].at_s <= traffic.told_s + 1e-3
+    assert rows[1].at_s < K_REPORT_S
     assert traffic.stops == 1
 
 
 def test_cross_traffic_that_the_load_did_not_wait_for_is_skipped_and_its_receiver_gone() -> None:
-    rows, traffic = crossed(60.0, 0.0)
+    rows, traffic = crossed(60.0, waits=False)
     assert all(field(row, "skipped") for row in rows)
     assert traffic.begun_s is None
     assert traffic.stops == 1
@@ -141,9 +147,7 @@ def test_an_abandoned_timeline_brings_nobody_back_and_waits_for_nothing() -> Non
     timeline.prepare()
     began_s = time.monotonic()
     timeline.start(began_s)
-    while not server.said:
-        assert time.monotonic() < began_s + 10
-        time.sleep(0.01)
+    assert server.gone.wait(10)
     timeline.abandon()
     assert server.said == ["kill"]
     assert time.monotonic() < began_s + 15
