@@ -48,6 +48,8 @@ class Resolver:
             )
         except socket.gaierror:
             pass  # a name
+        except UnicodeError:
+            raise OSError(f"{host[:80]!r} can't be a name") from None
         key = (host, port)
         with self._lock:
             answer = self._answers.get(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -16,10 +17,10 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from prfaas.config.pump import PumpConfig
+from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import MachineError
 from prfaas.model.observations import LinkObservation
-from prfaas.model.transfer import TransferKind
+from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump.server import Pump
 from prfaas.pump_client import LocalPumpClient
 
@@ -181,6 +182,33 @@ def test_an_address_that_is_none_costs_the_server_that_prepares_for_it_nothing(p
     assert east.stats()["clients"] == 1
     assert "no peer to be ready for" in pumps.log("east")
     assert east.pump_pid == pid
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "\u00e9" * 70], ids=["empty", "long", "wide"])
+def test_an_address_that_can_be_no_name_fails_its_own_transfer_and_the_pump_lives(pumps, host):
+    east, west = pumps.client(pumps.start("east", allow_plaintext=True)), pumps.client(pumps.start("west"))
+    pid, address = east.pump_pid, f"{host}:7700"
+    src, dst = pumps.memory(east, 64), pumps.memory(west, 64, fill=0)
+    places = [src.ctypes.data], [dst.ctypes.data], [64]
+    lease = west.grant_lease(1, 0, [(dst.ctypes.data, 64)], 30)
+    lost = dataclasses.replace(lease.grant, address=address)
+    east.prepare(address)
+    outcome = east.submit(lost, *places, kind=TransferKind.KV, deadline_s=0.5).wait(20)
+    assert outcome.reason is FailureReason.DEADLINE
+    assert is_ended(east.forward(address, "127.0.0.1", 1))
+    assert east.submit(lease.grant, *places, kind=TransferKind.KV, deadline_s=20).wait(20).ok
+    errors = {peer["address"]: peer["last_error"] for peer in east.stats()["peers"]}
+    assert "can't be a name" in errors[address]
+    assert east.pump_pid == pid
+
+
+def is_ended(address: str) -> bool:
+    """Whether a connection to it is ended without a byte."""
+    try:
+        with socket.create_connection(split_address(address), timeout=20) as sock:
+            return not sock.recv(1)
+    except ConnectionError:
+        return True
 
 
 def test_a_pump_takes_as_many_descriptors_as_it_may_have():
