@@ -9,7 +9,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -17,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -133,19 +137,38 @@ def spread(
     if workers <= 1:
         yield from map(function, items)
         return
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    others = set(multiprocessing.active_children())
-    try:
-        for found in _started(executor, _Elsewhere(function), items):
-            if isinstance(found, PrfaasError):
-                raise found
-            yield found
-    except BrokenProcessPool:
-        raise PrfaasError("a process that played was ended from outside: out of memory?") from None
-    finally:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # what it still plays, nobody waits for
-        executor.shutdown(cancel_futures=True)
+    over, end = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="prfaas-sweep-") as held:
+        executor = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), initializer=_end_at, initargs=(over,)
+        )
+        there = _ByFile(_Elsewhere(function), Path(held))
+        try:
+            for found in _started(executor, there, list(enumerate(items))):
+                if isinstance(found, PrfaasError):
+                    raise found
+                result: Result = pickle.loads(found.read_bytes())
+                found.unlink()
+                yield result
+        except BrokenProcessPool:
+            raise PrfaasError("a process that played was ended from outside: out of memory?") from None
+        finally:
+            end.send_bytes(b"over")  # what they still play, nobody waits for
+            executor.shutdown(cancel_futures=True)
+            over.close()
+            end.close()
+
+
+def _end_at(over: Connection) -> None:
+    """This process ends at once when the sweep is over, or when the one that it plays for is gone, however
+    that ended. All look at the same message, so none takes it.
+    """
+
+    def watch() -> None:
+        wait([over])
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _started(
@@ -161,6 +184,28 @@ def _started(
         return executor.map(function, items)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclass(frozen=True)
+class _ByFile(Generic[Item, Result]):
+    """(place, item) to the file that has the result: a process that is killed while it writes a long one to
+    the pipe that all share would leave the others, and whoever reads it, waiting for ever.
+    """
+
+    function: Callable[[Item], Result | PrfaasError]
+    folder: Path
+
+    def __call__(self, placed: tuple[int, Item]) -> Path | PrfaasError:
+        place, item = placed
+        found = self.function(item)
+        if isinstance(found, PrfaasError):
+            return found
+        path = self.folder / str(place)
+        try:
+            path.write_bytes(pickle.dumps(found))
+        except OSError as error:
+            return PrfaasError(f"{path}: a run's result can't be kept there: {error.strerror}")
+        return path
 
 
 @dataclass(frozen=True)

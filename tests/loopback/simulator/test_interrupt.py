@@ -106,3 +106,11 @@ def test_a_sweep_whose_process_was_killed_says_so_instead_of_waiting_for_ever(tm
         os.kill(workers[0], signal.SIGKILL)
         assert "ended from outside" in ends(process, tmp_path)
         assert process.returncode == 1
+
+
+def test_a_sweep_that_was_killed_leaves_no_process(tmp_path: Path) -> None:
+    with sweep(tmp_path) as process:
+        assert len(alive(process.pid)) > 2
+        process.kill()
+        process.wait(K_PATIENCE_S)
+        ends(process, tmp_path)

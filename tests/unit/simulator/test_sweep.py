@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 
 from prfaas.config.profile import load_profile
 from prfaas.model.errors import MachineError, PrfaasError, UsageError
-from prfaas.simulator.sweep import _Elsewhere, spread
+from prfaas.simulator.sweep import _ByFile, _Elsewhere, spread
 
 K_TROUBLES = {"usage": UsageError, "machine": MachineError, "ours": ZeroDivisionError}
 
@@ -46,3 +47,9 @@ def test_what_goes_wrong_keeps_its_line_and_status_on_its_way(item, kind, status
     assert str(error) == line
     assert error.exit_status == status
     assert ("Traceback" in "".join(getattr(error, "__notes__", []))) == (item == "ours")
+
+
+def test_a_result_that_can_t_be_kept_is_told(tmp_path: Path) -> None:
+    found = _ByFile(math.factorial, tmp_path / "gone")((0, 3))
+    assert isinstance(found, PrfaasError)
+    assert str(found) == f"{tmp_path}/gone/0: a run's result can't be kept there: No such file or directory"
