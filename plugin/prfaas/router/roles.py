@@ -175,7 +175,7 @@ class RoleKeeper:
             if there is None or not cluster.loop.due(now) or meter.requests < self._config.least_requests:
                 continue
             cluster.loads = meter.loads()
-            system = meter.system(snapshot)
+            system = meter.system(snapshot, [one.meter for one in self._clusters.values()])
             if system is None:
                 continue
             proposal = cluster.loop.look(there, cluster.loads, system, now, convertible)

@@ -7,12 +7,15 @@ last look.
 The answer's length isn't counted in tokens but in the time that decode spent on it, which is what a place in
 the batch is taken for: L_out is that time over T_decode at the batch of late, so that
 Θ_pd-d = N_d · BS_max / (T_decode · L_out) rests on a measured residence whatever T_decode is.
+
+A PrfaaS site that serves several local clusters is there for each by its part of their traffic, offloaded or
+not: were each to count all of it, all would give up prefill of their own for the same instances.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prfaas.model.ids import LinkId, SiteId
@@ -24,6 +27,7 @@ from prfaas.routing.base import CostProfile
 from prfaas.routing.slow_loop import Stage, StageLoad
 
 K_KEPT = 4096  # requests whose lengths and times count
+K_LEAST_SPAN_S = 1.0  # over which traffic is counted
 K_STEP_S = 0.03  # T_decode where no profile tells it; it cancels out
 K_GRID_TOKENS = tuple(float(1 << power) for power in range(6, 21))
 
@@ -116,8 +120,10 @@ class StageMeter:
             ),
         ]
 
-    def system(self, snapshot: Snapshot) -> System | None:
-        """What to plan for; None while too little is known: no answer yet, or no batch limit."""
+    def system(self, snapshot: Snapshot, clusters: Iterable[StageMeter] = ()) -> System | None:
+        """What to plan for; None while too little is known: no answer yet, or no batch limit. `clusters`: all
+        local clusters, which may share PrfaaS sites with this one.
+        """
         site, residence_s = snapshot.sites.get(self.home), self._residence_s()
         costs = self._profiles.get(self.home)
         if site is None or costs is None or not self._lengths or not residence_s or not site.decode_instances:
@@ -134,7 +140,7 @@ class StageMeter:
         return System(
             lengths=Empirical(tokens for _, tokens in self._lengths),
             output_tokens=residence_s / decode.step_s(self._batch),
-            prfaas_instances=sum(one.prefill_instances for one in away),
+            prfaas_instances=self._share(away, snapshot, clusters),
             egress_bps=self._usable_bps(snapshot),
             prfaas_prefill=prefill_curve(far),
             kv=kv_curve(far),
@@ -142,6 +148,27 @@ class StageMeter:
             local_prefill=prefill_curve(costs),
             decode=decode,
         )
+
+    def _share(
+        self, away: Sequence[SiteObservation], snapshot: Snapshot, clusters: Iterable[StageMeter]
+    ) -> int:
+        """Of the instances of these sites, those that are this cluster's: one at least."""
+        own, instances = self._tokens_per_s(snapshot.now), 0.0
+        others = [one for one in clusters if one is not self]
+        for site in away:
+            claims = own + sum(
+                one._tokens_per_s(snapshot.now)
+                for one in others
+                if one.home == site.site or one._reached_from(site, snapshot)
+            )
+            instances += site.prefill_instances * own / claims
+        return max(1, round(instances)) if away else 0
+
+    def _tokens_per_s(self, now: float) -> float:
+        """Of late, that its own cache doesn't cover."""
+        if not self._lengths:
+            return 0.0
+        return sum(tokens for _, tokens in self._lengths) / max(K_LEAST_SPAN_S, now - self._lengths[0][0])
 
     def _residence_s(self) -> float | None:
         if not self._decodes_s:
@@ -153,12 +180,14 @@ class StageMeter:
         return [
             site
             for name, site in snapshot.sites.items()
-            if name != self.home
-            and name in self._profiles
-            and site.prefill_instances > 0
-            and (link := snapshot.links.get(LinkId(name, self.home))) is not None
-            and link.usable_bps > 0
+            if name in self._profiles and self._reached_from(site, snapshot)
         ]
+
+    def _reached_from(self, site: SiteObservation, snapshot: Snapshot) -> bool:
+        if site.site == self.home or site.prefill_instances <= 0:
+            return False
+        link = snapshot.links.get(LinkId(site.site, self.home))
+        return link is not None and link.usable_bps > 0
 
     def _usable_bps(self, snapshot: Snapshot) -> float:
         return sum(snapshot.links[LinkId(one.site, self.home)].usable_bps for one in self._away(snapshot))

@@ -100,3 +100,30 @@ def test_the_loop_plans_from_it_and_only_convertible_instances_are_asked_to_chan
         assert proposal.target is not None
         assert proposal.target.prefill > 1
         assert [proposal.step.instance if proposal.step else None] == (convertible or [None])
+
+
+def test_clusters_share_a_prfaas_site_by_their_traffic_offloaded_or_not() -> None:
+    profiles = {name: Linear() for name in ("west", "south", "east")}
+    west, south = (StageMeter(home, profiles, window_s=100.0) for home in ("west", "south"))
+    for k in range(60):
+        west.request(1000, 10**6, float(k))
+        if k % 3 == 0:
+            south.request(1000, 0, float(k))
+    for meter in (west, south):
+        meter.answered(6.0, 60.0)
+    sites = {name: SiteObservation(name, 60.0, 4, decode_instances=1, decode_slots=8) for name in profiles}
+    for reached, wanted in (
+        (("west", "south"), (3, 1)),
+        (("west",), (4, 0)),
+        (("south",), (0, 4)),
+        ((), (0, 0)),
+    ):
+        links = {
+            link: LinkEstimate(link, 60.0, 8e6, 8e6, 8e6, 0.04)
+            for link in (LinkId("east", home) for home in reached)
+        }
+        systems = [one.system(Snapshot(60.0, sites, links), [west, south]) for one in (west, south)]
+        assert tuple(one.prfaas_instances for one in systems if one is not None) == wanted
+    alone = west.system(Snapshot(60.0, sites, links | {LINK: LinkEstimate(LINK, 60.0, 8e6, 8e6, 8e6, 0.04)}))
+    assert alone is not None
+    assert alone.prfaas_instances == 4
