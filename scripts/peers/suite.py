@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prfaas_testbed.instances.models import K_MODELS
-from prfaas_testbed.instances.sglang_server import K_CPU_ARGS, K_CPU_ENV, K_CPU_PATH
+from prfaas_testbed.instances.sglang_server import K_CPU_ARGS, K_CPU_ENV, K_CPU_PATH, K_OWNER
 
 K_HERE = Path(__file__).resolve().parent
 K_DECODE_ARGS = ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
@@ -34,7 +34,8 @@ K_BOUNDED_SCHEMA = {
 
 
 def environment() -> dict[str, str]:
-    return {**K_CPU_ENV, "SGLANG_HOST_IP": "127.0.0.1", "PYTHONPATH": str(K_CPU_PATH)}
+    own = {"SGLANG_HOST_IP": "127.0.0.1", "PYTHONPATH": str(K_CPU_PATH), K_OWNER: str(os.getpid())}
+    return {**K_CPU_ENV, **own}
 
 
 def cpu_args(model: str, *more: str) -> list[str]:

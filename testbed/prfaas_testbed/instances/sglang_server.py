@@ -62,6 +62,9 @@ K_CPU_ENV = {
     # A scheduler's start-up banner and tracebacks arrive in the log when they happen.
     "PYTHONUNBUFFERED": "1",
 }
+K_OWNER = "PRFAAS_CPU_OWNER"
+"""Whose end is the server's too, by the CPU servers' own plugin: a testbed or a test run that is killed by -9
+leaves none behind."""
 
 
 class ServerDied(PrfaasError):
@@ -183,7 +186,7 @@ class SglangServer:
         with self.log_path.open("wb") as log:
             self._process = self._popen(
                 command,
-                env=build_environment(self.spec, os.environ),
+                env=build_environment(self.spec, os.environ) | {K_OWNER: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

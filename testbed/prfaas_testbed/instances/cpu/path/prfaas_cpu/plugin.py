@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from prfaas_cpu import kda
+from prfaas_cpu.owner import end_with_owner
 
 K_KDA = "PRFAAS_CPU_KDA"
 """Set for servers of models with Kimi delta attention, whose modules others needn't import."""
@@ -24,6 +25,7 @@ def load_plugin() -> None:
     if _loaded or not is_cpu():
         return
     _loaded = True
+    end_with_owner()
     _choose_cpu_norms()
     _answer_device_module()
     _register_hooks()
