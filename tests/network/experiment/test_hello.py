@@ -25,7 +25,7 @@ K_SCRIPT = """
 mount -t tmpfs -o size={size} none {disk} || exit 99
 {run} &
 run=$!
-while ! ls {disk}/hello-small/*/work/toy-load/rep0-0.answers.jsonl >/dev/null 2>&1; do
+until find {disk} -name rep0-0.answers.jsonl | grep -q .; do
     kill -0 $run 2>/dev/null || break
     sleep 0.1
 done
