@@ -233,7 +233,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
         mean(column(data["rows"], "first_tokens_rps", policy="prices-arrival", step=place))
         for place in range(len(steps))
     ]
-    mine = [row for row in data["rows"] if row["policy"] == "prices-arrival"]
+    mine = [row for row in data["rows"] if row["policy"] in ("prices-arrival", "best split")]
     split = [_of_optimum(data, step) for step in steps[:-1]]
     least = min(row["first_tokens"] for row in mine)
     return [
@@ -245,8 +245,8 @@ def goals(data: dict[str, Any]) -> list[Goal]:
             all(share.value >= K_GOAL for share in shares),
         ),
         Goal(
-            "never less than the local cluster alone",
-            f"least {min(one.value for one in ours):.2f} req/s; alone {alone_rps:.2f} by plan",
+            "never less than 0.95 of what the plan says of the local cluster alone",
+            f"least {min(one.value for one in ours):.2f} req/s; alone {alone_rps:.2f}",
             min(one.value for one in ours) >= K_GOAL * alone_rps,
         ),
         Goal("every step is judged on at least 1,000 answers", f"least {least}", least >= 1000),

@@ -110,26 +110,38 @@ def _ttfts_s(data: dict[str, Any], part: str, fault: str) -> list[float]:
 
 
 def goals(data: dict[str, Any]) -> list[Goal]:
-    """Ours never fails where the stock engine answers, and isn't slower."""
+    """Ours never fails where the stock engine answers, and isn't slower. What one of the two has not been
+    asked is reached by neither."""
     conditions = list(dict.fromkeys(fault for fault, _ in _cells(data)))
     missing, slower = {}, {}
     for fault in conditions:
         ours, stock = (_fates(data, part, fault) for part in (K_OURS, K_STOCK))
         missing[fault] = (sum(ours.values()) - ours["equal"], sum(stock.values()) - stock["equal"])
-        pair = [_ttfts_s(data, part, fault) for part in (K_OURS, K_STOCK)]
-        slower[fault] = float(np.median(pair[0]) / np.median(pair[1])) if all(pair) else float("nan")
+        slower[fault] = _slower(*(_ttfts_s(data, part, fault) for part in (K_OURS, K_STOCK)))
+    both = bool(conditions) and all(
+        _rows(data, part, fault) for fault in conditions for part in (K_OURS, K_STOCK)
+    )
     return [
         Goal(
             "on real servers, ours leaves no more requests without a right answer than mooncake_tcp",
             "; ".join(f"{fault}: {ours} against {stock}" for fault, (ours, stock) in missing.items()),
-            all(ours <= stock for ours, stock in missing.values()),
+            both and all(ours <= stock for ours, stock in missing.values()),
         ),
         Goal(
             "its first tokens from the other site come no later than mooncake_tcp's (median)",
-            "; ".join(f"{fault}: {ratio:.2f} of its TTFT" for fault, ratio in slower.items()),
-            all(ratio <= 1.0 for ratio in slower.values() if not np.isnan(ratio)),
+            "; ".join(f"{fault}: {text}" for fault, (text, _) in slower.items()),
+            both and all(reached for _, reached in slower.values()),
         ),
     ]
+
+
+def _slower(ours_s: list[float], stock_s: list[float]) -> tuple[str, bool]:
+    """Of first tokens: what to say of ours beside the stock engine's, and whether they come no later."""
+    if not ours_s or not stock_s:
+        nobody = K_STOCK if ours_s else K_OURS
+        return f"no right answer by {nobody}", bool(ours_s)
+    ratio = float(np.median(ours_s) / np.median(stock_s))
+    return f"{ratio:.2f} of its TTFT", ratio <= 1.0
 
 
 def tell(data: dict[str, Any]) -> str:
@@ -155,7 +167,8 @@ def tell(data: dict[str, Any]) -> str:
         "link, engine", "times", "requests", "equal", "refused", "wrong", "lost", "prefilled far",
         "their TTFT P50, s", "P90", "near: P50",
     ]  # fmt: skip
-    return table(head, lines) + "\n" + _costs(data) + K_TOLD
+    once = max(one["repetition"] for one in data["costs"]) == 0
+    return table(head, lines) + "\n" + _costs(data) + K_TOLD + (K_ONCE if once else "")
 
 
 def _costs(data: dict[str, Any]) -> str:
@@ -178,9 +191,13 @@ server in west; 40 ms, 200 Mbit/s and 0.1% loss. The router has the report's pol
 tokens; 1.5 requests a second of 256 to 4,096 tokens for 20 s, the same for both engines. *Wrong*: a whole
 answer whose tokens differ from the plain server's. *Lost*: neither an answer nor an error within 60 s, or a
 connection that just ended. Ours has mutual TLS and checks every piece; mooncake_tcp has neither. KV of a test
-model is small (1 KiB a token), so that prefill on a shared CPU is most of a first token's time here. CPU: of
-all processes of a role together, from before the first request until nothing is held; a real server's idle
-loop is in it. Memory: resident, shared libraries counted with each process.
+model is small (1 KiB a token): that of a prompt that goes far fills the link for 0.04 to 0.17 s. CPU: of all
+processes of a role together, from before the first request until nothing is held; a real server's idle loop
+is in it. Memory: resident, shared libraries counted with each process.
+"""
+K_ONCE = """\
+Each engine ran once on each link: there are no intervals, and one run doesn't tell what the next would be.
+*Healthy* is the link with its 0.1% loss; it wasn't tried without.
 """
 
 

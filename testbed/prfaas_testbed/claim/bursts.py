@@ -219,9 +219,9 @@ K_WHY = {
     "code-singly": "as of code",
     "code": "ours binds a request to an instance when it comes, and what is let in early keeps out shorter"
     " prompts that come later; a door that decided at each start would have most of the rest (below), without"
-    " knowing more of what comes. With all queues known exactly the same rule closed 55% at 0.85 on other"
-    " parts of the trace; a bound that neither counts parts of requests nor divides one between sites lies 1"
-    " to 1.5 points below this one there. What steps of several prompts take of it shows in code-singly",
+    " knowing more of what comes. On other parts of the trace a bound that neither counts parts of requests"
+    " nor divides one between sites lies 1 to 1.5 points below this one. What steps of several prompts take"
+    " of it shows in code-singly",
 }
 
 

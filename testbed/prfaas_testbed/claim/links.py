@@ -160,9 +160,9 @@ up, 2 s down). First tokens a second at {K_LOADS["beyond"]:g}, requests within t
 {K_LOADS["within"]:g} of what the plan says with a clean link. *Best other* is, for each condition and seed,
 the best of the report's policy at thresholds of 19.6K and 40K: nobody could choose it beforehand. Bursty loss
 isn't told from random loss by the simulator's links, and isn't played. The
-rate is judged in order of arrival, as the thresholds are. Loss is a ceiling on what eight
-streams reach and nothing else here; cross-traffic takes half the link; in *three-sites* the nearer PrfaaS
-site has H20 and the farther one H200.
+rate is judged in order of arrival, as the thresholds are. Loss is a ceiling on what eight streams reach here,
+and at a transfer's end the mean wait for what is lost of its last round trip, and nothing else; cross-traffic
+takes half the link; in *three-sites* the nearer PrfaaS site has H20 and the farther one H200.
 """
     )
 

@@ -13,13 +13,13 @@ from prfaas_testbed.claim.pieces import PIECES, read
 K_WORLD = """\
 ## What was run, on what, and what it can't show
 
-Unless a section says that it ran on the testbed, it ran in the project's simulator, at scale 1, on virtual
-time: the policies, the link estimator, the ledger and the order of sending are the very objects that the
-router and the pump run; instances, engines' queues and links are models. Prefill takes a profile's time and
-whole chunks, decode a time a step by batch size, a link is a fluid with a round trip, a start-up and a
-ceiling by loss. The local cluster's profile and the decode batch are solved back from the report's own table
-6, so that the plan's agreement with the published throughput is partly circular; the TTFTs, the shares and
-all that happens in queues are not.
+Unless a section says where else it ran, it ran in the project's simulator, at scale 1, on virtual time: the
+policies, the link estimator, the ledger and the order of sending are the very objects that the router and the
+pump run; instances, engines' queues and links are models. Prefill takes a profile's time and whole chunks,
+decode a time a step by batch size, a link is a fluid with a round trip, a start-up, a ceiling by loss and a
+mean wait for what is lost last. The local cluster's profile and the decode batch are solved back from the
+report's own table 6, so that the plan's agreement with the published throughput is partly circular; the
+TTFTs, the shares and all that happens in queues are not.
 
 What this can't show: packet-level behaviour (what a stream reaches at a given loss and round trip, head-of-
 line blocking, retransmission), the CPU that 100 Gbit/s of sending, encrypting and checking costs, SGLang's
@@ -97,8 +97,7 @@ def _made(record: dict[str, Any]) -> str:
         return (
             f"Made again by `prfaas-testbed claim run {name}`: {record['repetitions']} repetitions, "
             f"{record['took_s']:.0f} s on {cores} cores, commit {_commits([record['commit']])}, "
-            f"{record['started']}. The experiments are `topologies/experiments/claim-{name}*.yaml`; "
-            f"`prfaas simulate` plays each alone.{_parts_before(record)}\n{_older(record)}"
+            f"{record['started']}. {_files(record)}{_parts_before(record)}\n{_older(record)}"
         )
     runs = record["runs"]
     loads = sorted(f"{run['machine']['load_1min_before']:4.1f}" for run in runs if "machine" in run)
@@ -111,6 +110,12 @@ def _made(record: dict[str, Any]) -> str:
         f"{min(run['started'] for run in runs)} to {max(run['started'] for run in runs)}; the record, and "
         f"what is simulated in it, by {_commits([record['commit']])}.\n"
     )
+
+
+def _files(record: dict[str, Any]) -> str:
+    files = f"The experiments are `topologies/experiments/claim-{record['piece']}*.yaml`"
+    simulated = record.get("world", "simulator") == "simulator"
+    return f"{files}; `prfaas simulate` plays each alone." if simulated else f"{files}."
 
 
 def _parts_before(record: dict[str, Any]) -> str:

@@ -58,6 +58,36 @@ def test_ours_is_judged_beside_the_stock_engine(
     assert baselines.draw(data, tmp_path / "figures") == ["baselines.png"]
 
 
+@pytest.mark.parametrize("alone", ["prfaas", "mooncake_tcp"])
+def test_an_engine_alone_reaches_no_goal(tmp_path: Path, alone: str) -> None:
+    write_run(run_of({alone: 0.5}), tmp_path)
+    data = pieces.gather("baselines", [tmp_path], lambda line: None)
+    assert [goal.reached for goal in baselines.goals(data)] == [False, False]
+
+
+@pytest.mark.parametrize(("failing", "reached"), [("prfaas", [False, False]), ("mooncake_tcp", [True, True])])
+def test_an_engine_without_a_right_answer_is_the_slower_one(
+    tmp_path: Path, failing: str, reached: list[bool]
+) -> None:
+    run = run_of({"mooncake_tcp": 1.0, "prfaas": 0.5})
+    for row in run.repetitions[0].requests:
+        if row.model_extra["part"] == failing:
+            row.error = "503"
+    write_run(run, tmp_path)
+    found = baselines.goals(pieces.gather("baselines", [tmp_path], lambda line: None))
+    assert [goal.reached for goal in found] == reached
+    assert found[1].found == f"healthy: no right answer by {failing}"
+
+
+def test_what_ran_once_is_said_to_have_run_once(tmp_path: Path) -> None:
+    write_run(run_of({"mooncake_tcp": 1.0, "prfaas": 0.5}), tmp_path)
+    data = pieces.gather("baselines", [tmp_path], lambda line: None)
+    assert "ran once on each link" in baselines.tell(data)
+    write_run(run_of({"mooncake_tcp": 1.0, "prfaas": 0.5}, started="2027"), tmp_path)
+    more = pieces.further(pieces.gather("baselines", [tmp_path], lambda line: None), data)
+    assert "ran once" not in baselines.tell(more)
+
+
 def test_a_further_run_is_a_further_repetition(tmp_path: Path) -> None:
     write_run(run_of({"mooncake_tcp": 1.0, "prfaas": 0.5}), tmp_path / "a")
     write_run(run_of({"prfaas": 0.6}, started="2027"), tmp_path / "b")

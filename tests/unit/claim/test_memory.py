@@ -36,6 +36,17 @@ def test_growth_is_that_of_the_settled_half(growth_mib: float, reached: bool, tm
     assert memory.draw(data, tmp_path) == ["memory.png"]
 
 
+def test_what_pumps_alone_grow_by_is_told_beside_the_growth() -> None:
+    data = record(12.0)
+    assert memory.goals(data)[0].why == ""
+    alone = [
+        {"transfers": count, "at_s": 1.0, "sender_bytes": 0, "receiver_bytes": count << 10}
+        for count in (0, 4096, 8192, 16384)
+    ]
+    # 100 transfers an hour, 1 KiB each.
+    assert "grow by 0.1 MiB in an hour" in memory.goals({**data, "alone": alone})[0].why
+
+
 def test_a_request_that_failed_is_told() -> None:
     assert [goal.reached for goal in memory.goals(record(0.0, failed=1))] == [True, False]
 
