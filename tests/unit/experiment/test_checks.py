@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from prfaas.config.experiment import CheckSpec
 from prfaas.config.run import CalibrationRow, EventRow, Repetition, RequestRow, Row, Run
 from prfaas.model.errors import ConfigError
 from prfaas_testbed.experiment.checks import exit_status, judge, require_known
+from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.metrics import K_METRICS, metric, union_s
 from prfaas_testbed.experiment.table import summary_lines
 
@@ -80,6 +82,16 @@ def test_where_no_request_has_both_digests_nothing_is_equal() -> None:
     found = outcome(run_of([request("a", [1, 2, 3], source_digest=None)], EXACT))
     assert found["digests_equal_share"] == ("unsupported", None)
     assert found["digests_missing"] == ("failed", 1)
+
+
+def test_an_experiment_that_wants_digests_equal_wants_none_missing_unless_it_fills_disks() -> None:
+    """One request with both would be enough for the first."""
+    unbounded = set()
+    for path in (K_TOPOLOGIES / "experiments").glob("*.yaml"):
+        names = {row["name"] for row in yaml.safe_load(path.read_text()).get("checks", ())}
+        if "digests_equal_share" in names and "digests_missing" not in names:
+            unbounded.add(path.stem)
+    assert unbounded == {"claim-faults-base"}
 
 
 def test_an_unanswered_request_is_not_equal_and_a_silent_one_is_lost() -> None:
