@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
-import prfaas.routing  # registers the policies
+import prfaas.routing  # noqa: F401  (registers the policies)
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
+from prfaas.config.places import checkout
 from prfaas.config.policy import PolicyConfig
 from prfaas.config.profile import find_profile
 from prfaas.config.workload import trace_lines
@@ -23,7 +23,7 @@ from prfaas.simulator.scale import completion_rate_rps
 from prfaas.workload.generate import timed_requests
 from prfaas.workload.requests import TimedRequest
 
-K_TOPOLOGIES = Path(prfaas.routing.__file__).parents[3] / "topologies"
+K_TOPOLOGIES = checkout() / "topologies"
 K_BASE_S = 2.0  # the SLO: a first token within 2 s and
 K_PREFILL_FACTOR = 2.0  # twice the time that the prompt's prefill takes alone in the local cluster
 K_SLO_SHARE = 0.9  # of the requests must keep it for a rate to count as kept

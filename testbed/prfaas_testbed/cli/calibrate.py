@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from prfaas.config.places import checkout
 from prfaas.config.topology import load_topology, network_names
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK
 
@@ -40,7 +41,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     topology = load_topology(args.topology)
     from prfaas_testbed.network import open_network, verdict
-    from prfaas_testbed.network.state import checkout
 
     workdir = checkout() / ".cache" / "testbed" / "calibrate"
 

@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from prfaas.config.places import checkout
 from prfaas.model.errors import EXIT_OK, UsageError
 
-K_FOLDER = Path(__file__).resolve().parents[3] / "results" / "claim"
+K_FOLDER = checkout() / "results" / "claim"
 K_REPETITIONS = 5
 
 

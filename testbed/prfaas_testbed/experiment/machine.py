@@ -14,7 +14,7 @@ import psutil
 
 from prfaas.config.places import checkout
 
-K_CHECKOUT = checkout(Path(__file__).resolve().parents[3])
+K_CHECKOUT = checkout()
 K_TOPOLOGIES = K_CHECKOUT / "topologies"
 K_RESULTS = K_CHECKOUT / "results"
 K_PACKAGES = ("prfaas", "aiohttp", "crc32c", "mininet", "numpy", "pyzmq", "uvloop")

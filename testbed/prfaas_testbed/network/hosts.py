@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from prfaas.config.places import checkout
 from prfaas.model.errors import MachineError
-from prfaas_testbed.network.state import K_NETNS, Record, checkout
+from prfaas_testbed.network.state import K_NETNS, Record
 
 K_PIN_PREFIX = "prfaas-"
 K_PRIVATE = ("/tmp", "/run", "/dev/shm")

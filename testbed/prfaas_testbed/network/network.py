@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from prfaas.config.places import checkout
 from prfaas.config.topology import Impairments, LinkChange, Topology
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.network.base import Emulation, create
@@ -31,7 +32,7 @@ from prfaas_testbed.network.ports import (
     reset_lines,
 )
 from prfaas_testbed.network.router import RouterAgent, RouterError, Sample
-from prfaas_testbed.network.state import Record, checkout
+from prfaas_testbed.network.state import Record
 from prfaas_testbed.network.sysctls import (
     K_FORWARD,
     allow_congestion_controls,

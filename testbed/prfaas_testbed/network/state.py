@@ -19,18 +19,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from prfaas.config.places import checkout
 from prfaas.model.errors import MachineError
 from prfaas_testbed.network.disk import give_back_disk, is_disk, kept_of
 
 K_LOCK = Path("/run/prfaas-testbed.lock")
 K_NETNS = Path("/run/netns")
 K_TMP_PREFIX = "prfaas-testbed-"
-
-
-def checkout() -> Path:
-    """The checkout this package runs from; where it was installed without one, the working directory."""
-    root = Path(__file__).resolve().parents[3]
-    return root if (root / "pyproject.toml").exists() else Path.cwd()
 
 
 def state_file() -> Path:

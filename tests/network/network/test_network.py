@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from prfaas.config.places import checkout
 from prfaas.config.topology import LinkChange, Topology
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.network import Network, open_network, verdict
 from prfaas_testbed.network.router import RouterError
-from prfaas_testbed.network.state import checkout
 from prfaas_testbed.network.traffic import Kind
 
 
