@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from prfaas_testbed.network.traffic import CrossTraffic as CrossTrafficRunning
 
 
-K_BESIDE = CutStream | Kill | FillDisk | ReplaceCertificate | CrossTraffic | Hostile
+K_BESIDE = CutStream | Kill | FillDisk | ReplaceCertificate | Hostile
 """What takes time, and must not hold up the next."""
 K_OTHER_PUMP_S = 5.0  # it took the port first, and answers soon
 K_HOSTILE_S = 20.0  # it waits for live segments, and sends
@@ -84,6 +84,13 @@ def steps_of(events: Sequence[Event]) -> list[Step]:
         if length_s is not None:
             steps.append(Step(event.at_s + length_s, event, "end"))
     return sorted(steps, key=lambda step: (step.at_s, step.phase == "begin"))
+
+
+def runs_beside(step: Step) -> bool:
+    """Traffic is begun at once, so that its end, which waits for its report, never overtakes that."""
+    if isinstance(step.event, CrossTraffic):
+        return step.phase == "end"
+    return isinstance(step.event, K_BESIDE)
 
 
 class Timeline:
@@ -174,7 +181,7 @@ class Timeline:
             if stopped and step.phase == "begin":
                 self._record(step, self._now(), skipped="the load ended before it")
                 continue
-            if isinstance(step.event, K_BESIDE):
+            if runs_beside(step):
                 # A daemon: one that is abandoned may wait for a server's start for a minute yet.
                 thread = threading.Thread(target=self._do, args=(step,), daemon=True)
                 self._beside.append(thread)

@@ -139,6 +139,36 @@ def test_cross_traffic_that_the_load_did_not_wait_for_is_skipped_and_its_receive
     assert traffic.stops == 1
 
 
+class Slow(Traffic):
+    """It takes its time to begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beginning = threading.Event()
+        self.stopped_early = False
+
+    def begin(self) -> None:
+        self.beginning.set()
+        self.stopped_early = self.stopped.wait(0.2)
+        super().begin()
+
+
+def test_cross_traffic_that_begins_as_the_load_ends_is_stopped_after_it_has_begun() -> None:
+    """Stopped before, it would run on beside all that comes later."""
+    traffic = Slow()
+    event = CrossTraffic(do="cross_traffic", at_s=0.0, source="a", target="b", for_s=60.0)
+    net = SimpleNamespace(prepare_changes=lambda links: None, prepare_traffic=lambda *words: traffic)
+    timeline = Timeline([event], net, SimpleNamespace(), now=lambda: traffic.now_s)  # type: ignore[arg-type]
+    timeline.prepare()
+    timeline.start(traffic.now_s)
+    assert traffic.beginning.wait(10)
+    rows = timeline.finish()
+    assert not traffic.stopped_early
+    assert [(row.event, field(row, "skipped")) for row in rows] == [
+        ("cross_traffic", None), ("cross_traffic_end", None),
+    ]  # fmt: skip
+
+
 def test_an_abandoned_timeline_brings_nobody_back_and_waits_for_nothing() -> None:
     server = Server()
     fleet = SimpleNamespace(named=lambda name: SimpleNamespace(site="east", process=server))
