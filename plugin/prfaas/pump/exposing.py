@@ -91,5 +91,10 @@ class Exposed:
         self._relays.pop(stream, None)
         stream.lose("the forwarded connection ended", now)
 
+    def close(self, now: float) -> None:
+        """Cut all connections: to a program the end of this process would look like its peer's."""
+        for relay in list(self._relays.values()):
+            relay.close(now)
+
     def __len__(self) -> int:
         return len(self._relays)

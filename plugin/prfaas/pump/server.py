@@ -362,6 +362,7 @@ class Pump:
         if self._page_socket is not None:
             self._page_socket.close()
         self.forwards.close(now)
+        self.exposed.close(now)
         for peer in self._peers.values():
             peer.close(now)
         for owner in list(self._controls):

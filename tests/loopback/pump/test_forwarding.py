@@ -5,6 +5,8 @@ that are trusted.
 from __future__ import annotations
 
 import datetime
+import os
+import signal
 import socket
 import socketserver
 import threading
@@ -258,6 +260,23 @@ def test_the_next_connection_finds_its_stream_open_and_a_stream_that_rests_goes_
     assert west.stats()["forwards"]["failed"] == 0
     pumps.kill("east")
     pumps.until(lambda: west.stats()["forwards"]["spares"] == 0)
+
+
+def test_a_pump_that_is_ended_cuts_the_connections_that_it_carries_and_does_not_end_them(pumps):
+    with socket.create_server(("127.0.0.1", 0)) as endpoint:
+        endpoint.settimeout(K_PATIENCE_S)
+        port = endpoint.getsockname()[1]
+        east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
+        east.expose("127.0.0.1", port)
+        with call(west.forward(east.address, "127.0.0.1", port)) as sock:
+            sock.sendall(b"half of it")
+            server, _ = endpoint.accept()
+            with server:
+                server.settimeout(K_PATIENCE_S)
+                assert server.recv(100) == b"half of it"
+                os.kill(pumps.pid("east"), signal.SIGTERM)
+                with pytest.raises(ConnectionResetError):
+                    server.recv(100)
 
 
 def test_after_its_pump_was_killed_the_same_port_leads_there_again(pumps, serve):
