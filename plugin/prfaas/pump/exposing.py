@@ -91,6 +91,10 @@ class Exposed:
         self._relays.pop(stream, None)
         stream.lose("the forwarded connection ended", now)
 
+    def carries(self, stream: Stream) -> bool:
+        """Whether a connection goes by the stream; if not, it rests at the peer for the next one."""
+        return stream in self._relays
+
     def close(self, now: float) -> None:
         """Cut all connections: to a program the end of this process would look like its peer's."""
         for relay in list(self._relays.values()):

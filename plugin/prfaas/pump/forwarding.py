@@ -127,6 +127,11 @@ class Forwards:
             self._spares.pop((dialled.peer, dialled.site), None)
 
     @property
+    def n_carried(self) -> int:
+        """Connections, without the streams that are kept ready for the next ones."""
+        return len(self.connections) - sum(map(len, self._spares.values()))
+
+    @property
     def _listeners(self) -> list[_Listener]:
         return [*self._fixed, *self._shared.values()]
 
@@ -135,10 +140,11 @@ class Forwards:
         total = dataclasses.replace(self.counters)
         for connection in self.connections:
             total.add(connection.counters(now))
-        spares = sum(map(len, self._spares.values()))
+        carried = self.n_carried
         return {
-            "endpoints": len(self._listeners), "connections": len(self.connections) - spares,
-            "spares": spares, "opened": self.opened, "failed": self.failed, **total.as_dict(),
+            "endpoints": len(self._listeners), "connections": carried,
+            "spares": len(self.connections) - carried, "opened": self.opened, "failed": self.failed,
+            **total.as_dict(),
         }  # fmt: skip
 
     def close(self, now: float) -> None:
@@ -167,7 +173,7 @@ class _Listener:
         self._acceptor = Acceptor(forwards.pump.loop, sock, self._accept)
 
     def _accept(self, sock: socket.socket, now: float) -> None:
-        if len(self.forwards.connections) >= K_CONNECTIONS_MOST:
+        if self.forwards.n_carried >= K_CONNECTIONS_MOST:
             self.failed(K_IN_USE, now)
             tcpinfo.abort(sock)
         elif now < self._backoff.next_s:

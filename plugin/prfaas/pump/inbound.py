@@ -76,7 +76,7 @@ class Inbound(Handler):
         if hello.forwarding:
             # Apart from the others: what is told to the peer's pump goes by none of these, and they take no
             # place from those that carry data.
-            if sum(s.forwarding for s in self.streams) >= K_FORWARDED_STREAMS:
+            if sum(s.forwarding for s in self.streams) >= K_FORWARDED_STREAMS and not self._end_resting():
                 raise RemoteProtocolError(f"more than {K_FORWARDED_STREAMS} forwarded connections")
             stream.peer_site, stream.session, stream.forwarding = hello.site, hello.boot, True
             stream.give_up_after(K_FORWARD_DEAD_S)
@@ -87,6 +87,16 @@ class Inbound(Handler):
         stream.peer_site, stream.session = hello.site, hello.boot
         same[id(stream)] = stream
         return version
+
+    def _end_resting(self) -> bool:
+        """End the oldest forwarding stream that only waits for a connection, for one that has one, or will
+        sooner. Whether there was any.
+        """
+        resting = [s for s in self.streams if s.forwarding and not self.pump.exposed.carries(s)]
+        if resting:
+            oldest = min(resting, key=lambda s: s.opened_s)
+            oldest.lose("its place is needed", self.pump.loop.now())
+        return bool(resting)
 
     def on_ready(self, stream: Stream, now: float) -> None:
         self.counters.streams_opened += 1

@@ -4,6 +4,7 @@ that are trusted.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
@@ -12,6 +13,7 @@ import socketserver
 import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -22,8 +24,10 @@ from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump import keys
 from prfaas.pump.forwarding import K_SPARES
+from prfaas.pump.server import Pump
 from prfaas.pump_client import messages as m
 from prfaas.pump_client.standing import Standing
+from prfaas.transfer import frames as f
 
 K_NOW = datetime.datetime.now(datetime.UTC)
 K_PATIENCE_S = 20.0
@@ -260,6 +264,61 @@ def test_the_next_connection_finds_its_stream_open_and_a_stream_that_rests_goes_
     assert west.stats()["forwards"]["failed"] == 0
     pumps.kill("east")
     pumps.until(lambda: west.stats()["forwards"]["spares"] == 0)
+
+
+@contextmanager
+def served(pump: Pump) -> Iterator[Pump]:
+    """A pump in this process."""
+    thread = threading.Thread(target=pump.run)
+    thread.start()
+    try:
+        yield pump
+    finally:
+        pump.stop()
+        thread.join()
+
+
+def test_streams_that_rest_take_no_connections_place_where_they_were_dialled(pumps, serve, monkeypatch):
+    monkeypatch.setattr("prfaas.pump.forwarding.K_CONNECTIONS_MOST", 3)
+    east, port = pumps.client(pumps.start("east")), serve(Echo)
+    east.expose("127.0.0.1", port)
+    with served(Pump(pumps.config("west"))) as pump, ExitStack() as open_ones:
+        west = pumps.client(pump.config)
+        address = west.forward(east.address, "127.0.0.1", port)
+        for n in (1, 2, 3):
+            open_ones.enter_context(call(address))
+            pumps.until(lambda n=n: east.stats()["forwarded_in"] == n)
+        assert is_cut_off(address)
+        assert west.stats()["forwards"]["failed"] == 1
+
+
+def test_streams_that_rest_take_no_connections_place_where_they_were_accepted(pumps, serve, monkeypatch):
+    monkeypatch.setattr("prfaas.pump.inbound.K_FORWARDED_STREAMS", 2)
+    port = serve(Echo)
+
+    def opened(stack: ExitStack, to: str) -> socket.socket:
+        sock = stack.enter_context(call(to))
+        hello = f.Hello(1, 2, b"sixteen bytes ok", "west", "127.0.0.1:1", 0, forwarding=True)
+        sock.sendall(f.message_frame(1, f.FrameType.HELLO, hello))
+        return sock
+
+    def says_hello(sock: socket.socket) -> bool:
+        return f.Header.from_bytes(sock.recv(f.K_HEADER_BYTES), None).type is f.FrameType.HELLO
+
+    with served(Pump(pumps.config("east", exposes=[f"127.0.0.1:{port}"]))) as pump, ExitStack() as stack:
+        oldest, second = (opened(stack, pump.address) for _ in range(2))
+        pumps.until(lambda: sum(s.forwarding for s in pump.inbound.streams) == 2)
+        third = opened(stack, pump.address)
+        with contextlib.suppress(ConnectionError):
+            all_of(oldest)  # it ends
+        for sock in (second, third):
+            assert says_hello(sock)
+            sock.sendall(f.message_frame(2, f.FrameType.FORWARD, f.Forward("127.0.0.1", port)))
+        pumps.until(lambda: len(pump.exposed) == 2)
+        fourth = opened(stack, pump.address)
+        with contextlib.suppress(ConnectionError):
+            all_of(fourth)
+        assert len(pump.exposed) == 2
 
 
 def test_a_pump_that_is_ended_cuts_the_connections_that_it_carries_and_does_not_end_them(pumps):
