@@ -30,6 +30,8 @@ right.
 """
 K_QUEUE_S, K_QUEUE_SHARE = 0.003, 0.1
 """A round trip that is longer than the shortest by this (or this share of it, if more) shows a queue."""
+K_SERIAL_MOST = 1 << 62
+"""No book comes to it; what is said to be larger is nonsense."""
 
 
 def overstep(queue_s: float, min_rtt_s: float) -> float:
@@ -69,8 +71,9 @@ class _Pump:
 
 class ShareBook:
     """Grants shares of one link. `before_serial`: its serials are larger, and are to be larger than those of
-    any book of this link before it: who holds an older one's share takes no smaller serial. `opens_s`: until
-    then it grants floors alone, for pumps may hold shares of a book before it, and have to say so first.
+    any book of this link before it: who holds an older one's share takes no smaller serial. Where they aren't
+    it goes on from the largest that it is told of. `opens_s`: until then it grants floors alone, for pumps
+    may hold shares of a book before it, and have to say so first.
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class ShareBook:
             grant.grants = [one for one in grant.grants if one[2] > 0]
             if 0 < holds_bps < math.inf:
                 grant.grants.append((holds_bps, now + self.config.share_ttl_s, 0))
+            if self._serial < holds <= K_SERIAL_MOST:
+                self._serial, self._first_serial = holds, holds + 1
         rate_bps = self.floor_bps
         if now >= self._opens_s:
             rate_bps = max(rate_bps, min(self._fair(pump), self._room_for(pump)))

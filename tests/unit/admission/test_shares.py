@@ -89,6 +89,27 @@ def test_a_book_started_anew_is_heard_by_who_holds_a_share_of_the_one_before() -
     assert holder.rate_bps(6.5) > 0.9e9
 
 
+def test_a_book_started_anew_by_a_clock_that_was_set_back_is_heard_all_the_same() -> None:
+    config = LinkAdmission(nominal_bps=1e9, max_pumps=3)
+    before, holders = ShareBook(LINK, config, 9_000), [ShareHolder(LINK, str(k)) for k in range(2)]
+
+    def report(book: ShareBook, holder: ShareHolder, now: float) -> None:
+        held_bps = holder.held_bps(now)
+        share = book.renew(holder.pump, 5e9, now=now, holds=holder.serial, holds_bps=held_bps)
+        holder.on_share(share, asked_s=now)
+
+    for k in range(20):
+        for holder in holders:
+            report(before, holder, k / 10)
+    anew, newcomer = ShareBook(LINK, config, 1_000, opens_s=2.25), ShareHolder(LINK, "new")
+    for k in range(20):
+        for holder in [newcomer, *holders]:
+            report(anew, holder, 2 + k / 10)
+            held_bps = sum(one.rate_bps(2 + k / 10) for one in [newcomer, *holders])
+            assert held_bps <= 1e9 + 1
+    assert all(holder.rate_bps(4) > 0.3e9 for holder in [newcomer, *holders])
+
+
 def test_the_serial_of_another_book_forgets_no_grant() -> None:
     shared = book(max_pumps=2)
     first = shared.renew("a", 5e9, now=0)
