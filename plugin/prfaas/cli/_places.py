@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from prfaas.model.errors import UsageError
+from prfaas.model.errors import MachineError, UsageError
 
 
 def folder_for(option: str, folder: Path) -> Path:
@@ -20,9 +22,21 @@ def folder_for(option: str, folder: Path) -> Path:
 
 
 def file_for(option: str, file: Path) -> Path:
-    """The file, empty where it is new. Raises UsageError where it can't be written."""
+    """The file, as it was. Raises UsageError where it can't be written."""
+    new = not os.path.lexists(file)
     try:
-        with file.open("a", encoding="utf-8"):
-            return file
+        file.open("a", encoding="utf-8").close()
+        if new:
+            file.unlink()  # an empty one would look like a result
+        return file
     except OSError as error:
         raise UsageError(f"{option} {file}: can't be written: {error.strerror}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Results, after the work. Raises MachineError, with the name, for what could not be known before."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"{error.filename or path}: can't be written: {error.strerror}") from None

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prfaas.cli._places import file_for, folder_for
+from prfaas.cli._places import file_for, folder_for, writing
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.places import checkout
 from prfaas.config.run import Repetition, Run, stamp, write_run
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
             summaries.append(played.summary)
             _keep(played, repetitions)
             if played.trace is not None:
-                args.chrome_trace.write_text(played.trace, encoding="utf-8")
+                with writing(args.chrome_trace):
+                    args.chrome_trace.write_text(played.trace, encoding="utf-8")
             if not args.json:
                 sys.stderr.write("\r" + " " * 60 + "\r")
                 _say(played.summary)
@@ -91,8 +92,11 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(result.model_dump(mode="json") | {"summaries": summaries}) + "\n")
         return 0
     folder = args.out or checkout() / "results" / loaded.name / stamp(started)
-    sys.stderr.write(f"written to {write_run(result, folder)}\n")
-    for path in draw_simulation(result, folder / "figures"):
+    with writing(folder):
+        written = write_run(result, folder)
+        drawn = draw_simulation(result, folder / "figures")
+    sys.stderr.write(f"written to {written}\n")
+    for path in drawn:
         if path.suffix == ".png":
             sys.stderr.write(f"drawn: {path}\n")
     return 0

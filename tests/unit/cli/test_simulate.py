@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prfaas.cli._places import file_for
 from prfaas.cli.main import main
 
 K_FILE = {
@@ -140,6 +141,20 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_runs(tmp_path, c
     assert named in error
     assert error.count("\n") == 1
     assert out == ""
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys) -> None:
+    assert main(["simulate", write(tmp_path), "--chrome-trace", "/dev/full", "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().err.endswith("/dev/full: can't be written: No space left on device\n")
+
+
+def test_what_was_only_looked_at_is_not_there(tmp_path) -> None:
+    path = tmp_path / "trace.json"
+    assert file_for("--chrome-trace", path) == path
+    assert not path.exists()
+    path.write_text("{}")
+    file_for("--chrome-trace", path)
+    assert path.read_text() == "{}"
 
 
 def test_a_kill_of_the_router_is_said_to_be_beyond_it(tmp_path, capsys) -> None:
