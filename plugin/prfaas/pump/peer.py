@@ -354,12 +354,13 @@ class Peer(PeerFigures):
         """A receiver that never heard of the transfer ignores it; one that can't be reached ends it by its
         deadline.
         """
+        why = Refuse(event.reason.value, event.detail)
         for stream in self._streams.values():
             if stream.ready:
-                why = Refuse(event.reason.value, event.detail)
+                # By each: by one alone it might overtake what another still has on its way, and that would
+                # open the transfer again.
                 stream.send_control(message_frame(stream.version, FrameType.CANCEL, why, event.transfer_id))
                 self.pump.loop.call_again(stream, W)
-                return
 
     def _fail_all(self, reason: FailureReason, detail: str, now: float) -> None:
         for event in self.sending.fail_all(reason, detail):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 
+from prfaas.config.pump import split_address
+from prfaas.model.transfer import FailureReason
 from prfaas.pump.loop import Loop
 from prfaas.pump.server import Pump
 from prfaas.pump.spreading import Spreading
 from prfaas.pump.tcpinfo import TcpInfo
+from prfaas.transfer import frames as f
+from prfaas.transfer.sending import Failed
 
 K_MOST = 2 << 20
 
@@ -68,3 +74,51 @@ def test_the_first_round_trip_after_a_rest_is_handed_out_at_a_pace_however_much_
     spreading.begins([far(packets=100, rtt_s=0.0001)] * 8, now)
     assert not spreading.is_on(10**9, now), "on a short path there is nothing to pace"
     loop.close()
+
+
+class Heard:
+    """What a stream that works is given to say."""
+
+    def __init__(self) -> None:
+        self.version, self.ready, self.said = 2, True, []
+
+    def send_control(self, frame: bytes) -> None:
+        self.said.append(f.Header.from_bytes(frame[: f.K_HEADER_BYTES], 2))
+
+
+def test_each_stream_says_that_a_transfer_is_cancelled_for_each_may_still_have_its_opening_on_the_way(pumps):
+    pump = Pump(pumps.config("east"))
+    try:
+        peer = pump.peer("192.0.2.1:7700", pump.loop.now())
+        streams = [Heard(), Heard(), Heard()]
+        streams[1].ready = False
+        peer._streams = dict(enumerate(streams))
+        peer._tell_cancelled(Failed(7, FailureReason.CANCELLED, "", 0, 0, 0.0, tell_peer=True))
+        said = [[(one.type, one.transfer_id) for one in stream.said] for stream in streams]
+        assert said == [[(f.FrameType.CANCEL, 7)], [], [(f.FrameType.CANCEL, 7)]]
+        peer._streams.clear()
+    finally:
+        pump.close()
+
+
+def test_a_cancel_that_overtakes_the_opening_by_another_stream_is_followed_by_one_that_does_not(pumps):
+    west = pumps.client(pumps.start("west"))
+    memory = pumps.memory(west, 4096, fill=0)
+    lease = west.grant_lease(5, 0, [(memory.ctypes.data, 4096)], 30)
+    opening = f.Open(5, 0, lease.grant.lease_id, lease.grant.token, "kv", 4096, 1, 20.0, 0, 1, "")
+    cancel = f.message_frame(2, f.FrameType.CANCEL, f.Refuse("cancelled", "by the sender"), 7)
+    with contextlib.ExitStack() as stack:
+        streams = []
+        for index in range(2):
+            sock = stack.enter_context(socket.create_connection(split_address(west.address), timeout=20))
+            hello = f.Hello(1, 2, b"sixteen bytes ok", "east", "127.0.0.1:1", index)
+            sock.sendall(f.message_frame(1, f.FrameType.HELLO, hello))
+            f.Header.from_bytes(sock.recv(f.K_HEADER_BYTES), None)
+            streams.append(sock)
+        streams[0].sendall(cancel)
+        streams[1].sendall(f.message_frame(2, f.FrameType.OPEN, opening, 7))
+        pumps.until(lambda: west.stats()["incoming"] == 1)
+        streams[1].sendall(cancel)
+        assert not lease.wait(20)
+        assert lease.failure.reason == "cancelled"
+    lease.revoke()
