@@ -289,11 +289,23 @@ def test_a_cancelled_transfer_ends_at_both_ends(pair):
     pumps, east, west = pair
     src, dst = pumps.memory(east, 1 << 24), pumps.memory(west, 1 << 24, fill=0)
     lease = lease_on(west, dst)
+    # Its streams are open, so that it is on its way at once.
+    assert east.submit_raw(
+        west.session_id, [src.ctypes.data], [dst.ctypes.data], [64], deadline_s=20
+    ).wait(K_WAIT_S).ok  # fmt: skip
+
+    def is_under_way() -> bool:
+        return any(p["address"] == west.address and p["in_flight_bytes"] for p in east.stats()["peers"])  # type: ignore[attr-defined]
+
     with stopped(pumps.pid("west")):  # or it may be through before it is cancelled
         transfer = send_kv(east, lease.grant, [src.ctypes.data], [dst.ctypes.data], [1 << 24])
+        pumps.until(is_under_way)
         east.cancel(transfer)
     assert transfer.outcome is not None
     assert transfer.outcome.reason is FailureReason.CANCELLED
+    assert not lease.wait(K_WAIT_S)
+    assert lease.failure is not None
+    assert lease.failure.reason == FailureReason.CANCELLED.value
     lease.revoke()
 
 
