@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,8 @@ class _Cluster:
         self.threshold: float | None = None
         """In force by us."""
         self.task: asyncio.Task[None] | None = None
+        self.failed = ""
+        """Why no plan could be made, as told."""
 
 
 class RoleKeeper:
@@ -99,7 +101,6 @@ class RoleKeeper:
         self._config: SlowLoop | None = None
         self._made_of: object = None
         self._policy_told: Policy | None = None
-        self._failed = ""
         self.apply(config)
 
     def apply(self, config: RouterConfig) -> None:
@@ -149,14 +150,7 @@ class RoleKeeper:
             while True:
                 every_s = self._config.look_every_s if self._config is not None else K_SAMPLE_S
                 await asyncio.sleep(min(K_SAMPLE_S, every_s / 4))
-                try:
-                    self.tick()
-                    self._failed = ""
-                except (PrfaasError, ArithmeticError, LookupError, ValueError) as error:
-                    # Serving doesn't depend on it: a plan that can't be made is told, once, and tried again.
-                    if repr(error) != self._failed:
-                        self._failed = repr(error)
-                        log.error("the slow loop can't plan: %r", error)
+                self.tick()
         finally:
             self.end()
 
@@ -165,28 +159,40 @@ class RoleKeeper:
         now = self._clock()
         if not self._clusters or self._config is None:
             return
-        snapshot = self._snapshot(now)
         convertible = {one.name for one in self._servers if one.config.convertible and not one.broken}
         for site, cluster in self._clusters.items():
-            meter, there = cluster.meter, snapshot.sites.get(site)
-            meter.sample(snapshot)
-            if there is not None and (given_up := cluster.loop.overdue(there, now)) is not None:
-                self._take(cluster, given_up)
-            if there is None or not cluster.loop.due(now) or meter.requests < self._config.least_requests:
-                continue
-            cluster.loads = meter.loads()
-            system = meter.system(snapshot, [one.meter for one in self._clusters.values()])
-            if system is None:
-                continue
-            proposal = cluster.loop.look(there, cluster.loads, system, now, convertible)
-            if proposal is None:
-                continue
-            cluster.proposal = proposal
-            for load in cluster.loads:
-                self._metrics.stage_utilisation.labels(site, load.stage).set(load.utilisation)
-            self._set_threshold(site, cluster, proposal.here, now)
-            if proposal.step is not None:
-                self._take(cluster, proposal.step)
+            try:
+                self._look(site, cluster, self._snapshot(now), convertible)
+                cluster.failed = ""
+            except (PrfaasError, ArithmeticError, LookupError, ValueError) as error:
+                # Serving doesn't depend on it: a plan that can't be made is told, once, and tried again.
+                if repr(error) != cluster.failed:
+                    cluster.failed = repr(error)
+                    log.error("the slow loop can't plan for %s: %r", site, error)
+
+    def _look(
+        self, site: SiteId, cluster: _Cluster, snapshot: Snapshot, convertible: Collection[str]
+    ) -> None:
+        assert self._config is not None
+        meter, there, now = cluster.meter, snapshot.sites.get(site), snapshot.now
+        meter.sample(snapshot)
+        if there is not None and (given_up := cluster.loop.overdue(there, now)) is not None:
+            self._take(cluster, given_up)
+        if there is None or not cluster.loop.due(now) or meter.requests < self._config.least_requests:
+            return
+        cluster.loads = meter.loads()
+        system = meter.system(snapshot, [one.meter for one in self._clusters.values()])
+        if system is None:
+            return
+        proposal = cluster.loop.look(there, cluster.loads, system, now, convertible)
+        if proposal is None:
+            return
+        cluster.proposal = proposal
+        for load in cluster.loads:
+            self._metrics.stage_utilisation.labels(site, load.stage).set(load.utilisation)
+        self._set_threshold(site, cluster, proposal.here, now)
+        if proposal.step is not None:
+            self._take(cluster, proposal.step)
 
     def _set_threshold(self, site: SiteId, cluster: _Cluster, here: Plan | None, now: float) -> None:
         """The threshold of the split as it is: roles change later, if at all."""

@@ -275,7 +275,7 @@ def stand(model_folder: Path) -> Callable[..., Any]:
                 server["bootstrap_port"] = 1
             if ordered:
                 server["ordered"] = role != "decode"
-            if "slow_loop" in settings and name.startswith("west"):
+            if "slow_loop" in settings and not name.startswith("east"):
                 server["convertible"] = True
             sites.setdefault(name.partition("-")[0], []).append(server)
         data: dict[str, Any] = {

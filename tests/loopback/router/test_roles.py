@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from prfaas.routing import StageMeter
+
 K_ROLES = {"west-p": "prefill", "west-d": "decode", "west-e": "decode", "east-p": "prefill"}
 K_LOOP = {
     "dry_run": False,
@@ -216,5 +218,63 @@ def test_a_role_that_another_router_or_a_restart_has_changed_is_followed(stand: 
             s.servers["east-p"].role = "decode"  # not convertible: not believed
             await asyncio.sleep(0.3)
             assert s.router.servers.get("east-p").role == "prefill"
+
+    asyncio.run(main())
+
+
+K_TWO = K_ROLES | {"south-p": "prefill", "south-d": "decode", "south-e": "decode"}
+
+
+def test_two_clusters_convert_at_once_each_its_own(stand: Any) -> None:
+    async def main() -> None:
+        async with stand(K_TWO, links=[*K_LINK, K_LINK[0] | {"target": "south"}], **K_SETTINGS) as s:
+            prepare(s)
+            for one in s.servers.values():
+                one.hold.clear()
+            streams = [asyncio.ensure_future(s.post(stream=True)) for _ in range(32)]
+            await s.settle(
+                lambda: sum(one.seen != [] for one in s.servers.values() if one.role == "decode") == 4
+            )
+            await traffic(s, 40)
+
+            def converting() -> list[str | None]:
+                return [one["converting"] for one in s.router.roles.page()["sites"].values()]
+
+            await s.settle(lambda: None not in converting(), 20)
+            assert [str(name).partition("-")[0] for name in converting()] == ["south", "west"]
+            for one in s.servers.values():
+                one.hold.set()
+            assert [status for status, _, _ in await asyncio.gather(*streams)] == [200] * 32
+            await s.settle(lambda: len(converted(s)) == 2, 20)
+            await s.settle(lambda: not any(one.draining for one in s.router.servers))
+            assert sorted(one.switches[0]["new_role"] for one in converted(s)) == ["prefill", "prefill"]
+            for site in ("south", "west"):
+                steps = [step.step for step in s.router.roles.steps if step.site == site]
+                assert steps == ["drain", "switch", "resume"]
+            await traffic(s)
+
+    asyncio.run(main())
+
+
+def test_a_plan_that_cannot_be_made_is_told_once_and_holds_no_other_cluster_up(
+    stand: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sound = StageMeter.system
+
+    def system(meter: StageMeter, *words: Any) -> Any:
+        if meter.home == "south":  # looked at before west
+            raise ValueError("no such curve")
+        return sound(meter, *words)
+
+    monkeypatch.setattr(StageMeter, "system", system)
+
+    async def main() -> None:
+        async with stand(K_TWO, links=[*K_LINK, K_LINK[0] | {"target": "south"}], **K_SETTINGS) as s:
+            prepare(s)
+            await traffic(s, 40)
+            await s.settle(lambda: converted(s), 20)
+            assert [step.site for step in s.router.roles.steps] == ["west"] * len(s.router.roles.steps)
+            assert caplog.text.count("no such curve") == 1
+            assert "south" in next(line for line in caplog.text.splitlines() if "no such curve" in line)
 
     asyncio.run(main())
