@@ -52,6 +52,10 @@ K_CONNECT_S = 10.0
 K_SPARES = 2
 """A request's HTTP, and what SGLang asks the bootstrap server for it."""
 K_SPARE_S = 20.0
+K_YOUNG_S = 1.0
+"""A stream that isn't ready after so long has lost packets, and TCP rests longer and longer before it tries
+again: another is ready sooner, if the peer can be reached at all.
+"""
 K_IN_USE = "no more connections can be forwarded"
 
 
@@ -100,8 +104,9 @@ class Forwards:
     def carry(self, listener: _Listener, sock: socket.socket, now: float) -> None:
         """A connection that `listener` has accepted."""
         spares = self._spares.get((listener.peer, listener.site), [])
-        # One that is ready before one that is on its way.
-        spare = next((one for one in spares if one.is_ready), spares[0] if spares else None)
+        ready = [one for one in spares if one.is_ready]
+        young = [one for one in spares if now - one.began_s < K_YOUNG_S]
+        spare = next(iter(ready + young), None)
         if spare is not None:
             spares.remove(spare)
         dialled = spare or _Dialled(self, listener.peer, listener.site, now)
@@ -223,7 +228,7 @@ class _Dialled(_Carrying):
         forwards.connections.add(self)
         pump = self.pump
         self._dialling = Dialling(pump.loop, pump.trust, pump.resolver, peer, self, now)
-        self._give_up_s = now + K_CONNECT_S
+        self.began_s, self._give_up_s = now, now + K_CONNECT_S
 
     @property
     def is_ready(self) -> bool:

@@ -55,8 +55,12 @@ class Resolver:
             answer = self._answers.get(key)
             stale = answer is None or not answer.is_fresh(now)
             if stale and key not in self._asked and len(self._asked) < K_AT_ONCE:
-                self._asked.add(key)
-                threading.Thread(target=self._look_up, args=key, daemon=True, name="prfaas-names").start()
+                try:
+                    threading.Thread(target=self._look_up, args=key, daemon=True, name="prfaas-names").start()
+                    self._asked.add(key)
+                except RuntimeError as error:  # there may be no more threads
+                    if answer is None or answer.found is None:
+                        raise OSError(f"{host}: {error}") from None
         if answer is None or (answer.found is None and not answer.is_fresh(now)):
             return None
         if answer.error is not None:

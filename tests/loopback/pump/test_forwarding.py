@@ -321,6 +321,24 @@ def test_streams_that_rest_take_no_connections_place_where_they_were_accepted(pu
         assert len(pump.exposed) == 2
 
 
+def test_a_connection_does_not_wait_for_a_stream_whose_opening_was_lost_long_ago(pumps):
+    pump = Pump(pumps.config("west"))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as stack:
+            peer, now = "{}:{}".format(*silent.getsockname()), pump.loop.now()
+            pump.forwards.open(peer, "", f.Forward("127.0.0.1", 1), "127.0.0.1:0", "a server")
+            listener = next(iter(pump.forwards._shared.values()))
+            pump.forwards.keep_spares(peer, "", now)
+            for later_s, spares in ((0.1, K_SPARES - 1), (5.0, K_SPARES - 1)):
+                ours, theirs = socket.socketpair()
+                stack.enter_context(theirs)
+                pump.forwards.carry(listener, ours, now + later_s)
+                assert pump.forwards.stats(now)["spares"] == spares
+            assert pump.forwards.n_carried == 2
+    finally:
+        pump.close()
+
+
 def test_a_pump_that_is_ended_cuts_the_connections_that_it_carries_and_does_not_end_them(pumps):
     with socket.create_server(("127.0.0.1", 0)) as endpoint:
         endpoint.settimeout(K_PATIENCE_S)

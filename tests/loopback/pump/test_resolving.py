@@ -113,6 +113,24 @@ def test_a_name_that_moves_is_followed_and_one_that_is_lost_keeps_its_address(na
     assert resolver.find("west.test", 7, last)[1][0] == "127.0.0.6"
 
 
+def test_without_a_thread_an_old_address_serves_and_a_new_name_is_an_error_until_there_is_one(
+    names, monkeypatch
+):
+    resolver, now = Resolver(), time.monotonic()
+    names.known.update({"west.test": "127.0.0.5", "new.test": "127.0.0.6"})
+    found(resolver, "west.test", now)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", no_thread)
+        assert resolver.find("west.test", 7, now + K_FRESH_S + 1)[1][0] == "127.0.0.5"
+        with pytest.raises(OSError, match="new thread"):
+            resolver.find("new.test", 7, now)
+    assert found(resolver, "new.test", now)[1][0] == "127.0.0.6"
+
+
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+
 def test_numbers_are_no_names(names):
     assert Resolver().find("::1", 7, 0.0) == (socket.AF_INET6, ("::1", 7, 0, 0))
     assert Resolver().find("10.0.0.1", 7, 0.0) == (socket.AF_INET, ("10.0.0.1", 7))
