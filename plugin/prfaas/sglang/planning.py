@@ -53,6 +53,28 @@ def joined(parts: Sequence[Segments]) -> Segments:
     return Segments(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
 
+class Column(np.ndarray[Any, np.dtype[np.int64]]):
+    """Numbers that stay an array where SGLang's mapping makes a list of them.
+
+    With unequal tensor parallelism that is a number for each token, layer, K and V, and lists of them keep
+    the server's interpreter busy for longer than both pumps are with the bytes.
+    """
+
+    def tolist(self) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        """As a list's."""
+        return self.size > 0
+
+
+def as_column(values: Sequence[int] | NDArray[Any]) -> U64:
+    """As they are; what is one number many times isn't looked at one by one."""
+    if isinstance(values, list) and len(values) > 1 and values.count(values[0]) == len(values):
+        return np.full(len(values), values[0], dtype=np.uint64)
+    return np.asarray(values).astype(np.uint64).view(np.ndarray)
+
+
 class Recorder:
     """Segments that one thread's plan comes to, in order."""
 
@@ -67,7 +89,7 @@ class Recorder:
             (self._destination, destination),
             (self._length, length),
         ):
-            column.append(np.asarray(values, dtype=np.uint64))
+            column.append(as_column(values))
 
     def segments(self) -> Segments:
         """All of it, pieces of no length left out."""
@@ -77,8 +99,8 @@ class Recorder:
         source, destination, length = (
             np.concatenate(column) for column in (self._source, self._destination, self._length)
         )
-        full = length > 0
-        return Segments(source[full], destination[full], length[full])
+        segments, full = Segments(source, destination, length), length > 0
+        return segments if full.all() else segments.some(full)
 
 
 class RecordingEngine:

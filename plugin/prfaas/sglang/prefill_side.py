@@ -14,7 +14,7 @@ from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import LeaseGrant, TransferKind
 from prfaas.sglang import compat, layout
 from prfaas.sglang.control import K_GRANT_TAG, K_METADATA_FRAMES, K_NO_GRANT, K_REGISTRATION_FRAMES
-from prfaas.sglang.planning import InlineExecutor, Segments
+from prfaas.sglang.planning import Column, InlineExecutor, Segments
 from prfaas.sglang.refusal import Refusal
 from prfaas.sglang.rooms import Part, SendingRoom
 from prfaas.sglang.staging import Places
@@ -265,9 +265,9 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
             else:
                 failed = self.send_kvcache_slice(
                     request.mooncake_session_id,
-                    have,
+                    have.view(Column),
                     peer.dst_kv_ptrs,
-                    wanted,
+                    wanted.view(Column),
                     peer.dst_tp_rank,
                     peer.dst_attn_tp_size,
                     peer.dst_kv_item_len,

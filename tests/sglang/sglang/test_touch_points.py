@@ -261,6 +261,61 @@ def test_a_lease_waits_for_as_many_senders_as_sglang_maps_to_it_each_under_a_nam
     assert [to_v for _, to_v in stages] == [[108 + 2 * i, 109 + 2 * i] for i in range(4)]
 
 
+K_SLICES = """
+import json
+from itertools import product
+from types import SimpleNamespace as Fields
+import numpy as np
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from prfaas.sglang import compat
+from prfaas.sglang.planning import Column, InlineExecutor, RecordingEngine
+
+K_HEADS, K_HEAD_BYTES = 4, 32
+asked = []
+
+class Engine(RecordingEngine):
+    def batch_transfer_sync(self, session_id, source, destination, length):
+        asked.append(type(source).__name__)
+        return super().batch_transfer_sync(session_id, source, destination, length)
+
+def planned(page, prefill_tp, rank, decode_tp, to_rank, have, wanted):
+    made = object.__new__(compat.MooncakeKVManager)
+    item = page * K_HEADS // prefill_tp * K_HEAD_BYTES
+    args = Fields(kv_item_lens=[item] * 4, kv_data_ptrs=[1 << 20, 2 << 20, 3 << 20, 4 << 20], kv_layer_ids=[],
+                  page_size=page, total_kv_head_num=K_HEADS, engine_rank=rank, prefill_start_layer=0)
+    vars(made).update(kv_args=args, attn_tp_size=prefill_tp, pp_size=1, engine=Engine(None, "h:1"))
+    peers = [5 << 20, 6 << 20, 7 << 20, 8 << 20]
+    with made.engine.recording() as recorder:
+        failed = made.send_kvcache_slice("peer", have, peers, wanted, to_rank, decode_tp,
+                                         page * K_HEADS // decode_tp * K_HEAD_BYTES, InlineExecutor(), [])
+    assert not failed
+    found = recorder.segments()
+    return [column.tolist() for column in (found.source, found.destination, found.length)]
+
+rng, wrong, n = np.random.default_rng(1), [], 0
+for page, (prefill_tp, decode_tp) in product((1, 16), ((2, 1), (1, 2), (4, 2), (2, 4))):
+    for rank, to_rank in product(range(prefill_tp), range(decode_tp)):
+        have, wanted = (rng.permutation(64)[:9].astype(np.int32) for _ in "ab")
+        case = (page, prefill_tp, rank, decode_tp, to_rank)
+        plain = planned(*case, have, wanted)
+        ours = planned(*case, have.view(Column), wanted.view(Column))
+        n += len(plain[0])
+        if plain != ours:
+            wrong.append(case)
+print(json.dumps([n, wrong, sorted(set(asked))]))
+"""
+
+
+def test_slices_of_unequal_ranks_are_mapped_alike_without_a_list_of_each_tokens() -> None:
+    done = run_python(K_SLICES)
+    assert done.returncode == 0, done.stderr[-2000:]
+    n, wrong, kinds = json.loads(done.stdout.splitlines()[-1])
+    assert n > 1000
+    assert wrong == []
+    assert kinds == ["Column", "list"]
+
+
 K_DOCTOR = """
 import importlib.abc, importlib.machinery, sys
 NAME = "sglang.srt.disaggregation.mooncake.conn"

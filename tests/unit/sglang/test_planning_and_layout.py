@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prfaas.sglang.layout import Layout, differences, leased_pieces
-from prfaas.sglang.planning import InlineExecutor, RecordingEngine, page_pieces
+from prfaas.sglang.planning import (
+    Column,
+    InlineExecutor,
+    RecordingEngine,
+    Segments,
+    as_column,
+    page_pieces,
+)
 
 
 @given(
@@ -157,3 +164,30 @@ def test_engine_refuses_a_transfer_that_nobody_planned() -> None:
 def test_inline_executor_keeps_a_tasks_exception_for_whoever_asks() -> None:
     with pytest.raises(ZeroDivisionError):
         InlineExecutor().submit(lambda: 1 // 0).result()
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_indices_that_stay_arrays_are_planned_as_lists_of_them_are(n: int) -> None:
+    """The steps that SGLang's mapping of slices takes."""
+    indices = np.arange(n, dtype=np.int32)[::-1]
+
+    def planned(indices: Any) -> Segments:
+        engine = RecordingEngine(FakePump(), "h:1")  # type: ignore[arg-type]
+        with engine.recording() as recorder:
+            slots = (indices.reshape(-1, 1).astype(np.int64) * 256 + np.array([[0, 64]])).reshape(-1).tolist()
+            if slots:
+                engine.batch_transfer_sync("peer", slots, slots, [64] * len(slots))
+        return recorder.segments()
+
+    found, wanted = planned(indices.view(Column)), planned(indices)
+    for name in ("source", "destination", "length"):
+        column = getattr(found, name)
+        assert type(column) is np.ndarray
+        assert column.dtype == np.uint64
+        assert column.tolist() == getattr(wanted, name).tolist()
+    assert len(found) == 2 * n
+
+
+def test_lengths_are_read_one_by_one_where_they_differ() -> None:
+    for lengths in ([], [5], [5, 5, 5], [5, 5, 6], [6, 5, 5]):
+        assert as_column(lengths).tolist() == lengths
