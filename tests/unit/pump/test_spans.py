@@ -26,9 +26,12 @@ def pieces(draw: st.DrawFn) -> tuple[U64, int]:
     """Pieces as a block has them, and the size of the memory they lie in."""
     size = draw(st.integers(1, 130))
     n = draw(st.integers(K_LEAST_PIECES, 80))
-    lengths = [draw(st.integers(1, size)), *[size] * (n - 2), draw(st.integers(1, size))]
     near, far = st.integers(0, K_GAP_BYTES), st.integers(K_GAP_BYTES + 1, 3 * K_GAP_BYTES)
-    gaps = draw(st.lists(st.one_of(*[near] * 9, far), min_size=n, max_size=n))
+    if draw(st.booleans()):  # of tokens that follow on
+        lengths, gaps = [size] * n, [draw(st.integers(0, K_GAP_BYTES + 1))] * n
+    else:
+        lengths = [draw(st.integers(1, size)), *[size] * (n - 2), draw(st.integers(1, size))]
+        gaps = draw(st.lists(st.one_of(*[near] * 9, far), min_size=n, max_size=n))
     starts, at = [], 0
     for gap, length in zip(gaps, lengths, strict=True):
         starts.append(at + gap)
