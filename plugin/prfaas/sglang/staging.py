@@ -14,9 +14,11 @@ import threading
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prfaas.model.errors import LocalProtocolError, MachineError, RemoteProtocolError
 from prfaas.sglang.planning import U64, Segments
@@ -60,6 +62,45 @@ class Places:
         return cls(np.frombuffer(data, dtype="<u8").reshape(-1, 3).astype(np.uint64))
 
 
+@dataclass(frozen=True)
+class Run:
+    """Pieces of one length, each a step from the one before, in pages and in host memory."""
+
+    page: int
+    host: int
+    length: int
+    count: int = 1
+    page_step: int = 0
+    host_step: int = 0
+
+
+def runs(pages: U64, lengths: U64, host: U64) -> Iterator[Run]:
+    """The pieces, in order, as few runs. Slices for unequal tensor parallelism are a piece for each token,
+    layer, K and V: a copy for each would take longer than their bytes."""
+    n = int(lengths.size)
+    page_steps, host_steps = (np.diff(one.view(np.int64)) for one in (pages, host))
+    length = lengths.view(np.int64)
+    alike = (length[1:] == length[:-1]) & (page_steps >= length[1:]) & (host_steps >= length[1:])
+    goes_on = (
+        alike[1:] & alike[:-1] & (page_steps[1:] == page_steps[:-1]) & (host_steps[1:] == host_steps[:-1])
+    )
+    begin = 0
+    for last in [*(np.flatnonzero(~goes_on) + 1).tolist(), n - 1] if n else ():
+        # Up to `last` all steps are one, but perhaps for the one from a piece that is done with.
+        if begin == last and last < n - 1:
+            continue
+        one = Run(int(pages[begin]), int(host[begin]), int(length[begin]))
+        if begin == last or not alike[begin]:
+            yield one
+            begin += 1
+            if begin <= last == n - 1:
+                yield Run(int(pages[last]), int(host[last]), int(length[last]))
+            continue
+        steps = {"page_step": int(page_steps[begin]), "host_step": int(host_steps[begin])}
+        yield replace(one, count=last + 1 - begin, **steps)
+        begin = last + 1
+
+
 class Memory(ABC):
     """The memory that pages lie in."""
 
@@ -85,11 +126,28 @@ class HostMemory(Memory):
         pass
 
     def copy_out(self, pages: U64, lengths: U64, host: U64) -> None:
-        for source, length, target in zip(pages.tolist(), lengths.tolist(), host.tolist(), strict=True):
-            ctypes.memmove(target, source, length)
+        for run in runs(pages, lengths, host):
+            _pieces(run.host, run, run.host_step)[:] = _pieces(run.page, run, run.page_step)
 
     def copy_in(self, host: U64, lengths: U64, pages: U64) -> None:
         self.copy_out(host, lengths, pages)
+
+
+def _pieces(address: int, run: Run, step: int) -> NDArray[np.void]:
+    return np.asarray(_HostArray(address, run.length, run.count, step))
+
+
+class _HostArray:
+    """Raw memory as numpy takes it in."""
+
+    def __init__(self, address: int, length: int, count: int, step: int) -> None:
+        self.__array_interface__ = {
+            "shape": (count,),
+            "typestr": f"|V{length}",
+            "data": (address, False),
+            "strides": (step,),
+            "version": 3,
+        }
 
 
 class CudaMemory(Memory):
@@ -121,26 +179,23 @@ class CudaMemory(Memory):
     def _copy(self, pages: U64, lengths: U64, host: U64, out: bool) -> None:
         torch = self._torch
         with torch.cuda.device(self._gpu), torch.cuda.stream(self._stream):
-            for page, length, at in zip(pages.tolist(), lengths.tolist(), host.tolist(), strict=True):
-                begin = at - self._host_address
-                here, there = self._host[begin : begin + length], self._view(page, length)
+            for run in runs(pages, lengths, host):
+                shape, begin = (run.count, run.length), run.host - self._host_address
+                here = self._host.as_strided(shape, (run.host_step or run.length, 1), begin)
+                there = torch.as_tensor(_CudaArray(run), device=f"cuda:{self._gpu}")
                 (here if out else there).copy_(there if out else here, non_blocking=True)
         self._stream.synchronize()
 
-    def _view(self, address: int, length: int) -> Any:
-        view = _CudaArray(address, length)
-        return self._torch.as_tensor(view, device=f"cuda:{self._gpu}")
-
 
 class _CudaArray:
-    """Raw GPU memory as torch takes it in."""
+    """A run's pages as torch takes raw GPU memory in."""
 
-    def __init__(self, address: int, length: int) -> None:
+    def __init__(self, run: Run) -> None:
         self.__cuda_array_interface__ = {
-            "shape": (length,),
+            "shape": (run.count, run.length),
             "typestr": "|u1",
-            "data": (address, False),
-            "strides": None,
+            "data": (run.page, False),
+            "strides": (run.page_step or run.length, 1),
             "version": 3,
         }
 
@@ -218,14 +273,11 @@ class Staging:
         """The segments in parts that each fit a share of the pool; a segment that is longer alone is cut."""
         most = self.size_bytes // K_PART_OF_POOL // K_ALIGN_BYTES * K_ALIGN_BYTES
         cut = cut_long(segments, most)
-        begin, total = 0, 0
-        for i, length in enumerate(cut.length.tolist()):
-            if total + length > most and i > begin:
-                yield Segments(cut.source[begin:i], cut.destination[begin:i], cut.length[begin:i])
-                begin, total = i, 0
-            total += length
-        if len(cut):
-            yield Segments(cut.source[begin:], cut.destination[begin:], cut.length[begin:])
+        end, begin, done = np.cumsum(cut.length), 0, 0
+        while begin < len(cut):
+            stop = int(np.searchsorted(end, np.uint64(done + most), side="right"))
+            yield Segments(cut.source[begin:stop], cut.destination[begin:stop], cut.length[begin:stop])
+            begin, done = stop, int(end[stop - 1])
 
 
 def cut_long(segments: Segments, most: int) -> Segments:

@@ -62,6 +62,24 @@ lease.revoke()
 into.copy_in(places)
 assert torch.equal(target[torch.as_tensor(order, device="cuda:0")], source)
 pump.close()
+
+# Slices, as unequal ranks send them: of each token's slot some bytes, between others'.
+TOKENS, SLOT, SLICE = 4096, 256, 64
+slots = torch.randint(0, 256, (TOKENS, SLOT), dtype=torch.uint8, device="cuda:0")
+other = torch.zeros_like(slots)
+torch.cuda.current_stream().synchronize()
+plan = Segments(
+    u64(slots.data_ptr() + SLICE + SLOT * t for t in range(TOKENS)),
+    u64(other.data_ptr() + SLOT * t for t in range(TOKENS)),
+    u64(SLICE for _ in range(TOKENS)),
+)
+staged = out.copy_out(plan, out.take(plan.total_bytes))
+begin = int(staged.source[0]) - out.address
+held = np.frombuffer(out._map, dtype=np.uint8)[begin : begin + TOKENS * SLICE].reshape(TOKENS, SLICE)
+assert (held == slots[:, SLICE : 2 * SLICE].cpu().numpy()).all()
+out.memory.copy_in(staged.source, staged.length, staged.destination)
+assert torch.equal(other[:, :SLICE], slots[:, SLICE : 2 * SLICE])
+assert not other[:, SLICE:].any()
 print("equal")
 """
 

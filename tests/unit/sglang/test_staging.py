@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.sglang.planning import U64, Segments
-from prfaas.sglang.staging import K_ALIGN_BYTES, HostMemory, Places, Staging, cut_long
+from prfaas.sglang.staging import K_ALIGN_BYTES, HostMemory, Places, Staging, cut_long, runs
 
 K_POOL_BYTES = 64 * K_ALIGN_BYTES
 
@@ -114,6 +115,51 @@ def test_bytes_go_through_staging_on_both_sides_to_where_they_belong(
     for i, (j, length) in enumerate(zip(at, lengths, strict=True)):
         assert target[64 * j : 64 * j + length].tolist() == source[64 * i : 64 * i + length].tolist()
         assert not target[64 * j + length : 64 * j + 64].any()
+
+
+steps = st.integers(-3, 5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6), steps, steps), min_size=1, max_size=8),
+    st.randoms(use_true_random=False),
+)
+def test_pieces_are_the_same_ones_in_the_same_order_whatever_runs_they_make(
+    groups: list[tuple[int, int, int, int]], jumps: Random
+) -> None:
+    wanted: list[tuple[int, int, int]] = []
+    for length, count, page_step, host_step in groups:
+        page, host = jumps.randrange(1000, 2000), jumps.choice((wanted[-1][2] + 3 if wanted else 50, 5000))
+        wanted += [(page + i * page_step, length, host + i * host_step) for i in range(count)]
+    found = [
+        (run.page + i * run.page_step, run.length, run.host + i * run.host_step)
+        for run in runs(*(u64(list(column)) for column in zip(*wanted, strict=True)))
+        for i in range(run.count)
+    ]
+    assert found == wanted
+
+
+def test_slices_are_gathered_out_of_their_slots_and_scattered_into_others() -> None:
+    slots, other = np.random.default_rng(1).integers(0, 256, (2, 300, 256), dtype=np.uint8)
+    wanted, staging, memory = other.copy(), np.zeros((300, 64), np.uint8), HostMemory()
+    wanted[::-1, 128:192] = slots[:, 64:128]
+    token = np.arange(300, dtype=np.uint64)
+    host, length = token * 64 + staging.ctypes.data, u64([64] * 300)
+    memory.copy_out(token * 256 + (slots.ctypes.data + 64), length, host)
+    assert (staging == slots[:, 64:128]).all()
+    memory.copy_in(host, length, token[::-1] * 256 + (other.ctypes.data + 128))
+    assert (other == wanted).all()
+
+
+def test_slices_of_a_page_are_one_run_and_what_goes_backwards_or_over_another_is_none() -> None:
+    tokens, pages = 64, [7, 3, 12, 11]
+    slots = [(p * tokens + t) * 256 + 64 for p in pages for t in range(tokens)]
+    host = [64 * i for i in range(len(slots))]
+    found = list(runs(u64(slots), u64([64] * len(slots)), u64(host)))
+    assert [run.count for run in found] == [tokens] * len(pages)
+    for step in (63, -64):
+        slots = [4096 + step * i for i in range(9)]
+        assert [run.count for run in runs(u64(slots), u64([64] * 9), u64(host[:9]))] == [1] * 9
 
 
 @pytest.mark.parametrize(("address", "length"), [(99, 1), (100, 11), (110, 1), (0, 1), (210, 1), (205, 6)])
