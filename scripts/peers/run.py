@@ -14,13 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prfaas_testbed.experiment.machine import commit, machine, versions
 from prfaas_testbed.instances.sglang_server import K_CHECKOUT, end_tree, sglang_python
 
 K_HERE = Path(__file__).resolve().parent
@@ -48,6 +48,10 @@ K_UNSUPPORTED = (
     ("EAGLE3 speculation", "no CPU path in SGLang 0.5.23"),
 )
 K_CASE_TIMEOUT_S = 900.0
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
 def free_base_port() -> int:
@@ -94,6 +98,8 @@ def run_case(backend: str, case: str, out: Path) -> dict[str, Any]:
     row: dict[str, Any] = {
         "backend": backend,
         "case": case,
+        "at": now(),
+        "commit": commit(),
         "outcome": "failed",
         "seconds": round(time.monotonic() - started_s, 1),
         "why": f"ended with {process.returncode}: see {log.name}",
@@ -137,16 +143,28 @@ def smoke() -> int:
     return 0 if ok else 1
 
 
-def earlier(report: Path, backends: Sequence[str], cases: Sequence[str]) -> list[dict[str, Any]]:
-    """What an earlier run left in the same folder, less what is about to be run again."""
+def earlier(report: Path) -> list[dict[str, Any]]:
+    """What an earlier run left in the same folder."""
     if not report.exists():
         return []
     rows: list[dict[str, Any]] = json.loads(report.read_text())["rows"]
-    return [
-        row
-        for row in rows
-        if row["outcome"] != "unsupported" and not (row["backend"] in backends and row["case"] in cases)
+    return [row for row in rows if row["outcome"] != "unsupported"]
+
+
+def keep(out: Path, stamp: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the report; its rows, in their order, with those of what can't be run."""
+    rows = sorted(rows, key=lambda row: (K_CASES.index(row["case"]), K_BACKENDS.index(row["backend"])))
+    rows += [
+        {"backend": backend, "case": case, "outcome": "unsupported", "why": why}
+        for case, why in K_UNSUPPORTED
+        for backend in K_BACKENDS
+        if backend in {row["backend"] for row in rows}
     ]
+    record = {
+        "stamp": stamp, "versions": versions(K_CHECKOUT / ".venv-sglang"), "machine": machine(), "rows": rows,
+    }  # fmt: skip
+    (out / "report.json").write_text(json.dumps(record, indent=1) + "\n")
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -168,26 +186,19 @@ def main() -> int:
     args = parser.parse_args()
     if args.smoke:
         return smoke()
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    stamp = now()
     out = (args.out or K_CHECKOUT / "results" / "test-peers" / stamp).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    rows = earlier(out / "report.json", args.backend or K_BACKENDS, args.case or K_CASES)
+    rows = earlier(out / "report.json")
     for case in args.case or K_CASES:
         for backend in args.backend or K_BACKENDS:
             sys.stderr.write(f"{backend}: {case} …\n")
-            rows.append(run_case(backend, case, out))
+            row = run_case(backend, case, out)
+            rows = [one for one in rows if (one["backend"], one["case"]) != (backend, case)] + [row]
             sys.stderr.write(table(rows[-1:]).splitlines()[-1] + "\n")
-    rows.sort(key=lambda row: (K_CASES.index(row["case"]), K_BACKENDS.index(row["backend"])))
-    unsupported = [
-        {"backend": backend, "case": case, "outcome": "unsupported", "why": why}
-        for case, why in K_UNSUPPORTED
-        for backend in K_BACKENDS
-        if backend in {row["backend"] for row in rows}
-    ]
-    (out / "report.json").write_text(
-        json.dumps({"stamp": stamp, "rows": rows + unsupported}, indent=1) + "\n"
-    )
-    sys.stdout.write(table(rows + unsupported))
+            # After each case: all take most of an hour, and who is interrupted keeps what was run.
+            written = keep(out, stamp, rows)
+    sys.stdout.write(table(written))
     # A peer beside ours is a control, which may fall short; alone, it is what was asked about.
     judged = [row for row in rows if row["backend"] == "prfaas"] or rows
     return 0 if all(row["outcome"] == "passed" for row in judged) else 1
