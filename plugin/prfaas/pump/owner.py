@@ -252,7 +252,7 @@ class Owner:
         try:
             if not src.shape == dst.shape == length.shape:
                 raise PrfaasError("arrays of different lengths")
-            if not self.registered.holds(iov(src, length)):
+            if not self.registered.holds_columns(src, length):
                 reason = FailureReason.SOURCE_REFUSED
                 raise PrfaasError("a source that isn't registered")
             self.transfers[message.transfer_id] = message.address

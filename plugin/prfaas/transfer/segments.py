@@ -151,22 +151,21 @@ class Ranges:
 
     def holds(self, pieces: U64) -> bool:
         """Whether every piece (already free of faults) lies within one range."""
+        return self.holds_columns(pieces[:, 0], pieces[:, 1])
+
+    def holds_columns(self, start: U64, length: U64) -> bool:
+        """`holds`, of addresses and lengths."""
         if self._start.size == 0:
             return False
         # Most often one range holds them all.
-        first, end = pieces[:, 0].min(), (pieces[:, 0] + pieces[:, 1]).max()
+        first, end = start.min(), (start + length).max()
         where = int(np.searchsorted(self._start, first, side="right")) - 1
         if where >= 0 and bool(end <= self._end[where]):
             return True
         if where < 0 or self._start.size == 1:
             return False
-        return self._holds_each(pieces)
-
-    def _holds_each(self, pieces: U64) -> bool:
-        where = np.searchsorted(self._start, pieces[:, 0], side="right").astype(np.int64) - 1
-        if bool((where < 0).any()):
-            return False
-        return bool((pieces[:, 0] + pieces[:, 1] <= self._end[where]).all())
+        each = np.searchsorted(self._start, start, side="right").astype(np.int64) - 1
+        return not bool((each < 0).any()) and bool((start + length <= self._end[each]).all())
 
     def holds_all(self, other: Ranges) -> bool:
         return other._start.size > 0 and self.holds(
