@@ -70,8 +70,9 @@ class Column(np.ndarray[Any, np.dtype[np.int64]]):
 
 def as_column(values: Sequence[int] | NDArray[Any]) -> U64:
     """As they are; what is one number many times isn't looked at one by one."""
-    if isinstance(values, list) and len(values) > 1 and values.count(values[0]) == len(values):
-        return np.full(len(values), values[0], dtype=np.uint64)
+    n = len(values)
+    if isinstance(values, list) and n > 1 and values[0] == values[-1] and values.count(values[0]) == n:
+        return np.full(n, values[0], dtype=np.uint64)
     return np.asarray(values).astype(np.uint64).view(np.ndarray)
 
 
