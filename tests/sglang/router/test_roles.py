@@ -6,6 +6,7 @@ Answers keep coming meanwhile, and their tokens stay the same.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from dataclasses import replace
@@ -103,5 +104,7 @@ async def _turn(config: RouterConfig) -> None:
             steps = [step for step in router.roles.steps if step.seconds is not None]
             assert [step.role for step in steps] == ["prefill", "decode"]
             assert all(step.reason.startswith("switched") for step in steps), steps
+            for step in steps:
+                logging.getLogger(__name__).info("to %s in %.3f s", step.role, step.seconds)
     finally:
         await router.stop()
