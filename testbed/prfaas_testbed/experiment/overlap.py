@@ -7,10 +7,11 @@ the medians is what the distance costs. It may be a round trip, the time on the 
 prefill ends, and 10 ms: what is left with `layer` is the last layer's part of the last chunk. With `end`
 the same bound must break, or the link was too fast for the check to mean anything.
 
-Prefill on a machine that does other things as well varies by more than all of that. So the *tail* of each
-request between the sites is measured, too: from when SGLang handed the last chunk over until the last byte
-was in decode's pages, by the servers' own rows and one clock. It has no prefill in it, and half a round
-trip.
+Prefill has a core of its own, as it has its own GPU elsewhere: beside the pumps and the emulated network on
+the same core a transfer would slow down the very prefill that it hides behind. It varies all the same. So
+the *tail* of each request between the sites is measured, too: from when SGLang handed the last chunk over
+until the last byte was in decode's pages, by the servers' own rows and one clock. It has no prefill in it,
+and half a round trip.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from prfaas.config.experiment import Experiment, Instance
 from prfaas.config.topology import Topology
 from prfaas.model.errors import PrfaasError
 from prfaas.sglang.verify import read_rows
+from prfaas_testbed.experiment.cores import OwnCore, scheduler_of
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR, Fleet
 from prfaas_testbed.experiment.profiling import undisturbed
 from prfaas_testbed.experiment.servers import Server
@@ -65,6 +67,8 @@ class Found:
 
     calibration: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    own_core: bool = True
+    """Whether prefill computed on a core that nothing else used."""
 
 
 @dataclass(frozen=True)
@@ -247,13 +251,18 @@ def measure(
         fleet.overlap = modes[0]
         askers: dict[str, SiteAsker] = {}
         try:
-            with undisturbed(tell):
+            with undisturbed(tell), OwnCore() as core:
                 fleet.start()
                 for mode in modes:
                     if mode != modes[0]:
                         tell(f"prefill starts again, with overlap: {mode}")
                         fleet.overlap = mode
                         fleet.restart_prefill(None)
+                    pid = fleet.named(K_PREFILL).process.pid
+                    assert pid is not None  # it is up
+                    found.own_core = core.give(scheduler_of(pid)) is not None
+                    if not found.own_core:
+                        tell("one core: prefill shares it with the network's work, and is slower for it")
                     askers = open_askers(net, work)
                     _rounds(fleet, askers, mode, rounds, lengths, found, tell)
                     close_askers(askers)
