@@ -42,7 +42,8 @@ def draw_overview(
         ylim=(0, 1.3 * network.get_ylim()[1]),
         title=title or f"{part + ': ' if part else ''}{model}",
     )
-    network.legend(loc="upper right", ncols=4)
+    if network.get_legend_handles_labels()[0]:
+        network.legend(loc="upper right", ncols=4)
     ends = sorted(edge for row in requests for edge in ((row.sent_s, 1), (row.sent_s + (row.e2e_s or 0), -1)))
     system.step([at for at, _ in ends], np.cumsum([step for _, step in ends]), where="post", color="#444444")
     system.set(ylabel="requests open", ylim=(0, None))

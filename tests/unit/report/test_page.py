@@ -76,6 +76,14 @@ def test_a_run_without_rows_still_has_a_page(tmp_path: Path) -> None:
     assert "An example." in draw_run(tmp_path).read_text()
 
 
+def test_a_run_whose_links_carried_nothing_is_drawn_and_nothing_is_grumbled(tmp_path: Path) -> None:
+    run = example()
+    for row in run.repetitions[0].links:
+        row.bytes = 0
+    write_run(run, tmp_path)
+    assert "overview-toy" in draw_run(tmp_path).read_text()
+
+
 def test_two_runs_stand_side_by_side() -> None:
     slow = example()
     for row in slow.repetitions[0].requests:
