@@ -30,10 +30,11 @@ def stream_ceiling_bps(
     return min(capacity_bps, window * K_MSS_BYTES * 8 / rtt_s)
 
 
-def further_rounds(sent_bytes: float) -> int:
-    """Round trips that a cold stream waits before the last of so many bytes may leave: its window doubles."""
-    first_bytes = K_INITIAL_WINDOW * K_MSS_BYTES
-    return max(0, math.ceil(math.log2(sent_bytes / first_bytes + 1.0)) - 1)
+def further_rounds(sent_bytes: float, window_bytes: float = K_INITIAL_WINDOW * K_MSS_BYTES) -> int:
+    """Round trips that a stream waits before the last of so many bytes may leave: its window, a cold one's
+    at first, doubles.
+    """
+    return max(0, math.ceil(math.log2(sent_bytes / window_bytes + 1.0)) - 1)
 
 
 def repeated_late_s(rtt_s: float, loss: float, sent_bytes: float, rate_bytes_per_s: float) -> float:

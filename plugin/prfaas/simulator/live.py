@@ -32,6 +32,10 @@ class Live:
     kv_bytes: int = 0
     asked_s: float = 0.0
     """When this attempt left the door."""
+    request_rounds: int = 0
+    """Round trips that its way to another site takes, beyond the first half of one."""
+    window_bytes: float = 0.0
+    """Of the connection that it went by; 0 where it took none, or that is given back."""
     over: bool = False
     prefilled_s: float | None = None
     view: RequestView | None = None

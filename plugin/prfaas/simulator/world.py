@@ -16,8 +16,8 @@ from prfaas.model.ids import LinkId, SiteId
 from prfaas.routing.base import Policy
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.choosing import Ranked, pick_decode, pick_prefill, queue_key
+from prfaas.simulator.connections import Connections
 from prfaas.simulator.engine import Engine
-from prfaas.simulator.flows import further_rounds
 from prfaas.simulator.job import Job
 from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.live import Live
@@ -55,6 +55,8 @@ class World:
         self.engines = {engine.name: engine for engine in engines}
         self.live: dict[int, Live] = {}
         self._held: deque[Live] = deque()
+        self._connections: dict[str, Connections] = {}
+        """To servers of other sites, by name."""
         self._expiring: deque[tuple[float, int]] = deque()
         """When requests without a first token are given up, and their numbers."""
         self._by_site: dict[SiteId, list[Engine]] = {}
@@ -217,6 +219,10 @@ class World:
             self.roles.on_dispatch(live, decision, now)
         live.prefill, live.decode = prefill, decode
         live.link, live.asked_s = link_id, now
+        a_token = self.settings.request_bytes_per_token
+        if link_id is not None and a_token:
+            kept = self._connections.setdefault(prefill.name, Connections())
+            live.request_rounds, live.window_bytes = kept.send(a_token * request.prompt_tokens, now)
         live.prefill_job = Job(
             live,
             request.prompt_tokens,
@@ -243,12 +249,8 @@ class World:
         if live.link is not None:
             # The pages are told to it, and the request is sent to it, over the same distance.
             delay_s = self.network.pipes[live.link].delay_s
-            begin_s += delay_s
-            a_token = self.settings.request_bytes_per_token
-            if a_token:
-                rounds = further_rounds(a_token * live.request.prompt_tokens)
-                there_s = live.asked_s + delay_s + rounds * self.network.rtt_s(*live.link)
-                begin_s = max(begin_s, there_s)
+            there_s = live.asked_s + delay_s + live.request_rounds * self.network.rtt_s(*live.link)
+            begin_s = max(begin_s + delay_s, there_s)
 
         def begin(at_s: float) -> None:
             if live.over or prefill_job.void:
@@ -292,6 +294,9 @@ class World:
         if live.over or prefill_job.void:
             return
         self._release_promise(live, now)
+        if live.window_bytes and live.prefill is not None:
+            self._connections[live.prefill.name].release(live.window_bytes, now)
+            live.window_bytes = 0.0
         assert live.decode is not None
         assert live.decode_job is not None
         live.decode.decode(live.decode_job, now)
@@ -337,6 +342,7 @@ class World:
         if live.decode is not None and live.decode_job is not None:
             live.decode.give_up(live.decode_job, now)
         live.prefill = live.decode = live.prefill_job = live.decode_job = live.transfer = live.link = None
+        live.request_rounds, live.window_bytes = 0, 0.0
 
     def _retry(self, live: Live, site: SiteId, reason: str, now: float, dispatched: bool = True) -> None:
         """Another path, without the site that failed; an error when none is left."""

@@ -189,7 +189,7 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
     ticks = [K_TOKENS * one["tokens"] / 1024 for one in found]
     panel.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     panel.set(xlabel="Prompt, K tokens", ylabel="More TTFT than near, ms", ylim=(0, None))
-    panel.legend(loc="center right")
+    panel.legend(loc="lower left")
     paths = save(figure, folder, "handover", ["part", "world", "K tokens", "more TTFT, ms"], drawn)
     return [path.name for path in paths if path.suffix == ".png"]
 

@@ -364,3 +364,16 @@ def test_a_prompt_crosses_to_another_site_in_round_trips_unless_by_the_pumps(tok
         sent = simulation(workload=alone, router=policy("naive"), transfer={"http_by_pump": http_by_pump})
         ttft_s.append(sent.run().ttft_s[0])
     assert ttft_s[1] - ttft_s[0] == pytest.approx(rounds * 0.02)
+
+
+def test_prompts_that_follow_each_other_start_slowly_once_where_the_connection_is_kept() -> None:
+    ttft_s = {}
+    for rate_rps in (0.3, 0.1):
+        load = {
+            "kind": "synthetic", "arrivals": {"process": "paced", "rate_rps": rate_rps}, "requests": 3,
+            "input_tokens": 60_000, "output_tokens": 1,
+        }  # fmt: skip
+        sent = simulation(workload=load, router=policy("naive"), transfer={"http_by_pump": False})
+        ttft_s[rate_rps] = sent.run().ttft_s
+    assert ttft_s[0.3][0] - ttft_s[0.3][2] == pytest.approx(4 * 0.02)
+    assert ttft_s[0.1][2] == pytest.approx(ttft_s[0.1][0])
