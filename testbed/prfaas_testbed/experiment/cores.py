@@ -18,7 +18,7 @@ from prfaas.model.errors import PrfaasError
 
 
 class OwnCore:
-    """The first core of this process, to be kept free for one thread. Use as a context manager: afterwards
+    """The first core of this process, to be kept free for one process. Use as a context manager: afterwards
     this process may use all its cores again.
     """
 
@@ -30,7 +30,7 @@ class OwnCore:
         _pin(_threads(os.getpid()), self._all)
 
     def give(self, pid: int) -> int | None:
-        """It is the main thread of `pid`'s from now on; all else that this process has started, and itself,
+        """It is `pid`'s from now on, for all its threads; all else that this process has started, and itself,
         have the others. The core; None, and nothing is changed, where there is only one.
 
         What is started later inherits from who starts it, so that it stays off that core.
@@ -41,7 +41,7 @@ class OwnCore:
         us = psutil.Process()
         for one in (us.pid, *(child.pid for child in us.children(recursive=True))):
             _pin(_threads(one), others)
-        _pin([pid], [own])
+        _pin(_threads(pid), [own])
         return own
 
 

@@ -111,8 +111,8 @@ K_MODELS: dict[str, TinyModel] = {
         ),
         TinyModel(
             name="wide",
-            kind="full attention without groups, 8 layers (Llama): much KV for its compute",
-            kv_bytes_per_token=2 * 4 * 32 * 8 * K_BYTES_PER_VALUE,
+            kind="full attention, 2 of 4 heads, 8 wide layers (Llama)",
+            kv_bytes_per_token=2 * 2 * 32 * 8 * K_BYTES_PER_VALUE,
             # A long prompt is computed, and handed over, in pieces.
             server_args=("--chunked-prefill-size", "1024"),
         ),
@@ -166,7 +166,7 @@ def _make_wide(directory: Path) -> None:
 
     # Most of a token's cost is the same at every length: so is KV's share of the time.
     shape = {**_COMMON, "num_hidden_layers": 8, "intermediate_size": 2048}
-    _save(LlamaConfig(**shape, num_key_value_heads=4, initializer_range=0.3), LlamaForCausalLM, 4, directory)
+    _save(LlamaConfig(**shape, num_key_value_heads=2, initializer_range=0.3), LlamaForCausalLM, 4, directory)
 
 
 def _make_hybrid(directory: Path) -> None:
