@@ -15,7 +15,7 @@ from prfaas_testbed.experiment import overlap
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.instances.models import K_MODELS
 
-K_RTT_S, K_RATE_BPS = 0.04, 70e6
+K_RTT_S, K_RATE_BPS = 0.04, 35e6
 
 
 def rows(overlap_mode: str, tokens: int, near_s: float, added_s: float) -> list[dict[str, Any]]:
