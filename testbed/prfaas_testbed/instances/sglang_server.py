@@ -161,6 +161,8 @@ class SglangServer:
         self._popen, self._python = popen, python
         self._process: subprocess.Popen[Any] | None = None
         self._started_s = 0.0
+        self._from = 0
+        """Where its words begin: what the server that it follows said stands before them."""
         self.start_seconds: float | None = None
         """From start() to readiness, once ready."""
 
@@ -183,7 +185,8 @@ class SglangServer:
         command = build_command(self.spec, self._python or sglang_python())
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._started_s = time.monotonic()
-        with self.log_path.open("wb") as log:
+        with self.log_path.open("ab") as log:
+            self._from = log.tell()
             self._process = self._popen(
                 command,
                 env=build_environment(self.spec, os.environ) | {K_OWNER: str(os.getpid())},
@@ -240,7 +243,7 @@ class SglangServer:
 
     def _text(self) -> str:
         try:
-            return self.log_path.read_text(encoding="utf-8", errors="replace")
+            return self.log_path.read_bytes()[self._from :].decode(errors="replace")
         except FileNotFoundError:
             return ""
 

@@ -157,6 +157,21 @@ def test_server_that_dies_at_start_is_reported_by_its_last_words(tmp_path: Path)
         assert str(tmp_path) in str(caught.value)
 
 
+def test_server_that_is_started_again_leaves_the_log_of_its_first_life_and_is_judged_by_its_own(
+    tmp_path: Path,
+) -> None:
+    with server(tmp_path, K_SERVE) as first:
+        first.wait_ready(timeout_s=15)
+        first.kill()
+        with pytest.raises(ServerDied, match="not ready after 0 s: no output"):
+            mute = server(tmp_path, "import time; time.sleep(60)")
+            with mute:
+                mute.wait_ready(timeout_s=0.5)
+        with server(tmp_path, K_SERVE) as second:
+            second.wait_ready(timeout_s=15)
+            assert second.log_path.read_text().count("Uvicorn running") == 2
+
+
 def test_server_whose_child_died_is_not_waited_for(tmp_path: Path) -> None:
     script = (
         "print('OSError: disk full'); print('Received sigquit from a child process', flush=True); " + K_SERVE
