@@ -163,10 +163,9 @@ def test_server_that_is_started_again_leaves_the_log_of_its_first_life_and_is_ju
     with server(tmp_path, K_SERVE) as first:
         first.wait_ready(timeout_s=15)
         first.kill()
-        with pytest.raises(ServerDied, match="not ready after 0 s: no output"):
-            mute = server(tmp_path, "import time; time.sleep(60)")
-            with mute:
-                mute.wait_ready(timeout_s=0.5)
+        mute = server(tmp_path, "import time; time.sleep(60)")
+        with mute, pytest.raises(ServerDied, match="not ready after 0 s: no output"):
+            mute.wait_ready(timeout_s=0.5)
         with server(tmp_path, K_SERVE) as second:
             second.wait_ready(timeout_s=15)
             assert second.log_path.read_text().count("Uvicorn running") == 2
