@@ -187,14 +187,65 @@ class PathFinder:
         Local first, then each site with a link to it, then worthwhile cache moves.
         """
         paths: list[PathPrediction] = []
+        new = not (request.cached_tokens or request.decode_cached_tokens or request.excluded)
         for home in self.decode_sites(request, snapshot):
-            for source in self.sources(snapshot, home):
+            sources = self.sources(snapshot, home)
+            if new:
+                paths += self._of_new(request, snapshot, sources, home, now)
+                continue
+            for source in sources:
                 paths.append(self.predict(request, snapshot, source, home, now))
             if self.fleet.movable and request.cached_tokens:
                 paths += [
                     self.predict(request, snapshot, source, home, now, giver)
                     for source, giver in self._moves(request, snapshot, home)
                 ]
+        return paths
+
+    def _of_new(
+        self, request: RequestView, snapshot: Snapshot, sources: list[SiteId], home: SiteId, now: float
+    ) -> list[PathPrediction]:
+        """`predict` from each source for a prompt that nobody holds any of and that has failed nowhere: most
+        are so, and what sites of one kind have in common is worked out once.
+        """
+        tokens, model = request.prompt_tokens, request.model
+        sites, links, backlog_s = snapshot.sites, snapshot.links, self.book.backlog_s
+        known, prefill_s, size = None, 0.0, 0.0
+        paths = []
+        for source in sources:
+            site = sites.get(source)
+            away = source != home
+            link = links.get((source, home)) if away else None  # type: ignore[call-overload]
+            rate_bps = link.usable_bps if link is not None else 0.0
+            if site is None or site.prefill_instances <= 0 or (away and rate_bps <= 0):
+                paths.append(self.predict(request, snapshot, source, home, now))
+                continue
+            costs = self.costs(source, model)
+            if costs is not known:
+                known = costs
+                prefill_s, size = costs.prefill_s(tokens, 0), costs.transfer_bytes(tokens, 0)
+            queue_s = backlog_s(site, now)
+            if site.waiting_uncached_tokens:
+                queue_s += site.waiting_uncached_tokens * costs.s_per_token
+            queue_s /= site.prefill_instances
+            if link is None:
+                paths.append(
+                    PathPrediction(source, home, queue_s + prefill_s, queue_s, prefill_s, 0.0, tokens, 0)
+                )
+                continue
+            tail_s = transfer_tail_s(link, rate_bps, size, queue_s, prefill_s, tokens)
+            paths.append(
+                PathPrediction(
+                    source,
+                    home,
+                    queue_s + prefill_s + tail_s,
+                    queue_s,
+                    prefill_s,
+                    tail_s,
+                    tokens,
+                    int(size),
+                )
+            )
         return paths
 
     def sources(self, snapshot: Snapshot, home: SiteId) -> list[SiteId]:

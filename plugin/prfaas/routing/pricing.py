@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from math import exp
 from typing import TypeAlias
 
 from prfaas.model.decisions import PathPrediction
@@ -37,6 +38,16 @@ K_SOLVE_REQUESTS = 32  # and so many requests, unless a capacity moved
 
 class Resource:
     """A site's prefill instances together, or a link. Work is in seconds of the whole resource."""
+
+    __slots__ = (
+        "_as_of_s",
+        "_requests_per_s",
+        "_work_per_s",
+        "backlog_s",
+        "capacity",
+        "number",
+        "price",
+    )
 
     def __init__(self, number: int, now: float) -> None:
         self.number = number
@@ -57,14 +68,17 @@ class Resource:
 
     def raw_price(self, backlog_s: float, now: float) -> float:
         """π at a queue of backlog_s."""
-        kept = self._kept(now)
-        load = min(K_LOAD_LIMIT, self._work_per_s * kept)
+        as_of_s = self._as_of_s
+        kept = exp((as_of_s - now) / K_RATE_S) if now > as_of_s else 1.0  # as _kept, at half its price
+        load = self._work_per_s * kept
+        if load > K_LOAD_LIMIT:
+            load = K_LOAD_LIMIT
         self.backlog_s = backlog_s
-        self.price = self._requests_per_s * kept * backlog_s / (1 - load)
-        return self.price
+        self.price = price = self._requests_per_s * kept * backlog_s / (1 - load)
+        return price
 
     def _kept(self, now: float) -> float:
-        return math.exp((self._as_of_s - now) / K_RATE_S) if now > self._as_of_s else 1.0
+        return exp((self._as_of_s - now) / K_RATE_S) if now > self._as_of_s else 1.0
 
 
 Way: TypeAlias = tuple[Resource, LinkId | None, Resource | None]
@@ -86,7 +100,19 @@ class PriceList:
 
     def ways(self, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float) -> list[Way | None]:
         """What each path uses, with capacities of now; None for those that aren't feasible."""
-        return [self._way(path, snapshot, now) if path.feasible else None for path in paths]
+        known, sites, links = self._ways, snapshot.sites, snapshot.links
+        ways: list[Way | None] = []
+        for path in paths:
+            if not path.feasible:
+                ways.append(None)
+                continue
+            way = known.get((path.prefill_site, path.decode_site)) or self._way(path, now)
+            site, link_id, link = way
+            site.capacity = float(sites[path.prefill_site].prefill_instances)
+            if link is not None and link_id is not None:
+                link.capacity = links[link_id].usable_bps
+            ways.append(way)
+        return ways
 
     def observe(
         self, paths: Sequence[PathPrediction], ways: Sequence[Way | None], snapshot: Snapshot, now: float
@@ -125,27 +151,35 @@ class PriceList:
         """
         uses: list[tuple[tuple[int, float], ...]] = []
         raw: dict[int, float] = {}
+        links, coming_bytes = snapshot.links, self._book.coming_bytes
         for path, way in zip(paths, ways, strict=True):
             if way is None:
                 uses.append(())
                 continue
             site, link_id, link = way
-            number = site.number
-            if number not in raw:
+            at_site = site.number
+            if at_site not in raw:
                 queue_s = path.queue_s if queues_s is None else queues_s[path.prefill_site]
-                raw[number] = site.raw_price(queue_s, now)
-            used: tuple[tuple[int, float], ...] = ((number, path.prefill_s / site.capacity),)
-            if link is not None and link_id is not None:
-                number = link.number
-                if number not in raw:
-                    raw[number] = link.raw_price(self._queue_s(link_id, link, snapshot), now)
-                used += ((number, path.transfer_bytes * 8 / link.capacity),)
+                raw[at_site] = site.raw_price(queue_s, now)
             move = path.cache_move
+            if link is None or link_id is None:
+                used: tuple[tuple[int, float], ...] = ((at_site, path.prefill_s / site.capacity),)
+            else:
+                number, capacity = link.number, link.capacity
+                if number not in raw:
+                    # Until it is free of what it has and of what prefill will hand it.
+                    waiting = links[link_id].backlog_bytes + coming_bytes(link_id)
+                    raw[number] = link.raw_price(waiting * 8 / capacity, now)
+                used = (
+                    (at_site, path.prefill_s / site.capacity),
+                    (number, path.transfer_bytes * 8 / capacity),
+                )
             if move is not None:
                 link_id = self._paths.link_id(move.source, move.target)
                 link = self._link(link_id, snapshot, now)
                 if link.number not in raw:
-                    raw[link.number] = link.raw_price(self._queue_s(link_id, link, snapshot), now)
+                    waiting = links[link_id].backlog_bytes + coming_bytes(link_id)
+                    raw[link.number] = link.raw_price(waiting * 8 / link.capacity, now)
                 used += ((link.number, move.transfer_bytes * 8 / link.capacity),)
             uses.append(used)
         prices = self._shared_out(raw)
@@ -218,26 +252,14 @@ class PriceList:
         factor = (1 - K_OWN_SHARE) * every / weight
         return {number: factor * multipliers[number] + K_OWN_SHARE * own for number, own in raw.items()}
 
-    def _queue_s(self, link_id: LinkId, link: Resource, snapshot: Snapshot) -> float:
-        """Until the link is free of what it has and of what prefill will hand it."""
-        backlog_bytes = snapshot.links[link_id].backlog_bytes + self._book.coming_bytes(link_id)
-        return backlog_bytes * 8 / link.capacity
-
-    def _way(self, path: PathPrediction, snapshot: Snapshot, now: float) -> Way:
-        """The site and the link that a feasible path uses, with their capacities of now."""
-        ends = (path.prefill_site, path.decode_site)
-        way = self._ways.get(ends)
-        if way is None:
-            crossed = self._crossed(path)
-            way = self._ways[ends] = (
-                self._resource(path.prefill_site, now),
-                crossed,
-                None if crossed is None else self._resource(crossed, now),
-            )
-        site, link_id, link = way
-        site.capacity = float(snapshot.sites[path.prefill_site].prefill_instances)
-        if link is not None and link_id is not None:
-            link.capacity = snapshot.links[link_id].usable_bps
+    def _way(self, path: PathPrediction, now: float) -> Way:
+        """The site and the link that a path uses, seen for the first time."""
+        crossed = self._crossed(path)
+        way = self._ways[path.prefill_site, path.decode_site] = (
+            self._resource(path.prefill_site, now),
+            crossed,
+            None if crossed is None else self._resource(crossed, now),
+        )
         return way
 
     def _link(self, link: LinkId, snapshot: Snapshot, now: float) -> Resource:

@@ -23,9 +23,11 @@ from prfaas.model.observations import (
 from prfaas.model.profiles import Curve, Profile
 from prfaas.routing import Fleet, create_policy
 from prfaas.routing import duals as duals_module
+from prfaas.routing.book import DispatchBook
 from prfaas.routing.duals import DualPrices
 from prfaas.routing.instance_choice import K_STEPS_MARGIN_S, Choice
 from prfaas.routing.lanes import Lane, Queued
+from prfaas.routing.paths import PathFinder
 from prfaas.routing.prices import PricesPolicy
 
 K_PROFILE = Profile("unit", Curve.of([1000, 2000], [1.3, 2.3]), Curve.of([1000, 2000], [1e6, 2e6]))
@@ -195,25 +197,27 @@ def snapshot_of(rng: Random, now: float) -> Snapshot:
     return Snapshot(now, sites, {link: LinkEstimate(link, now, rate, rate, rate, 0.04) for link in both})
 
 
-def plain_steps(duals: DualPrices, capacity: list[float], sizes: list[float]) -> list[float]:
-    """The gradient's steps by row and column; the multipliers they lead to."""
+Options = list[tuple[int, float, int, float]]
+
+
+def plain_steps(
+    duals: DualPrices, asked: list[Options], capacity: list[float], sizes: list[float]
+) -> list[float]:
+    """The gradient's steps by request and path; the multipliers they lead to."""
     now = np.maximum(np.asarray(capacity), duals_module.K_NONE)
-    rows, size = min(duals._count, duals_module.K_WINDOW), len(now)
-    site, link = duals._site[:rows], duals._link[:rows]
+    size = len(now)
     nu, mean = duals._nu, duals._mean
     for step in sizes:
         used = np.zeros(size)
-        for row in range(rows):
+        for options in asked[-duals_module.K_WINDOW :]:
             costs = [
-                duals._prefill_s[row, k] / now[site[row, k]] * nu[site[row, k]]
-                + duals._bits[row, k] / now[link[row, k]] * nu[link[row, k]]
-                for k in range(site.shape[1])
+                prefill_s / now[site] * nu[site] + (bits / now[link] * nu[link] if link >= 0 else 0.0)
+                for site, prefill_s, link, bits in options
             ]
-            best = costs.index(min(costs))
-            used[site[row, best]] += min(
-                duals._prefill_s[row, best] / now[site[row, best]], duals_module.K_NEVER
-            )
-            used[link[row, best]] += duals._bits[row, best] / now[link[row, best]]
+            site, prefill_s, link, bits = options[costs.index(min(costs))]
+            used[site] += min(prefill_s / now[site], duals_module.K_NEVER)
+            if link >= 0:
+                used[link] += bits / now[link]
         raised = np.zeros(size)
         for one in range(size):
             group = [other for other in range(size) if duals._root(other) == duals._root(one)]
@@ -228,20 +232,70 @@ def plain_steps(duals: DualPrices, capacity: list[float], sizes: list[float]) ->
     return found
 
 
+@pytest.mark.parametrize("requests", [90, 700])
 @pytest.mark.parametrize("apart", [False, True])
-def test_the_multipliers_are_those_of_steps_by_row_and_column(apart: bool) -> None:
+def test_the_multipliers_are_those_of_steps_by_request_and_path(apart: bool, requests: int) -> None:
     rng = Random(5)
     duals, capacity = DualPrices(), [3.0, 4.0, 1e9] + ([2.0, 2.0] if apart else [])
-    for number in range(90):
+    asked: list[Options] = []
+    for number in range(requests):
         options = [(0, rng.uniform(0.1, 9), -1, 0.0), (1, rng.uniform(0.1, 4), 2, rng.uniform(1e8, 2e9))]
         if apart and number % 3 == 0:
             options = [(3, rng.uniform(0.1, 9), -1, 0.0), (4, rng.uniform(0.1, 4), -1, 0.0)]
-        duals.observe(options[: rng.choice([1, 2, 2])])
-        if number == 80:
+        # The first have one path: the second comes as a surprise.
+        asked.append(options[: rng.choice([1, 2, 2]) if number > 20 else 1])
+        duals.observe(asked[-1])
+        if number in (80, 300):
             duals.solve(capacity)
-    duals._take_in()
     first, last = duals_module.K_STEP
-    sizes = np.geomspace(first, last, duals_module.K_STEPS[1]).tolist()
-    wanted = plain_steps(duals, capacity, sizes)
+    few, many = duals_module.K_STEPS
+    settled = requests > 2 * duals_module.K_WINDOW
+    sizes = [last] * few if settled else np.geomspace(first, last, many).tolist()
+    wanted = plain_steps(duals, asked, capacity, sizes)
     duals.solve(capacity)
     assert duals.multipliers == pytest.approx(wanted, rel=1e-9)
+
+
+@settings(max_examples=200)
+@given(seed=st.integers(0, 1 << 40))
+def test_the_paths_of_a_new_prompt_are_those_predicted_one_by_one(seed: int) -> None:
+    rng, now = Random(seed), 10.0
+    slow = Profile("slow", Curve.of([1000, 2000], [2.6, 4.6]), K_PROFILE.kv)
+    finder = PathFinder(
+        Fleet({("west", ""): K_PROFILE, ("", ""): slow}, frozenset({"west", "south"})), DispatchBook()
+    )
+    names = ["west", "south", "east", "north", "far"]
+    sites = {
+        name: SiteObservation(
+            name,
+            now - rng.random(),
+            prefill_instances=rng.choice([0, 1, 4]),
+            decode_instances=rng.choice([0, 2]),
+            prefill_backlog_s=rng.choice([0.0, 7.0]),
+            waiting_uncached_tokens=rng.choice([0, 0, 5000]),
+        )
+        for name in names
+        if rng.random() < 0.9
+    }
+    links = {}
+    for source in names:
+        for home in names:
+            if source != home and rng.random() < 0.8:
+                rate = rng.choice([0.0, 1e8, 1e10])
+                link = LinkId(source, home)
+                backlog = rng.choice([0, 10_000_000])
+                links[link] = LinkEstimate(
+                    link, now, rate, rate, rate, 0.04, backlog_bytes=backlog, up=rng.random() < 0.9
+                )
+    snapshot = Snapshot(now, sites, links)
+    for number in range(4):
+        home = rng.choice([None, "west", "south", "gone"])
+        view = RequestView(str(number), rng.choice([1, 500, 8192, 8193, 60_000]), now, home=home)
+        plain = [
+            finder.predict(view, snapshot, source, where, now)
+            for where in finder.decode_sites(view, snapshot)
+            for source in finder.sources(snapshot, where)
+        ]
+        assert finder.all_paths(view, snapshot, now) == plain
+        if plain:
+            finder.book.add(view.request, rng.choice(plain), now - rng.random())
