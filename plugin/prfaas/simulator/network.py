@@ -80,6 +80,7 @@ class Network:
         if transfer.started_s is None:
             transfer.started_s = now
             insort(pipe.begun, transfer, key=_serial)
+        pipe.join(transfer)
         if transfer not in pipe.order:
             pipe.order.add(
                 transfer, max(1, math.ceil(transfer.available - transfer.sent)), transfer.deadline_s
@@ -132,17 +133,16 @@ class Network:
         pipe.updated_s = now
         if passed_s <= 0:
             return
-        order = pipe.order
         for transfer, rate in pipe.rates.items():
             sent = transfer.sent
             moved, most = rate * passed_s, transfer.available - sent
             if moved > most:
                 moved = most
-            transfer.sent = sent + moved
+            transfer.sent = after = sent + moved
             pipe.sent_bytes += moved
-            whole = math.floor(sent + moved) - math.floor(sent)
-            if whole > 0 and transfer in order:
-                order.sent(now, transfer, whole, (transfer,))
+            whole = int(after) - int(sent)
+            if whole > 0 and transfer in pipe.order:
+                pipe.order.sent(now, transfer, whole, (transfer,))
 
     def _together(self, pipe: Pipe) -> list[Pipe]:
         """The active pipes whose rates depend on this one's: those that share a link, and theirs in turn."""
@@ -161,7 +161,7 @@ class Network:
         Progressive filling: the pipe that can have least gets that, and what is left goes to the others.
         """
         wants = {pipe: self._ceiling_bps(pipe, now) for pipe in pipes}
-        if len(pipes) == 1 and not any(link.cross_streams for link in pipes[0].links):
+        if len(pipes) == 1 and not any([link.cross_streams for link in pipes[0].links]):
             return {pipes[0]: wants[pipes[0]] / 8}
         left: dict[str, float] = {}
         weight: dict[str, float] = {}
@@ -215,16 +215,22 @@ class Network:
 
     def _replan_around(self, pipe: Pipe, now: float) -> None:
         """Rates anew for all whose rates depend on this pipe's."""
-        if all(not link.users or (len(link.users) == 1 and pipe in link.users) for link in pipe.links):
-            others = [pipe] if pipe in self._active else []
-        else:
-            others = self._together(pipe) if pipe in self._active else []
-            for link in pipe.links:
-                for other in link.users:
-                    if other not in others:
-                        others += [one for one in self._together(other) if one not in others]
-        if not others:
+        active, alone = pipe in self._active, True
+        for link in pipe.links:
+            users = link.users
+            if users and (len(users) > 1 or pipe not in users):
+                alone = False
+                break
+        if alone:
+            if active:
+                self._settle(pipe, now)
+                self._replan(pipe, now, self._capacities([pipe], now)[pipe])
             return
+        others = self._together(pipe) if active else []
+        for link in pipe.links:
+            for other in link.users:
+                if other not in others:
+                    others += [one for one in self._together(other) if one not in others]
         for one in others:
             self._settle(one, now)
         capacities = self._capacities(others, now)
@@ -235,14 +241,14 @@ class Network:
     def _replan(self, pipe: Pipe, now: float, capacity: float | None = None) -> None:
         """Land what has arrived, share the rate anew, and say when to look again. `pipe` is settled."""
         eligible, landed = [], []
-        for one in pipe.begun:
+        for one in pipe.rates:
             if one.available - one.sent > K_DONE_BYTES:
                 eligible.append(one)
             elif one.total_bytes - one.sent <= K_DONE_BYTES:
                 landed.append(one)
         for one in landed:
             self._land(pipe, one, now)
-        pipe.plan += 1
+        pipe.plan = plan = pipe.plan + 1
         if not eligible:
             pipe.rates = {}
             if pipe in self._active:
@@ -252,20 +258,22 @@ class Network:
                         self._replan_around(pipe, now)
                         break
             return
-        if pipe.busy_since_s is not None and capacity is None:
-            # Gathering speed: what it can take changes with time.
-            capacity = self._capacities(self._together(pipe), now)[pipe]
         if capacity is None:
-            capacity = pipe.capacity
+            if pipe.busy_since_s is not None:
+                # Gathering speed: what it can take changes with time.
+                capacity = self._capacities(self._together(pipe), now)[pipe]
+            else:
+                capacity = pipe.capacity
         pipe.capacity = capacity
+        order = pipe.order
         for one in eligible:
-            if one not in pipe.order:  # whole bytes ran out a crumb before the fluid did
-                pipe.order.add(one, 1, one.deadline_s)
+            if one not in order:  # whole bytes ran out a crumb before the fluid did
+                order.add(one, 1, one.deadline_s)
         if len(eligible) == 1:
             pipe.rates = {eligible[0]: capacity}
             wait_s = math.inf
         else:
-            shares = pipe.order.shares(now, eligible)
+            shares = order.shares(now, eligible)
             pipe.rates = {one: capacity * shares[one] for one in eligible}
             wait_s = K_STEP_S
         if capacity <= 0:
@@ -277,8 +285,9 @@ class Network:
                     wait_s = end_s
         if pipe.busy_since_s is not None:
             wait_s = min(wait_s, max(1e-4, self.rtt_s(pipe.source, pipe.target)))
-        plan = pipe.plan
-        self._agenda.at(now + max(wait_s, 1e-9), lambda at_s: self._look(pipe, plan, at_s))
+        self._agenda.at(
+            now + (wait_s if wait_s > 1e-9 else 1e-9), lambda at_s: self._look(pipe, plan, at_s)
+        )
 
     def _look(self, pipe: Pipe, plan: int, now: float) -> None:
         if plan == pipe.plan:

@@ -59,7 +59,7 @@ class Pipe:
         """Those of which bytes have become available, as they were announced."""
         self.announced = 0
         self.rates: dict[Transfer, float] = {}
-        """Bytes a second of each transfer since `updated_s`."""
+        """Bytes a second of each transfer that can send since `updated_s`, as they were announced."""
         self.updated_s = 0.0
         self.capacity = 0.0
         """Bytes a second of payload that all its transfers get together."""
@@ -113,6 +113,14 @@ class Pipe:
         transfer.serial = self.announced
         self.transfers[transfer] = None
 
+    def join(self, transfer: Transfer) -> None:
+        """It has something to send; how fast is said later."""
+        rates = self.rates
+        if transfer not in rates:
+            rates[transfer] = 0.0
+            if len(rates) > 1:
+                self.rates = dict(sorted(rates.items(), key=_serial_of))
+
     def leave(self, transfer: Transfer) -> None:
         """It has landed, or was dropped."""
         del self.transfers[transfer]
@@ -120,3 +128,7 @@ class Pipe:
         if transfer.started_s is not None:
             self.begun.remove(transfer)
         self.order.remove(transfer)
+
+
+def _serial_of(entry: tuple[Transfer, float]) -> int:
+    return entry[0].serial

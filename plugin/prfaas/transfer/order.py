@@ -105,17 +105,19 @@ class SendOrder(Generic[Key]):
         """`sent_bytes` of `key` left. The debts move by the shares that held; the last byte ends its place
         here.
         """
-        entry = self._entries[key]
+        entries = self._entries
+        entry = entries[key]
         if eligible is None or len(eligible) != 1 or key not in eligible:  # one alone is owed what it gets
             for other, share in self.shares(now, eligible).items():
-                self._entries[other].owed_bytes += share * sent_bytes
+                entries[other].owed_bytes += share * sent_bytes
             entry.owed_bytes -= sent_bytes
-        entry.remaining_bytes -= sent_bytes
+        entry.remaining_bytes = left = entry.remaining_bytes - sent_bytes
         self._backlog_bytes -= sent_bytes
-        if entry.remaining_bytes <= 0:
-            self._backlog_bytes -= entry.remaining_bytes
-            del self._entries[key]
-            self._forgive(entry.owed_bytes)
+        if left <= 0:
+            self._backlog_bytes -= left
+            del entries[key]
+            if entry.owed_bytes:
+                self._forgive(entry.owed_bytes)
 
     def _forgive(self, owed_bytes: float) -> None:
         """What one that leaves owed or was owed is spread over the rest, so that debts always add up to
