@@ -122,21 +122,23 @@ class LinkEstimator:
             )
         if seen.segments:
             lost = min(1.0, seen.retransmits / seen.segments)
-            self._loss += (lost - self._loss) * _weight(seen.interval_s, K_SLOW_S / 3)
+            if lost != self._loss:
+                self._loss += (lost - self._loss) * _weight(seen.interval_s, K_SLOW_S / 3)
         if seen.delivered_bytes > 0:
             self._progress_at_s = now
-            events += self._came_up(now)
+            if self._down_since_s is not None:
+                events += self._came_up(now)
+            events += self._take_sample(seen, now)
         elif not was_waiting and seen.backlog_bytes > 0 and not self._waiting(except_for=seen.sender):
             self._progress_at_s = max(self._progress_at_s, now - seen.interval_s)  # silence begins here
-        if self._down_since_s is None and seen.delivered_bytes > 0:
-            events += self._take_sample(seen, now)
-        return events + self.on_timer(now)
+        events += self.on_timer(now)
+        return events
 
     def on_timer(self, now: float) -> list[EstimatorEvent]:
         """To be called often enough (every 0.1 s) that silence is noticed."""
         now = self._now = max(self._now, now)
         silent_s = now - self._progress_at_s
-        if self._down_since_s is None and self._waiting() and silent_s >= self.config.outage_after_s:
+        if silent_s >= self.config.outage_after_s and self._down_since_s is None and self._waiting():
             self._down_since_s = now
             self._probe_gap_s = self.config.probe_every_s / 4
             self._probe_at_s = now + self._probe_gap_s
@@ -146,22 +148,24 @@ class LinkEstimator:
     def estimate(self, now: float) -> LinkEstimate:
         """What to believe at `now`."""
         now = max(self._now, now)
-        up = self._down_since_s is None
-        rate_bps = self._slow_bps if up else 0.0
-        band = max(2 * self._deviation_bps, K_NOISE_SHARE[0] * self._slow_bps)
+        up, slow_bps, config = self._down_since_s is None, self._slow_bps, self.config
+        rate_bps = slow_bps if up else 0.0
+        band = max(2 * self._deviation_bps, K_NOISE_SHARE[0] * slow_bps)
         band *= min(10.0, 1 + (now - self._sample_at_s) / K_WIDEN_S)
-        reserved = max(self.config.reserved_bps, self.config.reserved_share * rate_bps)
+        low_bps = rate_bps - band
+        reserved_bps = max(config.reserved_bps, config.reserved_share * rate_bps)
+        # By place: one is made for every report.
         return LinkEstimate(
-            link=self.link,
-            at_s=now,
-            rate_bps=rate_bps,
-            low_bps=max(0.0, rate_bps - band),
-            high_bps=self._slow_bps + band,
-            rtt_s=self._rtt_s or 0.0,
-            loss=self._loss,
-            backlog_bytes=sum(sender.backlog_bytes for sender in self._senders.values()),
-            up=up,
-            reserved_bps=min(rate_bps, reserved),
+            self.link,
+            now,
+            rate_bps,
+            low_bps if low_bps > 0.0 else 0.0,
+            slow_bps + band,
+            self._rtt_s or 0.0,
+            self._loss,
+            sum([sender.backlog_bytes for sender in self._senders.values()]),
+            up,
+            reserved_bps if reserved_bps < rate_bps else rate_bps,
         )
 
     def probe_at(self, now: float) -> float:
@@ -198,11 +202,13 @@ class LinkEstimator:
         }
 
     def _waiting(self, except_for: PumpId | None = None) -> bool:
-        return any(one.backlog_bytes > 0 for name, one in self._senders.items() if name != except_for)
+        for name, one in self._senders.items():
+            if one.backlog_bytes > 0 and name != except_for:
+                return True
+        return False
 
     def _came_up(self, now: float) -> list[EstimatorEvent]:
-        if self._down_since_s is None:
-            return []
+        assert self._down_since_s is not None  # or it can't
         down_s = now - self._down_since_s
         self._down_since_s = None
         self._slow_bps *= K_RESTART_SHARE
@@ -213,12 +219,15 @@ class LinkEstimator:
         return [LinkCameUp(self.link, now, down_s)]
 
     def _take_sample(self, seen: LinkObservation, now: float) -> list[EstimatorEvent]:
-        fresh = [one for one in self._senders.values() if now - one.at_s <= K_SENDER_WINDOW_S]
-        sample_bps = sum(one.rate_bps for one in fresh)
-        busy = any(one.busy for one in fresh)
+        sample_bps, fresh, busy = 0.0, 0, 0
+        for one in self._senders.values():
+            if now - one.at_s <= K_SENDER_WINDOW_S:
+                sample_bps += one.rate_bps
+                fresh += 1
+                busy += one.busy
         if not busy:  # a lower bound at most
             if sample_bps > self._slow_bps:
-                step_s = min(seen.interval_s, K_SENDER_WINDOW_S) / len(fresh)
+                step_s = min(seen.interval_s, K_SENDER_WINDOW_S) / fresh
                 self._slow_bps += (sample_bps - self._slow_bps) * _weight(step_s, K_PROOF_S)
                 self._fast_bps = max(self._fast_bps, self._slow_bps)
             return []
@@ -227,7 +236,7 @@ class LinkEstimator:
             self._slow_bps = self._fast_bps = min(self._slow_bps, sample_bps)
             self._deviation_bps = sample_bps / 4
         self._sample_at_s = now
-        step_s = min(seen.interval_s, K_SENDER_WINDOW_S) / max(1, sum(one.busy for one in fresh))
+        step_s = min(seen.interval_s, K_SENDER_WINDOW_S) / busy
         self._fast_bps += (sample_bps - self._fast_bps) * _weight(step_s, K_FAST_S)
         least, most = K_NOISE_SHARE
         noise_bps = min(most * self._slow_bps, max(K_NOISE * self._deviation_bps, least * self._slow_bps))
@@ -254,6 +263,9 @@ def _sane(seen: LinkObservation) -> bool:
     return (
         math.isfinite(seen.at_s)
         and K_INTERVAL_S[0] <= seen.interval_s <= K_INTERVAL_S[1]
-        and min(seen.delivered_bytes, seen.backlog_bytes, seen.retransmits, seen.segments) >= 0
+        and seen.delivered_bytes >= 0
+        and seen.backlog_bytes >= 0
+        and seen.retransmits >= 0
+        and seen.segments >= 0
         and (seen.rtt_s is None or (math.isfinite(seen.rtt_s) and seen.rtt_s >= 0))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
 
 Call = Callable[[float], None]
@@ -27,12 +28,11 @@ class Agenda:
     def at_in_background(self, at_s: float, call: Call) -> None:
         """As `at`, for what only watches: while nothing else is planned, nothing goes on."""
         self._background += 1
+        self.at(at_s, partial(self._watch, call))
 
-        def watch(now: float) -> None:
-            self._background -= 1
-            call(now)
-
-        self.at(at_s, watch)
+    def _watch(self, call: Call, now: float) -> None:
+        self._background -= 1
+        call(now)
 
     @property
     def foreground(self) -> int:

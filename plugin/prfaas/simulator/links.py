@@ -73,8 +73,9 @@ class WatchedLink:
         if abs(capacity_bps - self._told_bps) > K_NEWS * self._told_bps:
             self._told_bps = capacity_bps
             self.ledger.set_capacity(capacity_bps, now=now)
-        if any(isinstance(event, LinkWentDown) for event in events):
-            self._went_down(pipe, now)
+        for event in events:
+            if isinstance(event, LinkWentDown):
+                self._went_down(pipe, now)
         if not self.estimate.up and now >= estimator.probe_at(now):
             estimator.on_probe_sent(now)
             if pipe.up:
