@@ -15,12 +15,14 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from prfaas.model.profiles import Profile
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.cache import BlockCache
 from prfaas.simulator.job import Job
+from prfaas.simulator.tally import Tally
 from prfaas.simulator.works import works_of
 
 Role = Literal["prefill", "decode", "collocated"]
@@ -28,6 +30,14 @@ Role = Literal["prefill", "decode", "collocated"]
 
 class Engine:
     """One instance. All times are the agenda's."""
+
+    __slots__ = (
+        "_agenda", "_begun", "_current", "_decode_plan", "_landed", "_queue", "_reading", "_running",
+        "_serial", "_step_ends_s", "_step_took_s", "_steps", "_steps_at_s", "_unplaced", "assigned",
+        "backlog_s", "backlog_tokens", "busy_s", "cache", "chunk_tokens", "draining", "fullness",
+        "keeps_backlog", "keeps_fullness", "max_batch", "name", "pool_tokens", "prefill_requests", "profile",
+        "reserved_tokens", "role", "site", "tally", "up", "works",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -43,8 +53,7 @@ class Engine:
         prefill_requests: int | None = None,
     ) -> None:
         self.name, self.site, self.role = name, site, role
-        self.profile, self._agenda = profile, agenda
-        self.works = works_of(profile)
+        self.profile, self._agenda, self.works = profile, agenda, works_of(profile)
         decode = profile.decode
         if role != "prefill" and decode is None:
             raise ValueError(f"{name}: profile {profile.name} has no decode figures")
@@ -60,10 +69,11 @@ class Engine:
         self.keeps_backlog: tuple[list[float], int] | None = None
         self.keeps_fullness: tuple[list[float], int] | None = None
         """Where `backlog_s` and `fullness` are kept for whoever compares many instances."""
+        self.tally: tuple[Tally, int] | None = None
+        """Who is told, under which number, what this one has to do."""
         self.busy_s = 0.0
         """Seconds spent in prefill steps."""
-        self.reserved_tokens = 0
-        self.assigned = 0
+        self.reserved_tokens = self.assigned = 0
         """Requests that hold pages here, wherever their prefill is."""
         self.backlog_s = 0.0
         """Seconds of prefill queued, the running step's share included until it ends."""
@@ -162,6 +172,7 @@ class Engine:
                 del self._running[position]
                 heapq.heapify(self._running)
                 self._fill_batch(now)
+                self._fill()
                 self._plan_decode(now)
                 break
         self.release(job, now)
@@ -193,7 +204,8 @@ class Engine:
             heapq.heappop(queue)
         if not (queue or begun) or not self.up:
             return
-        if self.role == "collocated" and len(self._running) >= self.max_batch:
+        decodes = self.role == "collocated"
+        if decodes and len(self._running) >= self.max_batch:
             return
         left, took_s = self.chunk_tokens, 0.0
         pieces: list[tuple[Job, int]] = []
@@ -213,22 +225,24 @@ class Engine:
             job.taken_s = reached_s
             left -= last - job.done
             pieces.append((job, last))
-        if self.role == "collocated":
+        if decodes:
             self._catch_up(now)
         self._current = pieces
         self.busy_s += took_s
         self._step_ends_s, self._step_took_s = now + took_s, took_s
-        self._agenda.at(now + took_s, lambda at_s: self._end_step(pieces, took_s, at_s))
-        if self.role == "collocated":
+        self._agenda.at(now + took_s, partial(self._end_step, pieces, took_s))
+        if decodes:
             self._plan_decode(now)
 
     def _end_step(self, pieces: list[tuple[Job, int]], took_s: float, now: float) -> None:
         if self._current is not pieces:
             return  # the engine died in the meantime
-        if self.role == "collocated":
+        decodes = self.role == "collocated"
+        if decodes:
             self._steps_at_s = now  # no token was made while it prefilled
         self._current = None
-        self._set_backlog(max(0.0, self.backlog_s - took_s))
+        left_s = self.backlog_s - took_s
+        self._set_backlog(left_s if left_s > 0.0 else 0.0)
         for job, last in pieces:
             self.backlog_tokens -= last - job.done
             job.done = last
@@ -242,7 +256,7 @@ class Engine:
                 job.on_chunk(job, now, final)
         if self._current is None:
             self._start_step(now)
-        if self.role == "collocated":
+        if decodes:
             self._plan_decode(now)
 
     # Decode.
@@ -280,12 +294,12 @@ class Engine:
 
     def _plan_decode(self, now: float) -> None:
         self._catch_up(now)
-        self._decode_plan += 1
+        self._decode_plan = plan = self._decode_plan + 1
         rate = self._rate()
         if rate > 0:
-            plan = self._decode_plan
-            due_s = now + max(0.0, self._running[0][0] - self._steps) / rate
-            self._agenda.at(due_s, lambda at_s: self._end_decodes(plan, at_s))
+            left = self._running[0][0] - self._steps
+            due_s = now + (left if left > 0.0 else 0.0) / rate
+            self._agenda.at(due_s, partial(self._end_decodes, plan))
 
     def _end_decodes(self, plan: int, now: float) -> None:
         if plan != self._decode_plan:
@@ -310,55 +324,66 @@ class Engine:
         """Everything here is lost; the world gives the requests up and sends them elsewhere."""
         self.up = False
         self._current = self._begun = None
-        self._queue.clear()
-        self._running.clear()
-        self._landed.clear()
-        self._unplaced.clear()
+        for waiting in (self._queue, self._running, self._landed, self._unplaced):
+            waiting.clear()
         self._decode_plan += 1
         self._set_backlog(0.0)
         self.backlog_tokens = self.reserved_tokens = self.assigned = 0
         self.cache.clear()
-        self._fill()
+        self._able()
 
     def restart(self, now: float) -> None:
         """Nothing where it is up: two kills may both bring it back."""
         if self.up:
             return
         self.up = True
-        self._fill()
+        self._able()
         self._steps_at_s = now
 
     def become(self, role: Role, now: float) -> None:
-        """Change the role of an idle instance; what its cache holds is gone. Raises ValueError where its
-        profile can't tell how it decodes."""
+        """Change the role of an idle instance; its cache is empty then. Raises ValueError as __init__."""
         if role != "prefill" and self.profile.decode is None:
             raise ValueError(f"{self.name}: profile {self.profile.name} has no decode figures")
         self.role = role
         self.cache.clear()
         self._steps_at_s = now
         self.fullness = math.inf
-        self._fill()
+        self._able()
 
     def drain(self, draining: bool = True) -> None:
         """Take nothing new from now on, or do again."""
         self.draining = draining
-        self._fill()
+        self._able()
 
     def _set_backlog(self, backlog_s: float) -> None:
         self.backlog_s = backlog_s
         if self.keeps_backlog is not None:
             kept, place = self.keeps_backlog
             kept[place] = backlog_s
+        if self.tally is not None and self.up and not self.draining:
+            tally, number = self.tally
+            tally.backlogs[number] = backlog_s
 
     def _fill(self) -> None:
         """`fullness` anew, after anything that it counts."""
         if self.role != "prefill":
-            able = self.up and not self.draining
             waiting = len(self._landed) + len(self._unplaced)
-            self.fullness = (self.assigned + waiting) / self.max_batch if able else math.inf
+            if self.up and not self.draining:
+                self.fullness = (self.assigned + waiting) / self.max_batch
+                if self.tally is not None:
+                    tally, number = self.tally
+                    tally.running[number], tally.waiting[number] = len(self._running), waiting
+            else:
+                self.fullness = math.inf
         if self.keeps_fullness is not None:
             kept, place = self.keeps_fullness
             kept[place] = self.fullness
+
+    def _able(self) -> None:
+        """It takes other work than before, or none any more."""
+        if self.tally is not None:
+            self.tally[0].stale = True
+        self._fill()
 
     @property
     def running(self) -> int:
@@ -370,12 +395,5 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not (
-            self._queue
-            or self._begun
-            or self._current
-            or self._reading
-            or self._running
-            or self._landed
-            or self._unplaced
-        )
+        prefills = self._queue or self._begun or self._current or self._reading
+        return not (prefills or self._running or self._landed or self._unplaced)

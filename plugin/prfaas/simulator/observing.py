@@ -17,6 +17,7 @@ from prfaas.model.observations import (
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.prefixes import HeardPrefixes
+from prfaas.simulator.tally import Tally
 from prfaas.workload.requests import TimedRequest
 
 
@@ -35,6 +36,7 @@ class Outlook:
         listed: bool = False,
     ) -> None:
         self._engines, self._homes, self._every_s = sites, homes, every_s
+        self._tallies = {site: Tally(engines) for site, engines in sites.items()}
         self.prefixes = prefixes
         self._listed = listed
         """Whether instances that only prefill are told one by one, to a policy that reckons with each."""
@@ -85,16 +87,12 @@ class Outlook:
         )
 
     def _observe(self, site: SiteId, now: float) -> SiteObservation:
-        prefills = decodes = running = waiting = slots = 0
-        backlog_s = 0.0
+        tally = self._tallies[site]
+        tally.count()
         listed = []
-        for engine in self._engines[site]:
-            if not engine.up or engine.draining:
-                continue
-            if engine.role != "decode":
-                prefills += 1
-                backlog_s += engine.backlog_s
-                if self._listed and engine.role == "prefill":
+        if self._listed:
+            for engine in self._engines[site]:
+                if engine.role == "prefill" and engine.up and not engine.draining:
                     listed.append(
                         InstanceObservation(
                             engine.name,
@@ -106,19 +104,14 @@ class Outlook:
                             prefill_requests=engine.prefill_requests,
                         )
                     )
-            if engine.role != "prefill":
-                decodes += 1
-                running += engine.running
-                waiting += engine.waiting
-                slots += engine.max_batch
         return SiteObservation(
             site,
             now,
-            prefill_instances=prefills,
-            decode_instances=decodes,
-            prefill_backlog_s=backlog_s,
-            decode_running=running,
-            decode_waiting=waiting,
-            decode_slots=slots,
-            instances=tuple(listed) if len(listed) == prefills else (),
+            prefill_instances=tally.prefills,
+            decode_instances=tally.decodes,
+            prefill_backlog_s=sum(tally.backlogs),
+            decode_running=sum(tally.running),
+            decode_waiting=sum(tally.waiting),
+            decode_slots=tally.slots,
+            instances=tuple(listed) if len(listed) == tally.prefills else (),
         )

@@ -10,6 +10,7 @@ from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.choosing import Ranked, pick_decode, pick_prefill
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
+from prfaas.simulator.tally import Tally
 from prfaas.workload.requests import TimedRequest
 
 K_PROFILE = Profile(
@@ -77,26 +78,51 @@ def test_the_short_way_takes_the_instance_that_the_long_one_takes(kinds) -> None
 def test_what_is_kept_of_an_instance_is_what_the_instance_has(kinds, data) -> None:
     engines = [made(index, *kind) for index, kind in enumerate(kinds)]
     backlogs, fullnesses = Ranked.by_backlog(engines), Ranked.by_fullness(engines)
+    tally = Tally(engines)
     for _ in range(8):
         engine = data.draw(st.sampled_from(engines))
         what = data.draw(
-            st.sampled_from(["prefill", "reserve", "drain", "kill", "restart", "give up", "end"])
+            st.sampled_from(
+                ["prefill", "reserve", "decode", "drain", "kill", "restart", "give up", "end", "role"]
+            )
         )
-        if what == "prefill" and engine.up:
+        if what == "prefill" and engine.role != "decode" and engine.up:
             engine.prefill(Job(None, 700, 10), 0.0)
         elif what == "reserve" and engine.role != "prefill" and engine.up:
             engine.reserve(Job(None, 500, 10), 900, lambda job, now: None, 0.0)
+        elif what == "decode" and engine.role != "prefill" and engine.up:
+            engine.decode(Job(None, 500, 10), engine._agenda.now)
         elif what == "drain":
             engine.drain(not engine.draining)
         elif what == "kill":
             engine.kill(0.0)
         elif what == "restart":
             engine.restart(0.0)
-        elif what == "give up" and engine.up:
+        elif what == "give up" and engine.role != "decode" and engine.up:
             job = Job(None, 900, 10)
             engine.prefill(job, 0.0)
             engine.give_up(job, 0.0)
         elif what == "end":
             engine._agenda.run(engine._agenda.now + 3.0)
+        elif what == "role" and engine.idle and engine.role != "collocated":
+            engine.become("decode" if engine.role == "prefill" else "prefill", engine._agenda.now)
         assert backlogs.figures == [one.backlog_s for one in engines]
         assert fullnesses.figures == [one.fullness for one in engines]
+        tally.count()
+        assert plain_tally(engines) == (
+            tally.prefills, tally.decodes, tally.slots, tally.backlogs, tally.running, tally.waiting,
+        )  # fmt: skip
+
+
+def plain_tally(engines: list[Engine]) -> tuple[int, int, int, list[float], list[int], list[int]]:
+    able = [one.up and not one.draining for one in engines]
+    prefills = [a and one.role != "decode" for a, one in zip(able, engines, strict=True)]
+    decodes = [a and one.role != "prefill" for a, one in zip(able, engines, strict=True)]
+    return (
+        sum(prefills),
+        sum(decodes),
+        sum(one.max_batch for d, one in zip(decodes, engines, strict=True) if d),
+        [one.backlog_s if p else 0.0 for p, one in zip(prefills, engines, strict=True)],
+        [one.running if d else 0 for d, one in zip(decodes, engines, strict=True)],
+        [one.waiting if d else 0 for d, one in zip(decodes, engines, strict=True)],
+    )
