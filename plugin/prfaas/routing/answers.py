@@ -53,7 +53,9 @@ class BookingPolicy(Policy):
         classes = self.config.classes
         slo = classes.get(request.slo_class) or classes[self.config.default_class]
         home = request.home if request.home is not None else min(self.fleet.local_sites, default="")
-        cached = max(0, min(request.cached_tokens.get(home, 0), request.prompt_tokens - 1))
+        cached = request.cached_tokens.get(home, 0) if request.cached_tokens else 0
+        if cached:
+            cached = max(0, min(cached, request.prompt_tokens - 1))
         alone_s = self.paths.costs(home, request.model).prefill_s(request.prompt_tokens, cached)
         return request.arrived_s + slo.base_s + slo.prefill_factor * alone_s
 
@@ -89,7 +91,9 @@ class BookingPolicy(Policy):
                     threshold_tokens=threshold_tokens,
                     until_s=now + over_s,
                 )
-        costs = self.paths.costs(chosen.prefill_site, request.model)
+        if instance is None:
+            costs = self.paths.costs(chosen.prefill_site, request.model)
+            instance = prefill_instance(request, snapshot, chosen, costs)
         return Decision(
             request=request.request,
             policy=self.name,
@@ -97,8 +101,8 @@ class BookingPolicy(Policy):
             action=Action.DISPATCH,
             reason=reason,
             chosen=chosen,
-            alternatives=tuple(path for path in paths if path is not chosen),
-            prefill_instance=instance or prefill_instance(request, snapshot, chosen, costs),
+            alternatives=tuple([path for path in paths if path is not chosen]),
+            prefill_instance=instance,
             decode_instance=decode_instance(snapshot, chosen),
             deadline_s=deadline_s,
             order_s=order_s,

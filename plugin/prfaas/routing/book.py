@@ -18,7 +18,7 @@ from prfaas.model.observations import SiteObservation
 @dataclass(slots=True)
 class _Sent:
     path: PathPrediction
-    at_s: float
+    link: LinkId | None
     prefilling: bool = True
 
 
@@ -36,11 +36,14 @@ class DispatchBook:
     def add(self, request: RequestId, path: PathPrediction, now: float) -> None:
         """A request left on `path`; an attempt of it that is still booked ends here."""
         self.drop(request)
-        self._sent[request] = _Sent(path, now)
-        recent = self._recent.setdefault(path.prefill_site, deque())
+        link = path.link
+        self._sent[request] = _Sent(path, link)
+        recent = self._recent.get(path.prefill_site)
+        if recent is None:
+            recent = self._recent[path.prefill_site] = deque()
         recent.append((now, path.prefill_s, request))
-        if path.link is not None:
-            self._coming_bytes[path.link] = self._coming_bytes.get(path.link, 0) + path.transfer_bytes
+        if link is not None:
+            self._coming_bytes[link] = self._coming_bytes.get(link, 0) + path.transfer_bytes
 
     def prefilled(self, request: RequestId) -> None:
         """Its bytes are in the link's backlog from now on, or through."""
@@ -48,14 +51,17 @@ class DispatchBook:
         if sent is None or not sent.prefilling:
             return
         sent.prefilling = False
-        if sent.path.link is not None:
-            self._coming_bytes[sent.path.link] -= sent.path.transfer_bytes
+        if sent.link is not None:
+            self._coming_bytes[sent.link] -= sent.path.transfer_bytes
 
     def drop(self, request: RequestId) -> PathPrediction | None:
         """Forgets it; the path it was on, None if it wasn't booked."""
+        sent = self._sent.get(request)
+        if sent is None:
+            return None
         self.prefilled(request)
-        sent = self._sent.pop(request, None)
-        return None if sent is None else sent.path
+        del self._sent[request]
+        return sent.path
 
     def path(self, request: RequestId) -> PathPrediction | None:
         sent = self._sent.get(request)

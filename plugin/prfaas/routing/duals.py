@@ -81,7 +81,9 @@ class DualPrices:
             fresh += K_NO_OPTION * missing
         if len(fresh) >= 2 * self._kept.size:
             self._take_in()
-        self._join(touched)
+        key = tuple(touched)
+        if key not in self._seen:
+            self._join(key)
 
     def _take_in(self) -> None:
         """Write down those that came since the last solution: all at once costs a tenth of one by one."""
@@ -162,12 +164,9 @@ class DualPrices:
         self._kept = np.concatenate([self._kept, more], axis=1)
         self._options = options
 
-    def _join(self, touched: list[int]) -> None:
+    def _join(self, touched: tuple[int, ...]) -> None:
         """Resources that one request could use belong together."""
-        key = tuple(touched)
-        if key in self._seen:
-            return
-        self._seen.add(key)
+        self._seen.add(touched)
         self._groups = None
         while len(self._parent) <= max(touched):
             self._parent.append(len(self._parent))

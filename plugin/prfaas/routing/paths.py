@@ -189,11 +189,10 @@ class PathFinder:
         paths: list[PathPrediction] = []
         new = not (request.cached_tokens or request.decode_cached_tokens or request.excluded)
         for home in self.decode_sites(request, snapshot):
-            sources = self.sources(snapshot, home)
             if new:
-                paths += self._of_new(request, snapshot, sources, home, now)
+                paths += self._of_new(request, snapshot, home, now)
                 continue
-            for source in sources:
+            for source in self.sources(snapshot, home):
                 paths.append(self.predict(request, snapshot, source, home, now))
             if self.fleet.movable and request.cached_tokens:
                 paths += [
@@ -203,21 +202,26 @@ class PathFinder:
         return paths
 
     def _of_new(
-        self, request: RequestView, snapshot: Snapshot, sources: list[SiteId], home: SiteId, now: float
+        self, request: RequestView, snapshot: Snapshot, home: SiteId, now: float
     ) -> list[PathPrediction]:
         """`predict` from each source for a prompt that nobody holds any of and that has failed nowhere: most
         are so, and what sites of one kind have in common is worked out once.
         """
         tokens, model = request.prompt_tokens, request.model
         sites, links, backlog_s = snapshot.sites, snapshot.links, self.book.backlog_s
-        known, prefill_s, size = None, 0.0, 0.0
-        paths = []
-        for source in sources:
+        known, prefill_s, size, rate_bps = None, 0.0, 0.0, 0.0
+        paths: list[PathPrediction] = []
+        for source in (home, *sites):
+            link = None
+            if source != home:
+                link = links.get((source, home))  # type: ignore[call-overload]
+                if link is None:
+                    continue
+                rate_bps = link.usable_bps
+            elif paths:
+                continue  # it was first
             site = sites.get(source)
-            away = source != home
-            link = links.get((source, home)) if away else None  # type: ignore[call-overload]
-            rate_bps = link.usable_bps if link is not None else 0.0
-            if site is None or site.prefill_instances <= 0 or (away and rate_bps <= 0):
+            if site is None or site.prefill_instances <= 0 or (link is not None and rate_bps <= 0):
                 paths.append(self.predict(request, snapshot, source, home, now))
                 continue
             costs = self.costs(source, model)

@@ -277,7 +277,7 @@ class PricesPolicy(BookingPolicy):
     def thresholds(self) -> Mapping[SiteId, float]:
         """Length from which a request without cached prefix would go out now, by home."""
         found = {}
-        for home in self.fleet.local_sites:
+        for home in sorted(self.fleet.local_sites):  # the same order in every process
             sources = [link.source for link in self.prices.links() if link.target == home]
             if sources:
                 found[home] = self._threshold(home, sources)
@@ -347,11 +347,13 @@ def _alike(one: PathPrediction, other: PathPrediction) -> bool:
 def _why(chosen: PathPrediction, paths: Sequence[PathPrediction]) -> str:
     """What won, and over what."""
     others = ", ".join(
-        f"{path.label} {path.ttft_s:.2f}+{path.price:.2f}"
-        if path.feasible
-        else f"{path.label} {path.why_not}"
-        for path in paths
-        if path is not chosen
+        [
+            "%s %.2f+%.2f" % (path.label, path.ttft_s, path.price)  # noqa: UP031 (half of an f-string's price)
+            if path.feasible
+            else f"{path.label} {path.why_not}"
+            for path in paths
+            if path is not chosen
+        ]
     )
     won = f"{chosen.label}: TTFT {chosen.ttft_s:.2f} s + price {chosen.price:.2f}"
     return f"{won}, over {others}" if others else f"{won}, the only path"

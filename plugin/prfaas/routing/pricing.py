@@ -193,13 +193,18 @@ class PriceList:
 
     def on_dispatch(self, path: PathPrediction, now: float) -> None:
         """A request was sent on `path`."""
-        site = self._resources.get(path.prefill_site)
-        if site is not None and site.capacity > 0:
-            site.on_work(path.prefill_s / site.capacity, now)
-        for link_id, size in self._crossings(path):
-            link = self._resources.get(link_id)
+        way = self._ways.get((path.prefill_site, path.decode_site))
+        if way is not None:
+            site, _, link = way
+            if site.capacity > 0:
+                site.on_work(path.prefill_s / site.capacity, now)
             if link is not None and link.capacity > 0:
-                link.on_work(size * 8 / link.capacity, now)
+                link.on_work(path.transfer_bytes * 8 / link.capacity, now)
+        move = path.cache_move
+        if move is not None:
+            link = self._resources.get(self._paths.link_id(move.source, move.target))
+            if link is not None and link.capacity > 0:
+                link.on_work(move.transfer_bytes * 8 / link.capacity, now)
 
     def multiplier(self, resource: Hashable) -> float:
         """ν of a site or link; 0 before anything is known."""
@@ -230,14 +235,6 @@ class PriceList:
         if path.prefill_site == path.decode_site:
             return None
         return self._paths.link_id(path.prefill_site, path.decode_site)
-
-    def _crossings(self, path: PathPrediction) -> list[tuple[LinkId, int]]:
-        """Links it uses, and bytes over each."""
-        crossed, move = self._crossed(path), path.cache_move
-        crossings = [] if crossed is None else [(crossed, path.transfer_bytes)]
-        if move is not None:
-            crossings.append((self._paths.link_id(move.source, move.target), move.transfer_bytes))
-        return crossings
 
     def _shared_out(self, raw: dict[int, float]) -> dict[int, float]:
         multipliers = self._duals.multipliers
