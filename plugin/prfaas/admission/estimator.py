@@ -202,10 +202,7 @@ class LinkEstimator:
         }
 
     def _waiting(self, except_for: PumpId | None = None) -> bool:
-        for name, one in self._senders.items():
-            if one.backlog_bytes > 0 and name != except_for:
-                return True
-        return False
+        return any(one.backlog_bytes > 0 and name != except_for for name, one in self._senders.items())
 
     def _came_up(self, now: float) -> list[EstimatorEvent]:
         assert self._down_since_s is not None  # or it can't

@@ -332,6 +332,8 @@ class Ledger:
 
     def _serve_queue(self, now: float) -> list[LedgerEvent]:
         events: list[LedgerEvent] = []
+        if not self._waiting:
+            return events
         for transfer, new in sorted(self._waiting.items(), key=lambda item: item[1].deadline_s):
             if self._rate_bps <= 0:
                 # waits out an outage as long as its deadline lies ahead

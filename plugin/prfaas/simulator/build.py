@@ -97,6 +97,7 @@ def simulation_of(
     topology = topology or load_topology(experiment.network, topologies / "networks")
     agenda, record = Agenda(), Record()
     profiles: dict[tuple[SiteId, ModelId], CostProfile] = {}
+    alike: dict[Profile, Profile] = {}  # one object for all of a kind: what is worked out of it is shared
     engines = []
     for instance in experiment.instances:
         if instance.site not in topology.sites:
@@ -105,6 +106,7 @@ def simulation_of(
                 f"there are {', '.join(topology.sites)}"
             )
         profile = profile_of(instance, model, topologies)
+        profile = alike.setdefault(profile, profile)
         if instance.role != "decode" or (instance.site, "") not in profiles:
             profiles[instance.site, ""] = profile
         limits = instance.limits

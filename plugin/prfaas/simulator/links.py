@@ -30,7 +30,8 @@ class WatchedLink:
         self._network, self._agenda, self._went_down = network, agenda, went_down
         nominal = min(link.rate_bps for link in pipe.links) * payload_share()
         config = LinkAdmission(nominal_bps=nominal if 0 < nominal < math.inf else K_UNLIMITED_BPS)
-        self._config = config
+        self._promised = 1 - config.headroom
+        """Share of what is usable."""
         self.estimator = LinkEstimator(self.id, config, agenda.now)
         self.ledger = Ledger(self.id, config.nominal_bps * (1 - config.headroom), queue_limit=0)
         self.estimate: LinkEstimate = self.estimator.estimate(agenda.now)
@@ -51,36 +52,36 @@ class WatchedLink:
     def _tick(self, now: float) -> None:
         pipe, estimator = self.pipe, self.estimator
         self._network.settle(pipe, now)
-        delivered = round(pipe.sent_bytes - self._sent_before) + self._probe_bytes
-        self._sent_before, self._probe_bytes = pipe.sent_bytes, 0
+        sent, loss = pipe.sent_bytes, pipe.loss
+        delivered = round(sent - self._sent_before) + self._probe_bytes
+        self._sent_before, self._probe_bytes = sent, 0
         backlog = round(pipe.backlog_bytes)
         segments = delivered // K_MSS_BYTES
-        events = estimator.on_observation(
-            LinkObservation(
-                self.id,
-                now,
-                K_OBSERVE_S,
-                delivered,
-                backlog_bytes=backlog,
-                rtt_s=self._network.rtt_s(pipe.source, pipe.target),
-                retransmits=round(segments * pipe.loss),
-                segments=segments,
-                sender="simulated",
-            )
+        seen = LinkObservation(
+            self.id,
+            now,
+            K_OBSERVE_S,
+            delivered,
+            backlog,
+            self._network.rtt_s(pipe.source, pipe.target),
+            round(segments * loss) if loss else 0,
+            segments,
+            sender="simulated",
         )
-        self.estimate = self.told[self.id] = estimator.estimate(now)
-        capacity_bps = self.estimate.usable_bps * (1 - self._config.headroom)
+        events = estimator.on_observation(seen)
+        self.estimate = estimate = self.told[self.id] = estimator.estimate(now)
+        capacity_bps = estimate.usable_bps * self._promised
         if abs(capacity_bps - self._told_bps) > K_NEWS * self._told_bps:
             self._told_bps = capacity_bps
             self.ledger.set_capacity(capacity_bps, now=now)
         for event in events:
             if isinstance(event, LinkWentDown):
                 self._went_down(pipe, now)
-        if not self.estimate.up and now >= estimator.probe_at(now):
+        if not estimate.up and now >= estimator.probe_at(now):
             estimator.on_probe_sent(now)
             if pipe.up:
                 self._probe_bytes = estimator.probe_bytes(now)
-        if backlog > 0 or pipe.transfers or not self.estimate.up:
+        if backlog > 0 or pipe.transfers or not estimate.up:
             self._agenda.at_in_background(now + K_OBSERVE_S, self._tick)
         else:
             self._ticking = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prfaas.model.decisions import Decision
 from prfaas.model.ids import LinkId, SiteId
@@ -18,6 +18,8 @@ class Live:
     """The record is written from it at its end."""
 
     request: TimedRequest
+    name: str = field(init=False)
+    """As the policy knows it."""
     excluded: frozenset[SiteId] = frozenset()
     attempt: int = 0
     decision: Decision | None = None
@@ -39,3 +41,6 @@ class Live:
     over: bool = False
     prefilled_s: float | None = None
     view: RequestView | None = None
+
+    def __post_init__(self) -> None:
+        self.name = str(self.request.index)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Callable, Iterable
+from functools import partial
 from operator import attrgetter
 from typing import Literal
 
@@ -160,9 +161,20 @@ class Network:
 
         Progressive filling: the pipe that can have least gets that, and what is left goes to the others.
         """
+        if len(pipes) == 1:
+            return {pipes[0]: self._capacity(pipes[0], now)}
         wants = {pipe: self._ceiling_bps(pipe, now) for pipe in pipes}
-        if len(pipes) == 1 and not any([link.cross_streams for link in pipes[0].links]):
-            return {pipes[0]: wants[pipes[0]] / 8}
+        return self._shared(wants, pipes)
+
+    def _capacity(self, pipe: Pipe, now: float) -> float:
+        """The same of one pipe with its links to itself, but for others' streams."""
+        want_bps = self._ceiling_bps(pipe, now)
+        for link in pipe.links:
+            if link.cross_streams:
+                return self._shared({pipe: want_bps}, [pipe])[pipe]
+        return want_bps / 8
+
+    def _shared(self, wants: dict[Pipe, float], pipes: list[Pipe]) -> dict[Pipe, float]:
         left: dict[str, float] = {}
         weight: dict[str, float] = {}
         for pipe in pipes:
@@ -223,8 +235,9 @@ class Network:
                 break
         if alone:
             if active:
-                self._settle(pipe, now)
-                self._replan(pipe, now, self._capacities([pipe], now)[pipe])
+                if pipe.updated_s < now:
+                    self._settle(pipe, now)
+                self._replan(pipe, now, self._capacity(pipe, now))
             return
         others = self._together(pipe) if active else []
         for link in pipe.links:
@@ -285,9 +298,7 @@ class Network:
                     wait_s = end_s
         if pipe.busy_since_s is not None:
             wait_s = min(wait_s, max(1e-4, self.rtt_s(pipe.source, pipe.target)))
-        self._agenda.at(
-            now + (wait_s if wait_s > 1e-9 else 1e-9), lambda at_s: self._look(pipe, plan, at_s)
-        )
+        self._agenda.at(now + (wait_s if wait_s > 1e-9 else 1e-9), partial(self._look, pipe, plan))
 
     def _look(self, pipe: Pipe, plan: int, now: float) -> None:
         if plan == pipe.plan:

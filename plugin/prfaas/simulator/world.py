@@ -69,7 +69,8 @@ class World:
             LinkId(*ends): WatchedLink(pipe, network, agenda, self._link_went_down)
             for ends, pipe in network.pipes.items()
         }
-        network.on_activity = lambda pipe, now: self.links[LinkId(pipe.source, pipe.target)].wake(now)
+        watched = {link.pipe: link for link in self.links.values()}
+        network.on_activity = lambda pipe, now: watched[pipe].wake(now)
         heard = HeardPrefixes(self.engines.values(), lambda: agenda.now, settings.index_delay_s)
         # In order of arrival, instances are chosen here, by what they have to do at the moment.
         listed = policy.names_instances and settings.service_order == "deadline"
@@ -207,7 +208,7 @@ class World:
             if answer.verdict is Verdict.REFUSED:
                 self.record.count_refusal()
                 self.policy.on_refused(
-                    request=str(request.index),
+                    request=live.name,
                     reason=str(answer.reason),
                     retry_after_s=answer.retry_after_s,
                     now=now,
@@ -284,7 +285,7 @@ class World:
             self.network.supply(*live.link, live.transfer, ready, now)
         if final:
             live.prefilled_s, live.cached_tokens = now, job.cached
-            self.policy.on_prefill_done(request=str(live.request.index), now=now)
+            self.policy.on_prefill_done(request=live.name, now=now)
             if live.link is None:
                 self._on_landed(live, job, now)
             if self._held:
@@ -311,7 +312,7 @@ class World:
         live = job.payload
         assert isinstance(live, Live)
         live.first_token_s = now
-        self.policy.on_first_token(request=str(live.request.index), now=now, cached_tokens=live.cached_tokens)
+        self.policy.on_first_token(request=live.name, now=now, cached_tokens=live.cached_tokens)
 
     def _on_done(self, job: Job, now: float) -> None:
         live = job.payload
@@ -327,7 +328,7 @@ class World:
         del self.live[live.request.index]
         if live in self._held:
             self._held.remove(live)
-        self.policy.on_finished(request=str(live.request.index), now=now)
+        self.policy.on_finished(request=live.name, now=now)
         self.record.request(live, now, error)
         # Nothing leads round to it any more, so that it goes at once and no collection need find it.
         live.prefill_job = live.decode_job = live.transfer = live.view = live.decision = None
@@ -347,7 +348,7 @@ class World:
     def _retry(self, live: Live, site: SiteId, reason: str, now: float, dispatched: bool = True) -> None:
         """Another path, without the site that failed; an error when none is left."""
         if dispatched:
-            self.policy.on_failed(request=str(live.request.index), site=site, reason=reason, now=now)
+            self.policy.on_failed(request=live.name, site=site, reason=reason, now=now)
         live.attempt += 1
         live.excluded = live.excluded | {site}
         if live.attempt >= K_ATTEMPTS:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from prfaas.model.values import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TimedRequest:
     """A request that arrives at `arrival_s` whatever became of those before it."""
 

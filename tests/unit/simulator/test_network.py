@@ -1,3 +1,5 @@
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from prfaas.simulator.flows import (
     repeated_late_s,
     stream_ceiling_bps,
 )
-from prfaas.simulator.network import Network
+from prfaas.simulator.network import K_DONE_BYTES, Network
 from prfaas.simulator.pipes import Transfer
 
 SHARE = K_MSS_BYTES / K_FRAME_BYTES
@@ -154,6 +156,33 @@ def test_every_transfer_lands_once_and_no_byte_is_lost_or_made(jobs) -> None:
     assert len(network.pipes["a", "b"].order) == 0
     # Work is conserved: the link is never idle while something is available.
     assert agenda.now <= 5.0 + sum(total for _, total, _ in jobs) / (10e6 * SHARE) + 1e-3
+
+
+@given(seed=st.integers(0, 1 << 40))
+def test_a_pipe_is_shared_by_all_that_have_something_to_send_in_the_order_in_which_they_came(seed) -> None:
+    rng = Random(seed)
+    agenda, network = world(delay_ms=5)
+    pipe, under_way, landed = network.pipes["a", "b"], [], []
+    for _ in range(25):
+        what = rng.random()
+        if what < 0.3:
+            under_way.append(Transfer(rng.choice([10, 1000, 1_000_000]), rng.uniform(0, 9), landed.append))
+            network.start("a", "b", under_way[-1], agenda.now)
+        elif what < 0.8 and under_way:
+            one = rng.choice(under_way)
+            ready = rng.choice([one.available + 0.3, one.total_bytes / 3, one.total_bytes])
+            network.supply("a", "b", one, ready, agenda.now)
+        elif what < 0.85 and under_way:
+            network.drop("a", "b", under_way.pop(rng.randrange(len(under_way))), agenda.now)
+        elif what < 0.9:
+            network.before_change(agenda.now)
+            network.links[pipe.links[0].id].cross_bps = rng.choice([0.0, 5e7, 9e9])
+            network.changed(agenda.now)
+        else:
+            agenda.run(agenda.now + rng.choice([1e-4, 0.01, 0.3]))
+            continue
+        waiting = [one for one in pipe.begun if one.available - one.sent > K_DONE_BYTES]
+        assert list(pipe.rates) == waiting
 
 
 def test_a_cold_stream_waits_a_round_trip_whenever_its_window_is_spent() -> None:
