@@ -265,14 +265,21 @@ class PumpClient(ABC):
     @abstractmethod
     def forward(self, peer: str, host: str, port: int, *, site: str = "", timeout_s: float = 10.0) -> str:
         """host:port on loopback that leads to an endpoint which the node of the pump at `peer` exposes; the
-        same at every call. `site`: the one that the peer must prove to be of. Blocks for the pump's answer.
-        Raises PrfaasError.
+        same at every call. `site`: the one that the peer must prove to be of. Blocks for the pump's answer,
+        the first time. Raises PrfaasError, for a first time in a callback too.
         """
 
     @abstractmethod
     def stats(self, timeout_s: float = 5.0) -> dict[str, object]:
         """The pump's counters (see pump.server.Pump.stats). Blocks for the answer. Raises PrfaasError without
-        one.
+        one, and in a callback.
+        """
+
+    @property
+    @abstractmethod
+    def in_callback(self) -> bool:
+        """Whether the caller is on the thread that runs callbacks of transfers, leases and offers: it is the
+        one that hears the pump, so that nothing that the pump has to answer can be asked there.
         """
 
     @abstractmethod

@@ -75,6 +75,10 @@ class LocalPumpClient(PumpClient):
         return self._attached.address
 
     @property
+    def in_callback(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    @property
     def site(self) -> str:
         return self._attached.site
 
@@ -233,6 +237,7 @@ class LocalPumpClient(PumpClient):
             known = self._standing.forwarded(peer, host, port)
             if known is not None:
                 return known
+            self._must_hear()
             message = m.Forward(next(self._serials), peer, site, host, port)
             question = self._standing.add_question(message.serial)
             self._send(message)
@@ -244,7 +249,15 @@ class LocalPumpClient(PumpClient):
             self._standing.add_forward(message, address)
         return address
 
+    def _must_hear(self) -> None:
+        """Whoever asks the pump waits for the thread that hears it, and would for itself."""
+        if self.in_callback:
+            raise PrfaasError(
+                "a callback can't ask the pump: its answer is heard when the callback has ended"
+            )
+
     def stats(self, timeout_s: float = 5.0) -> dict[str, object]:
+        self._must_hear()
         with self._lock:
             serial = next(self._serials)
             question = self._standing.add_question(serial)

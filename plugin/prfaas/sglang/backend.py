@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
 from typing import Any
 
 from prfaas.config.backend import K_ENVIRONMENT, BackendConfig, load_backend_config
@@ -103,7 +104,14 @@ class PrfaasKVManager(DecodeSide, LayerSide):
         self.pump.expose(self.local_ip, self.rank_port)
 
     def _send_multipart_locked(self, endpoint: str, parts: list[bytes], is_ipv6: bool = False) -> None:
-        super()._send_multipart_locked(passage.here(endpoint), parts, is_ipv6)
+        """SGLang's, by the pumps. That a transfer has failed is told on the thread that hears the pump:
+        another has to ask it for a way that isn't known yet.
+        """
+        if self.passage is None or self.passage.is_known(endpoint) or not self.pump.in_callback:
+            super()._send_multipart_locked(passage.here(endpoint), parts, is_ipv6)
+        else:
+            how = {"args": (endpoint, parts, is_ipv6), "name": "prfaas-tell", "daemon": True}
+            threading.Thread(target=self._send_multipart_locked, **how).start()
 
     def _resolve_rebootstrap_prefill_url(self, kv_receiver: Any) -> str | None:
         """SGLang's, whose host is that of the bootstrap server: of the real one, and reached as it is."""

@@ -45,23 +45,33 @@ class Passage:
         with self._lock:
             self._learnt[host] = pump
 
+    def is_known(self, endpoint: str) -> bool:
+        """Whether `endpoint` needn't ask the pump."""
+        address = endpoint.removeprefix(K_SCHEME)
+        with self._lock:
+            return self._pump_of(address) is None or address in self._behind.values()
+
+    def _pump_of(self, address: str) -> str | None:
+        """The pump that leads to it; None: it is reached as it is."""
+        if address in self._behind:
+            return None
+        try:
+            host, _ = split_address(address)
+        except ValueError:
+            # A client's own words: SGLang says what is wrong with them, and goes on.
+            return None
+        return self._named.get(host) or self._learnt.get(host)
+
     def address(self, address: str) -> str:
         """host:port to connect to instead of `address`: itself, if its host isn't one to be reached by a
         pump.
         """
         with self._lock:
-            if address in self._behind:
-                return address
-            try:
-                host, port = split_address(address)
-            except ValueError:
-                # A client's own words: SGLang says what is wrong with them, and goes on.
-                return address
-            pump = self._named.get(host) or self._learnt.get(host)
+            pump = self._pump_of(address)
             if pump is None:
                 return address
             try:
-                lead = self._pump.forward(pump, host, port, timeout_s=K_ANSWER_S)
+                lead = self._pump.forward(pump, *split_address(address), timeout_s=K_ANSWER_S)
             except PrfaasError as error:
                 logger.error("prfaas: no way to %s by the pump at %s: %s", address, pump, error)
                 return K_NOWHERE

@@ -36,7 +36,7 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
     def _take_frames(self, message: list[bytes]) -> list[bytes]:
         """Note what our decode side added to a message; SGLang gets its own frames."""
         if message and message[0] == b"ABORT" and len(message) > 1:
-            self._note_early_abort(message[1])
+            self._note_abort(message[1])
             return message
         for frames, take in (
             (K_REGISTRATION_FRAMES, self._take_layout),
@@ -53,14 +53,20 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
             )
         return message
 
-    def _note_early_abort(self, room: bytes) -> None:
-        """An abort that arrives before the request itself: SGLang would forget it, and wait out a
-        time-out.
+    def _note_abort(self, room: bytes) -> None:
+        """Why the room will have failed. An abort that arrives before the request itself SGLang would forget,
+        and wait out a time-out.
         """
-        if room.isdigit() and int(room) not in self.request_status:
+        if not room.isdigit():
+            return
+        status = self.request_status.get(int(room))
+        if status is None:
             self.sending.cancel(int(room), "aborted")
             self.asked.end(int(room))
             self.doomed.put(int(room), "Aborted by the decode server before prefill had the request")
+        elif status not in (compat.KVPoll.Success, compat.KVPoll.Failed):
+            with self.failure_lock:
+                self.failure_records.setdefault(int(room), "Aborted by the decode server")
 
     def _take_layout(self, message: list[bytes], data: bytes, *later: bytes) -> None:
         session = message[3].decode("ascii")

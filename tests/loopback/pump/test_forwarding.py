@@ -11,6 +11,7 @@ import signal
 import socket
 import socketserver
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ import pytest
 
 from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import PrfaasError
-from prfaas.model.transfer import FailureReason, TransferKind
+from prfaas.model.transfer import FailureReason, LeaseGrant, TransferKind
 from prfaas.pump import keys
 from prfaas.pump.forwarding import K_SPARES
 from prfaas.pump.server import Pump
@@ -403,6 +404,34 @@ def test_what_pumps_have_to_tell_each_other_goes_by_no_forwarded_connection(pump
         sock.shutdown(socket.SHUT_WR)
         assert all_of(sock) == b"before and after"
     assert west.stats()["forwards"]["failed"] == 0
+
+
+def test_a_callback_has_the_way_that_is_known_and_is_told_at_once_that_it_can_not_ask_for_another(
+    pumps, serve
+):
+    """It runs on the thread that would hear the answer."""
+    port = serve(Echo)
+    east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
+    known = west.forward(east.address, "127.0.0.1", port)
+    nobody = LeaseGrant("127.0.0.1:1", 1, b"t", 1, 0, 1 << 20)
+    src, found, done = pumps.memory(west, 4096), [], threading.Event()
+
+    def ended(_):
+        began_s = time.monotonic()
+        found.append(west.forward(east.address, "127.0.0.1", port))
+        for ask in (lambda: west.forward(east.address, "127.0.0.1", 1), west.stats):
+            with pytest.raises(PrfaasError, match="a callback can't ask the pump"):
+                ask()
+        found.append(time.monotonic() - began_s)
+        done.set()
+
+    address, size = src.ctypes.data, len(src)
+    sent = west.submit(nobody, [address], [address], [size], kind=TransferKind.KV, deadline_s=0.2, last=True)
+    sent.add_done_callback(ended)
+    assert done.wait(K_PATIENCE_S)
+    assert found[0] == known
+    assert found[1] < 1.0
+    assert not west.in_callback
 
 
 def test_an_endpoint_is_forwarded_as_long_as_one_of_those_who_asked_is_there(pumps, serve):

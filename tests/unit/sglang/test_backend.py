@@ -19,7 +19,7 @@ import pytest
 from prfaas.model.decisions import Verdict
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome
 from prfaas.pump_client import Arrival, Offer, Transfer
-from prfaas.sglang import compat
+from prfaas.sglang import compat, passage
 
 
 class KVPoll(IntEnum):
@@ -77,6 +77,7 @@ class StandInManager:
         self.decode_kv_args_table: dict[str, Any] = {}
         self.told: list[tuple[int, KVPoll, str | None]] = []
         self.inbox: list[list[bytes]] = []
+        self.sent: Queue[tuple[str, str]] = Queue()
         self.init_engine()
 
     def init_engine(self) -> None: ...
@@ -116,6 +117,9 @@ class StandInManager:
         self, *, targets: Any, bootstrap_room: int, status: Any, failure_reason: Any = None
     ) -> None:
         self.told += [(bootstrap_room, status, failure_reason)] if targets else []
+
+    def _send_multipart_locked(self, endpoint: str, parts: list[bytes], is_ipv6: bool = False) -> None:
+        self.sent.put((endpoint, threading.current_thread().name))
 
     def conclude_transfer(
         self, *, bootstrap_room: int, status: Any, targets: Any = None, failure_reason: Any = None
@@ -198,6 +202,7 @@ class FakeLease:
 
 class FakePump:
     address = "127.0.0.1:9"
+    hearing: threading.Thread | None = None
 
     def __init__(self) -> None:
         self.leases: list[FakeLease] = []
@@ -211,6 +216,10 @@ class FakePump:
     @classmethod
     def open(cls, config: Any, *, name: str = "") -> FakePump:
         return cls()
+
+    @property
+    def in_callback(self) -> bool:
+        return threading.current_thread() is self.hearing
 
     def register(self, regions: Any) -> None: ...
 
@@ -239,6 +248,9 @@ class FakePump:
 
     def cancel(self, transfer: Transfer) -> None:
         transfer.end(Outcome(False, FailureReason.CANCELLED))
+
+    def forward(self, peer: str, host: str, port: int, *, timeout_s: float) -> str:
+        return f"127.0.0.1:{port + 1}"
 
 
 class StandInRole:
@@ -647,6 +659,35 @@ def test_aborted_room_stops_sending_and_takes_no_later_chunk(prefill: Any, decod
     assert prefill.pump.transfers[0].outcome is not None
     work(prefill, chunk(7))
     assert len(prefill.pump.transfers) == 1
+
+
+def test_what_is_told_on_the_pumps_own_thread_waits_there_for_no_way(
+    prefill: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = passage.Passage(prefill.pump, {"10.1.0.5": "10.1.0.5:7600"})
+    monkeypatch.setattr(passage, "_here", way)
+    prefill.passage, mine = way, threading.current_thread().name
+    prefill.pump.hearing = threading.current_thread()
+    prefill._send_multipart_locked("tcp://10.1.0.5:5000", [b"failed"])
+    first = prefill.sent.get(timeout=10)
+    prefill._send_multipart_locked("tcp://10.1.0.5:5000", [b"failed"])
+    assert first == ("tcp://127.0.0.1:5001", "prfaas-tell")
+    assert prefill.sent.get(timeout=10) == ("tcp://127.0.0.1:5001", mine)
+    prefill.pump.hearing = None
+    prefill._send_multipart_locked("tcp://10.1.0.5:6000", [b"failed"])
+    assert prefill.sent.get(timeout=10) == ("tcp://127.0.0.1:6001", mine)
+
+
+def test_a_room_that_the_decode_server_gave_up_fails_with_that_reason_unless_it_had_one(prefill: Any) -> None:
+    for room, known in ((7, None), (8, "its own")):
+        prefill.update_status(room, KVPoll.Bootstrapping)
+        if known:
+            prefill.record_failure(room, known)
+        hear(prefill, [b"ABORT", str(room).encode()])
+    prefill.update_status(9, KVPoll.Bootstrapping)
+    prefill.update_status(9, KVPoll.Success)
+    hear(prefill, [b"ABORT", b"9"])
+    assert prefill.failure_records == {7: "Aborted by the decode server", 8: "its own"}
 
 
 def test_a_failure_without_a_reason_is_told_as_what_it_most_likely_is(decode: Any) -> None:

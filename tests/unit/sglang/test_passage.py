@@ -51,6 +51,17 @@ def test_an_address_leads_to_the_same_place_every_time_and_a_lead_to_itself(pump
     assert len(pump.asked) == 1
 
 
+def test_a_way_is_known_once_it_was_asked_for_or_where_none_is_needed(pump):
+    way = Passage(pump, {"10.0.1.1": "10.0.1.1:7700"})
+    assert not way.is_known("tcp://10.0.1.1:8998")
+    lead = way.address("10.0.1.1:8998")
+    assert way.is_known("tcp://10.0.1.1:8998")
+    assert not way.is_known("tcp://10.0.1.1:8999")
+    assert way.is_known(f"tcp://{lead}")
+    assert way.is_known("tcp://10.0.9.9:1")
+    assert way.is_known("tcp://no port")
+
+
 def test_what_should_go_by_a_pump_and_cannot_goes_nowhere_until_it_can(pump):
     way = Passage(pump, {"10.0.1.1": "10.0.1.1:7700"})
     pump.away = True
