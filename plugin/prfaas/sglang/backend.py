@@ -110,8 +110,8 @@ class PrfaasKVManager(DecodeSide, LayerSide):
         if self.passage is None or self.passage.is_known(endpoint) or not self.pump.in_callback:
             super()._send_multipart_locked(passage.here(endpoint), parts, is_ipv6)
         else:
-            how = {"args": (endpoint, parts, is_ipv6), "name": "prfaas-tell", "daemon": True}
-            threading.Thread(target=self._send_multipart_locked, **how).start()
+            again, what = self._send_multipart_locked, (endpoint, parts, is_ipv6)
+            threading.Thread(target=again, args=what, name="prfaas-tell", daemon=True).start()
 
     def _resolve_rebootstrap_prefill_url(self, kv_receiver: Any) -> str | None:
         """SGLang's, whose host is that of the bootstrap server: of the real one, and reached as it is."""
