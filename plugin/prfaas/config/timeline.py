@@ -49,7 +49,7 @@ class LinkDown(Strict):
 
 
 class Flap(Strict):
-    """Up `on_s`, down `off_s`, so many times."""
+    """Down `off_s`, then up `on_s`, so many times."""
 
     do: Literal["flap"]
     at_s: Seconds
@@ -69,7 +69,7 @@ class CrossTraffic(Strict):
     kind: Literal["cubic", "bbr", "udp"] = "cubic"
     streams: Annotated[int, Field(ge=1, le=64)] = 1
     rate_mbps: Positive | None = None
-    """A ceiling; needed for udp."""
+    """A ceiling; needed for udp. Of Ethernet frames and before scale, as a link's."""
     for_s: Positive
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from prfaas.model.errors import ConfigError, UsageError
 K_NAME = r"^[a-z][a-z0-9]{0,9}$"  # a node's name is part of interface names, which hold 15 characters
 K_FRAME_OVERHEAD_BYTES = 14  # an Ethernet header: what a queueing discipline counts beyond the IP packet
 K_MIN_QUEUE_BYTES = 64 * 1024
+K_LEAST_QUEUE_BYTES = 3028  # two full frames: what a scaled queue keeps
 K_NETWORKS = checkout() / "topologies" / "networks"
 
 Name = Annotated[str, Field(pattern=K_NAME)]
@@ -82,6 +83,15 @@ class LinkChange(Strict):
                 f"{', '.join(sorted(empty))}: null only means something for rate_mbps and queue_bytes"
             )
         return self
+
+    def divided(self, factor: float) -> LinkChange:
+        """The same with rate and queue divided, as the link's."""
+        update: dict[str, object] = {}
+        if self.rate_mbps is not None:
+            update["rate_mbps"] = self.rate_mbps / factor
+        if self.queue_bytes is not None:
+            update["queue_bytes"] = max(K_LEAST_QUEUE_BYTES, round(self.queue_bytes / factor))
+        return self.model_copy(update=update)
 
 
 class Impairments(Strict):
@@ -155,6 +165,15 @@ class Impairments(Strict):
                 2 * (self.mtu_bytes + K_FRAME_OVERHEAD_BYTES), round(self.queue_bytes / factor)
             )
         return self.model_copy(update=update)
+
+    def undoing(self, change: LinkChange) -> LinkChange:
+        """What brings this state back where `change` was made to it since."""
+        names = set(change.model_fields_set)
+        if names & {"loss_percent", "bursty_loss"}:
+            # Either kind of loss ends the other, which comes back with it.
+            names -= {"loss_percent", "bursty_loss"}
+            names.add("loss_percent" if self.bursty_loss is None else "bursty_loss")
+        return LinkChange.model_validate({name: getattr(self, name) for name in names})
 
     def changed(self, change: LinkChange) -> Impairments:
         """The link after `change`. Raises UsageError when the result contradicts itself."""

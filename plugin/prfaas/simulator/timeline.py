@@ -37,7 +37,7 @@ def play_timeline(world: World, events: tuple[Event, ...]) -> list[str]:
             case Flap():
                 for link_id in directed(event.link):
                     for i in range(event.times):
-                        start_s = event.at_s + i * (event.on_s + event.off_s) + event.on_s
+                        start_s = event.at_s + i * (event.on_s + event.off_s)
                         _down(world, link_id, start_s, event.off_s)
             case CrossTraffic():
                 _cross_traffic(world, event)
@@ -90,11 +90,9 @@ def _set_link(world: World, event: SetLink) -> None:
     for link_id in directed(event.link):
 
         def do(now: float, link_id: str = link_id) -> None:
-            state = world.network.links[link_id].state
-            before = {name: getattr(state, name) for name in event.set.model_fields_set}
+            undo = world.network.links[link_id].state.undoing(event.set)
             apply(world, link_id, event.set, now)
             if event.for_s is not None:
-                undo = LinkChange.model_validate(before)
                 world.agenda.at(now + event.for_s, lambda at_s: apply(world, link_id, undo, at_s))
 
         world.agenda.at(event.at_s, do)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
-from prfaas.config.experiment import Experiment, directed
+from prfaas.config.experiment import Event, Experiment, SetLink, directed
 from prfaas.config.profile import find_profile
-from prfaas.config.topology import Topology, load_topology
-from prfaas.model.errors import ConfigError, MachineError
+from prfaas.config.topology import Impairments, Topology, load_topology
+from prfaas.model.errors import ConfigError, MachineError, UsageError
 from prfaas_testbed.experiment.capacity import rate_of
 from prfaas_testbed.experiment.captures import check_reader
 from prfaas_testbed.experiment.checks import require_known
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR
 from prfaas_testbed.experiment.load import plan
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.timeline import steps_of
 from prfaas_testbed.instances.models import K_MODELS
 from prfaas_testbed.instances.sglang_server import sglang_python
 
@@ -54,6 +56,7 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
                 raise ConfigError(
                     origin, f"timeline.{event.do}.link", link, f"links here: {', '.join(links)}"
                 )
+    _changes_fit(topology, [experiment.timeline, *(one.timeline for one in experiment.rounds)], origin)
     for model in experiment.models:
         for profile in {model.profile, *(i.profile for i in experiment.instances)} - {None}:
             find_profile(str(profile), K_TOPOLOGIES)
@@ -79,6 +82,30 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
     requests = plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
     _same_sizes(experiment, {len(request.tokens) for request in requests}, topology, origin)
     return topology
+
+
+def _changes_fit(topology: Topology, timelines: Sequence[Sequence[Event]], origin: str) -> None:
+    """Whether each change can be made to what those before it leave, as emulated. Raises ConfigError."""
+    factor = topology.scale.factor if topology.scale else 1.0
+    states, before = topology.emulated(), dict[tuple[int, str], Impairments]()
+    for step in itertools.chain.from_iterable(steps_of(events) for events in timelines):
+        event = step.event
+        for link in directed(event.link) if isinstance(event, SetLink) else ():
+            assert isinstance(event, SetLink)
+            change, key = event.set.divided(factor), (id(event), link)
+            if step.phase == "begin":
+                before[key] = states[link]
+            else:
+                change = before[key].undoing(event.set)
+            try:
+                states[link] = states[link].changed(change)
+            except UsageError as error:
+                found = event.set.model_dump(exclude_unset=True).items()
+                said = ", ".join(f"{name} {value}" for name, value in found)
+                if factor != 1:
+                    said += f", at scale {factor:g}"
+                field = f"timeline.set_link of {link} at {step.at_s:g} s"
+                raise ConfigError(origin, field, said, str(error)) from None
 
 
 def _same_sizes(experiment: Experiment, lengths: set[int], topology: Topology, origin: str) -> None:

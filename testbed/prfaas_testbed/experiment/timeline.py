@@ -228,12 +228,8 @@ class Timeline:
                 self._before[key] = self._net.links[link]
                 change = event.set
             else:
-                old = self._before[key]
-                factor = self._net.topology.scale.factor if self._net.topology.scale else 1.0
-                values = {name: getattr(old, name) for name in event.set.model_fields_set}
-                if values.get("rate_mbps") is not None:
-                    values["rate_mbps"] *= factor
-                change = LinkChange.model_validate(values)
+                # The state is as emulated, a change as the topology has it.
+                change = self._before[key].undoing(event.set).divided(1 / self._net.factor)
             applied = self._net.apply(link, change, read_back=False)
             self._changed.add(link)
             self._record(step, applied.at_s, link=link, change=change.model_dump(exclude_unset=True))

@@ -31,7 +31,7 @@ from prfaas_testbed.network.statistics import (
     packets_needed,
     survival,
 )
-from prfaas_testbed.network.traffic import iperf_server
+from prfaas_testbed.network.traffic import K_TCP_HEADERS_BYTES, K_UDP_HEADERS_BYTES, iperf_server
 
 if TYPE_CHECKING:
     from prfaas_testbed.network.network import Network, Site
@@ -47,8 +47,6 @@ K_TCP_LOSS = 0.02
 K_UDP_MBPS = 120.0
 K_PORT = 5901
 K_FIRST = ["nice", "-n", "-20"]  # a real-time priority would share the emulator's real-time budget
-K_TCP_HEADERS_BYTES = 52  # IP, TCP with timestamps
-K_UDP_HEADERS_BYTES = 28
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,11 @@ class Network:
             raise UsageError("the network is not up")
         return self._agent
 
+    @property
+    def factor(self) -> float:
+        """What the topology's rates and queues are divided by."""
+        return self.topology.scale.factor if self.topology.scale else 1.0
+
     def path(self, source: str, target: str) -> list[str]:
         """The directed links from site to site, in order."""
         return path_links(self.hops, source, target)
@@ -263,14 +268,16 @@ class Network:
     def apply(self, link: str, change: LinkChange, *, read_back: bool = True) -> Applied:
         """Change a directed link (`a->b`) now; packets under way keep what they met. Rates are the
         topology's, before scale. Without `read_back` that it took the change is only seen by `check_links`.
-        Raises UsageError for an unknown link or an impossible change, RouterError if it failed.
+        Raises UsageError for an unknown link or an impossible change, MachineError for a rate out of reach,
+        RouterError if it failed.
         """
         asked_s = time.monotonic()
         if link not in self.links:
             raise UsageError(f"no link {link!r}; there are: {', '.join(self.links)}")
         with self._change_lock:
-            factor = self.topology.scale.factor if self.topology.scale else 1.0
-            state = self.links[link].changed(scaled_change(change, factor))
+            state = self.links[link].changed(change.divided(self.factor))
+            assert self._emulator is not None
+            self._emulator.check_reach({link: state})
             place = self.plan.links[link]
             lines = [" ".join(words) for words in qdisc_commands(place.device, state, "change")]
             began_s, ended_s = self.agent.change(place.node, lines)
@@ -313,8 +320,8 @@ class Network:
     def cross_traffic(
         self, source: str, target: str, kind: Kind, rate_mbps: float | None = None, streams: int = 1
     ) -> CrossTraffic:
-        """iperf3 from site to site, until its `stop()`. Several at once are fine; rates are the emulated
-        ones.
+        """iperf3 from site to site, until its `stop()`. Several at once are fine. The rate is one of Ethernet
+        frames and the topology's, before scale.
         """
         traffic = self.prepare_traffic(source, target, kind, rate_mbps, streams)
         traffic.begin()
@@ -325,7 +332,12 @@ class Network:
     ) -> CrossTraffic:
         """The same, from its `begin()` on: what takes time to start is there already."""
         port = K_TRAFFIC_PORT + len(self._traffic)
-        traffic = CrossTraffic(self.sites[source], self.sites[target], kind, rate_mbps, streams, port)
+        mtu_bytes = min(self.links[link].mtu_bytes for link in self.path(source, target))
+        if rate_mbps is not None:
+            rate_mbps /= self.factor
+        traffic = CrossTraffic(
+            self.sites[source], self.sites[target], kind, rate_mbps, streams, port, mtu_bytes
+        )
         self._traffic.append(traffic)
         return traffic
 
@@ -334,15 +346,6 @@ def missed_packets(said: str) -> int | None:
     """Out of tcpdump's last words. Pure."""
     found = re.search(r"^(\d+) packets? dropped by kernel", said, re.MULTILINE)
     return int(found.group(1)) if found else None
-
-
-def scaled_change(change: LinkChange, factor: float) -> LinkChange:
-    update: dict[str, object] = {}
-    if change.rate_mbps is not None:
-        update["rate_mbps"] = change.rate_mbps / factor
-    if change.queue_bytes is not None:
-        update["queue_bytes"] = max(3028, round(change.queue_bytes / factor))
-    return change.model_copy(update=update)
 
 
 def site_lines(device: str, site: SiteAddress, mtu_bytes: int) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from prfaas.config.topology import K_FRAME_OVERHEAD_BYTES
 from prfaas.model.errors import MachineError, PrfaasError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 K_START_S = 10.0
 K_FOREVER_S = 86_400
+K_TCP_HEADERS_BYTES = 52  # IP, TCP with timestamps
+K_UDP_HEADERS_BYTES = 28
 
 Kind = Literal["cubic", "bbr", "udp"]
 
@@ -81,6 +84,16 @@ def listens(site: Site, port: int) -> bool:
     return False
 
 
+def sending_words(kind: Kind, rate_mbps: float | None, streams: int, mtu_bytes: int) -> list[str]:
+    """What iperf3 is told to send in full frames, whose rate counts headers: its own counts payload. Pure."""
+    payload_bytes = mtu_bytes - (K_UDP_HEADERS_BYTES if kind == "udp" else K_TCP_HEADERS_BYTES)
+    words = ["-u", "-l", str(payload_bytes)] if kind == "udp" else ["-C", kind]
+    if rate_mbps is not None:
+        payload_mbps = rate_mbps * payload_bytes / (mtu_bytes + K_FRAME_OVERHEAD_BYTES)
+        words += ["-b", f"{payload_mbps / streams:.6f}M"]
+    return words
+
+
 class CrossTraffic:
     """Other people's traffic from one site to another: ready when it is made, then from `begin` to `stop`."""
 
@@ -92,18 +105,14 @@ class CrossTraffic:
         rate_mbps: float | None = None,
         streams: int = 1,
         port: int = 5920,
+        mtu_bytes: int = 1500,
     ) -> None:
+        """`rate_mbps` of Ethernet frames, as a link's; `mtu_bytes`: the path's."""
+        if kind == "udp" and rate_mbps is None:
+            raise PrfaasError("UDP cross-traffic needs a rate_mbps: nothing else bounds it")
         words = ["iperf3", "-c", target.address, "-p", str(port), "-t", str(K_FOREVER_S), "-P", str(streams)]
-        if kind == "udp":
-            if rate_mbps is None:
-                raise PrfaasError("UDP cross-traffic needs a rate_mbps: nothing else bounds it")
-            words += ["-u", "-l", "1400"]
-        else:
-            words += ["-C", kind]
-        if rate_mbps is not None:
-            words += ["-b", f"{rate_mbps / streams:.6f}M"]
         self.kind, self.source, self.target = kind, source.name, target.name
-        self._from, self._words = source, words
+        self._from, self._words = source, words + sending_words(kind, rate_mbps, streams, mtu_bytes)
         self._server = IperfServer(target, port)
         self._client: subprocess.Popen[str] | None = None
         self.begun_s: float | None = None

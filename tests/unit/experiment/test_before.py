@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prfaas.config.experiment import Experiment, load_experiment
 from prfaas.model.errors import ConfigError
 from prfaas_testbed.claim.runs import parts
 from prfaas_testbed.experiment.before import check_before
@@ -23,3 +24,21 @@ def test_profiles_that_disagree_on_a_requests_size_are_refused(tmp_path: Path) -
     changed = experiment.model_copy(update={"instances": [far, near, decode]})
     with pytest.raises(ConfigError, match=r"KV of \d+ tokens is \d+ bytes by one"):
         check_before(changed, "here")
+
+
+def with_timeline(*events: dict[str, object]) -> Experiment:
+    hello = load_experiment("hello", K_TOPOLOGIES)
+    assert isinstance(hello, Experiment)
+    return Experiment.model_validate({**hello.model_dump(), "timeline": list(events)})
+
+
+def test_a_change_that_its_link_can_not_take_is_refused_before_anything_is_started() -> None:
+    step: dict[str, object] = {"do": "set_link", "at_s": 1, "link": "east->west", "set": {"jitter_ms": 40}}
+    with pytest.raises(
+        ConfigError, match=r"set_link of east->west at 1 s: found 'jitter_ms 40.*jitter_ms must"
+    ):
+        check_before(with_timeline(step), "here")
+    slower = {"do": "set_link", "at_s": 0, "link": "east->west", "set": {"delay_ms": 50}}
+    check_before(with_timeline(step, slower), "here")
+    with pytest.raises(ConfigError, match="jitter_ms must"):
+        check_before(with_timeline(step, {**slower, "for_s": 5}), "here")

@@ -191,3 +191,32 @@ def test_a_change_that_contradicts_the_link_is_refused() -> None:
 def test_mean_bursty_loss_is_the_time_spent_in_the_bad_state(enter: float, leave: float) -> None:
     state = Impairments.model_validate({"bursty_loss": {"enter_percent": enter, "leave_percent": leave}})
     assert state.mean_loss == pytest.approx(enter / (enter + leave))
+
+
+@given(
+    st.sampled_from(
+        [
+            {"loss_percent": 2.0}, {"bursty_loss": {"enter_percent": 0.1, "leave_percent": 10}},
+            {"rate_mbps": 70.0}, {"rate_mbps": None}, {"queue_bytes": 9_000_000},
+            {"down": True, "delay_ms": 30.0},
+        ]
+    ),
+    st.sampled_from(
+        [
+            {"loss_percent": 0.5}, {"bursty_loss": {"enter_percent": 1, "leave_percent": 20}}, {},
+            {"queue_bytes": 7_000_001},
+        ]
+    ),
+    st.sampled_from([1.0, 3.0, 500.0]),
+)  # fmt: skip
+def test_a_change_for_a_while_leaves_the_link_as_it_was(
+    change: dict[str, object], loss: dict[str, object], factor: float
+) -> None:
+    """As the timeline plays it: states are emulated ones, changes the topology's."""
+    made = LinkChange.model_validate(change)
+    link = Impairments.model_validate({"delay_ms": 5, "rate_mbps": 100, **loss}).divided(factor)
+    there = link.changed(made.divided(factor))
+    assert there != link
+    back = there.changed(link.undoing(made).divided(1 / factor).divided(factor))
+    assert back.rate_mbps == pytest.approx(link.rate_mbps)
+    assert back.model_copy(update={"rate_mbps": link.rate_mbps}) == link

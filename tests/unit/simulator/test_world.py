@@ -168,6 +168,13 @@ def test_a_dead_link_sends_its_requests_elsewhere_and_none_is_lost() -> None:
     assert {row["site"] for row in rows(record)} >= {"east"}
 
 
+def test_a_link_flaps_at_the_times_at_which_the_testbed_s_does() -> None:
+    flap = {"do": "flap", "at_s": 20, "link": "east->west", "on_s": 5, "off_s": 2, "times": 2}
+    told = simulation(router=policy("naive"), timeline=[flap]).run().events
+    downs = [(round(at_s, 6), "True" in text) for at_s, text in told if "east->west: down" in text]
+    assert downs == [(20, True), (22, False), (27, True), (29, False)]
+
+
 def test_a_link_that_stays_down_does_not_keep_the_run_from_ending() -> None:
     cut = [{"do": "set_link", "at_s": 20, "link": "east->west", "set": {"down": True}}]
     record = simulation(router=policy("naive"), timeline=cut).run()

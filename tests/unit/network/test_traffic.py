@@ -1,0 +1,23 @@
+"""What iperf3 is told, for traffic whose rate is one of Ethernet frames."""
+
+from __future__ import annotations
+
+import pytest
+
+from prfaas_testbed.network.traffic import sending_words
+
+
+def test_udp_is_full_frames_of_which_there_are_as_many_as_the_rate_says() -> None:
+    words = sending_words("udp", 200, 1, 1500)
+    assert words[:3] == ["-u", "-l", "1472"]
+    payload_bps = float(words[4].removesuffix("M")) * 1e6
+    assert payload_bps / 8 / 1472 * 1514 * 8 == pytest.approx(200e6)
+
+
+def test_a_rate_is_that_of_all_streams_and_a_small_mtu_has_small_frames() -> None:
+    assert sending_words("udp", 100, 4, 576) == ["-u", "-l", "548", "-b", f"{100 * 548 / 590 / 4:.6f}M"]
+
+
+def test_tcp_fills_its_segments_itself_and_has_a_ceiling_only_where_one_is_told() -> None:
+    assert sending_words("bbr", None, 2, 1500) == ["-C", "bbr"]
+    assert sending_words("cubic", 15.14, 1, 1500) == ["-C", "cubic", "-b", "14.480000M"]
