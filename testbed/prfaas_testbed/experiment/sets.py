@@ -209,7 +209,7 @@ def with_part(
         )  # fmt: skip
         whole.__pydantic_extra__ = {"part_runs": {}, "stopped_parts": {}, "parts_planned": list(order)}
     extra: dict[str, Any] = whole.model_extra or {}
-    planned = list(dict.fromkeys([*order, *extra["parts_planned"]]))
+    planned = joined_order(extra["parts_planned"], order)
     extra["parts_planned"] = planned
     extra["part_runs"][name] = own
     extra["stopped_parts"].pop(name, None)
@@ -243,6 +243,19 @@ def with_part(
     whole.emulation = "appliance" if "appliance" in emulations else next(iter(emulations))
     extra["wall_s"] = round(sum(run["wall_s"] for run in runs), 1)
     return whole
+
+
+def joined_order(known: Sequence[str], order: Sequence[str]) -> list[str]:
+    """`order`, the file's of all or some parts, with those already known: these keep their places among
+    themselves, unless the file tells the place of each."""
+    if set(known) <= set(order):
+        return list(order)
+    found, place = list(known), 0
+    for name in order:
+        if name not in found:
+            found.insert(place, name)
+        place = found.index(name) + 1
+    return found
 
 
 def _definition(experiment: Experiment) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from prfaas_testbed.experiment.checks import exit_status, judge
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.place import DiskFull
 from prfaas_testbed.experiment.runner import CalibrationMissed, Results
-from prfaas_testbed.experiment.sets import SetRun, by_machine
+from prfaas_testbed.experiment.sets import SetRun, by_machine, joined_order
 
 K_PARTS = "metro-flap,metro-cut,two-sites-cut"  # in the file's order
 
@@ -243,3 +243,26 @@ def test_a_missed_calibration_is_the_machine_s_fault_and_a_dead_server_isn_t() -
     assert by_machine(CalibrationMissed("rate"))
     assert by_machine(MachineError("a port is taken"))
     assert not by_machine(PrfaasError("a server died"))
+
+
+@pytest.mark.parametrize(
+    ("known", "order", "joined"),
+    [
+        ("abcdef", "be", "abcdef"),  # some parts of a run anew
+        ("ad", "abcd", "abcd"),
+        ("ad", "bc", "bcad"),  # the file's place of neither is told
+        ("ad", "abc", "abcd"),
+        ("fedcba", "abcdef", "abcdef"),
+        ("axd", "abd", "abxd"),  # x is no longer in the file
+    ],
+)
+def test_parts_keep_the_file_s_order_whatever_was_run_when(known: str, order: str, joined: str) -> None:
+    assert "".join(joined_order(known, order)) == joined
+
+
+def test_some_parts_that_run_anew_do_not_come_first_for_it(tmp_path: Path) -> None:
+    a_set(tmp_path).go(Conductor())
+    a_set(tmp_path, "metro-cut,two-sites-cut", resume=True, again=["two-sites-cut"]).go(Conductor())
+    record = read_run(tmp_path)
+    assert record.parts == K_PARTS.split(",")
+    assert (record.model_extra or {})["parts_planned"] == K_PARTS.split(",")
