@@ -58,7 +58,7 @@ def _down(view: View) -> float:
 
 @metric("busy_mbps", "Mbit/s")
 def _busy(view: View) -> float:
-    """Throughput of the least busy direction over the middle half of the load."""
+    """Ethernet frames that left the least busy direction of a link, over the middle half of the load."""
     rates = []
     for repetition in view.run.repetitions:
         loads: dict[tuple[object, ...], list[LinkRow]] = {}
@@ -74,6 +74,15 @@ def _busy(view: View) -> float:
     if not rates:
         raise Unsupported("no link was watched")
     return min(rates)
+
+
+@metric("link_drop_share")
+def _link_drops(view: View) -> float:
+    """Packets that links dropped, for loss that they were told or for a full queue, over all they carried."""
+    carried = sum(number(row, "packets") or 0 for row in view.events("watch"))
+    if not carried:
+        raise Unsupported("the emulator wasn't watched")
+    return sum(row.drops for row in view.links()) / carried
 
 
 @metric("unplanned_drop_share")

@@ -95,3 +95,12 @@ def test_trouble_that_failed_or_that_the_load_did_not_wait_for_is_counted() -> N
     with pytest.raises(Unsupported, match="no load ran"):
         measure(view(Repetition(index=0, events=events)))
     assert measure(view(Repetition(index=0, events=[*events, event("load", 0.0)]))) == 2
+
+
+def test_a_packet_that_a_link_dropped_counts_whatever_the_reason() -> None:
+    row = {"at_s": 1.0, "link": "a->b", "direction": "a->b", "bytes": 1, "backlog_bytes": 0}
+    links = [LinkRow.model_validate({**row, "drops": drops}) for drops in (0, 3, 1)]
+    drops = K_METRICS["link_drop_share"].compute
+    with pytest.raises(Unsupported, match="watched"):
+        drops(view(Repetition(index=0, links=links)))
+    assert drops(view(Repetition(index=0, links=links, events=[event("watch", 2.0, packets=400)]))) == 0.01
