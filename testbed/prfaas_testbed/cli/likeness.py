@@ -21,7 +21,7 @@ from prfaas_testbed.experiment.likeness import K_ROUNDS
 from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, commit, machine, versions
 from prfaas_testbed.experiment.pairs import K_EXPERIMENT, compared, pair_set, tell_compared
 from prfaas_testbed.experiment.place import own
-from prfaas_testbed.experiment.profiling import measure
+from prfaas_testbed.experiment.profiling import measure, undisturbed
 from prfaas_testbed.experiment.served import against_simulator, rounds_of_record
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.instances.models import K_MODELS
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
             choice, parts = pair_set(args.model, profile, args.turns)
             whole = SetRun(choice, parts, folder, tell, (), place.keep)
-            record["between_sites"] = compared(whole.go(real_conduct(place, tell, args.wait)))
+            with undisturbed(tell):
+                record["between_sites"] = compared(whole.go(real_conduct(place, tell, args.wait)))
             tell_compared(record["between_sites"], tell)
             ratios |= {
                 f"profiled, between sites, {name}": row["ratio"]

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,14 @@ def settle(
         if not good:
             time.sleep(K_PROBE_EVERY_S)
     return [EventRow.model_validate(row) for row in rows]
+
+
+def empty(net: Network, fleet: Fleet, tell: Callable[[str], None]) -> None:
+    """Until servers and pumps hold nothing, prefix caches neither: a repetition has the same prompts as the
+    one before, and would find them there."""
+    for site, found in free(net, fleet).items():
+        if found["free_s"] is None:
+            tell(f"{site} still holds something: {found.get('held') or found.get('error')}")
 
 
 def free(net: Network, fleet: Fleet) -> dict[str, dict[str, Any]]:

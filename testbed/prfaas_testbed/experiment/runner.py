@@ -46,7 +46,7 @@ from prfaas_testbed.experiment.load import (
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.metrics import equal_tokens
 from prfaas_testbed.experiment.place import require_space
-from prfaas_testbed.experiment.rounds import play_rounds, probe_of
+from prfaas_testbed.experiment.rounds import empty, play_rounds, probe_of
 from prfaas_testbed.experiment.sites import try_isolation
 from prfaas_testbed.experiment.timeline import Timeline
 from prfaas_testbed.experiment.transfers import read_moved
@@ -184,7 +184,7 @@ class Runner:
             fleet.start()
             self.tell(f"{model.name}: all servers ready after {time.monotonic() - began_s:.0f} s")
             requests = plan(self.experiment, self.real, self.experiment.seed)
-            self.warm_up(net, fleet)
+            self.warm_up(net, fleet, max(len(request.tokens) for request in requests))
             probes = [probe_of(requests, self.real)] if self.experiment.rounds else []
             if fleet.plain is not None:
                 self.plain_answers(net, fleet, [*requests, *probes])
@@ -212,12 +212,14 @@ class Runner:
 
     # Loads
 
-    def warm_up(self, net: Network, fleet: Fleet) -> None:
-        """First requests compile kernels and open connections: none of those that count is the first."""
+    def warm_up(self, net: Network, fleet: Fleet, longest_tokens: int) -> None:
+        """First requests compile kernels, open connections and touch memory: none of those that count is the
+        first. A real server's first long prompt takes half as long again as the next."""
         rng = Random(self.experiment.seed ^ 0x77)
+        lengths = [K_WARM_TOKENS, 2 * K_WARM_TOKENS, *([longest_tokens] if self.real else [])]
         warm = [
-            Planned(f"warm{i}", 0.1 * i, [rng.randrange(4, 900) for _ in range(K_WARM_TOKENS * (1 + i))], 4)
-            for i in range(2)
+            Planned(f"warm{i}", 0.1 * i, [rng.randrange(4, 900) for _ in range(tokens)], 4)
+            for i, tokens in enumerate(lengths)
         ]
         shots, _ = direct_shots(warm, fleet, self.real, rng, self.experiment.request_timeout_s)
         if fleet.plain is not None:
@@ -248,6 +250,8 @@ class Runner:
                 f"{fleet.model.name}: repetition {index + 1}{of}, {len(requests)} requests"
                 + (f" (attempt {attempt + 1})" if attempt else "")
             )
+            if index or attempt:
+                empty(net, fleet, self.tell)
             found = self.attempt(net, fleet, requests, name, self.experiment.timeline)
             if found.void is None:
                 break

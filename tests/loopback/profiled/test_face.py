@@ -241,6 +241,26 @@ def test_an_abort_ends_the_request_with_an_error(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_the_cache_is_flushed_when_no_request_is_under_way_and_not_before(tmp_path: Path) -> None:
+    async def scene(cluster: Cluster) -> None:
+        async def flushed() -> int:
+            async with cluster.session.post(cluster.url("collocated", "/flush_cache")) as reply:
+                return reply.status
+
+        scheduler = cluster.instances["collocated"].scheduler
+        body = {"input_ids": [1] * 64, "sampling_params": {"max_new_tokens": 300}}
+        post = asyncio.create_task(cluster.session.post(cluster.url("collocated"), json=body))
+        await until(lambda: not scheduler.idle)
+        assert await flushed() == 400
+        async with await post as response:
+            assert response.status == 200
+        assert scheduler.cache.used_tokens > 0
+        assert await flushed() == 200
+        assert scheduler.cache.used_tokens == 0
+
+    play(tmp_path, scene)
+
+
 def test_openai_endpoints_stream_pieces_and_usage(tmp_path: Path) -> None:
     async def scene(cluster: Cluster) -> None:
         for path, prompt in (

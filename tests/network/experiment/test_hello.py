@@ -54,9 +54,10 @@ def results(folder: Path) -> Path:
 def test_hello_passes_every_check_that_does_not_time_anything_and_nothing_crosses_in_the_clear(
     tmp_path: Path,
 ) -> None:
+    """And a repetition finds nothing of the one before in any cache."""
     base = yaml.safe_load((ROOT / "topologies" / "experiments" / "hello.yaml").read_text())
     checks = [*base["checks"], {"name": "outside_pumps_bytes", "at_most": 0}]
-    hello = small_hello(tmp_path, transfer={"http_by_pump": True}, checks=checks)
+    hello = small_hello(tmp_path, transfer={"http_by_pump": True}, checks=checks, repetitions=2)
     done = subprocess.run(
         [*RUN, str(hello), "--out", str(tmp_path), "--json", *WAIT],
         capture_output=True, text=True, check=False, timeout=170,
@@ -69,7 +70,9 @@ def test_hello_passes_every_check_that_does_not_time_anything_and_nothing_crosse
     assert outcomes["outside_pumps_bytes"] == "passed"
     run = read_run(results(tmp_path))
     assert run.emulation in ("native", "appliance")
-    assert len(run.repetitions[0].requests) == len(run.baseline) == 6
+    assert [len(one.requests) for one in run.repetitions] == [6, 6]
+    assert len(run.baseline) == 6
+    assert not any(row.cached_tokens for one in run.repetitions for row in one.requests)
     assert all(row.kv_bytes for row in run.repetitions[0].requests)
     assert {row.link for row in run.repetitions[0].links} == {"east->west", "west->east"}
     assert (results(tmp_path) / "index.html").exists()

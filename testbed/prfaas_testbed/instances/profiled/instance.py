@@ -349,6 +349,9 @@ class Instance:
         self._wake.set()
 
     def flush(self) -> None:
+        """Raises Refused while any request is here, as SGLang does."""
+        if self._queues:
+            raise Refused("the cache isn't flushed: requests are under way", 400)
         self.scheduler.flush()
         self._wake.set()
 
