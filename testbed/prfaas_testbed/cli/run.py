@@ -11,14 +11,17 @@ from pathlib import Path
 
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.run import Run, stamp
+from prfaas.config.topology import Topology
 from prfaas.model.errors import EXIT_MACHINE, EXIT_OK, UsageError
 from prfaas_testbed.experiment.before import check_before
 from prfaas_testbed.experiment.checks import exit_status, judge
+from prfaas_testbed.experiment.load import plan
 from prfaas_testbed.experiment.machine import K_RESULTS, K_TOPOLOGIES
 from prfaas_testbed.experiment.place import Place, own
 from prfaas_testbed.experiment.record import record_of
 from prfaas_testbed.experiment.runner import Results, Runner
 from prfaas_testbed.experiment.table import check_lines, summary_lines
+from prfaas_testbed.experiment.timeline import steps_of
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,6 +54,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="S",
         help="wait so long for another run to end (default: don't)",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the file and all it names, say what would run, and start nothing",
+    )
     parser.add_argument("--json", action="store_true", help="print the matrix of checks as JSON on stdout")
     parser.set_defaults(run=run)
 
@@ -72,7 +80,11 @@ def run(args: argparse.Namespace) -> int:
     folder = (args.resume or (args.out or K_RESULTS) / choice.name / stamp()).resolve()
     if args.resume and not folder.is_dir():
         raise UsageError(f"--resume {args.resume}: no such run")
-    check_all(choice, args)
+    planned = check_all(choice, args)
+    if args.dry_run:
+        lines = [*(outline(*one) for one in planned), "no fault found, nothing was started"]
+        sys.stdout.write("\n".join(lines) + "\n")
+        return EXIT_OK
     stopped: list[str] = []
     with own(folder) as place:
         if isinstance(choice, ExperimentSet):
@@ -120,11 +132,31 @@ def experiments_of(
     return [(name, one.model_copy(update={"repetitions": args.repetitions})) for name, one in found]
 
 
-def check_all(choice: Experiment | ExperimentSet, args: argparse.Namespace) -> None:
+def check_all(
+    choice: Experiment | ExperimentSet, args: argparse.Namespace
+) -> list[tuple[str, Experiment, Topology]]:
     """All that can be known to be wrong, before anything is made. Raises ConfigError, UsageError and
     MachineError."""
+    found = []
     for name, experiment in experiments_of(choice, args):
-        check_before(experiment, f"part {name}" if isinstance(choice, ExperimentSet) else args.experiment)
+        origin = f"part {name}" if isinstance(choice, ExperimentSet) else args.experiment
+        found.append((name, experiment, check_before(experiment, origin)))
+    return found
+
+
+def outline(name: str, experiment: Experiment, topology: Topology) -> str:
+    """What would run, in a line."""
+    requests = plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
+    servers = sum(instance.count for instance in experiment.instances)
+    scale = f" at 1/{topology.scale.factor:g}" if topology.scale else ""
+    times = f", {experiment.repetitions} times" if experiment.repetitions > 1 else ""
+    return (
+        f"{name}: {len(requests)} requests in {max(one.at_s for one in requests):.1f} s{times}, "
+        f"{', '.join(model.name for model in experiment.models)} on {servers} servers, "
+        f"{topology.name}{scale} ({len(topology.sites)} sites, {len(topology.directed())} links), "
+        f"{len(steps_of(experiment.events()))} steps of trouble, {len(experiment.checks)} checks; "
+        f"{experiment.wall_time_s:g} s at most"
+    )
 
 
 def run_one(choice: Experiment, place: Place, args: argparse.Namespace) -> Run:

@@ -10,6 +10,7 @@ from prfaas.config.experiment import Event, Experiment, SetLink, directed
 from prfaas.config.profile import find_profile
 from prfaas.config.topology import Impairments, Topology, load_topology
 from prfaas.model.errors import ConfigError, MachineError, UsageError
+from prfaas.routing import policy_names
 from prfaas_testbed.experiment.capacity import rate_of
 from prfaas_testbed.experiment.captures import check_reader
 from prfaas_testbed.experiment.checks import require_known
@@ -57,9 +58,10 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
                     origin, f"timeline.{event.do}.link", link, f"links here: {', '.join(links)}"
                 )
     _changes_fit(topology, [experiment.timeline, *(one.timeline for one in experiment.rounds)], origin)
+    for instance in experiment.instances:
+        _profile_known(instance.profile, origin, f"instances.{instance.name}.profile")
     for model in experiment.models:
-        for profile in {model.profile, *(i.profile for i in experiment.instances)} - {None}:
-            find_profile(str(profile), K_TOPOLOGIES)
+        _profile_known(model.profile, origin, f"models.{model.name}.profile")
         if "sglang" in experiment.kinds():
             if model.name not in K_MODELS:
                 raise ConfigError(
@@ -72,6 +74,10 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
         raise ConfigError(
             origin, "router.site", experiment.router.site, f"sites: {', '.join(topology.sites)}"
         )
+    if experiment.router is not None and experiment.router.policy.name not in policy_names():
+        raise ConfigError(
+            origin, "router.policy.name", experiment.router.policy.name, f"known: {', '.join(policy_names())}"
+        )
     if experiment.workload.homes:
         raise ConfigError(
             origin,
@@ -82,6 +88,17 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
     requests = plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
     _same_sizes(experiment, {len(request.tokens) for request in requests}, topology, origin)
     return topology
+
+
+def _profile_known(name: str | None, origin: str, field: str) -> None:
+    """Raises ConfigError, which names the profile's own file where that is at fault."""
+    try:
+        if name is not None:
+            find_profile(name, K_TOPOLOGIES)
+    except ConfigError:
+        raise
+    except UsageError as error:
+        raise ConfigError(origin, field, name, str(error)) from None
 
 
 def _changes_fit(topology: Topology, timelines: Sequence[Sequence[Event]], origin: str) -> None:

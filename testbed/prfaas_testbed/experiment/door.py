@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from prfaas.config.experiment import Experiment
 from prfaas.config.loading import load
-from prfaas.config.profile import ProfileConfig, find_profile
+from prfaas.config.profile import ProfileConfig, find_profile, profile_file
 from prfaas_testbed.client import Answer
+from prfaas_testbed.experiment.inputs import seen_profile
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.experiment.transfers import Moved
@@ -118,8 +119,8 @@ def _turns(server: Server, experiment: Experiment) -> bool:
 
 
 def _scaled(name: str, scale: float, folder: Path) -> Path:
-    """A profile's file with its bytes divided; the file itself where nothing is scaled."""
-    path = Path(name) if "/" in name else K_TOPOLOGIES / "profiles" / f"{name}.yaml"
+    """A copy of a profile's file that the router's site sees, its bytes divided."""
+    path = Path(str(seen_profile(str(profile_file(name, K_TOPOLOGIES)), folder)))
     if scale == 1:
         return path
     config = load(path, ProfileConfig).model_dump(mode="json", exclude_none=True)
@@ -129,7 +130,7 @@ def _scaled(name: str, scale: float, folder: Path) -> Path:
     if "kv_bytes_per_token" in config:
         config["kv_bytes_per_token"] /= scale
     config["state_bytes"] = int(config["state_bytes"] / scale)
-    return write_json(folder / "profiles" / path.name, config)
+    return write_json(path.with_name(f"scaled-{path.name}"), config)
 
 
 def plain_tokenizer(folder: Path) -> Path:

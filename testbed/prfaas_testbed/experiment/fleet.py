@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from prfaas_testbed.experiment.door import (
     plain_tokenizer,
     router_file,
 )
+from prfaas_testbed.experiment.inputs import seen_profile
 from prfaas_testbed.experiment.machine import K_CHECKOUT
 from prfaas_testbed.experiment.servers import Process, Program, Progress, Real, Server
 from prfaas_testbed.experiment.sites import write_json
@@ -347,17 +347,6 @@ class Fleet:
                 "profiled instance ready: plain",
             )  # fmt: skip
         return Server("plain", site_name, "plain", site.address, K_PLAIN_PORT, process)
-
-
-def seen_profile(name: str | None, folder: Path) -> str | None:
-    """A profile's name, or, where it is a path, that of a copy in `folder`: a site sees no other's /tmp."""
-    if name is None or ("/" not in name and Path(name).suffix not in (".yaml", ".yml")):
-        return name
-    digest = hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:8]
-    copy = folder / "profiles" / f"{digest}-{Path(name).name}"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(name, copy)
-    return str(copy)
 
 
 def _popen_of(site: Site) -> Callable[..., subprocess.Popen[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 from prfaas.config.experiment import Experiment
@@ -33,3 +34,14 @@ def inputs_of(experiment: Experiment) -> dict[str, str]:
 
 def _name(path: Path) -> str:
     return path.relative_to(K_TOPOLOGIES).as_posix() if path.is_relative_to(K_TOPOLOGIES) else path.name
+
+
+def seen_profile(name: str | None, folder: Path) -> str | None:
+    """A profile's name, or, where it is a path, that of a copy in `folder`: a site sees no other's /tmp."""
+    if name is None or ("/" not in name and Path(name).suffix not in (".yaml", ".yml")):
+        return name
+    digest = hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:8]
+    copy = folder / "profiles" / f"{digest}-{Path(name).name}"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(name, copy)
+    return str(copy)

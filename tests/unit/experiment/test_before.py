@@ -42,3 +42,19 @@ def test_a_change_that_its_link_can_not_take_is_refused_before_anything_is_start
     check_before(with_timeline(step, slower), "here")
     with pytest.raises(ConfigError, match="jitter_ms must"):
         check_before(with_timeline(step, {**slower, "for_s": 5}), "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"router": {"site": "west", "policy": {"name": "price"}}}, "router.policy.name: found 'price'"),
+        ({"models": [{"name": "toy", "profile": "toyy"}]}, "here: models.toy.profile: found 'toyy'"),
+        ({"models": [{"name": "toy", "profile": "./toyy.yaml"}]}, "toyy.yaml: no such file"),
+    ],
+)  # fmt: skip
+def test_a_name_that_nothing_has_is_refused_with_its_field(change: dict[str, object], told: str) -> None:
+    hello = load_experiment("hello", K_TOPOLOGIES)
+    assert isinstance(hello, Experiment)
+    with pytest.raises(ConfigError) as caught:
+        check_before(Experiment.model_validate({**hello.model_dump(), **change}), "here")
+    assert told in str(caught.value)

@@ -28,9 +28,22 @@ def test_a_scaled_profile_s_file_says_what_the_instances_move(name: str, tmp_pat
     assert found.state_bytes == instances.state_bytes
 
 
-def test_an_unscaled_one_is_read_where_it_lies(tmp_path: Path) -> None:
-    assert _scaled("toy", 1, tmp_path) == K_TOPOLOGIES / "profiles" / "toy.yaml"
-    assert not list(tmp_path.iterdir())
+def test_an_unscaled_one_is_as_it_lies(tmp_path: Path) -> None:
+    toy = K_TOPOLOGIES / "profiles" / "toy.yaml"
+    assert _scaled("toy", 1, tmp_path).read_text() == toy.read_text()
+
+
+def test_the_router_reads_a_profile_that_its_site_can_see(tmp_path: Path) -> None:
+    """Each site has a /tmp of its own; two profiles of one name are two."""
+    text = (K_TOPOLOGIES / "profiles" / "toy.yaml").read_text()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text(text + f"# {name}\n")
+    work = tmp_path / "work"
+    one, other = (_scaled(str(tmp_path / name / "mine.yaml"), 1, work) for name in ("a", "b"))
+    assert one.is_relative_to(work)
+    assert (one.read_text()[-2], other.read_text()[-2]) == ("a", "b")
+    assert _scaled(str(tmp_path / "a" / "mine.yaml"), 2, work).is_relative_to(work)
 
 
 @pytest.mark.parametrize("kind", ["profiled", "sglang"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prfaas_testbed.experiment.fleet import seen_profile
+from prfaas_testbed.experiment.inputs import seen_profile
 
 
 def test_a_profile_that_is_a_path_is_copied_to_where_sites_see_it_and_a_name_stays(tmp_path: Path) -> None:

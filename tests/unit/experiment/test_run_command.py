@@ -88,3 +88,15 @@ def test_a_record_that_can_t_be_written_at_all_is_told_once(
     monkeypatch.setattr("prfaas_testbed.experiment.place.Place.keep", refuse)
     assert main(["run", "hello", "--out", str(tmp_path)]) == 3
     assert capsys.readouterr().err.strip().splitlines()[-1].endswith("the record couldn't be written")
+
+
+def test_a_dry_run_says_what_would_run_and_leaves_nothing(
+    failing: list[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "hello", "--out", str(tmp_path / "out"), "--dry-run", "--repetitions", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "3 times, toy on 2 servers, hello (2 sites, 2 links)" in said
+    assert "nothing was started" in said
+    assert not (tmp_path / "out").exists()
+    assert main(["run", "matrix", "--parts", "metro-*", "--dry-run"]) == 0
+    assert "metro at 1/200 (2 sites" in capsys.readouterr().out
