@@ -41,6 +41,7 @@ K_NLMSG_DONE, K_NLMSG_ERROR = 3, 2
 K_PROBE_ETHERTYPE = 0x88B5  # for local experiments
 K_PROBE_DELAY_S = 0.010
 K_PROBE_EVERY_S = 0.050
+K_STALL_S = 0.015  # longer than packets keep a process waiting, which the kernel bounds at a tick
 K_SO_TIMESTAMPNS = 35
 K_KEPT_ANSWERS = 32
 K_CHANGE_S = 20.0
@@ -160,9 +161,7 @@ class Commands:
 
 
 class QdiscReader:
-    """Counters of every queueing discipline of one namespace, by netlink: a command a sample would cost too
-    much.
-    """
+    """Counters of every queueing discipline of one namespace, by netlink: a command would cost too much."""
 
     def __init__(self) -> None:
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
@@ -230,9 +229,11 @@ class LagProbe:
         self.head = b"\xff" * 6 + b"\x02\x72\0\0\0\1" + struct.pack("!H", K_PROBE_ETHERTYPE)
         self.lags_us: list[int] = []
 
-    def send(self) -> None:
-        now_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)
-        self.sender.send(self.head + struct.pack("=Q", now_ns) + bytes(38))
+    def send(self, late_s: float) -> None:
+        """`late_s`: after its time. While the whole router stood still, no packet passed: that counts."""
+        late_ns = round(late_s * 1e9) if late_s > K_STALL_S else 0
+        sent_ns = time.clock_gettime_ns(time.CLOCK_REALTIME) - late_ns
+        self.sender.send(self.head + struct.pack("=Q", sent_ns) + bytes(38))
 
     def receive(self) -> None:
         while True:
@@ -271,9 +272,7 @@ class Observer:
         return int(self.namespaces.within(node, lambda: socket.if_nametoindex(device)))
 
     def sample(self) -> dict[str, Any]:
-        """Per link [bytes, packets, netem's drops, the queue's drops, queue bytes, packets held], and
-        accidents.
-        """
+        """Per link [bytes, packets, netem's drops, queue's drops, queue bytes, packets held]; accidents."""
         stats = {node: reader.read() for node, reader in self.readers.items()}
         at_s = time.monotonic()
         rows = {}
@@ -327,17 +326,17 @@ class Agent:
         self.say({"ready": os.getpid(), "now_s": time.monotonic()})
         next_sample_s = next_probe_s = 0.0
         while self.going:
-            wait_s = None
-            if self.observer and self.probe:
-                wait_s = max(0.0, min(next_sample_s, next_probe_s) - time.monotonic())
+            asleep_s = time.monotonic()
+            wait_s = max(0.0, min(next_sample_s, next_probe_s) - asleep_s) if self.observer else None
             ready, _, _ = select.select([self.source], [], [], wait_s)
             if self.observer and self.probe:
                 now = time.monotonic()
                 if now >= next_probe_s:
                     # The frame before has long arrived, stamped; a wake-up of its own would only cost.
                     self.probe.receive()
-                    self.probe.send()
-                    next_probe_s = max(next_probe_s + K_PROBE_EVERY_S, now)
+                    self.probe.send(now - max(next_probe_s, asleep_s))
+                    # Not in step with anything: a stall once a second hid between probes that were.
+                    next_probe_s = now + K_PROBE_EVERY_S * (0.5 + time.monotonic_ns() % 997 / 997)
                 if now >= next_sample_s:
                     self.say({"sample": self.observer.sample()})
                     next_sample_s = max(next_sample_s + self.observer.every_s, now)
