@@ -32,7 +32,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--emulation", choices=("native", "appliance"), help="instead of the first that works here"
     )
     parser.add_argument(
-        "--wait-s", type=float, default=0.0, help="wait so long for another run to end (%(default)g)"
+        "--wait",
+        "--wait-s",
+        dest="wait_s",
+        metavar="S",
+        type=float,
+        default=0.0,
+        help="wait so long for another run to end (%(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="rows as one JSON object on stdout")
     parser.set_defaults(run=run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ K_QUIET_EVENTS = (
 )  # fmt: skip
 K_MAX_PANELS = 4
 K_MAX_BARS = 60
+K_MOST_LINKS = 8
+K_LEAST_SHARE = 0.005  # of the busiest link's bytes: acknowledgements stay in sight
 K_WAITING = "#c9ced6"
 K_DECODING = "#9bbf85"
 K_EVENT = "#b02a30"
@@ -46,8 +49,12 @@ def _ttft(view: View, models: list[str], path: Path) -> list[Path]:
         narrowed = View(view.run, view.part, model)
         plain = [row for row in narrowed.baseline().values() if row.ttft_s is not None]
         ours = [row for row in narrowed.requests() if row.ttft_s is not None]
-        for place, (label, points) in enumerate(
-            (("plain server, one site", plain), ("prefill elsewhere, decode here", ours))
+        near = [row for row in ours if field(row, "transfer") == "local"]
+        far = [row for row in ours if field(row, "transfer") != "local"]
+        for place, label, points in (
+            (0, "plain server, one site", plain),
+            (1, "prefill elsewhere, decode here", far),
+            (3, "prefill and decode here", near),
         ):
             if not points:
                 continue
@@ -78,9 +85,7 @@ def _links(view: View, models: list[str], path: Path) -> list[Path]:
     rows: list[list[Any]] = []
     for ax, model in zip(axes, models, strict=True):
         links, events = first_links_and_events(view, model)
-        names = list(dict.fromkeys(row.link for row in links))
-        busiest = sorted(names, key=lambda name: -sum(r.bytes for r in links if r.link == name))[:6]
-        for place, name in enumerate(busiest):
+        for place, name in enumerate(busiest_links(links)):
             points = [row for row in links if row.link == name]
             times = np.array([row.at_s for row in points])
             steps = np.diff(times, prepend=times[0] - 0.1)
@@ -153,6 +158,17 @@ def first_links_and_events(view: View, model: str) -> tuple[list[LinkRow], list[
             events = [row for row in repetition.events if _is(row, view.part, model)]
             return links, [row for row in events if row.event not in K_QUIET_EVENTS]
     return [], []
+
+
+def busiest_links(links: Sequence[LinkRow]) -> list[str]:
+    """As many as a figure can tell apart, of those that carried anything to speak of; in the record's order,
+    so that a link has one colour in all figures."""
+    carried: dict[str, int] = {}
+    for row in links:
+        carried[row.link] = carried.get(row.link, 0) + row.bytes
+    chosen = sorted(carried, key=lambda name: -carried[name])[:K_MOST_LINKS]
+    least = K_LEAST_SHARE * max(carried.values(), default=0)
+    return [name for name in carried if name in chosen and carried[name] >= least]
 
 
 def first_requests(view: View, model: str) -> list[RequestRow]:

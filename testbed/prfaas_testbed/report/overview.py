@@ -9,7 +9,13 @@ import numpy as np
 from prfaas.config.run import Run
 from prfaas.figures import K_KINDS, new_figure, numbered, save
 from prfaas_testbed.experiment.view import View
-from prfaas_testbed.report.figures import first_links_and_events, first_requests, label_of, mark
+from prfaas_testbed.report.figures import (
+    busiest_links,
+    first_links_and_events,
+    first_requests,
+    label_of,
+    mark,
+)
 
 K_BIN_S = 1.0
 
@@ -30,13 +36,12 @@ def draw_overview(
     if not links or not requests:
         return []
     figure, (network, system, ttft) = new_figure(3, 1, width=9.0, height=1.9, sharex=True)
-    for place, link in enumerate(dict.fromkeys(row.link for row in links)):
+    for place, link in enumerate(busiest_links(links)):
         points = [row for row in links if row.link == link]
         times = np.array([row.at_s for row in points])
         edges = np.arange(times.min(), times.max() + K_BIN_S, K_BIN_S)
         bits, _ = np.histogram(times, edges, weights=np.array([row.bytes * 8.0 for row in points]))
-        if bits.sum() > 0.01 * sum(row.bytes * 8 for row in links) and place < 8:
-            network.stairs(bits / K_BIN_S / 1e6, edges, color=numbered(place, link).colour, label=link)
+        network.stairs(bits / K_BIN_S / 1e6, edges, color=numbered(place, link).colour, label=link)
     network.set(
         ylabel="link, Mbit/s",
         ylim=(0, 1.3 * network.get_ylim()[1]),

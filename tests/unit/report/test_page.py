@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from prfaas.config.run import CheckRow, EventRow, Run, read_run, write_run
+from prfaas.config.run import CheckRow, EventRow, LinkRow, Run, read_run, write_run
 from prfaas_testbed.cli.main import main
 from prfaas_testbed.report.compare import compare_lines
-from prfaas_testbed.report.figures import label_of
+from prfaas_testbed.report.figures import K_MOST_LINKS, busiest_links, draw_figures, label_of
 from prfaas_testbed.report.page import draw_run
 from prfaas_testbed.report.trials import draw_trials
 
@@ -152,3 +152,26 @@ def test_a_capacity_search_shows_every_trial_and_where_the_capacity_lies(tmp_pat
 def test_a_run_that_searched_for_no_capacity_has_no_such_picture(tmp_path: Path) -> None:
     assert draw_trials(example(), tmp_path, None, "toy", "capacity-toy") == []
     assert not list(tmp_path.iterdir())
+
+
+def test_of_many_links_the_busiest_are_drawn_wherever_they_stand_and_each_in_one_colour() -> None:
+    def row(place: int, sent: int) -> LinkRow:
+        values = {"at_s": 0.1, "drops": 0, "backlog_bytes": 0, "bytes": sent}
+        return LinkRow.model_validate({**values, "link": f"a->n{place}", "direction": f"a->n{place}"})
+
+    busy = {12: 9000, 1: 5000, 11: 3000}
+    rows = [row(place, busy.get(place, 1)) for place in range(13)]
+    assert busiest_links(rows) == ["a->n1", "a->n11", "a->n12"]
+    assert len(busiest_links([row(place, 1000 + place) for place in range(13)])) == K_MOST_LINKS
+    assert busiest_links([]) == []
+
+
+def test_a_prompt_that_was_prefilled_where_it_is_decoded_is_not_drawn_as_one_from_elsewhere(
+    tmp_path: Path,
+) -> None:
+    run = example()
+    run.repetitions[0].requests[0].__pydantic_extra__["transfer"] = "local"  # type: ignore[index]
+    draw_figures(run, tmp_path)
+    lines = (tmp_path / "ttft.csv").read_text().splitlines()
+    assert sum("prefill and decode here" in line for line in lines) == 1
+    assert sum("prefill elsewhere, decode here" in line for line in lines) == 5
