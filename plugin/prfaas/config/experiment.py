@@ -152,7 +152,7 @@ class CheckSpec(Strict):
 
     name: Name
     metric: str = ""
-    """The metric's name; the check's own name where absent. `prfaas-testbed list --metrics` lists them."""
+    """The metric's name; the check's own name where absent. `prfaas-testbed list metrics` lists them."""
     at_least: float | None = None
     at_most: float | None = None
     model: Name | None = None

@@ -1,4 +1,4 @@
-"""`prfaas-testbed list`: experiments, networks, profiles, traces and metrics that can be named."""
+"""`prfaas-testbed list`: experiments, networks, profiles, traces and metrics, and the fields of their files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prfaas.model.errors import EXIT_OK
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.metrics import K_METRICS
 
-K_KINDS = ("experiments", "networks", "profiles", "traces", "metrics")
+K_KINDS = ("experiments", "networks", "profiles", "traces", "metrics", "fields")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,6 +22,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.kind == "fields":
+        from prfaas_testbed.cli._fields import field_lines
+
+        sys.stdout.write("".join(f"{line}\n" for line in field_lines()))
+        return EXIT_OK
     for name, text in entries(args.kind):
         sys.stdout.write(f"{name:<24} {text}\n")
     return EXIT_OK
@@ -29,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
 def entries(kind: str) -> list[tuple[str, str]]:
     if kind == "metrics":
-        return [(item.name, item.description) for item in K_METRICS.values()]
+        units = {item.name: f" ({item.unit})" if item.unit else "" for item in K_METRICS.values()}
+        return [(name, K_METRICS[name].description + units[name]) for name in sorted(K_METRICS)]
     folder = K_TOPOLOGIES / kind
     if kind == "traces":
         return [(path.name, "") for path in sorted(folder.glob("*.*")) if path.is_file()]
