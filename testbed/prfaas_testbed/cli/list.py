@@ -1,4 +1,4 @@
-"""`prfaas-testbed list`: experiments, networks, profiles, traces and metrics, and the fields of their files."""
+"""`prfaas-testbed list`: experiments, networks, profiles, traces, metrics, and the fields of their files."""
 
 from __future__ import annotations
 
