@@ -109,7 +109,8 @@ def _transfers(view: View, models: list[str], path: Path) -> list[Path]:
     figure, axes = new_figure(1, len(models), height=height)
     rows: list[list[Any]] = []
     for ax, model in zip(axes, models, strict=True):
-        requests = sorted(first_requests(view, model), key=lambda row: row.sent_s)[:K_MAX_BARS]
+        every = sorted(first_requests(view, model), key=lambda row: row.sent_s)
+        requests = every[:K_MAX_BARS]
         _, events = first_links_and_events(view, model)
         colour = numbered(1, "").colour
         for place, row in enumerate(requests):
@@ -126,7 +127,10 @@ def _transfers(view: View, models: list[str], path: Path) -> list[Path]:
             rows.append([model, row.id, row.prompt_tokens, row.sent_s, start, end, done, row.kv_bytes])
         mark(ax, events)
         ax.set(
-            title=model, xlabel="since the load's start, s", ylim=(len(requests) + 0.5, -1), xlim=(0, None)
+            title=model if len(every) <= K_MAX_BARS else f"{model}: the first {K_MAX_BARS} of {len(every)}",
+            xlabel="since the load's start, s",
+            ylim=(len(requests) + 0.5, -1),
+            xlim=(0, None),
         )
         ax.grid(axis="y", visible=False)
     axes[0].set_ylabel("requests, in order of arrival")
@@ -192,9 +196,15 @@ def label_of(event: EventRow) -> str:
         words = f"{done} {instance}" + ("'s pump" if field(event, "what") == "pump" else "")
     change = field(event, "change")
     if isinstance(change, dict) and event.event.startswith("set_link"):
-        values = [name if isinstance(value, dict) else f"{name} {value}" for name, value in change.items()]
+        values = [f"{name} {_short(value)}".strip() for name, value in change.items()]
         words = f"{field(event, 'link')} {', '.join(values)}".replace("_", " ")
     return words + (" end" if event.event.endswith("_end") else "")
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def mark(ax: Axes, events: list[EventRow], labels: bool = True) -> None:

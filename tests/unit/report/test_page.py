@@ -120,7 +120,7 @@ def test_check_says_what_the_rows_say_whatever_the_file_claims(tmp_path: Path, c
         ({"event": "link_down", "link": "a->b"}, "link down"),
         (
             {"event": "set_link", "link": "a->b", "change": {"rate_mbps": 10.0, "loss_percent": 2.0}},
-            "a->b rate mbps 10.0, loss percent 2.0",
+            "a->b rate mbps 10, loss percent 2",
         ),
         (
             {"event": "set_link_end", "link": "a->b", "change": {"bursty_loss": {"enter_percent": 1}}},
