@@ -10,6 +10,9 @@ from prfaas.model.errors import UsageError
 
 K_STREAMS_IPERF3 = (1, 4, 8, 16, 32)
 K_PAYLOAD_BYTES, K_FRAME_BYTES = 1448, 1514
+K_WARM_S, K_WARM_RTTS = 1.0, 20
+"""Left out of what is measured over a link: slow start to the matrix's largest window takes half of it."""
+K_STEADY_LEAST_S, K_LOOPBACK_S = 3.0, 5.0
 K_MOST_LOSS = 0.3  # beyond this TCP hardly moves, and no measurement ends in time
 K_LOSS_FORM = re.compile(r"(?P<value>\d+(\.\d+)?([eE]-?\d+)?)(?P<percent>%?)(:burst=(?P<burst>\d+(\.\d+)?))?")
 
@@ -104,6 +107,18 @@ class Cell:
     def ceiling_mbps(self) -> float | None:
         """The most payload that TCP carries over the link: full frames at an MTU of 1500, with timestamps."""
         return None if self.rate_mbps is None else self.rate_mbps * K_PAYLOAD_BYTES / K_FRAME_BYTES
+
+    @property
+    def warm_s(self) -> float:
+        """Whole seconds, as iperf3 takes them."""
+        return max(K_WARM_S, float(round(K_WARM_RTTS * self.rtt_s)))
+
+    def steady_s(self, limit_s: float = float("inf")) -> float:
+        """What is measured after them: as long as the cell's bytes take at the link's rate, within bounds."""
+        if self.rate_mbps is None:
+            return min(K_LOOPBACK_S, limit_s)
+        bytes_own_s = self.total_bytes * 8 / (self.rate_mbps * 1e6)
+        return float(round(max(K_STEADY_LEAST_S, min(bytes_own_s, limit_s))))
 
     def parameters(self) -> dict[str, object]:
         """The cell as the columns of its rows."""

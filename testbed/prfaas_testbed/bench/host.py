@@ -1,9 +1,11 @@
 """What a transfer at full rate adds to the delay of a busy Python loop in the same process.
 
 On two cores the pumps' own work would take the loop's core away, and any program would: so the loop has a
-core to itself and the pumps share the other. What is left is what the engine does to its host process: locks,
-its threads, copies of its memory. `beside` is the same without cores set apart, and `control` a loop beside
-iperf3, which never touches the process at all.
+core to itself, as a host with cores to spare gives it, and all else shares the other. What is left is what
+the engine does to its host process: locks, its threads, copies of its memory. `bystander` is a loop in a
+process that transfers nothing, on the same core beside the same transfer: what it is delayed by is the
+machine. `beside` is the same without cores set apart, and `control` a loop beside iperf3, which never touches
+the process at all.
 """
 
 from __future__ import annotations
@@ -34,27 +36,37 @@ K_LOOP_MODULE = "prfaas_testbed.bench.engines.loop_worker"
 
 def measure(workdir: Path, seconds: float, repetitions: int, progress: Progress) -> list[Row]:
     """A row for each way to move bytes and each end whose loop is watched; quiet and loaded take turns."""
-    rows = []
+    rows: list[Row] = []
     place = Loopback(workdir)
-    last = max(os.sched_getaffinity(0))
-    apart: tuple[str, ...] = ("taskset", "-c", str(last)) if len(os.sched_getaffinity(0)) > 1 else ()
+    cores = sorted(os.sched_getaffinity(0))
+    pin = cores[0] if len(cores) > 1 else None
+    apart = ("taskset", "-c", ",".join(map(str, cores[1:]))) if pin is not None else ()
+    few = min(repetitions, K_BESIDE_REPETITIONS)
+
+    def watch(name: str, end: str, worker: Worker, engine: Prfaas | PoolPeer, core: int | None) -> None:
+        rounds = repetitions if name == "prfaas" else few
+        rows.append(_compare(name, end, worker, _engine_run(engine, seconds), seconds, rounds, core))
+        progress(_text(rows[-1]))
+
     for name, engine, core in (
-        ("prfaas", Prfaas(pump_prefix=apart), True),
-        ("prfaas-beside", Prfaas(), False),
-        ("mooncake", Mooncake(), True),
+        ("prfaas", Prfaas(pump_prefix=apart), pin),
+        ("prfaas-beside", Prfaas(), None),
+        ("mooncake", Mooncake(), pin),
     ):
         if isinstance(engine, PoolPeer) and not engine.installed():
             continue
         with engine:
             engine.start(place, K_CELL)
-            for end in ("sender", "receiver"):
-                pin = min(os.sched_getaffinity(0)) if core and apart else None
-                run = _engine_run(engine, seconds)
-                rounds = repetitions if name == "prfaas" else min(repetitions, K_BESIDE_REPETITIONS)
-                rows.append(_compare(name, end, engine.ends[end], run, seconds, rounds, pin))
-                progress(_text(rows[-1]))
+            for end in engine.ends.values():
+                if core is not None:
+                    end.call("keep_off", core=core)
+            for name_of_end in ("sender", "receiver"):
+                watch(name, name_of_end, engine.ends[name_of_end], engine, core)
+            if name == "prfaas":
+                with _loop_worker(place, workdir) as bystander:
+                    watch("bystander", "neither", bystander, engine, core)
     if shutil.which("iperf3"):
-        rows.append(_control(place, workdir, seconds, min(repetitions, K_BESIDE_REPETITIONS)))
+        rows.append(_control(place, workdir, seconds, few))
         progress(_text(rows[-1]))
     return rows
 
@@ -73,8 +85,18 @@ def added_ms(row: Row) -> float:
     """What the transfer adds to the loop's 99th percentile: the median over rounds, each beside its own quiet
     one.
     """
+    return _added(row, "p99_ms")
+
+
+def own_added_ms(row: Row) -> float | None:
+    """The same without what the loop waited for a core; None where the kernel didn't say."""
+    known = all(one.get("own_p99_ms") is not None for one in (*row["quiet"], *row["loaded"]))
+    return _added(row, "own_p99_ms") if known else None
+
+
+def _added(row: Row, what: str) -> float:
     pairs = zip(row["quiet"], row["loaded"], strict=True)
-    return median([loaded["p99_ms"] - quiet["p99_ms"] for quiet, loaded in pairs])
+    return median([loaded[what] - quiet[what] for quiet, loaded in pairs])
 
 
 def _engine_run(engine: Prfaas | PoolPeer, seconds: float) -> Callable[[], float]:
@@ -130,5 +152,5 @@ def _text(row: Row) -> str:
     quiet, loaded = (median([one["p99_ms"] for one in row[when]]) for when in ("quiet", "loaded"))
     return (
         f"host loop in {row['engine']} ({row['end']}): p99 {quiet:.2f} ms quiet, {loaded:.2f} ms loaded, "
-        f"at {goodput:.0f} Mbit/s"
+        f"{own_added_ms(row) or 0.0:+.2f} ms without waits for a core, at {goodput:.0f} Mbit/s"
     )

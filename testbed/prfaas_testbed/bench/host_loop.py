@@ -1,7 +1,8 @@
 """A busy Python loop inside a process that also transfers, as SGLang's scheduler is, and how late it runs.
 
 Each round does a fixed amount of interpreter work, about a millisecond. What a round takes beyond the quiet
-rounds of the same loop is delay: the interpreter lock held by others, or a core taken away.
+rounds of the same loop is delay: the interpreter lock held by others, or a core taken away. The kernel tells
+the two apart: it counts for each thread how long it was ready to run and had no core.
 """
 
 from __future__ import annotations
@@ -23,36 +24,74 @@ class HostLoop:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._rounds_s: list[float] = []
+        self._waits_s: list[float] = []
 
     def start(self, core: int | None = None) -> None:
         """`core`: the one that the loop's thread keeps to; the process's other threads stay as they are."""
         self._core = core
         self._stopping.clear()
-        self._rounds_s = []
+        self._rounds_s, self._waits_s = [], []
         self._thread = threading.Thread(target=self._run, name="host-loop", daemon=True)
         self._thread.start()
 
     def stop(self) -> dict[str, Any]:
-        """Quantiles of a round's time in milliseconds, and how many rounds there were."""
+        """Quantiles of a round's time in milliseconds, and how many rounds there were. `own_p99_ms`: of the
+        time without what it waited for a core; None where the kernel doesn't say.
+        """
         assert self._thread is not None, "the loop isn't running"
         self._stopping.set()
         self._thread.join()
         rounds_ms = np.array(self._rounds_s) * 1e3
         names = {"p50": 50, "p90": 90, "p99": 99, "p999": 99.9}
         quantiles = {f"{name}_ms": float(np.percentile(rounds_ms, at)) for name, at in names.items()}
-        return {**quantiles, "max_ms": float(rounds_ms.max()), "rounds": len(self._rounds_s)}
+        own_ms = rounds_ms - np.array(self._waits_s) * 1e3
+        own = None if np.isnan(own_ms).any() else float(np.percentile(own_ms, 99))
+        return {
+            **quantiles, "max_ms": float(rounds_ms.max()), "rounds": len(self._rounds_s), "own_p99_ms": own
+        }  # fmt: skip
 
     def _run(self) -> None:
         if self._core is not None:
             os.sched_setaffinity(threading.get_native_id(), {self._core})
         size = _rounds_size()
-        clock, stopping, rounds_s = time.perf_counter, self._stopping, self._rounds_s
-        before = clock()
+        clock, stopping, rounds_s, waits_s = time.perf_counter, self._stopping, self._rounds_s, self._waits_s
+        waiting = _Waiting()
+        before, waited_s = clock(), waiting.so_far_s()
         while not stopping.is_set():
             _work(size)
-            now = clock()
+            now, now_waited_s = clock(), waiting.so_far_s()
             rounds_s.append(now - before)
-            before = now
+            waits_s.append(now_waited_s - waited_s)
+            before, waited_s = now, now_waited_s
+        waiting.close()
+
+
+class _Waiting:
+    """How long this thread has been ready to run without a core; NaN where the kernel doesn't count it."""
+
+    def __init__(self) -> None:
+        try:
+            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        except OSError:
+            self._fd = -1
+
+    def so_far_s(self) -> float:
+        return int(os.pread(self._fd, 128, 0).split()[1]) * 1e-9 if self._fd >= 0 else float("nan")
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def keep_off(core: int) -> None:
+    """All threads of this process leave the core to the loop, wherever that runs."""
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            others = os.sched_getaffinity(int(thread)) - {core}
+            if others:
+                os.sched_setaffinity(int(thread), others)
+        except OSError:
+            continue  # it has just ended
 
 
 def _work(size: int) -> int:

@@ -9,6 +9,8 @@ from functools import cached_property
 from prfaas_testbed.bench.cell import Cell
 
 K_MOST_POOL_BYTES = 512 << 20  # a repetition that moves more goes over the same pool again
+K_MOST_LINK_POOL_BYTES = 1 << 30  # over a link it should not: what landed is counted in the pages
+K_SPARE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,19 @@ class Layout:
 
     @classmethod
     def of(cls, cell: Cell) -> Layout:
-        most = max(1, K_MOST_POOL_BYTES // cell.segment_bytes // (1 if cell.contiguous else 2))
-        segments = cell.segments if cell.one_call else min(cell.segments, most)
+        wanted, most_bytes = cell.segments, K_MOST_POOL_BYTES
+        if cell.rate_mbps is not None:
+            lasts_s = cell.warm_s + cell.steady_s() + K_SPARE_S
+            wanted = max(wanted, int(cell.rate_mbps * 1e6 / 8 * lasts_s) // cell.segment_bytes)
+            most_bytes = K_MOST_LINK_POOL_BYTES
+        most = max(1, most_bytes // cell.segment_bytes // (1 if cell.contiguous else 2))
+        segments = cell.segments if cell.one_call else min(wanted, most)
         return cls(cell.segment_bytes, segments, cell.contiguous)
+
+    @property
+    def total_bytes(self) -> int:
+        """What fills every place once."""
+        return self.segments * self.segment_bytes
 
     @property
     def pool_bytes(self) -> int:

@@ -49,6 +49,18 @@ class Worker:
         self.send(method, **parameters)
         return self.receive(timeout_s)
 
+    def call_beside(
+        self, method: str, meanwhile: Callable[[], None] | None, timeout_s: float, **parameters: Any
+    ) -> Any:
+        """As `call`, with something to do here while the process is at it. Raises what that raises."""
+        self.send(method, **parameters)
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            answer = self.receive(timeout_s)
+        return answer
+
     def send(self, method: str, **parameters: Any) -> None:
         """Ask without waiting; `receive` takes the answer."""
         assert self._process.stdin is not None

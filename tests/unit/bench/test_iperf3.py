@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prfaas_testbed.bench.cell import NAMED_CELLS, Cell
-from prfaas_testbed.bench.engines.iperf3 import _duration_s, _sample
+from prfaas_testbed.bench.engines.iperf3 import _sample
 from prfaas_testbed.bench.worker import WorkerError
 
 RECEIVED = {
@@ -43,6 +43,16 @@ def test_nothing_arrived_is_an_error() -> None:
 
 
 def test_it_runs_as_long_as_the_cells_bytes_take_within_the_limit() -> None:
-    assert _duration_s(NAMED_CELLS["wan-clean"], 8.0) == pytest.approx(6.0)
-    assert _duration_s(NAMED_CELLS["wan-clean"], 4.0) == 4.0
-    assert _duration_s(Cell(), 8.0) == 5.0
+    assert NAMED_CELLS["wan-clean"].steady_s(8.0) == pytest.approx(6.0)
+    assert NAMED_CELLS["wan-clean"].steady_s(4.0) == 4.0
+    assert Cell().steady_s(8.0) == 5.0
+
+
+def test_the_seconds_left_out_count_in_the_whole() -> None:
+    intervals = [
+        {"sum": {"bytes": 250_000, "seconds": 1.0, "omitted": True}},
+        {"sum": {"bytes": 1_000_000, "seconds": 2.0, "omitted": False}},
+    ]
+    sample = _sample({**RECEIVED, "intervals": intervals}, SENT)
+    assert sample.goodput_mbps == 4
+    assert sample.extra["whole_mbps"] == pytest.approx(1_250_000 * 8e-6 / 3, abs=1e-3)

@@ -15,9 +15,12 @@ class Sample:
     """One repetition, raw."""
 
     goodput_mbps: float
-    """Bytes of payload that the receiver has, over the time they took; 10^6 bit/s."""
+    """Payload that the receiver has, 10^6 bit/s: over a link while there was always more to send (steady.py),
+    else from the first call to the last byte.
+    """
     bytes: int
     seconds: float
+    """Of the whole repetition; iperf3's are those of its span."""
     cpu_s: float | None = None
     """Processor seconds of both ends together, while the bytes moved."""
     retransmits: int | None = None

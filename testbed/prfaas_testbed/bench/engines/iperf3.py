@@ -1,7 +1,7 @@
 """iperf3 between the two ends: what TCP itself gives on this link, at a number of streams.
 
-It runs by time, and its first seconds are left out, so that slow start isn't held against it. A figure counts
-what reached the receiver.
+It runs by time, and its first seconds are left out, so that slow start isn't held against it; other engines
+are measured over the same span (steady.py). A figure counts what reached the receiver.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from prfaas_testbed.bench.places import Place
 from prfaas_testbed.bench.worker import WorkerError, end_process
 
 K_REPORT_S = 10.0  # the receiver's, after the sender has ended
-K_WARM_S = 1.0
-K_WARM_RTTS = 20  # slow start to the largest window of the matrix takes about half of this
 
 
 class Iperf3(Engine):
@@ -39,8 +37,7 @@ class Iperf3(Engine):
 
     def measure(self, limit_s: float) -> Sample:
         streams = self.streams or 1
-        warm_s = max(K_WARM_S, round(K_WARM_RTTS * self._cell.rtt_s))
-        seconds = _duration_s(self._cell, limit_s)
+        warm_s, seconds = self._cell.warm_s, self._cell.steady_s(limit_s)
         port, address = self._place.port(), self._place.address("receiver")
         # The receiver's own report is read: with many streams over a long way, the client of iperf 3.12 often
         # ends with "unable to receive results" although all went well.
@@ -103,13 +100,6 @@ class Iperf3(Engine):
         return {"version": " ".join(said.split()[:2])}
 
 
-def _duration_s(cell: Cell, limit_s: float) -> float:
-    """As long as the cell's bytes take at the link's rate, within 3 s and the limit."""
-    if cell.rate_mbps is None:
-        return min(5.0, limit_s)
-    return max(3.0, min(cell.total_bytes * 8 / (cell.rate_mbps * 1e6), limit_s))
-
-
 def _sample(received: dict[str, Any], sent: dict[str, Any]) -> Sample:
     """From the receiver's report; retransmits and the congestion control are the sender's to know."""
     total = received["end"].get("sum_received")
@@ -128,5 +118,16 @@ def _sample(received: dict[str, Any], sent: dict[str, Any]) -> Sample:
         # Without the sender's share there is no total.
         cpu_s=sum(shares) / 100 * total["seconds"] if all(shares) else None,
         retransmits=sum(interval.get("retransmits", 0) for interval in kept),
-        extra={"congestion_control_used": received["end"].get("receiver_tcp_congestion")},
+        extra={
+            "over": "steady",
+            "whole_mbps": _whole_mbps(received),
+            "congestion_control_used": received["end"].get("receiver_tcp_congestion"),
+        },
     )
+
+
+def _whole_mbps(received: dict[str, Any]) -> float | None:
+    """With the seconds that are left out, from connections that are cold."""
+    intervals = [interval["sum"] for interval in received.get("intervals", [])]
+    seconds = sum(interval["seconds"] for interval in intervals)
+    return round(sum(interval["bytes"] for interval in intervals) * 8e-6 / seconds, 3) if seconds else None

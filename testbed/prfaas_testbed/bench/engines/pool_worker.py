@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prfaas_testbed.bench.host_loop import HostLoop
+from prfaas_testbed.bench.host_loop import HostLoop, keep_off
 from prfaas_testbed.bench.worker import Handler
 
 K_POLL_S = 0.0005
@@ -44,6 +44,13 @@ class Pool:
                 return None
             time.sleep(K_POLL_S)
         return time.perf_counter()
+
+    def count(self, offsets: list[int], segment_bytes: int, value: int) -> tuple[float, int]:
+        """How many segments hold `value` at both ends, and when, on CLOCK_MONOTONIC."""
+        heads = np.array(offsets, dtype=np.int64)
+        now_s = time.perf_counter()
+        whole = (self.view[heads] == value) & (self.view[heads + segment_bytes - 1] == value)
+        return now_s, int(whole.sum())
 
 
 def move_batches(
@@ -82,8 +89,10 @@ def common_handlers(pool: Callable[[], Pool]) -> dict[str, Handler]:
     return {
         "fill": lambda value: pool().fill(value),
         "holds": lambda **arguments: pool().holds(**arguments),
+        "count": lambda **arguments: pool().count(**arguments),
         "landed": lambda **arguments: pool().landed(**arguments),
         "cpu_s": time.process_time,
+        "keep_off": keep_off,
         "loop_start": loop.start,
         "loop_stop": loop.stop,
     }

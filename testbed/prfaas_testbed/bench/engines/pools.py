@@ -8,9 +8,11 @@ import abc
 import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from prfaas.model.errors import MachineError
+from prfaas_testbed.bench import steady
 from prfaas_testbed.bench.cell import Cell
 from prfaas_testbed.bench.engines.base import Engine, Sample
 from prfaas_testbed.bench.layout import Layout
@@ -53,7 +55,7 @@ class PoolPeer(Engine):
             raise MachineError(f"{self.distribution} is missing; pip install 'prfaas[baselines]'")
         self.layout = Layout.of(cell)
         self._batch = min(self.batch_segments, self.layout.segments_in(K_BATCH_S, cell.rate_mbps))
-        self._total_bytes = cell.total_bytes
+        self._cell = cell
         for end in ("receiver", "sender"):
             log = place.workdir / f"{self.name}-{end}.log"
             spawn = functools.partial(place.popen, end)
@@ -68,16 +70,20 @@ class PoolPeer(Engine):
         self._fill = self._fill % 255 + 1  # never what the receiver's pages hold from before
         self.ends["sender"].call("fill", value=self._fill)
         other = self.ends["receiver"].call("cpu_s")
-        moved = self.move(total_bytes=self._total_bytes, limit_s=limit_s)
+        moved, counted = steady.move_and_count(
+            self.move, self.ends["receiver"], self._cell, self.layout, self._fill, limit_s
+        )
         landed_s = self._landed_s(moved["bytes"])
         other = self.ends["receiver"].call("cpu_s") - other
         seconds = max(moved["ended_s"], landed_s) - moved["began_s"]
+        columns = steady.columns(moved["bytes"], seconds, counted)
         return Sample(
-            goodput_mbps=moved["bytes"] * 8e-6 / seconds,
+            goodput_mbps=columns.pop("goodput_mbps"),
             bytes=moved["bytes"],
             seconds=seconds,
             cpu_s=moved["cpu_s"] + other,
             extra={
+                **columns,
                 "cpu_send_s": moved["cpu_s"],
                 "cpu_receive_s": other,
                 "calls_s": moved["calls_s"],
@@ -86,10 +92,13 @@ class PoolPeer(Engine):
             },
         )
 
-    def move(self, *, total_bytes: int, limit_s: float) -> dict[str, Any]:
+    def move(
+        self, *, total_bytes: int, limit_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
         """One `move` of the sender's process: bytes, began_s, ended_s, cpu_s and the seconds of each call."""
-        moved: dict[str, Any] = self.ends["sender"].call(
+        moved: dict[str, Any] = self.ends["sender"].call_beside(
             "move",
+            meanwhile,
             timeout_s=limit_s * 4 + 120,  # the last batch may begin just before the limit, on a lossy link
             offsets=self.layout.offsets,
             segment_bytes=self.layout.segment_bytes,

@@ -8,11 +8,13 @@ import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prfaas.config.pump import PumpConfig
 from prfaas.pump_client.launch import connect
+from prfaas_testbed.bench import steady
 from prfaas_testbed.bench.cell import Cell
 from prfaas_testbed.bench.certificates import tls_for
 from prfaas_testbed.bench.engines.base import Engine, Sample
@@ -119,19 +121,23 @@ class Prfaas(Engine):
         self._fill = self._fill % 255 + 1  # never what the receiver's pages hold from before
         self.ends["sender"].call("fill", value=self._fill)
         before, pumps_before = self._cpu_s(), self._pump_cpu_s()
-        moved = self.move(total_bytes=self._cell.total_bytes, limit_s=limit_s)
+        moved, counted = steady.move_and_count(
+            self.move, self.ends["receiver"], self._cell, self.layout, self._fill, limit_s
+        )
         landed_s = self._landed_s(moved["bytes"])
         # The host's share of the receiving end is its `landed` check, which isn't the engine's.
         pumps = {end: after - pumps_before[end] for end, after in self._pump_cpu_s().items()}
         seconds = max(moved["ended_s"], landed_s) - moved["began_s"]
         stats = self.ends["sender"].call("stats")
         streams = [stream for peer in stats["peers"] for stream in peer["streams"]]
+        columns = steady.columns(moved["bytes"], seconds, counted)
         return Sample(
-            goodput_mbps=moved["bytes"] * 8e-6 / seconds,
+            goodput_mbps=columns.pop("goodput_mbps"),
             bytes=moved["bytes"],
             seconds=seconds,
             cpu_s=sum(pumps.values()) + self._cpu_s()["sender"] - before["sender"],
             extra={
+                **columns,
                 "cpu_send_s": pumps["sender"],
                 "cpu_receive_s": pumps["receiver"],
                 "streams_used": len(streams),
@@ -145,13 +151,16 @@ class Prfaas(Engine):
             },
         )
 
-    def move(self, *, total_bytes: int, limit_s: float) -> dict[str, Any]:
+    def move(
+        self, *, total_bytes: int, limit_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
         """One `move` of the sender's process under a lease of its own."""
         room = next(self._rooms)
         grant = self.ends["receiver"].call("grant", room=room)
         try:
-            moved: dict[str, Any] = self.ends["sender"].call(
+            moved: dict[str, Any] = self.ends["sender"].call_beside(
                 "move",
+                meanwhile,
                 timeout_s=limit_s * 4 + 120,
                 grant=grant,
                 peer_base=self.peer_base,

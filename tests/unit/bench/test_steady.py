@@ -1,0 +1,96 @@
+"""What is asked of every engine over a link: goodput while there is always more to send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from prfaas_testbed.bench import steady
+from prfaas_testbed.bench.cell import NAMED_CELLS, Cell, full_matrix
+from prfaas_testbed.bench.engines.pool_worker import Pool
+from prfaas_testbed.bench.harness import K_LEAST_RTTS
+from prfaas_testbed.bench.layout import Layout
+
+LIMIT_S = 4.0
+
+
+class Receiver:
+    """Answers counts from a list and notes what it was asked."""
+
+    def __init__(self, counts: list[tuple[float, int]]) -> None:
+        self._counts = iter(counts)
+
+    def call(self, method: str, **parameters: Any) -> tuple[float, int]:
+        assert method == "count"
+        assert parameters["value"] == 7
+        return next(self._counts)
+
+
+def repetition(
+    counts: list[tuple[float, int]], ended_s: float, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], steady.Counted | None, list[float]]:
+    """One over wan-clean whose engine is done at `ended_s`; what was slept for comes third."""
+    asked: dict[str, Any] = {}
+    slept: list[float] = []
+    monkeypatch.setattr(steady.time, "perf_counter", lambda: 100.0 + sum(slept))
+    monkeypatch.setattr(steady.time, "sleep", slept.append)
+
+    def move(
+        *, total_bytes: int, limit_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
+        asked.update(total_bytes=total_bytes, limit_s=limit_s)
+        if meanwhile is not None:
+            meanwhile()
+        return {"ended_s": ended_s}
+
+    cell = NAMED_CELLS["wan-clean"]
+    receiver: Any = Receiver(counts)
+    _, counted = steady.move_and_count(move, receiver, cell, Layout.of(cell), 7, LIMIT_S)
+    return asked, counted, slept
+
+
+def test_goodput_is_what_came_between_the_end_of_the_warm_up_and_the_end_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, counted, slept = repetition([(101.0, 200), (105.0, 1800)], 105.7, monkeypatch)
+    assert slept == [1.0, 4.0]
+    assert asked["limit_s"] == 5.0
+    assert counted is not None
+    assert counted.mbps == pytest.approx(1600 * 65536 * 8e-6 / 4)
+    found = steady.columns(150_000_000, 6.0, counted)
+    assert found["over"] == "steady"
+    assert found["whole_mbps"] == 200
+    assert found["steady_s"] == 4.0
+
+
+def test_an_engine_that_ran_out_of_bytes_within_the_time_is_measured_to_its_last_byte(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, counted, _ = repetition([(101.0, 200), (105.0, 1800)], 104.9, monkeypatch)
+    assert counted is None
+    assert steady.columns(150_000_000, 6.0, counted) == {"goodput_mbps": 200, "over": "whole"}
+
+
+@pytest.mark.parametrize("cell", [*NAMED_CELLS.values(), *full_matrix()], ids=Cell.label)
+def test_no_cell_runs_out_of_bytes_even_at_all_that_its_link_carries(cell: Cell) -> None:
+    limit_s = max(LIMIT_S, K_LEAST_RTTS * cell.rtt_s)
+    span = steady.span_of(cell, Layout.of(cell), limit_s)
+    assert span is not None
+    assert span.warm_s >= 20 * cell.rtt_s
+    assert Layout.of(cell).total_bytes > 1.02 * span.end_s * (cell.ceiling_mbps or 0) * 1e6 / 8
+
+
+def test_where_pages_would_be_written_again_or_there_is_no_link_the_whole_counts() -> None:
+    fast = Cell(rtt_ms=1, rate_mbps=10_000, total_bytes=1 << 33)
+    assert steady.span_of(fast, Layout.of(fast), LIMIT_S) is None
+    assert steady.span_of(Cell(), Layout.of(Cell()), LIMIT_S) is None
+
+
+def test_a_page_counts_when_both_its_ends_are_there() -> None:
+    pool = Pool(4 * 1024)
+    pool.view[0:512] = 7
+    pool.view[1024:1100] = 7
+    pool.view[3072 + 511] = 7
+    assert pool.count([0, 1024, 2048, 3072], 512, 7)[1] == 1
