@@ -12,7 +12,7 @@ K_STREAMS_IPERF3 = (1, 4, 8, 16, 32)
 K_PAYLOAD_BYTES, K_FRAME_BYTES = 1448, 1514
 K_WARM_S, K_WARM_RTTS = 1.0, 20
 """Left out of what is measured over a link: slow start to the matrix's largest window takes half of it."""
-K_STEADY_LEAST_S, K_LOOPBACK_S = 3.0, 5.0
+K_STEADY_LEAST_S, K_LOOPBACK_S = 2.0, 5.0
 K_MOST_LOSS = 0.3  # beyond this TCP hardly moves, and no measurement ends in time
 K_LOSS_FORM = re.compile(r"(?P<value>\d+(\.\d+)?([eE]-?\d+)?)(?P<percent>%?)(:burst=(?P<burst>\d+(\.\d+)?))?")
 

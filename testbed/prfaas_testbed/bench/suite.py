@@ -79,7 +79,7 @@ class Sizes:
         return cls(
             cells=tuple(cell for cell in NAMED_CELLS.values() if cell in cells or not cells),
             repetitions=repetitions,
-            limit_s=4.0,
+            limit_s=3.0,
             streams_iperf3=None,
             matrix=tuple(cell for cell in full_matrix() if cell in cells or not cells),
             matrix_for_s=matrix_for_s,
