@@ -25,6 +25,8 @@ class HostLoop:
         self._thread: threading.Thread | None = None
         self._rounds_s: list[float] = []
         self._waits_s: list[float] = []
+        self._size = 0
+        """Of a round: the same in all that are compared."""
 
     def start(self, core: int | None = None) -> None:
         """`core`: the one that the loop's thread keeps to; the process's other threads stay as they are."""
@@ -53,7 +55,9 @@ class HostLoop:
     def _run(self) -> None:
         if self._core is not None:
             os.sched_setaffinity(threading.get_native_id(), {self._core})
-        size = _rounds_size()
+        if not self._size:
+            self._size = _rounds_size()
+        size = self._size
         clock, stopping, rounds_s, waits_s = time.perf_counter, self._stopping, self._rounds_s, self._waits_s
         waiting = _Waiting()
         before, waited_s = clock(), waiting.so_far_s()
@@ -102,12 +106,14 @@ def _work(size: int) -> int:
 
 
 def _rounds_size() -> int:
-    """How many steps take about K_ROUND_S: the best of several tries, as noise only adds."""
+    """How many steps take about K_ROUND_S: the best of several tries by this thread's own processor time, for
+    on a busy machine none may have a core to itself.
+    """
     best = min(_timed(20_000) for _ in range(20))
     return max(1000, int(20_000 * K_ROUND_S / best))
 
 
 def _timed(size: int) -> float:
-    before = time.perf_counter()
+    before = time.thread_time()
     _work(size)
-    return time.perf_counter() - before
+    return time.thread_time() - before

@@ -174,6 +174,15 @@ def test_the_loop_is_judged_round_by_round_beside_its_own_quiet() -> None:
     assert host.added_ms(rounds) == pytest.approx(0.5)
     (check,) = host.judge([rounds])
     assert check["outcome"] == "passed"
+    assert host.judge([{**rounds, "engine": "bystander"}]) == []
+
+
+def test_what_the_loop_waited_for_a_core_is_judged_apart() -> None:
+    rounds: dict[str, Any] = {"engine": "prfaas", "end": "receiver", "goodput_mbps": [1]}
+    rounds |= {"quiet": [{"p99_ms": 2, "own_p99_ms": 1}], "loaded": [{"p99_ms": 20, "own_p99_ms": 1.4}]}
+    assert [(check["outcome"], check["value"]) for check in host.judge([rounds])] == [
+        ("failed", 18), ("passed", pytest.approx(0.4)),
+    ]  # fmt: skip
 
 
 def test_latency_is_judged_against_a_round_trip_and_the_bytes() -> None:
