@@ -12,7 +12,7 @@ takes is measured in latency.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,7 +70,7 @@ def span_of(cell: Cell, layout: Layout, limit_s: float) -> Span | None:
 
 
 def move_and_count(
-    move: Move, receiver: Worker, cell: Cell, layout: Layout, value: int, limit_s: float
+    move: Move, ends: Mapping[str, Worker], cell: Cell, layout: Layout, value: int, limit_s: float
 ) -> tuple[dict[str, Any], Counted | None]:
     """One repetition of an engine whose sender's pages hold `value`, the receiver's don't; what it did, and
     what was counted unless it was done before the time was up. Raises WorkerError.
@@ -83,15 +83,17 @@ def move_and_count(
     def count() -> None:
         began_s = time.perf_counter()
         for at_s in (span.warm_s, span.end_s):
-            time.sleep(max(0.0, began_s + at_s - time.perf_counter()))
-            now_s, segments = receiver.call(
+            if ends["sender"].has_answered(began_s + at_s - time.perf_counter()):
+                return
+            now_s, segments = ends["receiver"].call(
                 "count", offsets=layout.offsets, segment_bytes=layout.segment_bytes, value=value
             )
             counts.append((now_s, segments * layout.segment_bytes))
 
     moved = move(total_bytes=layout.total_bytes, limit_s=span.end_s, meanwhile=count)
-    counted = Counted(*counts[0], *counts[1])
-    return moved, counted if counted.ended_s <= moved["ended_s"] else None
+    if len(counts) < 2 or counts[1][0] > moved["ended_s"]:
+        return moved, None
+    return moved, Counted(*counts[0], *counts[1])
 
 
 def columns(moved_bytes: int, seconds: float, counted: Counted | None) -> dict[str, Any]:

@@ -70,6 +70,12 @@ class Worker:
         except BrokenPipeError:
             raise WorkerError(self._said("ended")) from None
 
+    def has_answered(self, wait_s: float) -> bool:
+        """Whether there is an answer to take, or the process has ended, within so long."""
+        assert self._process.stdout is not None
+        readable, _, _ = select.select([self._process.stdout], [], [], max(0.0, wait_s))
+        return bool(readable)
+
     def receive(self, timeout_s: float = 60.0) -> Any:
         assert self._process.stdout is not None
         line = _read_line(self._process.stdout, timeout_s)

@@ -17,7 +17,7 @@ LIMIT_S = 3.0
 
 
 class Receiver:
-    """Answers counts from a list and notes what it was asked."""
+    """Answers counts from a list."""
 
     def __init__(self, counts: list[tuple[float, int]]) -> None:
         self._counts = iter(counts)
@@ -28,14 +28,28 @@ class Receiver:
         return next(self._counts)
 
 
+class Sender:
+    """Is done at a time; notes how long it was waited for."""
+
+    def __init__(self, ended_s: float) -> None:
+        self.now_s, self._ended_s = 100.0, ended_s
+        self.waits: list[float] = []
+
+    def has_answered(self, wait_s: float) -> bool:
+        self.waits.append(wait_s)
+        self.now_s = min(self.now_s + wait_s, max(self.now_s, self._ended_s))
+        return self.now_s >= self._ended_s
+
+
 def repetition(
     counts: list[tuple[float, int]], ended_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, Any], steady.Counted | None, list[float]]:
-    """One over wan-clean whose engine is done at `ended_s`; what was slept for comes third."""
+    """One over wan-clean that begins at 100 s and whose engine is done at `ended_s`; how long it was waited
+    for comes third.
+    """
     asked: dict[str, Any] = {}
-    slept: list[float] = []
-    monkeypatch.setattr(steady.time, "perf_counter", lambda: 100.0 + sum(slept))
-    monkeypatch.setattr(steady.time, "sleep", slept.append)
+    sender = Sender(ended_s)
+    monkeypatch.setattr(steady.time, "perf_counter", lambda: sender.now_s)
 
     def move(
         *, total_bytes: int, limit_s: float, meanwhile: Callable[[], None] | None = None
@@ -46,16 +60,16 @@ def repetition(
         return {"ended_s": ended_s}
 
     cell = NAMED_CELLS["wan-clean"]
-    receiver: Any = Receiver(counts)
-    _, counted = steady.move_and_count(move, receiver, cell, Layout.of(cell), 7, LIMIT_S)
-    return asked, counted, slept
+    ends: Any = {"sender": sender, "receiver": Receiver(counts)}
+    _, counted = steady.move_and_count(move, ends, cell, Layout.of(cell), 7, LIMIT_S)
+    return asked, counted, sender.waits
 
 
 def test_goodput_is_what_came_between_the_end_of_the_warm_up_and_the_end_of_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked, counted, slept = repetition([(101.0, 200), (104.0, 1800)], 104.7, monkeypatch)
-    assert slept == [1.0, 3.0]
+    asked, counted, waits = repetition([(101.0, 200), (104.0, 1800)], 104.7, monkeypatch)
+    assert waits == [1.0, 3.0]
     assert asked["limit_s"] == 4.0
     assert counted is not None
     assert counted.mbps == pytest.approx(1600 * 65536 * 8e-6 / 3)
@@ -68,7 +82,10 @@ def test_goodput_is_what_came_between_the_end_of_the_warm_up_and_the_end_of_the_
 def test_an_engine_that_ran_out_of_bytes_within_the_time_is_measured_to_its_last_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, counted, _ = repetition([(101.0, 200), (104.0, 1800)], 103.9, monkeypatch)
+    for ended_s in (100.5, 103.9):
+        _, counted, _ = repetition([(101.0, 200)], ended_s, monkeypatch)
+        assert counted is None
+    _, counted, _ = repetition([(101.0, 200), (104.1, 1800)], 104.05, monkeypatch)
     assert counted is None
     assert steady.columns(150_000_000, 6.0, counted) == {"goodput_mbps": 200, "over": "whole"}
 

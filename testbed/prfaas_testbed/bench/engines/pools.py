@@ -71,7 +71,7 @@ class PoolPeer(Engine):
         self.ends["sender"].call("fill", value=self._fill)
         other = self.ends["receiver"].call("cpu_s")
         moved, counted = steady.move_and_count(
-            self.move, self.ends["receiver"], self._cell, self.layout, self._fill, limit_s
+            self.move, self.ends, self._cell, self.layout, self._fill, limit_s
         )
         landed_s = self._landed_s(moved["bytes"])
         other = self.ends["receiver"].call("cpu_s") - other

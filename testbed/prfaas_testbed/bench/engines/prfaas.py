@@ -122,7 +122,7 @@ class Prfaas(Engine):
         self.ends["sender"].call("fill", value=self._fill)
         before, pumps_before = self._cpu_s(), self._pump_cpu_s()
         moved, counted = steady.move_and_count(
-            self.move, self.ends["receiver"], self._cell, self.layout, self._fill, limit_s
+            self.move, self.ends, self._cell, self.layout, self._fill, limit_s
         )
         landed_s = self._landed_s(moved["bytes"])
         # The host's share of the receiving end is its `landed` check, which isn't the engine's.
