@@ -7,10 +7,22 @@ from dataclasses import dataclass, field
 from prfaas.model.decisions import Decision
 from prfaas.model.ids import LinkId, SiteId
 from prfaas.model.observations import RequestView
+from prfaas.model.values import value
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
 from prfaas.simulator.pipes import Transfer
 from prfaas.workload.requests import TimedRequest
+
+
+@value
+class Sent:
+    """What is kept of a decision that was carried out. The paths that it weighed are most of a request's
+    memory: given back at once, they are used again by the next decision, still in the processor's caches.
+    """
+
+    prefill_site: SiteId | None
+    reason: str
+    deadline_s: float | None
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +34,8 @@ class Live:
     """As the policy knows it."""
     excluded: frozenset[SiteId] = frozenset()
     attempt: int = 0
-    decision: Decision | None = None
+    decision: Decision | Sent | None = None
+    """The last one."""
     prefill: Engine | None = None
     decode: Engine | None = None
     prefill_job: Job | None = None

@@ -20,7 +20,7 @@ from prfaas.simulator.connections import Connections
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
 from prfaas.simulator.links import WatchedLink
-from prfaas.simulator.live import Live
+from prfaas.simulator.live import Live, Sent
 from prfaas.simulator.network import Network
 from prfaas.simulator.observing import Outlook
 from prfaas.simulator.pipes import Pipe, Transfer
@@ -236,6 +236,8 @@ class World:
         live.decode_job = Job(
             live, request.prompt_tokens, request.output_tokens, on_join=self._on_join, on_done=self._on_done
         )
+        live.decision = Sent(chosen.prefill_site, decision.reason, decision.deadline_s)
+        live.view = None
         decode.reserve(live.decode_job, request.prompt_tokens + request.output_tokens, self._on_pages, now)
 
     def _on_pages(self, job: Job, now: float) -> None:
