@@ -300,6 +300,7 @@ class World:
         if live.window_bytes and live.prefill is not None:
             self._connections[live.prefill.name].release(live.window_bytes, now)
             live.window_bytes = 0.0
+        live.prefill_job = live.transfer = None  # nothing is asked of them again
         assert live.decode is not None
         assert live.decode_job is not None
         live.decode.decode(live.decode_job, now)
