@@ -349,8 +349,11 @@ class Timeline:
             "planned_s": step.at_s,
             **fields,
         }
-        if "skipped" not in row:
-            row["lag_ms"] = _ms((at_s if began_s is None else began_s) - self._zero_s - step.at_s)
+        lag_ms = _ms((at_s if began_s is None else began_s) - self._zero_s - step.at_s)
+        if step.phase == "end" and lag_ms < 0 and self._stopped.is_set():
+            row["early"] = "the load ended before it"  # and it with the load, so that has no lag
+        elif "skipped" not in row:
+            row["lag_ms"] = lag_ms
         with self._lock:
             self._rows.append(EventRow.model_validate(row))
 

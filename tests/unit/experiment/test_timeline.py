@@ -129,6 +129,7 @@ def test_cross_traffic_ends_when_it_is_told_to_and_not_when_its_report_has_come(
     assert [row.event for row in rows] == ["cross_traffic", "cross_traffic_end"]
     assert field(rows[1], "mbps") == 7.5
     assert rows[1].at_s < K_REPORT_S
+    assert field(rows[1], "early") is None
     assert traffic.stops == 1
 
 
@@ -167,6 +168,9 @@ def test_cross_traffic_that_begins_as_the_load_ends_is_stopped_after_it_has_begu
     assert [(row.event, field(row, "skipped")) for row in rows] == [
         ("cross_traffic", None), ("cross_traffic_end", None),
     ]  # fmt: skip
+    # Its end was the load's: it came a minute before its time, and that is no lag.
+    assert field(rows[1], "early")
+    assert number(rows[1], "lag_ms") is None
 
 
 def test_an_abandoned_timeline_brings_nobody_back_and_waits_for_nothing() -> None:
