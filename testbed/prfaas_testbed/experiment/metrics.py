@@ -54,6 +54,11 @@ def _some(rows: list[RequestRow]) -> list[RequestRow]:
     return rows
 
 
+def crossed(rows: list[RequestRow]) -> list[RequestRow]:
+    """Those whose KV came from another site; within one it moves too, over no link."""
+    return [row for row in rows if field(row, "transfer") != "local"]
+
+
 @metric("requests")
 def _requests(view: View) -> float:
     """Requests of the smallest series: one model in one repetition."""
@@ -143,7 +148,7 @@ def _bytes_gap_share(view: View) -> float:
 @metric("payload_bytes", "bytes")
 def _payload_bytes(view: View) -> float:
     """KV and state that answered requests moved between sites."""
-    return sum(row.kv_bytes or 0 for row in view.answered())
+    return sum(row.kv_bytes or 0 for row in crossed(view.answered()))
 
 
 @metric("controls_caught_share")
@@ -236,12 +241,13 @@ def _throughput(view: View) -> float:
 
 @metric("goodput_mbps", "Mbit/s")
 def _goodput(view: View) -> float:
-    """Payload over the time in which at least one transfer was under way, the median series."""
+    """Payload between sites over the time in which at least one transfer of it was under way, the median
+    series."""
     rates = []
     for _, rows in view.repetitions():
         spans = [
             (start, end, row.kv_bytes or 0)
-            for row in rows
+            for row in crossed(rows)
             if (start := number(row, "transfer_start_s")) is not None
             and (end := number(row, "transfer_end_s")) is not None
         ]
@@ -262,7 +268,7 @@ def _egress(view: View) -> float:
         if done:
             span_s = max(row.sent_s + (row.e2e_s or 0) for row in done) - min(row.sent_s for row in done)
             if span_s > 0:
-                rates.append(sum(row.kv_bytes or 0 for row in done) * 8 / span_s / 1e6)
+                rates.append(sum(row.kv_bytes or 0 for row in crossed(done)) * 8 / span_s / 1e6)
     if not rates:
         raise Unsupported("no answered request")
     return float(np.median(rates))
@@ -290,7 +296,7 @@ def _slo_share(view: View) -> float:
 def _offloaded_share(view: View) -> float:
     """Share of answered requests prefilled in another site than they were decoded in."""
     rows = _some(view.answered())
-    return sum(field(row, "transfer") != "local" and bool(row.kv_bytes) for row in rows) / len(rows)
+    return sum(bool(row.kv_bytes) for row in crossed(rows)) / len(rows)
 
 
 @metric("client_cpu_share")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from prfaas.config.run import CheckRow, RequestRow, Run
-from prfaas_testbed.experiment.metrics import K_METRICS, Unsupported, equal_tokens
+from prfaas_testbed.experiment.metrics import K_METRICS, Unsupported, crossed, equal_tokens
 from prfaas_testbed.experiment.view import View, number
 
 K_MARKS = {"passed": "pass", "failed": "FAIL", "unsupported": "n/a "}
@@ -51,7 +51,10 @@ def block(view: View) -> list[str]:
         ("TTFT p90, s", lambda v, r, p: _quantile([x.ttft_s for x in r], 0.9)),
         ("end to end median, s", lambda v, r, p: _quantile([x.e2e_s for x in r], 0.5)),
         ("transfer median, s", lambda v, r, p: "" if p else _quantile([_transfer_s(x) for x in r], 0.5)),
-        ("KV and state, MB", lambda v, r, p: "" if p else f"{sum(x.kv_bytes or 0 for x in r) / 1e6:.2f}"),
+        (
+            "KV and state, MB",
+            lambda v, r, p: "" if p else f"{sum(x.kv_bytes or 0 for x in crossed(r)) / 1e6:.2f}",
+        ),
         ("goodput while moving, Mbit/s", lambda v, r, p: "" if p else _goodput(v)),
         ("WAN bytes / accounted", lambda v, r, p: "" if p else _accounted(v)),
         ("retransmitted, kB", lambda v, r, p: "" if p else _retransmitted(v)),

@@ -12,6 +12,7 @@ from prfaas_testbed.experiment.checks import exit_status, judge, require_known
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.metrics import K_METRICS, metric, union_s
 from prfaas_testbed.experiment.table import summary_lines
+from prfaas_testbed.experiment.view import View
 
 
 def request(id: str, ids: list[int], **fields: object) -> RequestRow:
@@ -214,3 +215,13 @@ def test_the_table_tells_the_goodput_of_a_repetition_and_not_of_all_laid_over_on
     run.repetitions = [run.repetitions[0].model_copy(update={"index": index}) for index in range(5)]
     (line,) = [line for line in summary_lines(run) if "goodput" in line]
     assert line.split()[4] == "8.0"
+
+
+def test_what_moved_within_a_site_crossed_no_link() -> None:
+    times: dict[str, object] = {"transfer_start_s": 0.0, "transfer_end_s": 0.5, "kv_bytes": 1_000_000}
+    rows = [request("a", [1], transfer="wan", **times), request("b", [4], transfer="local", **times)]
+    view = View(run_of(rows, EXACT))
+    found = {name: K_METRICS[name].compute(view) for name in ("payload_bytes", "goodput_mbps", "egress_mbps")}
+    assert found == {"payload_bytes": 1_000_000, "goodput_mbps": 16.0, "egress_mbps": 8.0}
+    assert K_METRICS["offloaded_share"].compute(view) == 0.5
+    assert any("KV and state, MB" in line and line.split()[-1] == "1.00" for line in summary_lines(view.run))
