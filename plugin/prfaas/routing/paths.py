@@ -11,7 +11,7 @@ and only what lies after the end of prefill counts as the tail.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -79,6 +79,8 @@ class PathFinder:
         self._of_profile: dict[int, Costs] = {}
         """By the profile's identity: the fleet holds them all."""
         self._link_ids: dict[tuple[SiteId, SiteId], LinkId] = {}
+        self._all_to: dict[SiteId, tuple[tuple[SiteId, ...], Sequence[SiteId], Sequence[LinkId]]] = {}
+        """By home, for the sites of the last snapshot: what `_to` says."""
 
     def costs(self, site: SiteId, model: ModelId) -> Costs:
         """Raises UsageError when there is no profile."""
@@ -211,15 +213,14 @@ class PathFinder:
         sites, links, backlog_s = snapshot.sites, snapshot.links, self.book.backlog_s
         known, prefill_s, size, rate_bps = None, 0.0, 0.0, 0.0
         paths: list[PathPrediction] = []
-        for source in (home, *sites):
-            link = None
-            if source != home:
-                link = links.get((source, home))  # type: ignore[call-overload]
-                if link is None:
-                    continue
+        names, to_home = self._to(home, sites)
+        for source, link in zip(names, map(links.get, to_home), strict=True):
+            if source == home:
+                link = None
+            elif link is None:
+                continue
+            else:
                 rate_bps = link.usable_bps
-            elif paths:
-                continue  # it was first
             site = sites.get(source)
             if site is None or site.prefill_instances <= 0 or (link is not None and rate_bps <= 0):
                 paths.append(self.predict(request, snapshot, source, home, now))
@@ -256,6 +257,16 @@ class PathFinder:
         """Sites that may prefill for `home`, itself first."""
         there = [name for name in snapshot.sites if name != home and (name, home) in snapshot.links]
         return [home, *there]
+
+    def _to(
+        self, home: SiteId, sites: Mapping[SiteId, SiteObservation]
+    ) -> tuple[Sequence[SiteId], Sequence[LinkId]]:
+        """`home` and all other sites, and the links that they would need to it (none is looked up)."""
+        known, names = self._all_to.get(home), tuple(sites)
+        if known is None or known[0] != names:
+            others = [home, *[name for name in names if name != home]]
+            known = self._all_to[home] = (names, others, [self.link_id(name, home) for name in others])
+        return known[1:]
 
     def _moves(self, request: RequestView, snapshot: Snapshot, home: SiteId) -> list[tuple[SiteId, SiteId]]:
         """(prefill site, giver of a longer prefix), givers that haven't failed this request."""

@@ -61,8 +61,10 @@ class TenantShares:
     def excess(self, tenant: TenantId, now: float) -> float:
         """What it took over what it may: 1 is exactly its share, 0 nothing; 1 while no other is there."""
         mine = self._taken.get(tenant)
+        if mine is not None and len(self._taken) == 1:
+            return 1.0
         total_s = self._all.at(now)
-        if total_s <= 0 or (mine is not None and len(self._taken) == 1):
+        if total_s <= 0:
             return 1.0
         if mine is None:
             return 0.0

@@ -264,7 +264,25 @@ def test_the_paths_of_a_new_prompt_are_those_predicted_one_by_one(seed: int) -> 
     finder = PathFinder(
         Fleet({("west", ""): K_PROFILE, ("", ""): slow}, frozenset({"west", "south"})), DispatchBook()
     )
+    for number in range(6):
+        if number % 2 == 0:  # sites come and go
+            snapshot = five_sites(rng, now)
+        home = rng.choice([None, "west", "south", "gone"])
+        view = RequestView(str(number), rng.choice([1, 500, 8192, 8193, 60_000]), now, home=home)
+        plain = [
+            finder.predict(view, snapshot, source, where, now)
+            for where in finder.decode_sites(view, snapshot)
+            for source in finder.sources(snapshot, where)
+        ]
+        assert finder.all_paths(view, snapshot, now) == plain
+        if plain:
+            finder.book.add(view.request, rng.choice(plain), now - rng.random())
+
+
+def five_sites(rng: Random, now: float) -> Snapshot:
+    """Some of them, in any order, with some links."""
     names = ["west", "south", "east", "north", "far"]
+    rng.shuffle(names)
     sites = {
         name: SiteObservation(
             name,
@@ -287,15 +305,4 @@ def test_the_paths_of_a_new_prompt_are_those_predicted_one_by_one(seed: int) -> 
                 links[link] = LinkEstimate(
                     link, now, rate, rate, rate, 0.04, backlog_bytes=backlog, up=rng.random() < 0.9
                 )
-    snapshot = Snapshot(now, sites, links)
-    for number in range(4):
-        home = rng.choice([None, "west", "south", "gone"])
-        view = RequestView(str(number), rng.choice([1, 500, 8192, 8193, 60_000]), now, home=home)
-        plain = [
-            finder.predict(view, snapshot, source, where, now)
-            for where in finder.decode_sites(view, snapshot)
-            for source in finder.sources(snapshot, where)
-        ]
-        assert finder.all_paths(view, snapshot, now) == plain
-        if plain:
-            finder.book.add(view.request, rng.choice(plain), now - rng.random())
+    return Snapshot(now, sites, links)
