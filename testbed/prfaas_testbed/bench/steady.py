@@ -85,10 +85,10 @@ def move_and_count(
         for at_s in (span.warm_s, span.end_s):
             if ends["sender"].has_answered(began_s + at_s - time.perf_counter()):
                 return
-            now_s, segments = ends["receiver"].call(
+            now_s, landed_bytes = ends["receiver"].call(
                 "count", offsets=layout.offsets, segment_bytes=layout.segment_bytes, value=value
             )
-            counts.append((now_s, segments * layout.segment_bytes))
+            counts.append((now_s, landed_bytes))
 
     moved = move(total_bytes=layout.total_bytes, limit_s=span.end_s, meanwhile=count)
     if len(counts) < 2 or counts[1][0] > moved["ended_s"]:

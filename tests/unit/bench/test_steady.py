@@ -68,11 +68,11 @@ def repetition(
 def test_goodput_is_what_came_between_the_end_of_the_warm_up_and_the_end_of_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked, counted, waits = repetition([(101.0, 200), (104.0, 1800)], 104.7, monkeypatch)
+    asked, counted, waits = repetition([(101.0, 20_000_000), (104.0, 80_000_000)], 104.7, monkeypatch)
     assert waits == [1.0, 3.0]
     assert asked["limit_s"] == 4.0
     assert counted is not None
-    assert counted.mbps == pytest.approx(1600 * 65536 * 8e-6 / 3)
+    assert counted.mbps == pytest.approx(160)
     found = steady.columns(150_000_000, 6.0, counted)
     assert found["over"] == "steady"
     assert found["whole_mbps"] == 200
@@ -83,9 +83,9 @@ def test_an_engine_that_ran_out_of_bytes_within_the_time_is_measured_to_its_last
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for ended_s in (100.5, 103.9):
-        _, counted, _ = repetition([(101.0, 200)], ended_s, monkeypatch)
+        _, counted, _ = repetition([(101.0, 20_000_000)], ended_s, monkeypatch)
         assert counted is None
-    _, counted, _ = repetition([(101.0, 200), (104.1, 1800)], 104.05, monkeypatch)
+    _, counted, _ = repetition([(101.0, 20_000_000), (104.1, 80_000_000)], 104.05, monkeypatch)
     assert counted is None
     assert steady.columns(150_000_000, 6.0, counted) == {"goodput_mbps": 200, "over": "whole"}
 
@@ -105,9 +105,16 @@ def test_where_pages_would_be_written_again_or_there_is_no_link_the_whole_counts
     assert steady.span_of(Cell(), Layout.of(Cell()), LIMIT_S) is None
 
 
-def test_a_page_counts_when_both_its_ends_are_there() -> None:
-    pool = Pool(4 * 1024)
+def test_a_segment_that_is_there_in_part_counts_in_part() -> None:
+    pool = Pool(4 * 20_000)
+    pool.view[:20_000] = 7
+    pool.view[40_000:49_000] = 7  # two pieces of 4 KiB and some more
+    pool.view[79_999] = 7  # the last and shorter piece of the segment at 60,000, whatever lies before it
+    assert pool.count([0, 20_000, 40_000, 60_000], 20_000, 7)[1] == 20_000 + 2 * 4096 + 20_000 - 4 * 4096
+
+
+def test_segments_smaller_than_a_piece_count_whole() -> None:
+    pool = Pool(4096)
     pool.view[0:512] = 7
     pool.view[1024:1100] = 7
-    pool.view[3072 + 511] = 7
-    assert pool.count([0, 1024, 2048, 3072], 512, 7)[1] == 1
+    assert pool.count([0, 1024, 2048], 512, 7)[1] == 512
