@@ -48,6 +48,13 @@ class PolicyConfig(Strict):
     service: Literal["arrival", "deadline"] = "arrival"
     """In which order prefill instances take what waits. deadline: by the decision's order_s, which instances
     must be able to keep; `prices` then reckons with it, and puts what can't be in time behind the rest."""
+    bind: Literal["arrival", "start"] = "start"
+    """`prices` by deadline, where it knows a site's instances: when a request is bound to one. start: when
+    its prefill is about to begin there; until then it is kept at the door, may go elsewhere, and gives its
+    place to a shorter one that would be late. arrival: when it comes."""
+    lead_s: float = Field(default=0.02, gt=0, le=10)
+    """bind: start: so long before its prefill begins a request is sent, beyond a round trip to the site. What
+    a prediction errs by, an instance waits or a request is bound too soon."""
     hold_above_s: float | None = Field(default=None, gt=0)
     """Keep a request at the door while the prefill queue of the site chosen for it is longer than this, and
     let it in by the decision's order_s: for servers that serve in order of arrival, as SGLang's do. None:
@@ -59,6 +66,12 @@ class PolicyConfig(Strict):
         if self.default_class not in self.classes:
             raise ValueError(
                 f"default_class {self.default_class!r} is not among classes {sorted(self.classes)}"
+            )
+        late_binding = self.bind == "start" and "bind" in self.model_fields_set and self.service == "deadline"
+        if self.hold_above_s is not None and late_binding:
+            raise ValueError(
+                f"hold_above_s: found {self.hold_above_s:g}; with service: deadline and bind: start all that "
+                "can't begin is held; leave hold_above_s out, or set bind: arrival"
             )
         bad = [name for name, weight in self.tenant_weights.items() if weight <= 0]
         if bad:

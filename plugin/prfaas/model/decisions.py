@@ -93,7 +93,14 @@ class Decision:
     threshold_tokens: float | None = None
     """Uncached length above which this request would have gone out, where the policy has one (inf: never)."""
     until_s: float | None = None
+    gives_up: tuple[RequestId, ...] = ()
+    """Held requests whose place it takes: they will be recalled."""
     retry_after_s: float | None = None
+
+    @property
+    def planned(self) -> bool:
+        """Held for an instance: the policy recalls it, and is told that it is held."""
+        return self.action is Action.HOLD and self.prefill_instance is not None
 
     @property
     def prefill_site(self) -> SiteId | None:

@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import aiohttp
 from aiohttp import web
@@ -261,14 +262,13 @@ class Door:
                 rid=f"{ticket.request_id}-{ticket.attempt:02d}",
                 room=room,
                 aborts=self.background,
-                on_prefill_ended=lambda ended: self._prefill_ended(ended, ticket.prompt),
+                on_prefill_ended=partial(self._prefill_ended, ticket, ticket.attempt),
                 clock=self._clock,
             )
             first = (route.prefill or route.decode).name
             self._caches.on_dispatched(first, ticket.prompt, ticket.cached.get(first, 0))
-            patience_s = max(
-                retry.first_token_min_s, retry.first_token_factor * (decision.predicted_ttft_s or 0.0)
-            )
+            predicted_s = decision.predicted_ttft_s or 0.0
+            patience_s = max(retry.first_token_min_s, retry.first_token_factor * predicted_s)
             patience_s = min(patience_s, max(0.1, end_s - self._clock()))
             try:
                 return attempt, await attempt.open(patience_s, retry.answer_s)
@@ -319,17 +319,17 @@ class Door:
         attempt.unbook_tokens()
         answer = attempt.prefill_answer
         if answer is None:
-            self._caches.on_prefilled(
-                (attempt.route.prefill or attempt.route.decode).name, ticket.prompt, None
-            )
+            name = (attempt.route.prefill or attempt.route.decode).name
+            self._caches.on_prefilled(name, ticket.prompt, None)
         self._scheduler.on_first_token(ticket, answer.cached_tokens if answer else None)
         self._metrics.ttft.labels(outcome.site or "").observe(outcome.ttft_s or 0.0)
 
-    def _prefill_ended(self, attempt: Attempt, prompt: Prompt) -> None:
+    def _prefill_ended(self, ticket: Ticket, number: int, attempt: Attempt) -> None:
         server = (attempt.route.prefill or attempt.route.decode).name
         self._caches.on_ended(server)
         if attempt.prefill_answer is not None:
-            self._caches.on_prefilled(server, prompt, attempt.prefill_answer.cached_tokens)
+            self._caches.on_prefilled(server, ticket.prompt, attempt.prefill_answer.cached_tokens)
+            self._scheduler.on_prefill_done(ticket, number)
 
     def _answered(self, attempt: Attempt, opened: Opened, outcome: Outcome, began_s: float) -> None:
         """To the last byte, or told why not."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+
+from prfaas.routing import Policy
 
 K_WAKE = 4
 """Requests that ask again for one thing freed. One that goes through wakes the next, so that a freed resource
@@ -53,6 +56,8 @@ class HoldingPen:
         """Orders of those that wait, by what they wait for."""
         self.serials = itertools.count(1)
         self._heap: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._uncalled: dict[str, asyncio.Future[None]] = {}
+        self._looks: asyncio.TimerHandle | None = None
 
     @contextmanager
     def place(self) -> Iterator[Place]:
@@ -87,6 +92,42 @@ class HoldingPen:
             pass
         finally:
             future.cancel()  # leaves the heap when it comes up
+
+    async def until_called(self, name: str, timeout_s: float) -> None:
+        """Until `call` names it, or the time is up: for one whose turn somebody else knows."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._uncalled[name] = future
+        try:
+            async with asyncio.timeout(timeout_s):
+                await future
+        except TimeoutError:
+            pass
+        finally:
+            if self._uncalled.get(name) is future:
+                del self._uncalled[name]
+
+    def call_all(self) -> None:
+        """All of those ask again."""
+        self._call(list(self._uncalled))
+
+    def recall(self, policy: Policy, clock: Callable[[], float]) -> None:
+        """Calls those whose turn it is by the policy: now, and when it says."""
+        if self._looks is not None:
+            self._looks.cancel()
+            self._looks = None
+        if self._uncalled:
+            now = clock()
+            names, next_s = policy.recalls(now)
+            self._call(names)
+            if next_s < math.inf:
+                loop = asyncio.get_running_loop()
+                self._looks = loop.call_later(max(0.0, next_s - now), self.recall, policy, clock)
+
+    def _call(self, names: Iterable[str]) -> None:
+        for name in names:
+            future = self._uncalled.pop(name, None)
+            if future is not None and not future.done():
+                future.set_result(None)
 
     def wake(self, count: int = K_WAKE) -> None:
         """Something was freed."""

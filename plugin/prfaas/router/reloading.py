@@ -10,7 +10,7 @@ from prfaas.config.profile import load_profile
 from prfaas.config.router import CostFile, Model, RouterConfig
 from prfaas.model.errors import ConfigError
 from prfaas.router.fleet import keys_of
-from prfaas.router.scheduler import LinearCost
+from prfaas.router.linear_cost import LinearCost
 from prfaas.router.tls import page_authorities, tls_context
 from prfaas.router.tokens import PromptReader
 from prfaas.routing import CostProfile

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
 from prfaas.config.router import CostFile, RouterConfig
@@ -30,6 +30,10 @@ K_LOCAL_FROM = 2
 """Attempt (counted from 0) from which only sites that also decode may prefill."""
 K_HOLD_STEP_S = 0.5
 """Longest time between two questions for a held request."""
+K_UNCALLED_S = 10.0
+"""The same for one that the policy recalls itself."""
+K_PLANNED_SHARE = 0.5
+"""Share of `retry.total_s` after which it is sent whatever its turn: its attempts need the rest."""
 
 
 class Prefixes(Protocol):
@@ -41,23 +45,8 @@ class Prefixes(Protocol):
 
 
 class NoPrefixes:
-    """Nothing is known of any cache."""
-
     def cached_tokens(self, model: ModelId, prompt: Prompt) -> Mapping[str, int]:
         return {}
-
-
-@dataclass(frozen=True, slots=True)
-class LinearCost:
-    """T_prefill(l) and S_kv(l) as two straight lines, from the configuration."""
-
-    config: CostFile
-
-    def prefill_s(self, tokens: float, /) -> float:
-        return self.config.base_s + tokens / self.config.prefill_tokens_per_s
-
-    def kv_bytes(self, tokens: float, /) -> float:
-        return self.config.state_bytes + tokens * self.config.kv_bytes_per_token
 
 
 class Scheduler:
@@ -95,6 +84,7 @@ class Scheduler:
         if made_of != self._made_of:
             self.policy = create_policy(config.policy, fleet)
             self._made_of = made_of
+            self.pen.call_all()  # what the old one had planned for them is no more
         if self.records.maxlen != config.logs.decisions:
             self.records = deque(self.records, maxlen=config.logs.decisions)
         self._config = config
@@ -126,19 +116,23 @@ class Scheduler:
         return Snapshot(now=now, sites=sites, links=self._links.estimates(now))
 
     async def route(self, ticket: Ticket) -> Route:
-        """Where the next attempt goes. Waits while the policy holds it. Raises Overloaded or NoPath."""
+        """Where the next attempt goes, once the policy doesn't hold it. Raises Overloaded or NoPath."""
         ticket.cached = self._prefixes.cached_tokens(ticket.model, ticket.prompt)
         place: Place | None = None
         with ExitStack() as stay:
             while True:
                 now = self._clock()
                 view = self._view(ticket)
-                decision = self.policy.decide(
-                    view, self.snapshot(ticket.model, ticket.failed_servers, now), now
-                )
+                snapshot = self.snapshot(ticket.model, ticket.failed_servers, now)
+                decision = self.policy.decide(view, snapshot, now)
                 self._on_decided(self._clock() - now)
                 order = _order(decision, ticket)
                 thing = (ticket.model, decision.prefill_site)
+                waited = (now - ticket.arrived_s) / self._config.retry.total_s
+                full = place is None and self.pen.held >= self._config.limits.max_held
+                if decision.planned and (full or waited >= K_PLANNED_SHARE):
+                    # It can wait at its server as well: nobody is turned away for a plan.
+                    decision = replace(decision, action=Action.DISPATCH)
                 # A retry doesn't queue again: it has waited, and paid with a failure.
                 behind = ticket.attempt == 0 and self.pen.ahead(thing, order, place)
                 if decision.action is Action.DISPATCH and not behind:
@@ -151,29 +145,46 @@ class Scheduler:
                     # The policy's picture is older than ours: not this site again.
                     site = decision.prefill_site
                     if site is None or site in ticket.failed_sites:
-                        raise NoPath(
-                            "No server can take this request now.", retry_after_s=self._retry_after_s
-                        )
+                        none = "No server can take this request now."
+                        raise NoPath(none, retry_after_s=self._retry_after_s)
                     ticket.failed_sites.add(site)
                     continue
                 if decision.action not in (Action.HOLD, Action.DISPATCH):
                     ticket.decision = decision
                     self._record(ticket, decision, None)
                     raise self._refusal(decision)
-                if now - ticket.arrived_s >= self._config.retry.total_s:
-                    raise Overloaded(
-                        f"Held for too long: {decision.reason}", retry_after_s=self._retry_after_s
-                    )
+                if waited >= 1:
+                    long = f"Held for too long: {decision.reason}"
+                    raise Overloaded(long, retry_after_s=self._retry_after_s)
                 if place is None:
-                    if self.pen.held >= self._config.limits.max_held:
+                    if full:
                         raise Overloaded("Too many requests are waiting.", retry_after_s=self._retry_after_s)
                     place = stay.enter_context(self.pen.place())
                     self._record(ticket, decision, None)
+                if decision.planned:
+                    place.leave()  # the policy knows its turn
+                    self._under_policy(ticket)
+                    self.policy.on_hold(request=view, decision=decision, now=now)
+                    self.pen.recall(self.policy, self._clock)
+                    wait_s = min(K_UNCALLED_S, (K_PLANNED_SHARE - waited) * self._config.retry.total_s)
+                    await self.pen.until_called(ticket.request_id, wait_s)
+                    continue
                 place.at(thing, order)
                 wait_s = K_HOLD_STEP_S
                 if decision.until_s is not None:
                     wait_s = min(wait_s, max(0.001, decision.until_s - now))
                 await self.pen.wait(order, wait_s)
+
+    def _freed(self) -> None:
+        """An instance or a link has something less to do: whoever waited for that asks again."""
+        self.pen.wake()
+        self.pen.recall(self.policy, self._clock)
+
+    def _under_policy(self, ticket: Ticket) -> None:
+        """The request is the present policy's from now on: one that held it before a reload forgets it."""
+        if ticket.policy is not None and ticket.policy is not self.policy:
+            ticket.policy.on_finished(request=ticket.request_id, now=self._clock())
+        ticket.policy = self.policy
 
     def _refusal(self, decision: Decision) -> Exception:
         retry_after_s = decision.retry_after_s or self._retry_after_s
@@ -278,13 +289,14 @@ class Scheduler:
     def _dispatched(
         self, ticket: Ticket, view: RequestView, decision: Decision, route: Route, now: float
     ) -> None:
-        ticket.decision, ticket.policy = decision, self.policy
+        ticket.decision = decision
+        self._under_policy(ticket)
         assert decision.chosen is not None
         ticket.link = decision.chosen.link
         if ticket.link is not None:
-            ticket.link_sent_s = self._clock()
-            ticket.probe = self._links.on_sent(ticket.link)
+            ticket.link_sent_s, ticket.probe = self._clock(), self._links.on_sent(ticket.link)
         self.policy.on_dispatch(request=view, decision=decision, now=now)
+        self.pen.recall(self.policy, self._clock)
         self._record(ticket, decision, route)
 
     def _record(self, ticket: Ticket, decision: Decision, route: Route | None) -> None:
@@ -305,10 +317,12 @@ class Scheduler:
         self.records.append(record)
         self._on_record(record)
 
-    def on_prefill_done(self, ticket: Ticket) -> None:
-        if ticket.policy is not None:
-            ticket.policy.on_prefill_done(request=ticket.request_id, now=self._clock())
-        self.pen.wake()
+    def on_prefill_done(self, ticket: Ticket, attempt: int) -> None:
+        """That attempt's prefill server has answered, as it does once the bytes are across."""
+        if ticket.policy is not None and ticket.attempt == attempt:
+            ago_s = ticket.decision.chosen.tail_s if ticket.decision and ticket.decision.chosen else 0.0
+            ticket.policy.on_prefill_done(request=ticket.request_id, now=self._clock(), ago_s=ago_s)
+        self._freed()
 
     def on_first_token(self, ticket: Ticket, cached_tokens: int | None) -> None:
         if ticket.link is not None:
@@ -321,8 +335,7 @@ class Scheduler:
 
     def on_failed(self, ticket: Ticket, route: Route, failed: AttemptFailed) -> None:
         """An attempt brought no token: learn from it, and lead the next one elsewhere."""
-        now = self._clock()
-        retry = self._config.retry
+        now, retry = self._clock(), self._config.retry
         prefill_site = route.prefill.site if route.prefill else route.decode.site
         culprit = route.decode if failed.side is Side.DECODE or route.prefill is None else route.prefill
         if failed.kind is FailureKind.CONNECT:
@@ -341,22 +354,16 @@ class Scheduler:
                 ticket.blame[one.name] = ticket.blame.get(one.name, 0) + 1
         policy = ticket.policy
         if policy is not None and failed.kind is FailureKind.REFUSED:
+            retry_after_s = failed.retry_after_s
             policy.on_refused(
-                request=ticket.request_id,
-                reason=failed.message,
-                retry_after_s=failed.retry_after_s,
-                now=now,
+                request=ticket.request_id, reason=failed.message, retry_after_s=retry_after_s, now=now
             )
         elif policy is not None:
-            policy.on_failed(
-                request=ticket.request_id,
-                site=prefill_site,
-                reason=f"{failed.kind}: {failed.message}",
-                now=now,
-            )
+            reason = f"{failed.kind}: {failed.message}"
+            policy.on_failed(request=ticket.request_id, site=prefill_site, reason=reason, now=now)
         self._leave_link(ticket)
         ticket.attempt += 1
-        self.pen.wake()
+        self._freed()
 
     def _leave_link(self, ticket: Ticket) -> None:
         if ticket.link is not None:
@@ -374,7 +381,7 @@ class Scheduler:
         if ticket.policy is not None:
             ticket.policy.on_finished(request=ticket.request_id, now=self._clock())
             ticket.policy = None
-        self.pen.wake()
+        self._freed()
 
 
 def _order(decision: Decision, ticket: Ticket) -> float:

@@ -31,7 +31,7 @@ class BookingPolicy(Policy):
         if decision.chosen is not None:
             self.book.add(request.request, decision.chosen, now)
 
-    def on_prefill_done(self, *, request: RequestId, now: float) -> None:
+    def on_prefill_done(self, *, request: RequestId, now: float, ago_s: float = 0.0) -> None:
         self.book.prefilled(request)
 
     def on_first_token(self, *, request: RequestId, now: float, cached_tokens: int | None = None) -> None:
@@ -154,3 +154,24 @@ def soonest(paths: Sequence[PathPrediction]) -> PathPrediction | None:
     """The feasible path with the smallest TTFT; earlier ones win ties."""
     able = [path for path in paths if path.feasible]
     return min(able, key=lambda path: path.ttft_s) if able else None
+
+
+def alike(one: PathPrediction, other: PathPrediction) -> bool:
+    return (one.prefill_site, one.decode_site, one.cache_move) == (
+        other.prefill_site, other.decode_site, other.cache_move,
+    )  # fmt: skip
+
+
+def why_won(chosen: PathPrediction, paths: Sequence[PathPrediction]) -> str:
+    """What won, and over what."""
+    others = ", ".join(
+        [
+            "%s %.2f+%.2f" % (path.label, path.ttft_s, path.price)  # noqa: UP031 (half of an f-string's price)
+            if path.feasible
+            else f"{path.label} {path.why_not}"
+            for path in paths
+            if path is not chosen
+        ]
+    )
+    won = f"{chosen.label}: TTFT {chosen.ttft_s:.2f} s + price {chosen.price:.2f}"
+    return f"{won}, over {others}" if others else f"{won}, the only path"

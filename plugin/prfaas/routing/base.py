@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,7 +51,8 @@ class Policy(ABC):
     """Decides, for each request, where to prefill.
 
     Guarantees: `decide` always answers, never raises for anything a snapshot may hold, keeps no snapshot and
-    changes nothing but its own smoothing: only `on_dispatch` books work. `now` never goes back.
+    changes nothing but its own smoothing and what was planned for this very request while it was held: only
+    `on_dispatch` books work. `now` never goes back.
     Hooks are keyword-only; a shell that can't tell something leaves the hook uncalled.
     """
 
@@ -64,15 +66,27 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
-        """Where this request goes now. It may be asked for again (after HOLD, a refusal, a failure)."""
+        """Where this request goes now. It may be asked for again (after HOLD, a refusal, a failure); what was
+        planned for it while it was held is forgotten then.
+        """
         ...
+
+    def on_hold(self, *, request: RequestView, decision: Decision, now: float) -> None:
+        """The shell keeps the request, as decided. It ends by another decision, or by on_finished."""
+        return None
+
+    def recalls(self, now: float) -> tuple[Sequence[RequestId], float]:
+        """Held requests to be decided anew now, and when to ask again for others (inf: after the next event).
+        They are named each time until that is done.
+        """
+        return (), math.inf
 
     def on_dispatch(self, *, request: RequestView, decision: Decision, now: float) -> None:
         """The shell has sent the request as decided."""
         return None
 
-    def on_prefill_done(self, *, request: RequestId, now: float) -> None:
-        """Its prefill has ended; bytes may still be on their way."""
+    def on_prefill_done(self, *, request: RequestId, now: float, ago_s: float = 0.0) -> None:
+        """Its prefill has ended, ago_s before it was heard of; bytes may still be on their way."""
         return None
 
     def on_first_token(self, *, request: RequestId, now: float, cached_tokens: int | None = None) -> None:
@@ -88,7 +102,7 @@ class Policy(ABC):
         return None
 
     def on_finished(self, *, request: RequestId, now: float) -> None:
-        """It is answered or given up: forget it. Every dispatched request ends here, exactly once."""
+        """It is answered or given up: forget it. Every one dispatched or held ends here, once."""
         return None
 
     def on_plan(self, *, home: SiteId, threshold_tokens: float, now: float) -> None:

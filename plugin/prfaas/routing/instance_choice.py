@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from prfaas.model.decisions import PathPrediction
-from prfaas.model.ids import InstanceId, SiteId
+from prfaas.model.ids import InstanceId, ModelId, RequestId, SiteId
 from prfaas.model.observations import RequestView, Role, Snapshot
-from prfaas.routing.lanes import K_FOREIGN_S, Lane, Lanes
+from prfaas.routing.held import Lanes, longest_held, make_room
+from prfaas.routing.lanes import K_FOREIGN_S, K_ROUNDING_S, K_STEPS_MARGIN_S, Lane
 from prfaas.routing.paths import PathFinder, transfer_tail_s
 
-K_STEPS_MARGIN_S = 0.05  # s by which a prediction by the instance's own steps must keep a deadline
-K_ROUNDING_S = 1e-6  # s by which sums of the same seconds in another order may differ, and more
+K_GUARD_S = 0.01  # s before a step begins in which nothing is sent that is to be in it
 K_LOOKED_AT = 8  # instances of a site, those with least to do,
 K_HOLDERS = 2  # and so many more that hold some of the prompt
 
@@ -36,6 +36,10 @@ class Choice:
     tail_s: float
     price: float
     cost: float
+    misses: bool = False
+    """It is late, or makes another late."""
+    gives_up: tuple[RequestId, ...] = ()
+    """Held requests that lose their place to it."""
 
     def prediction(self) -> PathPrediction:
         """The path as it is at this instance."""
@@ -61,6 +65,8 @@ class InstanceChooser:
     def __init__(self, paths: PathFinder) -> None:
         self._paths = paths
         self.lanes = Lanes()
+        self._usable: dict[tuple[SiteId, SiteId, ModelId], frozenset[InstanceId]] = {}
+        """Instances that could take a new request of a model, by the site and where it is decoded."""
 
     def lanes_of(
         self, request: RequestView, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float
@@ -77,9 +83,15 @@ class InstanceChooser:
         decodes = Role.DECODE
         for path in paths:
             site = path.prefill_site
-            if not path.feasible or site in lanes:
+            if site in lanes:
+                continue
+            if not path.feasible:
+                self._watch(request, path, [], now)
                 continue
             found: list[SortedLane] = []
+            early_s = K_GUARD_S
+            if site != path.decode_site:
+                early_s += snapshot.links[self._paths.link_id(site, path.decode_site)].rtt_s / 2
             costs = self._paths.costs(site, request.model)
             for one in snapshot.sites[site].instances:
                 if one.role is decodes or one.draining or not one.healthy:
@@ -91,12 +103,15 @@ class InstanceChooser:
                     lane = known[name] = Lane(chunk_tokens or costs.chunk_tokens, most)
                 elif chunk_tokens and (chunk_tokens != lane.chunk_tokens or most != lane.prefill_requests):
                     lane.cut(chunk_tokens, most)  # it tells only now, or came back with others
+                    self.lanes.touch(lane)
+                lane.early_s = early_s
                 if one.at_s > lane.reported_s:
                     backlog_s = one.prefill_backlog_s
                     if backlog_s is None:
                         backlog_s = one.waiting_uncached_tokens * costs.s_per_token
                     if backlog_s > K_FOREIGN_S or lane.foreign_s:
                         lane.report(backlog_s, one.at_s, now)
+                        self.lanes.touch(lane)
                 work_s = lane.ends_s - now
                 if work_s <= 0.0:
                     if lane.step or lane.hopeful or lane.behind:
@@ -107,6 +122,7 @@ class InstanceChooser:
                 found.append((work_s + lane.hopeful_s + lane.foreign_s, name, lane))
             if not found:
                 return None
+            self._watch(request, path, found, now)
             found.sort()
             if len(found) > K_LOOKED_AT:
                 held = request.instance_cached_tokens
@@ -115,6 +131,26 @@ class InstanceChooser:
                 found = found[:K_LOOKED_AT] + holders[:K_HOLDERS]
             lanes[site] = found
         return lanes
+
+    def _watch(
+        self, request: RequestView, path: PathPrediction, found: Sequence[SortedLane], now: float
+    ) -> None:
+        """What is held for an instance that can't be used any more is decided anew at once, and all that is
+        held where there are more of them.
+
+        A request that failed somewhere doesn't see all that others do.
+        """
+        if request.attempt:
+            return
+        key = (path.prefill_site, path.decode_site, request.model)
+        known = self._usable.get(key)
+        if known is not None and len(known) == len(found):
+            return  # one that goes as another comes is noticed when its turn would be
+        self._usable[key] = names = frozenset(one[1] for one in found)
+        if known is not None:
+            if names - known:
+                self.lanes.recall_all(path.decode_site, now)
+            self.lanes.recall_from(known - names, path.decode_site, now)
 
     def in_time(
         self,
@@ -133,7 +169,7 @@ class InstanceChooser:
 
         `prices` are the paths', for the prefill that each predicts. None where no path is feasible.
         """
-        best: tuple[PathPrediction, InstanceId, float, float, int, float, float] | None = None
+        best: tuple[PathPrediction, InstanceId, float, float, int, float, float, float, bool] | None = None
         best_cost = math.inf
         shared = bool(request.instance_cached_tokens)
         for path, price in zip(paths, prices, strict=True):
@@ -162,12 +198,60 @@ class InstanceChooser:
                     ttft_s += tail_s
                 delayed = lane.place(order_s, tokens, own_s, now, start_up_s)[1] if lane.hopeful else 0
                 cost = ttft_s + due_price + other_miss_s * delayed
-                if now + ttft_s + K_STEPS_MARGIN_S > deadline_s:
+                late = now + ttft_s + K_STEPS_MARGIN_S > deadline_s
+                if late:
                     cost += miss_s
                 if cost < best_cost:
-                    best_cost = cost
-                    best = (path, instance, end_s - now - own_s, own_s, tokens, tail_s, due_price)
-        return None if best is None else Choice(*best, best_cost)
+                    best_cost, misses = cost, late or delayed > 0
+                    wait_s = end_s - now - own_s
+                    best = (path, instance, wait_s, own_s, tokens, tail_s, due_price, cost, misses)
+        return None if best is None else Choice(*best)
+
+    def in_place_of(
+        self,
+        request: RequestView,
+        paths: Sequence[PathPrediction],
+        prices: Sequence[float],
+        lanes: SiteLanes,
+        snapshot: Snapshot,
+        now: float,
+        order_s: float,
+        deadline_s: float,
+        miss_s: float,
+    ) -> Choice | None:
+        """In time, and all that stay as well, because something longer that is held there gives way.
+
+        The longest that is held anywhere is tried first: its seconds are worth most.
+        """
+        able: list[tuple[float, float, int, InstanceId, Lane]] = []
+        for at, path in enumerate(paths):
+            for _, instance, lane in lanes[path.prefill_site] if path.feasible else ():
+                longest = longest_held(lane)
+                if longest is not None:
+                    able.append((*longest, at, instance, lane))
+        able.sort(key=lambda one: one[:2])
+        for longest_miss_s, less_s, at, instance, lane in able:
+            path = paths[at]
+            tokens, own_s = self._own(request, path, instance)
+            if (longest_miss_s, less_s) >= (miss_s, -own_s):
+                continue
+            wait_s = max(0.0, lane.work_s(now) - own_s)
+            tail_s = self._tail_s(path, snapshot, wait_s, own_s, tokens)
+            start_up_s = self._paths.costs(path.prefill_site, request.model).start_up_s
+            latest_s = deadline_s - tail_s - path.move_s
+            room = make_room(lane, order_s, tokens, own_s, latest_s, miss_s, now, start_up_s)
+            if room is None or not room[1]:
+                continue
+            end_s, out = room
+            price = prices[at] * own_s / path.prefill_s if path.prefill_s > 0 else prices[at]
+            cost = end_s - now + path.move_s + tail_s + price
+            cost += sum(one.hold.miss_s for one in out if one.hold is not None)
+            if own_s > 0:
+                cost -= sum(one.work_s for one in out) * price / own_s
+            gives_up = tuple(one.request for one in out)
+            wait_s = end_s - now - own_s
+            return Choice(path, instance, wait_s, own_s, tokens, tail_s, price, cost, True, gives_up)
+        return None
 
     def behind(
         self,

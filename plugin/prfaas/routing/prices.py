@@ -5,7 +5,8 @@ path wins.
 
 Where instances can serve by deadline (`service: deadline`), a path is looked at in two places of its queue:
 where its deadline puts it, at the cost of being late and of each that it makes late, and behind all that can
-still be in time (due.py).
+still be in time (due.py). With `bind: start` a request stays at the door until its prefill is about to begin,
+and its instance is chosen anew then (held.py).
 
 No threshold is given. The length from which requests go out is where both sides cost the same; it follows
 queues, bandwidth and roles by itself, and `get_log_data` shows it.
@@ -24,10 +25,12 @@ from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
 from prfaas.model.ids import RequestId, SiteId
 from prfaas.model.observations import RequestView, Snapshot
-from prfaas.routing.answers import BookingPolicy
+from prfaas.routing.answers import BookingPolicy, alike, why_won
 from prfaas.routing.base import Fleet, register_policy
 from prfaas.routing.due import DueQueue, DueQueues
-from prfaas.routing.instance_choice import K_STEPS_MARGIN_S, InstanceChooser, SiteLanes
+from prfaas.routing.held import begins_behind_s, begins_s
+from prfaas.routing.instance_choice import InstanceChooser, SiteLanes
+from prfaas.routing.lanes import K_ROUNDING_S, Hold, Lane
 from prfaas.routing.pricing import PriceList, Way
 from prfaas.routing.tenants import TenantShares
 
@@ -37,6 +40,7 @@ while K_GRID[-1] < 1 << 18:
     K_GRID.append(max(K_GRID[-1] + 1, int(K_GRID[-1] * 1.02)))
 
 K_BEHIND_S = 600.0  # s: what can't be in time is served as if it were due so much later: it can't starve
+K_TURN_S = 1e-6  # s by which a request's place moves forward each time that it is held
 K_MISS_S = 500.0  # s: what one more request too late costs, relative to delay
 K_MARGIN_S = 0.2  # s by which a prediction must keep a deadline
 
@@ -62,7 +66,10 @@ class PricesPolicy(BookingPolicy):
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
         paths = self.paths.all_paths(request, snapshot, now)
         ways = self.prices.ways(paths, snapshot, now)
-        if request.attempt == 0:
+        again = self.lanes.holds(request.request)
+        if again:
+            self.lanes.drop(request.request, now)
+        if request.attempt == 0 and not again:
             self.prices.observe(paths, ways, snapshot, now)
         if self.names_instances:
             lanes = self.instances.lanes_of(request, paths, snapshot, now)
@@ -94,7 +101,7 @@ class PricesPolicy(BookingPolicy):
             now,
             chosen,
             paths,
-            _why(chosen, paths),
+            why_won(chosen, paths),
             deadline_s=deadline_s,
             order_s=deadline_s + self.tenants.lag_s(request.tenant, now),
         )
@@ -160,8 +167,8 @@ class PricesPolicy(BookingPolicy):
             return self.no_path(request, now, paths)
         if self.config.shed and request.attempt == 0 and best_order_s == behind_s:
             return self._shed(request, paths, deadline_s, now)
-        others = [path for path in paths if not _alike(path, best)]
-        why = _why(best, others) + (", behind all that can be in time" if best_order_s == behind_s else "")
+        others = [path for path in paths if not alike(path, best)]
+        why = why_won(best, others) + (", behind all that can be in time" if best_order_s == behind_s else "")
         return self.dispatch(
             request, snapshot, now, best, others, why, deadline_s=deadline_s, order_s=best_order_s
         )
@@ -196,16 +203,21 @@ class PricesPolicy(BookingPolicy):
         prefix that it holds counts for it alone.
         """
         deadline_s = self.deadline_s(request)
-        in_time_s, behind_s = (
-            deadline_s + self.tenants.lag_s(request.tenant, now),
-            deadline_s + K_BEHIND_S,
-        )
+        # One that is asked for again isn't put behind its equals.
+        earlier_s = K_TURN_S * self.lanes.turns(request.request)
+        in_time_s = deadline_s + self.tenants.lag_s(request.tenant, now) - earlier_s
+        behind_s = deadline_s + K_BEHIND_S - earlier_s
         hoped_s = {site: sum([one[0] for one in there]) / len(there) for site, there in lanes.items()}
         prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
         miss_s, order_s = K_MISS_S * self._weight(request), in_time_s
+        late_binding = self.config.bind == "start" and request.attempt == 0
         best = self.instances.in_time(
             request, paths, prices, lanes, snapshot, now, in_time_s, deadline_s, miss_s, K_MISS_S
         )
+        if late_binding and best is not None and best.misses:
+            best = self.instances.in_place_of(
+                request, paths, prices, lanes, snapshot, now, in_time_s, deadline_s, miss_s
+            )
         if best is None or best.cost >= miss_s:
             behind = self.instances.behind(request, paths, lanes, snapshot, now)
             if behind is not None and (best is None or behind.cost + miss_s <= best.cost):
@@ -216,19 +228,69 @@ class PricesPolicy(BookingPolicy):
             return self._shed(request, paths, deadline_s, now)
         chosen = best.prediction()
         others = [path for path in paths if path is not best.path]
-        why = _why(chosen, others) + (", behind all that can be in time" if order_s == behind_s else "")
+        why = why_won(chosen, others) + (", behind all that can be in time" if order_s == behind_s else "")
+        lane = self.lanes.get(best.instance)
+        if late_binding and lane is not None and (order_s != behind_s or now < behind_s):
+            begins = begins_behind_s if order_s == behind_s else begins_s
+            wait_s = begins(lane, order_s, now) - now
+            if best.gives_up or wait_s > self._lead_s(lane) + 2 * K_ROUNDING_S:
+                return Decision(
+                    request=request.request,
+                    policy=self.name,
+                    at_s=now,
+                    action=Action.HOLD,
+                    reason=f"held until {best.instance} is about to begin it, in {wait_s:.2f} s; {why}",
+                    chosen=chosen,
+                    alternatives=tuple(others),
+                    prefill_instance=best.instance,
+                    deadline_s=deadline_s,
+                    order_s=order_s,
+                    gives_up=best.gives_up,
+                )
         return self.dispatch(
             request, snapshot, now, chosen, others, why,
             deadline_s=deadline_s, order_s=order_s, instance=best.instance,
         )  # fmt: skip
 
-    def on_prefill_done(self, *, request: RequestId, now: float) -> None:
-        super().on_prefill_done(request=request, now=now)
-        self.lanes.done(request, now)
+    def _lead_s(self, lane: Lane) -> float:
+        """So long before its step begins a request is sent: the instance must never wait for it."""
+        return self.config.lead_s + 2 * lane.early_s
+
+    def recalls(self, now: float) -> tuple[Sequence[RequestId], float]:
+        return self.lanes.due(now)
+
+    def on_hold(self, *, request: RequestView, decision: Decision, now: float) -> None:
+        for other in decision.gives_up:
+            self.lanes.give_way(other, now)
+        lane = self.lanes.get(decision.prefill_instance)
+        if lane is not None and decision.chosen is not None:
+            yields = self.lanes.yields(request.request)
+            miss_s, home = K_MISS_S * self._weight(request), decision.chosen.decode_site
+            self._plan(request, decision, lane, now, Hold(self._lead_s(lane), miss_s, home, yields))
+
+    def _plan(
+        self, request: RequestView, decision: Decision, lane: Lane, now: float, hold: Hold | None = None
+    ) -> None:
+        """Its place at an instance; still at the door where `hold` is given."""
+        chosen, order_s, due_s = decision.chosen, decision.order_s, decision.deadline_s
+        assert chosen is not None
+        assert order_s is not None  # decide sets both
+        assert due_s is not None
+        ended_s = math.inf if order_s > due_s + K_BEHIND_S / 2 else due_s - chosen.tail_s
+        start_up_s = self.paths.costs(chosen.prefill_site, request.model).start_up_s
+        tokens, own_s = chosen.uncached_tokens, chosen.prefill_s
+        self.lanes.add(request.request, lane, order_s, tokens, own_s, ended_s, now, start_up_s, hold)
+
+    def on_prefill_done(self, *, request: RequestId, now: float, ago_s: float = 0.0) -> None:
+        super().on_prefill_done(request=request, now=now, ago_s=ago_s)
+        self.lanes.done(request, now, ago_s)
         self.due.drop(request)
 
     def on_first_token(self, *, request: RequestId, now: float, cached_tokens: int | None = None) -> None:
+        path = self.book.path(request)
         super().on_first_token(request=request, now=now, cached_tokens=cached_tokens)
+        if path is not None:
+            self.lanes.done(request, now, path.tail_s)  # where nobody said so before
         self._gone(request, now)
 
     def on_refused(self, *, request: RequestId, reason: str, retry_after_s: float | None, now: float) -> None:
@@ -245,7 +307,7 @@ class PricesPolicy(BookingPolicy):
 
     def _gone(self, request: RequestId, now: float) -> None:
         """It waits nowhere any more, whatever became of it."""
-        self.lanes.drop(request, now)
+        self.lanes.forget(request, now)
         self.due.drop(request)
 
     def on_dispatch(self, *, request: RequestView, decision: Decision, now: float) -> None:
@@ -255,15 +317,12 @@ class PricesPolicy(BookingPolicy):
             order_s, due_s = decision.order_s, decision.deadline_s
             assert order_s is not None  # decide sets both
             assert due_s is not None
-            behind = order_s >= due_s + K_BEHIND_S
+            behind = order_s > due_s + K_BEHIND_S / 2
             latest_s = math.inf if behind else due_s - chosen.prefill_s - chosen.tail_s - K_MARGIN_S
             self.due.add(request.request, chosen.prefill_site, order_s, chosen.prefill_s, latest_s)
             lane = self.lanes.get(decision.prefill_instance)
             if lane is not None:
-                ended_s = math.inf if behind else due_s - chosen.tail_s - K_STEPS_MARGIN_S
-                tokens, own_s = chosen.uncached_tokens, chosen.prefill_s
-                start_up_s = self.paths.costs(chosen.prefill_site, request.model).start_up_s
-                self.lanes.add(request.request, lane, order_s, tokens, own_s, ended_s, now, start_up_s)
+                self._plan(request, decision, lane, now)
         if decision.chosen is not None:
             self.prices.on_dispatch(decision.chosen, now)
             self.tenants.on_work(request.tenant, decision.chosen.prefill_s, now)
@@ -336,24 +395,3 @@ class PricesPolicy(BookingPolicy):
             deadline_s=deadline_s,
             retry_after_s=max(0.1, soonest_s - left_s),
         )
-
-
-def _alike(one: PathPrediction, other: PathPrediction) -> bool:
-    return (one.prefill_site, one.decode_site, one.cache_move) == (
-        other.prefill_site, other.decode_site, other.cache_move,
-    )  # fmt: skip
-
-
-def _why(chosen: PathPrediction, paths: Sequence[PathPrediction]) -> str:
-    """What won, and over what."""
-    others = ", ".join(
-        [
-            "%s %.2f+%.2f" % (path.label, path.ttft_s, path.price)  # noqa: UP031 (half of an f-string's price)
-            if path.feasible
-            else f"{path.label} {path.why_not}"
-            for path in paths
-            if path is not chosen
-        ]
-    )
-    won = f"{chosen.label}: TTFT {chosen.ttft_s:.2f} s + price {chosen.price:.2f}"
-    return f"{won}, over {others}" if others else f"{won}, the only path"

@@ -27,6 +27,7 @@ from prfaas.simulator.pipes import Pipe, Transfer
 from prfaas.simulator.prefixes import HeardPrefixes
 from prfaas.simulator.record import Record
 from prfaas.simulator.settings import Settings
+from prfaas.simulator.waiting import WaitingRoom
 from prfaas.workload.requests import TimedRequest
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class World:
         self.record, self.settings = record, settings
         self.engines = {engine.name: engine for engine in engines}
         self.live: dict[int, Live] = {}
-        self._held: deque[Live] = deque()
+        self._waiting = WaitingRoom(agenda, policy, self._door)
         self._connections: dict[str, Connections] = {}
         """To servers of other sites, by name."""
         self._expiring: deque[tuple[float, int]] = deque()
@@ -141,28 +142,12 @@ class World:
         if decision.action is Action.DISPATCH:
             self._dispatch(live, decision, now)
         elif decision.action is Action.HOLD:
-            if live not in self._held:
-                self._held.append(live)
-            if decision.until_s is not None:
-                self.agenda.at(max(decision.until_s, now + 1e-3), lambda at_s: self._ask_again(live, at_s))
+            self._waiting.enter(live, decision, now)
         elif decision.action is Action.SHED:
             self._end(live, now, "shed")
         else:
             self._end(live, now, "no path")
-
-    def _ask_again(self, live: Live, now: float) -> None:
-        if live in self._held:
-            self._held.remove(live)
-            self._door(live, now)
-
-    def _something_freed(self, now: float) -> None:
-        """Those held are asked for again in turn, until one is held still."""
-        for _ in range(len(self._held)):
-            live = self._held.popleft()
-            self._door(live, now)
-            if self._held and self._held[-1] is live:
-                self._held.rotate(1)
-                return
+        self._waiting.look(now)
 
     # A dispatched request.
 
@@ -290,8 +275,8 @@ class World:
             self.policy.on_prefill_done(request=live.name, now=now)
             if live.link is None:
                 self._on_landed(live, job, now)
-            if self._held:
-                self._something_freed(now)
+            self._waiting.freed(now)
+            self._waiting.look(now)
 
     def _on_landed(self, live: Live, prefill_job: Job, now: float) -> None:
         if live.over or prefill_job.void:
@@ -329,8 +314,7 @@ class World:
     def _end(self, live: Live, now: float, error: str | None) -> None:
         live.over = True
         del self.live[live.request.index]
-        if live in self._held:
-            self._held.remove(live)
+        self._waiting.leave(live)
         self.policy.on_finished(request=live.name, now=now)
         self.record.request(live, now, error)
         # Nothing leads round to it any more, so that it goes at once and no collection need find it.

@@ -212,16 +212,13 @@ def closed(data: dict[str, Any], part: str, load: float, policy: str = "prices")
 
 # Where it was missed: what the runs show of the reason.
 K_WHY = {
-    "conversation": "plan and bound reckon with one cache for all instances, where each has its own: in"
-    " single runs 9% more was to be prefilled at 0.85 and 18% at 0.95, and local prefill had more than it"
-    " could do. And an instance goes on with a prompt that a step has cut, so that a long one holds up what"
-    " comes after it, wherever that is due: with steps that anything could pass ours closed 76, 75 and 60%",
+    "conversation": "at 0.75 one or two requests of a hundred are all that is missing. Plan and bound reckon"
+    " with one cache for all instances, where each has its own; and an instance goes on with a prompt that a"
+    " step has cut, so that a long one holds up what comes after it, wherever that is due",
     "code-singly": "as of code",
-    "code": "ours binds a request to an instance when it comes, and what is let in early keeps out shorter"
-    " prompts that come later; a door that decided at each start would have most of the rest (below), without"
-    " knowing more of what comes. On other parts of the trace a bound that neither counts parts of requests"
-    " nor divides one between sites lies 1 to 1.5 points below this one. What steps of several prompts take"
-    " of it shows in code-singly",
+    "code": "a step of several prompts ends for all of them at once: what that takes shows in code-singly. On"
+    " other parts of the trace a bound that neither counts parts of requests nor divides one between sites"
+    " lies 1 to 1.5 points below this one",
 }
 
 
@@ -281,7 +278,7 @@ def tell(data: dict[str, Any]) -> str:
                 ]
             )
     how = (
-        "Ours reckons each instance's steps ahead and chooses the instance as well."
+        "Ours reckons each instance's steps ahead and chooses it anew when it is about to begin."
         if data.get("by_instance")
         else "Ours took a site's instances for one server here; it has reckoned each one's steps since."
     )
@@ -324,8 +321,8 @@ K_TOLD_STARTS = """
 time an instance is free the most that can still be in time is reckoned (Moore and Hodgson) and the first of
 it starts. Its instances are ideal: one prompt at a time, no steps, no link, one cache for all. Of the gap it
 closes, at the three loads: {starts}. It is no bound: in a conversation a long prompt that it starts whole
-holds up many short ones. Where it has more than ours, what is missing isn't knowledge of the future: ours
-binds a request to an instance when it comes, and instances aren't ideal.
+holds up many short ones. Where it has more than ours, what is missing isn't knowledge of the future:
+instances aren't ideal.
 """
 
 

@@ -2,9 +2,8 @@
 
 The clairvoyant bound knows what will come. This knows nothing of it: requests wait in one queue, and each
 time an instance is free it is chosen who starts there. So what lies between the two is what the future is
-worth, and what lies below this is what a policy loses by binding a request to an instance when it comes, by
-steps of many prompts, by the link and by what it doesn't know of the instances. It is no bound: a cleverer
-choice may have more.
+worth, and what lies below this is what a policy loses by steps of many prompts, by the link and by what it
+doesn't know of the instances. It is no bound: a cleverer choice may have more.
 
 Instances are ideal: one prompt at a time, whole, in the profile's time; nothing is preempted.
 """

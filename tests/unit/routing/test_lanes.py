@@ -21,7 +21,8 @@ from prfaas.model.observations import (
 )
 from prfaas.model.profiles import Curve, Profile
 from prfaas.routing import Fleet, create_policy
-from prfaas.routing.lanes import Lane, Lanes, Queued
+from prfaas.routing.held import Lanes
+from prfaas.routing.lanes import Lane, Queued
 from prfaas.routing.prices import K_BEHIND_S, PricesPolicy
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.engine import Engine
@@ -283,3 +284,28 @@ def test_instances_that_leave_in_the_middle_of_a_prefill_or_with_others_work_lea
         chosen.on_dispatch(request=view, decision=decision, now=now)
         chosen.on_failed(request=str(number), site="west", reason="it died", now=now + 1)
         assert len(chosen.lanes.lanes) <= 4 * 5
+
+
+def test_a_prompt_that_a_step_cuts_counts_for_those_whose_last_step_it_fills_up() -> None:
+    lane = Lane(K_CHUNK)
+    queued(lane, 0.0, (1, 1000, 9), (2, 400, 2.1))
+    # Alone its step ends at 2.0; with the first 600 of a longer one that comes after it, at 2.9.
+    assert lane.place(3, 3000, K_PROFILE.prefill_s(3000), 0.0, K_START_UP_S)[1] == 1
+
+
+def test_lateness_that_an_idle_time_has_made_up_for_moves_nothing() -> None:
+    lane = Lane(K_CHUNK)
+    queued(lane, 0.0, (1, 1000, 9))  # reckoned until 1.3
+    lane.advance(2.0)
+    lane.add(Queued(2, 1, "next", 1000, 1.3, 9.0, 0.3), 2.0)
+    lane.done("0", 2.1)
+    assert lane.ends_s == pytest.approx(3.4)
+
+
+def test_a_prompt_that_is_done_sooner_than_its_steps_were_reckoned_ends_the_running_one() -> None:
+    lane = Lane(K_CHUNK)
+    queued(lane, 0.0, (1, 2500, 9), (2, 1000, 9))
+    lane.advance(1.0)
+    lane.done("0", 1.2)
+    assert [one.request for one in lane.step] == ["1"]
+    assert lane.ends_s == pytest.approx(1.2 + 1.3)

@@ -25,8 +25,8 @@ from prfaas.routing import Fleet, create_policy
 from prfaas.routing import duals as duals_module
 from prfaas.routing.book import DispatchBook
 from prfaas.routing.duals import DualPrices
-from prfaas.routing.instance_choice import K_STEPS_MARGIN_S, Choice
-from prfaas.routing.lanes import Lane, Queued
+from prfaas.routing.instance_choice import Choice
+from prfaas.routing.lanes import K_STEPS_MARGIN_S, Lane, Queued
 from prfaas.routing.paths import PathFinder
 from prfaas.routing.prices import PricesPolicy
 
@@ -75,8 +75,8 @@ def plain_place(lane: Lane, order_s: float, tokens: float, work_s: float, now: f
     end_s = ends.pop(at)
     late = 0
     for place, one in enumerate(lane.hopeful):
-        shares = place >= at or ends[place] == pytest.approx(end_s, abs=1e-9)
-        late += shares and before[place] <= one.latest_s < ends[place]
+        moved = ends[place] > before[place] + 1e-6
+        late += moved and before[place] <= one.latest_s < ends[place] + K_STEPS_MARGIN_S
     return end_s, late
 
 
@@ -130,10 +130,12 @@ def plain_choice(policy: PricesPolicy, asked: tuple[object, ...]) -> Choice | No
             if path.prefill_site != path.decode_site:
                 ttft_s += tail_s
             cost = ttft_s + due + other_miss_s * delayed
-            if now + ttft_s + K_STEPS_MARGIN_S > deadline_s:
+            late = now + ttft_s + K_STEPS_MARGIN_S > deadline_s
+            if late:
                 cost += miss_s
             if best is None or cost < best.cost:
-                best = Choice(path, instance, end_s - now - own_s, own_s, tokens, tail_s, due, cost)
+                wait_s, misses = end_s - now - own_s, late or delayed > 0
+                best = Choice(path, instance, wait_s, own_s, tokens, tail_s, due, cost, misses)
     return best
 
 

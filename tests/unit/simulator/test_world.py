@@ -63,8 +63,8 @@ def rows(record: Record) -> list[dict[str, object]]:
     return list(record.rows("m"))
 
 
-def policy(name: str) -> dict[str, object]:
-    return {"site": "west", "policy": {"name": name}}
+def policy(name: str, **more: object) -> dict[str, object]:
+    return {"site": "west", "policy": {"name": name, **more}}
 
 
 def assert_whole(world: Simulation, record: Record, requests: int) -> None:
@@ -242,19 +242,21 @@ def test_less_bandwidth_means_less_offloading() -> None:
 @settings(max_examples=8)
 @given(
     seed=st.integers(0, 10_000),
-    name=st.sampled_from(["prices", "paper", "naive"]),
+    named=st.sampled_from(
+        [("prices", "arrival"), ("prices", "deadline"), ("paper", "arrival"), ("naive", "arrival")]
+    ),
     down_s=st.floats(0.5, 40),
     kill=st.sampled_from(["far-0", "near-1", "decode-1"]),
     rate_rps=st.floats(0.5, 4),
 )
-def test_no_request_is_lost_or_answered_twice_whatever_fails(seed, name, down_s, kill, rate_rps) -> None:
+def test_no_request_is_lost_or_answered_twice_whatever_fails(seed, named, down_s, kill, rate_rps) -> None:
     workload = experiment().workload.model_dump() | {
         "requests": 40,
         "arrivals": {"process": "poisson", "rate_rps": rate_rps},
     }
     world = simulation(
         seed=seed,
-        router=policy(name),
+        router=policy(named[0], service=named[1]),
         workload=workload,
         request_timeout_s=200,
         timeline=[
