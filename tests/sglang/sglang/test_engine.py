@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 K_PROMPT_TOKENS = 700
 K_ENGINE = """
 import json, sys
-import sglang
+from sglang.srt.entrypoints.engine import Engine  # sglang.Engine
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
@@ -48,7 +48,7 @@ def answer(engine, asked):
 
 if __name__ == "__main__":
     load_plugins()
-    engine = sglang.Engine(server_args=prepare_server_args(json.loads(sys.argv[1])))
+    engine = Engine(server_args=prepare_server_args(json.loads(sys.argv[1])))
     print("engine is up", flush=True)
     for line in sys.stdin:
         print("said " + json.dumps(answer(engine, json.loads(line))), flush=True)
@@ -79,15 +79,18 @@ def test_a_refusal_reaches_who_called_the_engine_with_its_status_code_and_when_t
     flags = build_command(spec, sglang_python())[3:]
     script = tmp_path / "engine.py"
     script.write_text(K_ENGINE, encoding="utf-8")
-    with subprocess.Popen(
-        [str(sglang_python()), str(script), json.dumps(flags)],
-        env=build_environment(spec, os.environ) | {K_OWNER: str(os.getpid())},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=(tmp_path / "engine.log").open("wb"),
-        start_new_session=True,
-        text=True,
-    ) as engine:
+    with (
+        (tmp_path / "engine.log").open("wb") as log,
+        subprocess.Popen(
+            [str(sglang_python()), str(script), json.dumps(flags)],
+            env=build_environment(spec, os.environ) | {K_OWNER: str(os.getpid())},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            text=True,
+        ) as engine,
+    ):
         assert engine.stdin is not None
         assert engine.stdout is not None
         try:
