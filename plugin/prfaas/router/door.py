@@ -241,7 +241,7 @@ class Door:
                 await self._pause(rounds, end_s, last)
                 rounds += 1
             elif not tried:
-                self._metrics.overhead.observe(self._clock() - arrived_s)
+                self._metrics.dispatched(self._clock() - arrived_s, ticket.held_s)
             tried.add(names)
             decision = ticket.decision
             assert decision is not None

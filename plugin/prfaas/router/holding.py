@@ -24,8 +24,8 @@ that the first don't want still finds its taker, and 1,000 waiting requests don'
 class Place:
     """One request's stay, over all its waits."""
 
-    def __init__(self, pen: HoldingPen) -> None:
-        self._pen = pen
+    def __init__(self, pen: HoldingPen, since_s: float) -> None:
+        self._pen, self.since_s = pen, since_s
         self.thing: Hashable = None
         self.order: tuple[float, int] = (0.0, 0)
 
@@ -60,10 +60,10 @@ class HoldingPen:
         self._looks: asyncio.TimerHandle | None = None
 
     @contextmanager
-    def place(self) -> Iterator[Place]:
+    def place(self, since_s: float = 0.0) -> Iterator[Place]:
         """One request's stay, over all its waits."""
         self.held += 1
-        place = Place(self)
+        place = Place(self, since_s)
         try:
             yield place
         finally:

@@ -140,13 +140,13 @@ class Scheduler:
                     if route is not None:
                         self._dispatched(ticket, view, decision, route, now)
                         if place is not None:
+                            ticket.held_s = now - place.since_s
                             self.pen.wake()
                         return route
                     # The policy's picture is older than ours: not this site again.
                     site = decision.prefill_site
                     if site is None or site in ticket.failed_sites:
-                        none = "No server can take this request now."
-                        raise NoPath(none, retry_after_s=self._retry_after_s)
+                        raise NoPath("No server can take it now.", retry_after_s=self._retry_after_s)
                     ticket.failed_sites.add(site)
                     continue
                 if decision.action not in (Action.HOLD, Action.DISPATCH):
@@ -159,7 +159,7 @@ class Scheduler:
                 if place is None:
                     if full:
                         raise Overloaded("Too many requests are waiting.", retry_after_s=self._retry_after_s)
-                    place = stay.enter_context(self.pen.place())
+                    place = stay.enter_context(self.pen.place(now))
                     self._record(ticket, decision, None)
                 if decision.planned:
                     place.leave()  # the policy knows its turn

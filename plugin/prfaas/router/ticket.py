@@ -23,6 +23,8 @@ class Ticket:
     output_tokens: int | None
     arrived_s: float
     deadline_s: float | None = None
+    held_s: float = 0.0
+    """What it was kept at the door before its last dispatch."""
     cached: Mapping[str, int] = field(default_factory=dict)
     """Usable prefix by server."""
     attempt: int = 0

@@ -65,8 +65,14 @@ class RouterMetrics:
         )
         self.overhead = Histogram(
             "prfaas_router_overhead_seconds",
-            "From the body's arrival to the first attempt's dispatch: reading, tokenising, deciding.",
+            "From the body's arrival to its dispatch, less what it was held: reading, tokenising, deciding.",
             buckets=K_MILLIS,
+            registry=registry,
+        )
+        self.held_s = Histogram(
+            "prfaas_router_held_seconds",
+            "What the policy kept a request at the door for before it was first sent, of those that it kept.",
+            buckets=K_SECONDS,
             registry=registry,
         )
         self.decide = Histogram(
@@ -157,6 +163,12 @@ class RouterMetrics:
             "Event log lines lost to a full disk or buffer.",
             registry=registry,
         )
+
+    def dispatched(self, elapsed_s: float, held_s: float) -> None:
+        """A request was sent for the first time, so long after it came."""
+        self.overhead.observe(elapsed_s - held_s)
+        if held_s:
+            self.held_s.observe(held_s)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

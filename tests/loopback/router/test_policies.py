@@ -116,6 +116,9 @@ def test_requests_wait_at_the_door_for_a_long_queue_and_are_let_in_by_their_dead
                 one.request for one in s.router.scheduler.records if one.decision.action is Action.DISPATCH
             ]
             assert sent == [held[place] for place in (1, 3, 2, 0)]
+            told = await s.metrics()
+            assert told["prfaas_router_held_seconds_count"] == 4
+            assert told["prfaas_router_held_seconds_sum"] > 2 * told["prfaas_router_overhead_seconds_sum"]
             assert s.router.scheduler.pen.queues == {}
 
     asyncio.run(main())
