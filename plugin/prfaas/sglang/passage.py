@@ -68,15 +68,17 @@ class Passage:
         """
         with self._lock:
             pump = self._pump_of(address)
-            if pump is None:
-                return address
-            try:
-                lead = self._pump.forward(pump, *split_address(address), timeout_s=K_ANSWER_S)
-            except PrfaasError as error:
-                logger.error("prfaas: no way to %s by the pump at %s: %s", address, pump, error)
-                return K_NOWHERE
+        if pump is None:
+            return address
+        try:
+            # Without the lock: the thread that hears the answer may be about to want it.
+            lead = self._pump.forward(pump, *split_address(address), timeout_s=K_ANSWER_S)
+        except PrfaasError as error:
+            logger.error("prfaas: no way to %s by the pump at %s: %s", address, pump, error)
+            return K_NOWHERE
+        with self._lock:
             self._behind[lead] = address
-            return lead
+        return lead
 
     def behind(self, lead: str) -> str:
         """The address that a loopback one stands for; any other is its own."""

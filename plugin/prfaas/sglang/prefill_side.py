@@ -72,7 +72,10 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
         session = message[3].decode("ascii")
         if self.passage is not None:
             # Its session names its pump, which its own control is reached by.
-            self.passage.learn(message[1].decode("ascii"), session.partition("/")[0])
+            host, port = _target(message)
+            self.passage.learn(host, session.partition("/")[0])
+            # The way to it is found while there is time: what it will be told is mostly a failure.
+            self.passage.address(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         try:
             theirs = layout.Layout.from_bytes(data)
             wrong = layout.differences(layout.describe(self), theirs)

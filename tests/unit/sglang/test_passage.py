@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,21 @@ def test_a_way_is_known_once_it_was_asked_for_or_where_none_is_needed(pump):
     assert way.is_known(f"tcp://{lead}")
     assert way.is_known("tcp://10.0.9.9:1")
     assert way.is_known("tcp://no port")
+
+
+def test_who_waits_for_the_pump_keeps_no_other_waiting(pump, monkeypatch):
+    """The other may be the one that hears the pump."""
+    way, seen = Passage(pump, {"10.0.1.1": "10.0.1.1:7700"}), []
+
+    def ask(*_: object, **__: object) -> str:
+        other = threading.Thread(target=lambda: seen.append(way.is_known("tcp://10.0.1.1:8998")))
+        other.start()
+        other.join(5)
+        return "127.0.0.1:40001"
+
+    monkeypatch.setattr(pump, "forward", ask)
+    assert way.address("10.0.1.1:8998") == "127.0.0.1:40001"
+    assert seen == [False]
 
 
 def test_what_should_go_by_a_pump_and_cannot_goes_nowhere_until_it_can(pump):
