@@ -93,10 +93,13 @@ class HoldingPen:
         finally:
             future.cancel()  # leaves the heap when it comes up
 
-    async def until_called(self, name: str, timeout_s: float) -> None:
-        """Until `call` names it, or the time is up: for one whose turn somebody else knows."""
+    async def until_called(
+        self, name: str, timeout_s: float, policy: Policy, clock: Callable[[], float]
+    ) -> None:
+        """Until `policy`, which knows its turn, recalls it, or the time is up."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._uncalled[name] = future
+        self.recall(policy, clock)
         try:
             async with asyncio.timeout(timeout_s):
                 await future

@@ -165,9 +165,8 @@ class Scheduler:
                     place.leave()  # the policy knows its turn
                     self._under_policy(ticket)
                     self.policy.on_hold(request=view, decision=decision, now=now)
-                    self.pen.recall(self.policy, self._clock)
                     wait_s = min(K_UNCALLED_S, (K_PLANNED_SHARE - waited) * self._config.retry.total_s)
-                    await self.pen.until_called(ticket.request_id, wait_s)
+                    await self.pen.until_called(ticket.request_id, wait_s, self.policy, self._clock)
                     continue
                 place.at(thing, order)
                 wait_s = K_HOLD_STEP_S

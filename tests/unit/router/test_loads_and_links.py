@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import time
 from typing import Any
 
 import pytest
@@ -230,6 +232,27 @@ def test_the_most_urgent_wake_first_and_those_that_left_are_forgotten() -> None:
         assert pen.held == 0
 
     asyncio.run(main())
+
+
+def test_one_that_waits_alone_is_called_when_the_policy_says_though_nothing_else_happens() -> None:
+    class Recalling:
+        """Whose turn it is at 0.05 s."""
+
+        def __init__(self) -> None:
+            self.asked_s: list[float] = []
+
+        def recalls(self, now: float) -> tuple[list[str], float]:
+            self.asked_s.append(now)
+            return (["alone"], math.inf) if now >= 0.05 else ([], 0.05)
+
+    async def main() -> None:
+        pen, policy, began_s = HoldingPen(), Recalling(), time.monotonic()
+        with pen.place():
+            await pen.until_called("alone", 30.0, policy, lambda: time.monotonic() - began_s)  # type: ignore[arg-type]
+        assert len(policy.asked_s) >= 2
+        assert policy.asked_s[-1] >= 0.05
+
+    asyncio.run(asyncio.wait_for(main(), 10.0))
 
 
 def page(**fields: Any) -> bytes:
