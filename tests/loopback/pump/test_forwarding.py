@@ -307,7 +307,10 @@ def test_streams_that_rest_take_no_connections_place_where_they_were_accepted(pu
         return f.Header.from_bytes(sock.recv(f.K_HEADER_BYTES), None).type is f.FrameType.HELLO
 
     with served(Pump(pumps.config("east", exposes=[f"127.0.0.1:{port}"]))) as pump, ExitStack() as stack:
-        oldest, second = (opened(stack, pump.address) for _ in range(2))
+        # Accepted one by one: of two that come at once neither is the older.
+        oldest = opened(stack, pump.address)
+        pumps.until(lambda: sum(s.forwarding for s in pump.inbound.streams) == 1)
+        second = opened(stack, pump.address)
         pumps.until(lambda: sum(s.forwarding for s in pump.inbound.streams) == 2)
         third = opened(stack, pump.address)
         with contextlib.suppress(ConnectionError):
