@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -102,6 +103,8 @@ class Timeline:
         self._steps, self._net, self._fleet, self._now = steps_of(events), net, fleet, now
         self._rows: list[EventRow] = []
         self._changed: set[str] = set()
+        self._strangers: set[Path] = set()
+        """Folders of keys that hold a certificate which nobody trusts."""
         self._before: dict[tuple[int, str], Impairments] = {}
         self._traffic: dict[int, CrossTrafficRunning] = {}
         self._hostile: dict[int, subprocess.Popen[str]] = {}
@@ -158,6 +161,9 @@ class Timeline:
             if process.poll() is None:
                 process.kill()
             process.communicate()
+        for folder in self._strangers:
+            # Whatever comes next begins as this did.
+            keys.rotate_site(folder, days=K_CERTIFICATE_DAYS, now=datetime.datetime.now(datetime.UTC))
         with self._lock:
             return sorted(self._rows, key=lambda row: row.at_s)
 
@@ -328,16 +334,17 @@ class Timeline:
             sent_s=round(found["sent_s"] - self._zero_s, 4),
         )  # fmt: skip
 
-    def _replace(self, step: Step, event: ReplaceCertificate, folder: Any) -> None:
+    def _replace(self, step: Step, event: ReplaceCertificate, folder: Path) -> None:
         now = datetime.datetime.now(datetime.UTC)
         if event.trusted:
+            self._strangers.discard(folder)
             keys.rotate_site(folder, days=K_CERTIFICATE_DAYS, now=now)
         else:
-            stranger = folder.parent / f"{event.site}-stranger"
-            keys.create_site(
-                stranger, event.site, days=K_CERTIFICATE_DAYS, authority_days=K_AUTHORITY_DAYS, now=now
-            )
-            os.replace(stranger / keys.K_SITE_FILE, folder / keys.K_SITE_FILE)
+            self._strangers.add(folder)
+            days = {"days": K_CERTIFICATE_DAYS, "authority_days": K_AUTHORITY_DAYS}
+            with tempfile.TemporaryDirectory(prefix="stranger-", dir=folder.parent) as stranger:
+                keys.create_site(Path(stranger) / "site", event.site, now=now, **days)
+                os.replace(Path(stranger) / "site" / keys.K_SITE_FILE, folder / keys.K_SITE_FILE)
         self._record(step, self._now(), site=event.site, trusted=event.trusted)
 
     def _record(self, step: Step, at_s: float, began_s: float | None = None, **fields: Any) -> None:

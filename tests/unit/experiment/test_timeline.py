@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from prfaas.config.experiment import CrossTraffic, Experiment, Kill
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from prfaas.config.experiment import CrossTraffic, Experiment, Kill, ReplaceCertificate
 from prfaas.config.run import EventRow
+from prfaas.pump import keys
 from prfaas_testbed.experiment.timeline import Timeline
 from prfaas_testbed.experiment.view import field, number
 
@@ -88,6 +94,36 @@ def test_what_the_load_did_not_wait_for_has_no_distance() -> None:
     (skipped,) = [row for row in rows if field(row, "skipped")]
     assert number(skipped, "planned_s") == 60
     assert number(skipped, "lag_ms") is None
+
+
+def test_a_certificate_that_nobody_trusts_is_gone_with_the_load_and_can_come_again(tmp_path: Path) -> None:
+    """As when a void repetition is run again."""
+    folder, now = tmp_path / "keys" / "east", datetime.datetime.now(datetime.UTC)
+    keys.create_site(folder, "east", days=2, authority_days=4, now=now)
+    authority = x509.load_pem_x509_certificate((folder / keys.K_AUTHORITY_CERTIFICATE).read_bytes())
+
+    def is_trusted() -> bool:
+        try:
+            x509.load_pem_x509_certificate(
+                (folder / keys.K_SITE_FILE).read_bytes()
+            ).verify_directly_issued_by(authority)
+        except InvalidSignature:
+            return False
+        return True
+
+    replaced = ReplaceCertificate(do="replace_certificate", at_s=0.0, site="east", trusted=False)
+    fleet = SimpleNamespace(folder=tmp_path)
+    net = SimpleNamespace(prepare_changes=lambda changes: None, check_links=lambda: None)
+    for _ in range(2):
+        timeline = Timeline([replaced], net, fleet)  # type: ignore[arg-type]
+        timeline.start(time.monotonic())
+        end_s = time.monotonic() + 10
+        while is_trusted():
+            assert time.monotonic() < end_s, "it was never replaced"
+        (row,) = timeline.finish()
+        assert field(row, "failed") is None
+        assert is_trusted()
+    assert sorted(one.name for one in (tmp_path / "keys").iterdir()) == ["east"]
 
 
 K_REPORT_S = 3.0
