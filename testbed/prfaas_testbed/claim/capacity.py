@@ -185,7 +185,9 @@ def tell(data: dict[str, Any]) -> str:
         "\n*answered*: beyond capacity, between the first and last fifth of all arrivals. *within SLO*: the "
         f"highest rate at which {K_SLO_SHARE:.0%} of the requests have their first token in 2 s + twice the "
         f"local prefill time, and each further one within {K_TPOT_S * 1e3:.0f} ms on average, twice a decode "
-        "instance's time. The published egress at capacity is 13 Gbit/s, the offloaded share 49.6 %; the "
+        "instance's time. It may lie above what is answered: the tenth that may be late waits behind all "
+        "else, and without end where more comes than can be answered. The published egress at capacity is 13 "
+        "Gbit/s, the offloaded share 49.6 %; the "
         f"plan from the published profile gives {data['plan']['egress_gbps']:.1f} Gbit/s and "
         f"{data['plan']['offloaded_share']:.1%}.\n\n"
     )
