@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Self
 
 from numpy.typing import ArrayLike
 
@@ -285,3 +286,9 @@ class PumpClient(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave the pump: leases end, transfers are cancelled. A second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -235,37 +235,33 @@ class LocalPumpClient(PumpClient):
     ) -> str:
         with self._lock:
             known = self._standing.forwarded(peer, host, port)
-            if known is not None:
-                return known
-            self._must_hear()
-            message = m.Forward(next(self._serials), peer, site, host, port)
-            question = self._standing.add_question(message.serial)
-            self._send(message)
-        reply = question.wait(timeout_s)
-        if reply is None or reply.error:
-            raise PrfaasError(reply.error if reply else "the pump doesn't answer")
+        if known is not None:
+            return known
+        message = m.Forward(next(self._serials), peer, site, host, port)
+        reply = self._ask(message, timeout_s)
+        if reply.error:
+            raise PrfaasError(reply.error)
         address = str(reply.body["address"])
         with self._lock:
             self._standing.add_forward(message, address)
         return address
 
-    def _must_hear(self) -> None:
-        """Whoever asks the pump waits for the thread that hears it, and would for itself."""
+    def stats(self, timeout_s: float = 5.0) -> dict[str, object]:
+        return self._ask(m.AskStats(next(self._serials)), timeout_s).body
+
+    def _ask(self, message: m.Forward | m.AskStats, timeout_s: float) -> m.Reply:
+        """The pump's answer. Whoever asks waits for the thread that hears it, and would for itself."""
         if self.in_callback:
             raise PrfaasError(
                 "a callback can't ask the pump: its answer is heard when the callback has ended"
             )
-
-    def stats(self, timeout_s: float = 5.0) -> dict[str, object]:
-        self._must_hear()
         with self._lock:
-            serial = next(self._serials)
-            question = self._standing.add_question(serial)
-            self._send(m.AskStats(serial))
+            question = self._standing.add_question(message.serial)
+            self._send(message)
         reply = question.wait(timeout_s)
         if reply is None:
             raise PrfaasError("the pump doesn't answer")
-        return reply.body
+        return reply
 
     # The control socket
 
@@ -301,8 +297,7 @@ class LocalPumpClient(PumpClient):
         except BlockingIOError:
             return False
         except OSError:
-            # The thread sees the end of the connection as well, and tells all to the next pump.
-            return True
+            pass  # The thread sees the end of the connection as well, and tells all to the next pump.
         return True
 
     def _run(self) -> None:
@@ -402,9 +397,3 @@ class LocalPumpClient(PumpClient):
         os.close(self._wake_in)
         os.close(self._wake_out)
         self._guards.close()
-
-    def __enter__(self) -> LocalPumpClient:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
