@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from prfaas.config.loading import Strict
 from prfaas.config.policy import LinkAdmission
 
-K_LOOPBACK = ("127.", "::1", "localhost")
+K_LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
+"""Names that never leave the machine (RFC 6761). Any other name may, whatever it begins with."""
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -27,7 +29,13 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    return host.startswith(K_LOOPBACK)
+    """Whether what goes to `host`, an address or a name, can't leave this machine."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() in K_LOOPBACK_NAMES
+    mapped = getattr(address, "ipv4_mapped", None)
+    return address.is_loopback or (mapped is not None and mapped.is_loopback)
 
 
 class TlsConfig(Strict):

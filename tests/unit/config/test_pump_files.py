@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prfaas.config.backend import load_pump_config
+from prfaas.config.pump import is_loopback
 from prfaas.model.errors import ConfigError
 
 K_PUMP = "site: west\nlisten: 127.0.0.1:7701\n"
@@ -62,3 +63,29 @@ def test_a_fault_is_named_where_it_stands(tmp_path: Path, text: str, field: str)
     with pytest.raises(ConfigError) as caught:
         load_pump_config(path)
     assert str(caught.value).startswith(f"{path}: {field}: ")
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.8.9.10", "::1", "localhost", "LOCALHOST", "::ffff:127.0.0.1"]
+)
+def test_loopback_is_told_by_the_whole_address(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.evil.example",
+        "localhost.evil.example",
+        "localhosts",
+        "::1:2",
+        "::1f",
+        "10.0.0.1",
+        "0.0.0.0",
+        "::",
+        "",
+    ],
+)
+def test_what_only_begins_like_loopback_goes_without_tls_nowhere(host: str) -> None:
+    """Plaintext is allowed on loopback alone, and a name of anybody's domain may begin with it."""
+    assert not is_loopback(host)
