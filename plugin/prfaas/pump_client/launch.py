@@ -7,6 +7,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,7 +21,11 @@ K_START_S = 20.0
 
 
 def connect(path: Path) -> socket.socket | None:
-    """A connection to the pump at `path`; None when nobody answers."""
+    """A connection to the pump at `path`; None when nobody answers. Raises MachineError.
+
+    Where the path lies in /tmp anybody may have put a socket there: a pump reads and writes the memory of the
+    server that attaches, so it must be this user's, or root's.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.connect(str(path))
@@ -30,6 +35,14 @@ def connect(path: Path) -> socket.socket | None:
     except OSError as error:
         sock.close()
         raise MachineError(f"{path}: {error.strerror}") from None
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    if uid not in (os.getuid(), 0):
+        sock.close()
+        raise MachineError(
+            f"{path}: the pump there belongs to user {uid}, not to {os.getuid()} or root; "
+            "name another control_socket"
+        )
     return sock
 
 
@@ -39,8 +52,11 @@ def connect_or_start(config: PumpConfig) -> socket.socket:
     sock = connect(path)
     if sock is not None:
         return sock
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{path.parent}: {error.strerror}") from None
+    lock = _open_own(Path(f"{path}.lock"), os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         sock = connect(path)
@@ -53,8 +69,8 @@ def _start(config: PumpConfig, path: Path) -> socket.socket:
     log_path = Path(f"{path}.log")
     config_path = Path(f"{path}.json")
     _write_private(config_path, config.model_dump_json(exclude_none=True))
-    with open(log_path, "ab") as out:
-        size = out.tell()
+    with os.fdopen(_open_own(log_path, os.O_WRONLY | os.O_APPEND), "ab") as out:
+        size = out.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [sys.executable, "-m", "prfaas.pump", "--config", str(config_path), "--for-clients"],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, close_fds=True, cwd="/",
@@ -80,7 +96,23 @@ def _start(config: PumpConfig, path: Path) -> socket.socket:
 
 def _write_private(path: Path, text: str) -> None:
     fresh = path.with_suffix(f".{os.getpid()}")
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w") as out:
+    with os.fdopen(_open_own(fresh, os.O_WRONLY | os.O_TRUNC), "w") as out:
         out.write(text)
     fresh.rename(path)
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """A descriptor of a file that only this user reads, made if need be; never by a link, and never another
+    user's file, either of which may lie at a name in /tmp that can be guessed. Raises MachineError.
+    """
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise MachineError(f"{path}: {error.strerror}") from None
+    owner = os.fstat(fd).st_uid
+    if owner != os.getuid():
+        os.close(fd)
+        raise MachineError(
+            f"{path}: belongs to user {owner}, not to {os.getuid()}; name another control_socket"
+        )
+    return fd
