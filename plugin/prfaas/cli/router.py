@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import logging
 import os
 import signal
 import sys
 
 from prfaas.config.router import load_router_config
 from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_OK
+from prfaas.telemetry.log_lines import log_to_stderr
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,11 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     from prfaas.router.service import Router, serve
 
-    logging.basicConfig(
-        level=args.log_level.upper(),
-        format="%(asctime)s %(name)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    log_to_stderr("%(asctime)s %(name)s %(levelname)s %(message)s", args.log_level.upper())
     # A batch of one prompt gains nothing from the tokenizer's own threads, and forks would warn.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config = load_router_config(args.config)

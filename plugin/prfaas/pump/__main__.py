@@ -17,13 +17,12 @@ from prfaas.config.loading import load
 from prfaas.config.pump import PumpConfig
 from prfaas.model.errors import PrfaasError
 from prfaas.pump.server import Pump
+from prfaas.telemetry.log_lines import log_to_stderr
 
 
 def run(config: PumpConfig, *, persistent: bool) -> int:
     """Serve until SIGTERM or SIGINT; unless `persistent`, end after a while without clients."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s", logging.INFO)
     _take_descriptors()
     try:
         # The bytes of all servers wait for this process, and it never works for long at a time.

@@ -234,9 +234,14 @@ def tls_context(*, server: bool, site_file: Path, authorities: Iterable[Path]) -
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
+
+    def passphrase() -> str:
+        # Without this OpenSSL would ask at the terminal, and wait there.
+        raise UsageError(f"{site_file}: its private key has a passphrase, which nobody is asked for here")
+
     # Partial chains are off by default; a purpose check on the peer's certificate comes with CERT_REQUIRED.
     try:
-        context.load_cert_chain(site_file, site_file)
+        context.load_cert_chain(site_file, site_file, passphrase)
     except FileNotFoundError:
         raise UsageError(f"{site_file}: no such file; `prfaas keys create` makes it") from None
     except (ssl.SSLError, OSError) as error:

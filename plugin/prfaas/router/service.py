@@ -21,6 +21,7 @@ from pathlib import Path
 import zmq.asyncio
 from aiohttp import web
 
+from prfaas.config.pump import is_loopback
 from prfaas.config.router import RouterConfig
 from prfaas.model.errors import ConfigError, MachineError, PrfaasError
 from prfaas.router.application import Application, ClientFaults
@@ -203,6 +204,8 @@ class Router:
         self._listeners.append(listener)
         host, port = listener.sockets[0].getsockname()[:2]
         log.info("listening on %s:%d", host, port)
+        if not self.config.keys and not is_loopback(host):
+            log.warning("no keys: whoever reaches %s may ask, read /decisions and post /reload", host)
         return host, port
 
     def _protocol(self) -> asyncio.Protocol:

@@ -21,8 +21,13 @@ def load_certificates(context: ssl.SSLContext, tls: Tls) -> None:
 
     Raises ConfigError; then the context may have half of them: try another one first.
     """
+
+    def passphrase() -> str:
+        # Without this OpenSSL would ask at the terminal, and all requests wait for the answer at a reload.
+        raise ConfigError(tls.key, "listen.tls.key", "a passphrase", "expected a private key without one")
+
     try:
-        context.load_cert_chain(tls.certificate, tls.key)
+        context.load_cert_chain(tls.certificate, tls.key, passphrase)
         if tls.client_ca is not None:
             context.load_verify_locations(tls.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED

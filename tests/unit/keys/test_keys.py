@@ -13,8 +13,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from prfaas.cli.main import main
-from prfaas.model.errors import UsageError
+from prfaas.config.router import Tls
+from prfaas.model.errors import ConfigError, UsageError
 from prfaas.pump import keys
+from prfaas.router.tls import tls_context
 
 NOW = datetime.datetime.now(datetime.UTC)
 
@@ -258,3 +260,22 @@ def test_trust_refuses_what_is_not_an_authority(east: Path, west: Path) -> None:
     with pytest.raises(UsageError, match=r"trust its authority\.crt"):
         keys.trust(east, west / "site.pem")
     assert not (east / "trusted.crt").exists()
+
+
+def with_passphrase(site_pem: Path) -> Path:
+    """The same file, its key encrypted."""
+    text = site_pem.read_bytes()
+    key = serialization.load_pem_private_key(text, password=None)
+    cipher = serialization.BestAvailableEncryption(b"secret")
+    locked = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, cipher)
+    site_pem.write_bytes(locked + text[text.index(b"-----BEGIN CERTIFICATE") :])
+    return site_pem
+
+
+def test_a_key_with_a_passphrase_is_an_error_and_no_question_at_the_terminal(east: Path) -> None:
+    """A pump or a router that asks waits for ever, or holds up all requests at a reload."""
+    site_file = with_passphrase(east / "site.pem")
+    with pytest.raises(UsageError, match=r"site\.pem: its private key has a passphrase"):
+        keys.tls_context(server=True, site_file=site_file, authorities=[])
+    with pytest.raises(ConfigError, match=r"listen\.tls\.key: found 'a passphrase'"):
+        tls_context(Tls(certificate=str(site_file), key=str(site_file)))

@@ -1,0 +1,35 @@
+"""The log of a pump or a router: an entry is a line."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from prfaas.telemetry.log_lines import OneLine
+
+
+def written(message: str, *args: object, error: BaseException | None = None) -> str:
+    info = None if error is None else (type(error), error, error.__traceback__)
+    record = logging.LogRecord("prfaas.pump", logging.WARNING, "f.py", 1, message, args, info)
+    return OneLine("%(levelname)s %(name)s: %(message)s").format(record)
+
+
+@pytest.mark.parametrize(
+    "end", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\x1b[2K"]
+)
+def test_a_name_from_outside_makes_no_entry_of_its_own(end: str) -> None:
+    line = written("site %s: %s", "east", f"gone{end}ERROR prfaas.pump: all is lost")
+    assert len(line.splitlines()) == 1
+    assert line.isprintable()
+    assert line.startswith("WARNING prfaas.pump: site east: gone\\")
+
+
+def test_letters_of_any_language_stay() -> None:
+    assert written("modèle 模型 — ok") == "WARNING prfaas.pump: modèle 模型 — ok"
+
+
+def test_a_traceback_keeps_its_lines() -> None:
+    with pytest.raises(ValueError, match="why") as caught:
+        raise ValueError("why")
+    assert written("a fault", error=caught.value).splitlines()[-1] == "ValueError: why"
