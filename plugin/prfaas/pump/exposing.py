@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from prfaas.model.errors import RemoteProtocolError
 from prfaas.pump.forwarding import K_CONNECTIONS_MOST, K_IN_USE, K_VERSION
 from prfaas.pump.relay import Relay
+from prfaas.pump.resolving import Address
 from prfaas.pump.stream import Stream
 from prfaas.transfer.frames import Forward, FrameType, Header, Refuse, decode_message, message_frame
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from prfaas.pump.server import Pump
 
 log = logging.getLogger(__name__)
+
+K_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""What a server that listens everywhere is reached by."""
 
 
 class Exposed:
@@ -30,6 +35,8 @@ class Exposed:
     def expose(self, host: str, port: int, server: object = None) -> None:
         """Let peers reach host:port, as long as the server is attached; without one, always."""
         (self._fixed if server is None else self._by_server.setdefault(server, set())).add((host, port))
+        with contextlib.suppress(RemoteProtocolError):
+            self._find(host, port, self.pump.loop.now())  # so that its name is known when a peer comes
 
     def withdraw(self, server: object) -> None:
         """What a server that has gone had exposed. Standing connections end by themselves."""
@@ -43,34 +50,40 @@ class Exposed:
         same = [endpoint for endpoint in known if endpoint[1] == wanted.port]
         return same[0] if len(same) == 1 else None
 
+    def _find(self, host: str, port: int, now: float) -> Address | None:
+        """Where to connect; None: its name is being looked up, which nobody else's bytes wait for. Raises
+        RemoteProtocolError for a name that nobody knows.
+        """
+        try:
+            return self.pump.resolver.find(K_HERE.get(host, host), port, now)
+        except OSError as error:
+            raise RemoteProtocolError(f"{host}:{port}: {error}") from None
+
     def start(self, stream: Stream, body: memoryview, now: float) -> None:
         """A FORWARD frame. Raises RemoteProtocolError, which ends the stream alone."""
         if stream.version < K_VERSION:
             raise RemoteProtocolError(f"FORWARD in version {stream.version}")
         wanted = decode_message(body, Forward)
-        target = self._target(wanted)
         if stream in self._relays:
             raise RemoteProtocolError("FORWARD twice")
-        problem = ""
+        target, where, problem = self._target(wanted), None, ""
         if target is None:
             problem = f"{wanted.host}:{wanted.port} isn't exposed at this node"
         elif len(self._relays) >= K_CONNECTIONS_MOST:
             problem = K_IN_USE
-        if problem or target is None:
+        else:
+            where = self._find(*target, now)
+            problem = "" if where else f"{target[0]} is still being looked up"
+        if where is None:
             self.pump.inbound.count_refusal("forward")
             log.warning("site %s: %s", stream.peer_site, problem)
             stream.send_control(message_frame(stream.version, FrameType.REFUSE, Refuse("forward", problem)))
             return
-        host, port = target
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        family, address = where
+        sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            sock.connect_ex((host, port))
-        except OSError as error:  # a name that nobody knows
-            sock.close()
-            raise RemoteProtocolError(f"{host}:{port}: {error}") from None
+        sock.connect_ex(address)
         # Whether it worked is seen when the socket is writable; until then what comes waits in the relay.
         self._relays[stream] = Relay(
             self.pump.loop, sock, stream, lambda at: self._ended(stream, at), connecting=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from prfaas.config.pump import split_address
 from prfaas.pump.resolving import K_FRESH_S, Resolver
 from prfaas.pump.server import Pump
+from prfaas.transfer import frames as f
 
 real = socket.getaddrinfo
 
@@ -84,6 +86,46 @@ def test_a_name_server_that_does_not_answer_holds_up_nobody_and_the_peer_is_reac
         until(lambda: slow.n_ready == 2, turn)
     finally:
         pump.close()
+
+
+def test_an_exposed_endpoint_by_name_is_looked_up_beside_the_loop_and_reached_when_it_is_known(pumps, names):
+    names.known["backend.test"] = "127.0.0.1"
+    names.answers.clear()
+    with socket.create_server(("127.0.0.1", 0)) as backend:
+        port = backend.getsockname()[1]
+        pump = Pump(pumps.config("east", exposes=[f"backend.test:{port}"]))
+        try:
+            assert "still being looked up" in asked_to_forward(pump, port)
+            assert pump.inbound.refusals == {"forward": 1}
+            names.answers.set()
+            until(lambda: pump.resolver.find("backend.test", port, pump.loop.now()))
+            assert asked_to_forward(pump, port) == ""
+            backend.settimeout(15)
+            backend.accept()[0].close()
+        finally:
+            pump.close()
+
+
+def asked_to_forward(pump: Pump, port: int) -> str:
+    """What a peer's pump that asks for the port hears: why not, or nothing."""
+    began_s = time.monotonic()
+    with socket.create_connection(split_address(pump.address), timeout=15) as sock:
+        hello = f.Hello(1, 2, b"sixteen bytes ok", "west", "127.0.0.1:1", 0, forwarding=True)
+        sock.sendall(f.message_frame(1, f.FrameType.HELLO, hello))
+        sock.sendall(f.message_frame(2, f.FrameType.FORWARD, f.Forward("backend.test", port)))
+        sock.setblocking(False)
+        said = b""
+
+        def heard():
+            nonlocal said
+            pump.loop.turn(0.01)
+            with contextlib.suppress(BlockingIOError):
+                said += sock.recv(1 << 16)
+            return len(pump.exposed) or b"looked up" in said
+
+        until(heard)
+    assert time.monotonic() - began_s < 5, "it waited for the name server"
+    return said.decode(errors="replace") if b"looked up" in said else ""
 
 
 def test_an_unknown_name_is_an_error_that_says_so_and_is_asked_about_again_later(names):
