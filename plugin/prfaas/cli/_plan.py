@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 from prfaas.cli import _plan_text
 from prfaas.cli._places import folder_for
-from prfaas.config.case import CaseConfig, SitesCaseConfig, TraceLengths, load_case
+from prfaas.config.case import K_MOST_RATE_RPS, CaseConfig, SitesCaseConfig, TraceLengths, load_case
 from prfaas.config.lengths import lengths_of
 from prfaas.config.workload import Azure, Mooncake, read_trace
 from prfaas.model.errors import EXIT_OK, ConfigError, UsageError
 from prfaas.model.lengths import Empirical, Lengths
 from prfaas.planner import Impossible, Slo, report, sites_report, table_report
 from prfaas.workload import reuse_of, timed_requests
+
+K_QUANTILE = 0.9
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,27 +55,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one_link(args: argparse.Namespace, case: CaseConfig, file: str) -> dict[str, Any]:
-    if args.threshold is not None and not args.threshold >= 0:
-        raise UsageError(f"--threshold: found {args.threshold:g}; must not be negative")
+    _check(args.threshold, "--threshold", lambda x: 0 <= x < math.inf, "must be finite and not negative")
     if args.prefill is not None and not 0 <= args.prefill < case.local.instances:
         raise UsageError(
             f"--prefill: found {args.prefill}; must lie between 0 and {case.local.instances - 1}"
         )
+    _check(args.egress_gbps, "--egress-gbps", lambda x: 0 <= x < math.inf, "must be finite and not negative")
     if args.egress_gbps is not None:
-        if not 0 <= args.egress_gbps < float("inf"):
-            raise UsageError(f"--egress-gbps: found {args.egress_gbps:g}; must not be negative")
         link = case.prfaas.model_copy(update={"egress_gbps": args.egress_gbps})
         case = case.model_copy(update={"prfaas": link})
     slo = None
     if (args.slo_ttft_s is None) != (args.slo_rate_rps is None):
         raise UsageError("--slo-ttft-s and --slo-rate-rps go together")
+    if args.slo_quantile is not None and args.slo_ttft_s is None:
+        raise UsageError("--slo-quantile goes with --slo-ttft-s and --slo-rate-rps")
     if args.slo_ttft_s is not None:
-        for name, value in (("--slo-ttft-s", args.slo_ttft_s), ("--slo-rate-rps", args.slo_rate_rps)):
-            if not 0 < value < float("inf"):
-                raise UsageError(f"{name}: found {value:g}; must be above 0")
-        if not 0 < args.slo_quantile < 1:
-            raise UsageError(f"--slo-quantile: found {args.slo_quantile:g}; must lie between 0 and 1")
-        slo = Slo(args.slo_ttft_s, args.slo_quantile)
+        quantile = K_QUANTILE if args.slo_quantile is None else args.slo_quantile
+        _check(args.slo_ttft_s, "--slo-ttft-s", lambda x: 0 < x < math.inf, "must be finite and above 0")
+        _check(
+            args.slo_rate_rps,
+            "--slo-rate-rps",
+            lambda x: 0 < x <= K_MOST_RATE_RPS,
+            f"must be above 0, at most {K_MOST_RATE_RPS:g}",
+        )
+        _check(quantile, "--slo-quantile", lambda x: 0 < x < 1, "must lie between 0 and 1")
+        slo = Slo(args.slo_ttft_s, quantile)
     lengths = _lengths(case.workload.input_tokens, args)
     try:
         return report(case, lengths, args.threshold, args.prefill, slo, args.slo_rate_rps)
@@ -81,8 +89,14 @@ def _one_link(args: argparse.Namespace, case: CaseConfig, file: str) -> dict[str
         raise ConfigError(file, "slo.ttft_s", case.slo.ttft_s if case.slo else None, str(error)) from None
 
 
+def _check(value: float | None, name: str, sound: Callable[[float], bool], allowed: str) -> None:
+    """Raises UsageError for a number that was given and isn't sound."""
+    if value is not None and not sound(value):
+        raise UsageError(f"{name}: found {value:g}; {allowed}")
+
+
 def _refuse(args: argparse.Namespace, form: str) -> None:
-    for name in ("threshold", "prefill", "egress_gbps", "slo_ttft_s", "slo_rate_rps"):
+    for name in ("threshold", "prefill", "egress_gbps", "slo_ttft_s", "slo_quantile", "slo_rate_rps"):
         if getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} doesn't go with a case of {form}")
 

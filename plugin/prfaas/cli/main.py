@@ -21,6 +21,10 @@ import prfaas.cli
 from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, PrfaasError
 
 K_FROM_TESTBED = ("bench",)
+K_STATUSES = (
+    "Exit status: 0 done and passed; 1 ran and fell short; 2 bad usage or a bad file; 3 this machine lacks "
+    "something, and which; 130 interrupted."
+)
 # A disk that is full, over its quota, read-only or broken: no fault of ours, and nothing to trace.
 K_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -39,7 +43,10 @@ def command_modules(package: ModuleType, argv: Sequence[str], others: Sequence[s
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of all commands, or of the one that `argv` names."""
     parser = argparse.ArgumentParser(
-        prog="prfaas", description="Cross-datacentre prefill for SGLang.", allow_abbrev=False
+        prog="prfaas",
+        description="Cross-datacentre prefill for SGLang.",
+        epilog=K_STATUSES,
+        allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     modules = command_modules(prfaas.cli, argv)

@@ -20,9 +20,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--prefill", type=int, metavar="N", help="hold the local prefill instances")
     parser.add_argument("--egress-gbps", type=float, metavar="G", help="another link than the case's")
     parser.add_argument("--slo-ttft-s", type=float, metavar="S", help="how many instances keep this TTFT?")
-    parser.add_argument(
-        "--slo-quantile", type=float, default=0.9, metavar="Q", help="… for this share (%(default)s)"
-    )
+    parser.add_argument("--slo-quantile", type=float, metavar="Q", help="… for this share (0.9)")
     parser.add_argument("--slo-rate-rps", type=float, metavar="R", help="… at this rate")
     parser.add_argument("--json", action="store_true", help="one object on stdout, nothing else")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw figures (PNG, SVG, CSV) there")

@@ -117,10 +117,14 @@ class PricesConfig(Strict):
     currency: Annotated[str, Field(min_length=1, max_length=16)] = "USD"
 
 
+K_MOST_RATE_RPS = 1e5
+"""Sizing counts instances one by one: beyond this, for minutes."""
+
+
 class SloConfig(Strict):
     """What is promised, for "how many instances"."""
 
-    rate_rps: Positive
+    rate_rps: Annotated[float, Field(gt=0, le=K_MOST_RATE_RPS)]
     ttft_s: Positive
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.9
     decode_utilisation: Annotated[float, Field(gt=0, le=1)] = 0.9

@@ -53,7 +53,9 @@ def read_yaml(path: Path | str) -> object:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: can't be read: {error.strerror}") from None
+    except (UnicodeDecodeError, ValueError) as error:  # the latter: a name with a NUL
         raise UsageError(f"{path}: can't be read: {error}") from None
     try:
         data: object = yaml.load(text, _Loader)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import prfaas_testbed.cli
-from prfaas.cli.main import command_modules, run_command
+from prfaas.cli.main import K_STATUSES, command_modules, run_command
 
 K_NOT_COMMANDS = ("bench",)  # bench is a command of `prfaas`, by its entry-point group
 
@@ -18,6 +18,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prfaas-testbed",
         description="Several data centres on one Linux machine, with real delay, loss and faults.",
+        epilog=K_STATUSES,
         allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
