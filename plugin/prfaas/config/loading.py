@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
 from prfaas.model.errors import ConfigError, UsageError
 
@@ -24,6 +25,15 @@ M = TypeVar("M", bound=BaseModel)
 class _Together:
     def __repr__(self) -> str:
         return "fields that don't fit together"
+
+
+_WORDS: dict[str, str] = {}
+
+
+def pattern(expression: str, words: str, **kwargs: Any) -> Any:
+    """A text field by a regular expression, and what an error says in its place."""
+    _WORDS[expression] = words
+    return Field(pattern=expression, **kwargs)
 
 
 _SHORT = reprlib.Repr()
@@ -63,10 +73,12 @@ def read_yaml(path: Path | str) -> object:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
         problem = getattr(error, "problem", None) or "not YAML"
-        twice = isinstance(error, yaml.constructor.ConstructorError) and "second time" in problem
-        raise ConfigError(
-            str(path), where, problem, "expected each field once" if twice else "expected YAML"
-        ) from None
+        if isinstance(error, yaml.constructor.ConstructorError) and "second time" in problem:
+            raise ConfigError(str(path), where, problem, "expected each field once") from None
+        lines = text.splitlines()
+        # What is missing at the end of the file is missed on a line that isn't there.
+        line = lines[min(mark.line, len(lines) - 1)] if mark and lines else ""
+        raise ConfigError(str(path), where, _SHORT.repr(line.strip())[1:-1], f"no YAML: {problem}") from None
     except (ValueError, OverflowError) as error:  # of a date that isn't one, or a number without digits
         raise ConfigError(str(path), "the file", str(error), "expected YAML") from None
     except RecursionError:
@@ -90,8 +102,12 @@ def check(data: object, model: type[M], file: str) -> M:
 
 
 def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> ConfigError:
-    """Pydantic's first fault in our words."""
-    fault = error.errors(include_url=False)[0]
+    """Pydantic's first fault in our words; a field misspelt, before that it is missing by its right name."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    if fault["type"] == "missing":
+        beside = [one for one in faults if one["loc"][:-1] == fault["loc"][:-1]]
+        fault = next((one for one in beside if one["type"] == "extra_forbidden"), fault)
     path, here = _follow(model, fault["loc"][:-1])
     if fault["type"] == "extra_forbidden":
         path.append(fault["loc"][-1])
@@ -101,10 +117,15 @@ def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> Co
     found: object = fault["input"]
     allowed = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        known = ", ".join(sorted({name for one in here for name in one.model_fields})) or "none"
-        allowed = f"unknown field; known here: {known}"
+        known = sorted({field.alias or name for one in here for name, field in one.model_fields.items()})
+        near = _nearest(str(fault["loc"][-1]), known)
+        allowed = f"unknown field{near}; known here: {', '.join(known) or 'none'}"
     elif fault["type"] == "missing":
         found, allowed = None, "this field is required"
+    elif fault["type"] == "string_pattern_mismatch":
+        allowed = _WORDS.get(fault["ctx"]["pattern"], allowed)
+    elif fault["type"] in ("float_parsing", "int_parsing"):
+        allowed = "expected a number alone: the unit is in the field's name"
     elif fault["type"] == "union_tag_invalid":
         tag = str(fault["ctx"]["discriminator"]).strip("'")
         field, found = f"{field}.{tag}", fault["ctx"]["tag"]
@@ -120,6 +141,12 @@ def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> Co
     elif isinstance(found, str):
         found = found if len(found) <= 200 else found[:197] + "..."
     return ConfigError(file, field, found, allowed)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """A guess at the field that was meant, for an error: `, perhaps …`, or nothing."""
+    near = [one for one in known if one.startswith(f"{name}_")] or difflib.get_close_matches(name, known, 1)
+    return f", perhaps {near[0]}" if near else ""
 
 
 def _follow(
@@ -138,7 +165,7 @@ def _follow(
             tags = {tag for field in fields for tag in _tags_in(field.annotation)}
         elif isinstance(part, str) and (tagged := [one for one in here if part in _names_of(one)]):
             here = tagged
-        elif isinstance(part, int) or part not in tags:
+        elif isinstance(part, int) or (part not in tags and part != "[key]"):
             path.append(part)
     return path, here
 

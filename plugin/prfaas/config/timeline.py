@@ -10,11 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from prfaas.config.loading import Strict
+from prfaas.config.loading import Strict, pattern
 from prfaas.config.topology import LinkChange
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
-Links = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{0,9}<?->[a-z][a-z0-9]{0,9}$")]
+Links = Annotated[
+    str,
+    pattern(r"^[a-z][a-z0-9]{0,9}<?->[a-z][a-z0-9]{0,9}$", "expected a->b, or a<->b for both directions"),
+]
 """A directed link `a->b` as the topology has it, or both directions, `a<->b`."""
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

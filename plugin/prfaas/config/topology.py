@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from prfaas.config.loading import Strict, first_fault, load
+from prfaas.config.loading import Strict, first_fault, load, pattern
 from prfaas.config.places import checkout
 from prfaas.model.errors import ConfigError, UsageError
 
@@ -30,7 +30,9 @@ K_MIN_QUEUE_BYTES = 64 * 1024
 K_LEAST_QUEUE_BYTES = 3028  # two full frames: what a scaled queue keeps
 K_NETWORKS = checkout() / "topologies" / "networks"
 
-Name = Annotated[str, Field(pattern=K_NAME)]
+Name = Annotated[
+    str, pattern(K_NAME, "a site's or hub's name: a letter, then up to 9 letters or digits; all small")
+]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Milliseconds = Annotated[float, Field(ge=0, le=10_000)]
 Mbps = Annotated[float, Field(ge=0.05, le=1_000_000)]

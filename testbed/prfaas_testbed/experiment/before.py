@@ -17,6 +17,7 @@ from prfaas_testbed.experiment.checks import require_known
 from prfaas_testbed.experiment.fleet import K_MODELS_DIR
 from prfaas_testbed.experiment.load import plan
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.experiment.metrics import K_METRICS
 from prfaas_testbed.experiment.timeline import steps_of
 from prfaas_testbed.instances.models import K_MODELS
 from prfaas_testbed.instances.sglang_server import sglang_python
@@ -26,6 +27,7 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
     """All that can be known to be wrong before anything is started. Raises ConfigError, UsageError,
     MachineError."""
     require_known(experiment.checks, origin)
+    _checks_can_be_judged(experiment, origin)
     topology = load_topology(experiment.network)
     for instance in experiment.instances:
         if instance.site not in topology.sites:
@@ -38,20 +40,14 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
             origin, "baseline.site", experiment.baseline.site, f"sites: {', '.join(topology.sites)}"
         )
     for capture in experiment.captures:
-        for name in (capture.source, capture.target):
-            if name not in topology.sites:
-                raise ConfigError(origin, "captures", name, f"sites here: {', '.join(topology.sites)}")
+        _two_sites("captures", capture, topology, origin)
     if experiment.capacity is not None:
         rate_of(experiment.workload)
     if experiment.captures:
         check_reader()
     links = topology.directed()
     for event in experiment.events():
-        for name in _sites_of(event):
-            if name not in topology.sites:
-                raise ConfigError(
-                    origin, f"timeline.{event.do}", name, f"sites here: {', '.join(topology.sites)}"
-                )
+        _two_sites(f"timeline.{event.do}", event, topology, origin)
         for link in _links_of(event):
             if link not in links:
                 raise ConfigError(
@@ -86,8 +82,59 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
             "none here: homes are simulated alone",
         )
     requests = plan(experiment, "sglang" in experiment.kinds(), experiment.seed)
+    _times_fit(experiment, max((request.at_s for request in requests), default=0.0), origin)
     _same_sizes(experiment, {len(request.tokens) for request in requests}, topology, origin)
     return topology
+
+
+def _checks_can_be_judged(experiment: Experiment, origin: str) -> None:
+    """Raises ConfigError for a check that would be unsupported whatever happened in the run."""
+    for spec in experiment.checks:
+        name = spec.metric or spec.name
+        needs = K_METRICS[name].needs
+        if needs and not any(getattr(experiment, need) for need in needs):
+            wanted = " or ".join(f"`{need}:`" for need in needs)
+            told = f"nothing to judge it by; give the experiment {wanted}, or leave the check out"
+            raise ConfigError(origin, f"checks.{spec.name}", name, told)
+
+
+def _two_sites(field: str, item: Any, topology: Topology, origin: str) -> None:
+    """Raises ConfigError where the sites that an event or a capture names aren't there, or are one."""
+    names = _sites_of(item)
+    for name in names:
+        if name not in topology.sites:
+            raise ConfigError(origin, field, name, f"sites here: {', '.join(topology.sites)}")
+    if len(names) == 2 and names[0] == names[1]:
+        raise ConfigError(origin, field, f"{names[0]} as source and target", "expected two different sites")
+
+
+def _times_fit(experiment: Experiment, last_s: float, origin: str) -> None:
+    """Whether the run can end in its time, and whether its steps can come while load still runs; the
+    workload's last request comes at `last_s`. Raises ConfigError.
+    """
+    if experiment.capacity is not None:  # its search sets the rate, and so the time
+        return
+    plays = [(one.timeline, one.duration_s or last_s) for one in experiment.rounds]
+    plays = plays or [(experiment.timeline, last_s)]
+    series = len(experiment.models) * experiment.repetitions
+    load_s = series * sum(length_s for _, length_s in plays)
+    if load_s > experiment.wall_time_s:
+        times = f", {series} times" if series > 1 else ""
+        told = (
+            f"the load alone lasts {load_s / series:.0f} s{times}: allow more time, or less load; "
+            "`prfaas simulate` plays it on virtual time"
+        )
+        raise ConfigError(origin, "wall_time_s", experiment.wall_time_s, told)
+    for items, length_s in [*plays, (experiment.captures, last_s)]:
+        end_s = length_s + experiment.request_timeout_s
+        for item in items:
+            if item.at_s > end_s:
+                field = f"timeline.{item.do}.at_s" if hasattr(item, "do") else "captures.at_s"
+                told = (
+                    f"the load has ended by then: its last request comes at {length_s:.1f} s, and is waited "
+                    f"for {experiment.request_timeout_s:g} s at most (request_timeout_s)"
+                )
+                raise ConfigError(origin, field, item.at_s, told)
 
 
 def _profile_known(name: str | None, origin: str, field: str) -> None:

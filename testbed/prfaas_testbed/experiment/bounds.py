@@ -16,7 +16,7 @@ def _last(view: View) -> EventRow:
     return rows[-1]
 
 
-@metric("capacity_rps", "requests/s")
+@metric("capacity_rps", "requests/s", needs=("capacity",))
 def _capacity(view: View) -> float:
     """The highest rate that held the SLO below the lowest that broke it."""
     found = number(_last(view), "held_rps")
@@ -25,7 +25,7 @@ def _capacity(view: View) -> float:
     return found
 
 
-@metric("capacity_gap")
+@metric("capacity_gap", needs=("capacity",))
 def _gap(view: View) -> float:
     """The lowest rate that broke the SLO over the highest that held it: how well the capacity is known."""
     row = _last(view)

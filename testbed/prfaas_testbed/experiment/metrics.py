@@ -101,7 +101,7 @@ def _in_flight_peak(view: View) -> float:
     return min(peaks, default=0)
 
 
-@metric("tokens_equal_share")
+@metric("tokens_equal_share", needs=("baseline",))
 def _tokens_equal_share(view: View) -> float:
     """Share of all requests whose token ids equal the plain server's; an unanswered one counts against it."""
     plain = view.baseline()
@@ -111,7 +111,7 @@ def _tokens_equal_share(view: View) -> float:
     return sum(equal_tokens(row, plain.get((row.model, row.id))) is True for row in rows) / len(rows)
 
 
-@metric("wrong_answers")
+@metric("wrong_answers", needs=("baseline",))
 def _wrong_answers(view: View) -> float:
     """Whole answers whose token ids differ from the plain server's."""
     plain = view.baseline()
@@ -120,7 +120,7 @@ def _wrong_answers(view: View) -> float:
     return sum(equal_tokens(row, plain.get((row.model, row.id))) is False for row in view.requests())
 
 
-@metric("logprob_gap")
+@metric("logprob_gap", needs=("baseline",))
 def _logprob_gap(view: View) -> float:
     """Largest difference between a chosen token's logprob and the plain server's."""
     plain = view.baseline()
@@ -151,7 +151,7 @@ def _payload_bytes(view: View) -> float:
     return sum(row.kv_bytes or 0 for row in crossed(view.answered()))
 
 
-@metric("controls_caught_share")
+@metric("controls_caught_share", needs=("controls",))
 def _controls_caught_share(view: View) -> float:
     """Share of control requests, with a fault planted, that both comparisons (tokens and digests) caught."""
     rows = view.controls()
@@ -274,7 +274,7 @@ def _egress(view: View) -> float:
     return float(np.median(rates))
 
 
-@metric("slo_share")
+@metric("slo_share", needs=("slo_ttft_s", "router"))
 def _slo_share(view: View) -> float:
     """Share of all requests whose first token came within slo_ttft_s (the experiment's, or the request's
     own)."""

@@ -18,18 +18,23 @@ class Metric:
     unit: str
     description: str
     compute: Callable[[View], float]
+    needs: tuple[str, ...] = ()
+    """Fields of an experiment of which it must have one, or there is nothing to compute it from."""
 
 
 K_METRICS: dict[str, Metric] = {}
 
 
-def metric(name: str, unit: str = "") -> Callable[[Callable[[View], float]], Callable[[View], float]]:
+def metric(
+    name: str, unit: str = "", needs: tuple[str, ...] = ()
+) -> Callable[[Callable[[View], float]], Callable[[View], float]]:
     """Register a metric; its docstring is its description. Refuses a second one of the same name."""
 
     def add(function: Callable[[View], float]) -> Callable[[View], float]:
         if name in K_METRICS:
             raise ValueError(f"metric {name} is registered twice")
-        K_METRICS[name] = Metric(name, unit, " ".join((function.__doc__ or "").split()), function)
+        description = " ".join((function.__doc__ or "").split())
+        K_METRICS[name] = Metric(name, unit, description, function, needs)
         return function
 
     return add

@@ -61,7 +61,7 @@ def _senders(view: View) -> list[EventRow]:
     return found
 
 
-@metric("wire_bytes_gap_share")
+@metric("wire_bytes_gap_share", needs=("captures",))
 def _bytes_gap(view: View) -> float:
     """Bytes of TCP's payload at the WAN's edge, each once, against the pumps' own count: the largest gap."""
     gaps = []
@@ -75,7 +75,7 @@ def _bytes_gap(view: View) -> float:
     return max(gaps)
 
 
-@metric("wire_retransmit_gap_share")
+@metric("wire_retransmit_gap_share", needs=("captures",))
 def _retransmit_gap(view: View) -> float:
     """Retransmitted bytes by packets against TCP_INFO's, the largest difference as a share of all sent."""
     gaps = []
@@ -89,7 +89,7 @@ def _retransmit_gap(view: View) -> float:
     return max(gaps)
 
 
-@metric("wire_goodput_mbps", "Mbit/s")
+@metric("wire_goodput_mbps", "Mbit/s", needs=("captures",))
 def _goodput(view: View) -> float:
     """Bytes that arrived at the receiver's edge, each once, over first to last; the least repetition."""
     found = [value for row in _senders(view) if (value := number(row, "goodput_mbps")) is not None]
@@ -98,7 +98,7 @@ def _goodput(view: View) -> float:
     return min(found)
 
 
-@metric("wire_rtt_min_ms", "ms")
+@metric("wire_rtt_min_ms", "ms", needs=("captures",))
 def _rtt(view: View) -> float:
     """Least time from a segment to its acknowledgement at the sender's edge."""
     found = [value for row in _senders(view) if (value := number(row, "rtt_min_ms")) is not None]
@@ -107,7 +107,7 @@ def _rtt(view: View) -> float:
     return min(found)
 
 
-@metric("wire_silence_s", "s")
+@metric("wire_silence_s", "s", needs=("captures",))
 def _silence(view: View) -> float:
     """Longest time without a segment of data at the receiver's edge."""
     found = [value for row in _senders(view) if (value := number(row, "silence_s")) is not None]

@@ -57,7 +57,7 @@ def test_homogeneous_instances_and_published_are_optional(tmp_path: Path) -> Non
         ("prfaas/profile/kv_mib", [1, 2, 3, -4], "prfaas.profile.kv_mib.3", "greater than 0"),
         ("prfaas/profile/kv_mib", "~", "prfaas", "its KV is what is sent"),
         ("prfaas/instances", -4, "prfaas.instances", "greater than or equal to 0"),
-        ("prfaas/egress_gbps", "fast", "prfaas.egress_gbps", "valid number"),
+        ("prfaas/egress_gbps", "fast", "prfaas.egress_gbps", "a number alone"),
         ("prfaas/egress", 3, "prfaas.egress", "known here: chunk_tokens, egress_gbps"),
         ("local/instances", 1, "local.instances", "greater than or equal to 2"),
         ("decode/max_batch", 0, "decode.max_batch", "greater than or equal to 1"),

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prfaas.config.loading import load, read_yaml
+from prfaas.config.loading import check, load, read_yaml
 from prfaas.config.profile import ProfileConfig
 from prfaas.config.router import RouterConfig
+from prfaas.config.timeline import Flap
+from prfaas.config.topology import Topology
 from prfaas.model.errors import ConfigError, UsageError
 
 K_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -22,7 +24,7 @@ K_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("models: [\n", "line 2, column 1"),
+        ("models: [\n", r"line 2, column 1: found 'models: \['; no YAML: expected the node content"),
         ("home: west\nmodels: 1\nhome: east\n", "line 3, column 1: found \"'home' a second time\""),
         ("policy: {name: a, name: b}\n", "expected each field once"),
         ("home: 2026-13-45\n", "month must be in 1..12"),
@@ -57,6 +59,40 @@ def test_fields_that_replace_what_an_anchor_brought_are_no_repeats(tmp_path: Pat
     assert read_yaml(path) == {
         "base": {"x": 1, "y": 2}, "next": {"x": 1, "y": 3}, "last": {"x": 4, "y": 3},
     }  # fmt: skip
+
+
+K_NET = """
+name: f
+text: two sites
+sites: {a: {}, b: {}}
+links: [{between: [a, b], delay_ms: 1, rate_mbps: 10}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("delay_ms: 1", "delay: 1", "links.0.delay: found 1; unknown field, perhaps delay_ms; known here: "),
+        ("rate_mbps: 10", "rate_gbps: 1", "unknown field, perhaps rate_mbps; known here: "),
+        ("rate_mbps: 10", "x: 1", "unknown field; known here: between, .* from, .* to$"),
+        ("rate_mbps: 10", "rate_mbps: 10Mbit", "found '10Mbit'; expected a number alone: the unit is in the"),
+        ("text: two", "txt: two", "f.yaml: txt: found 'two sites'; unknown field, perhaps text; "),
+        ("b: {}", "the b: {}", "sites.the b: found 'the b'; a site's or hub's name: a letter, then up to 9"),
+    ],
+)
+def test_a_field_that_is_misspelt_is_told_with_the_one_that_was_meant(
+    before: str, after: str, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(K_NET.replace(before, after))
+    with pytest.raises(ConfigError, match=says):
+        load(path, Topology)
+
+
+def test_a_links_name_is_told_with_its_form() -> None:
+    flap = {"do": "flap", "at_s": 1, "link": "a-b", "on_s": 1, "off_s": 1, "times": 1}
+    with pytest.raises(ConfigError, match=r"link: found 'a-b'; expected a->b, or a<->b for both"):
+        check(flap, Flap, "f.yaml")
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])

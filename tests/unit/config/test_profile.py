@@ -62,7 +62,7 @@ def test_sizes_per_token_grow_from_the_state() -> None:
         ({"kv_bytes_per_token": None, "kv_bytes": [100, 200]}, "the file", "state_bytes is more than"),
         ({"decode": {"step_s": [1, 2], "max_batch": 4}}, "decode", "batch sizes it was measured at"),
         ({"decode": {"step_s": 0.02, "max_batch": 0}}, "decode.max_batch", "greater than or equal to 1"),
-        ({"kv_gib": 3}, "kv_gib", "unknown field; known here: "),
+        ({"kv_gib": 3}, "kv_gib", "unknown field, perhaps kv_mib; known here: "),
     ],
 )
 def test_a_profile_that_cannot_be_true_is_refused_by_field(

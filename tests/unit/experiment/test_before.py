@@ -58,3 +58,44 @@ def test_a_name_that_nothing_has_is_refused_with_its_field(change: dict[str, obj
     with pytest.raises(ConfigError) as caught:
         check_before(Experiment.model_validate({**hello.model_dump(), **change}), "here")
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"checks": [{"name": "slo", "metric": "slo_share", "at_least": 1}]}, "`slo_ttft_s:` or `router:`"),
+        ({"baseline": None}, "checks.tokens_equal_share: found 'tokens_equal_share'; nothing to judge it by"),
+        ({"checks": [{"name": "wire_silence_s", "at_most": 1}]}, "give the experiment `captures:`"),
+        ({"wall_time_s": 3}, "wall_time_s: found 3.0; the load alone lasts 4 s: allow more time"),
+        ({"wall_time_s": 10, "repetitions": 3}, "the load alone lasts 4 s, 3 times: allow more time"),
+        ({"captures": [{"source": "east", "target": "east", "for_s": 1}]}, "'east as source and target'"),
+        ({"captures": [{"source": "east", "target": "west", "at_s": 99, "for_s": 1}]}, "captures.at_s: "),
+        ({"captures": [{"source": "east", "target": "north", "for_s": 1}]}, "captures: found 'north'; sites"),
+    ],
+)  # fmt: skip
+def test_what_no_run_could_judge_or_reach_is_refused(change: dict[str, object], told: str) -> None:
+    hello = load_experiment("hello", K_TOPOLOGIES)
+    assert isinstance(hello, Experiment)
+    check_before(hello, "here")
+    with pytest.raises(ConfigError) as caught:
+        check_before(Experiment.model_validate({**hello.model_dump(), **change}), "here")
+    assert told in str(caught.value)
+
+
+def test_a_step_that_the_load_ends_before_is_refused_with_when_that_is() -> None:
+    late = {"do": "flap", "at_s": 300, "link": "east->west", "on_s": 1, "off_s": 1, "times": 1}
+    told = (
+        r"timeline.flap.at_s: found 300.0; the load has ended by then: its last request comes at 3.8 s, and"
+    )
+    with pytest.raises(ConfigError, match=told):
+        check_before(with_timeline(late), "here")
+    hello = with_timeline()
+    long = {**hello.model_dump(), "wall_time_s": 900, "rounds": [{"name": "one", "duration_s": 290}]}
+    long["rounds"][0]["timeline"] = [late]
+    check_before(Experiment.model_validate(long), "here")
+
+
+def test_traffic_from_a_site_to_itself_is_refused() -> None:
+    traffic = {"do": "cross_traffic", "at_s": 1, "source": "east", "target": "east", "for_s": 1}
+    with pytest.raises(ConfigError, match=r"timeline.cross_traffic: found 'east as source and target'"):
+        check_before(with_timeline(traffic), "here")
