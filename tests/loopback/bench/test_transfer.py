@@ -31,6 +31,8 @@ def test_it_prints_one_object_with_raw_figures(tls: list[str], capsys: pytest.Ca
     assert len(row["goodput_mbps"]) == 2
     assert all(figure > 0 for figure in row["goodput_mbps"])
     assert row["tls"] is bool(tls)
+    for sample in row["samples"]:  # by the sockets, and not by what was asked for
+        assert sample["streams_encrypted"] == (sample["streams_used"] if tls else 0)
     assert "prfaas" in said.err
 
 

@@ -347,6 +347,8 @@ def test_decisions_are_kept_filtered_and_logged(stand: Any, long_text: str, tmp_
                 ({"site": "west", "model": "m"}, 2),
                 ({"min_tokens": "100"}, 1),
                 ({"limit": "1"}, 1),
+                ({"reason": "threshold"}, 3),
+                ({"policy": "prices"}, 0),
                 ({"action": "shed"}, 0),
                 ({"since": "99999999999"}, 0),
             ):
@@ -354,6 +356,8 @@ def test_decisions_are_kept_filtered_and_logged(stand: Any, long_text: str, tmp_
                     rows = (await response.json())["decisions"]
                     assert len(rows) == wanted, query
                     assert all(row["reason"] and row["alternatives"] is not None for row in rows)
+                    ages_s = [row["at_s"] for row in rows]
+                    assert ages_s == sorted(ages_s, reverse=True), "the newest is first"
             for query in ({"colour": "red"}, {"limit": "many"}):
                 async with s.session.get(s.url + "/decisions", params=query) as response:
                     assert response.status == 400

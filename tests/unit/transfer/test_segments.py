@@ -74,6 +74,8 @@ def test_a_hundred_thousand_segments_make_one_plan():
     plan = Plan(at + np.uint64(1 << 20), at + np.uint64(1 << 40), np.full(n, 4096), 256 * 1024)
     assert plan.total_bytes == n * 4096
     assert sum(plan.block_bytes(b) for b in range(plan.n_blocks)) == plan.total_bytes
+    assert (plan.source[:, 0] - np.uint64(1 << 20) == plan.destination[:, 0] - np.uint64(1 << 40)).all()
+    assert (np.sort(plan.source[:, 0]) == np.sort(at) + np.uint64(1 << 20)).all()
 
 
 @given(layouts(), st.sampled_from([1, 2]), st.integers(0, 1 << 50))

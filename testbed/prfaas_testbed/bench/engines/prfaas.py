@@ -141,6 +141,7 @@ class Prfaas(Engine):
                 "cpu_send_s": pumps["sender"],
                 "cpu_receive_s": pumps["receiver"],
                 "streams_used": len(streams),
+                "streams_encrypted": sum(s["tls"] for s in streams),
                 "congestion_control_used": ",".join(sorted({s["congestion_control"] for s in streams})),
                 "retransmitted_bytes": sum(s["retransmitted_bytes"] for s in streams),
                 "resent_blocks": moved["resent_blocks"],
