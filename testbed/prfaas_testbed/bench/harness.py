@@ -62,8 +62,10 @@ def measure_cell(
     limit_s: float,
     progress: Progress,
     narrow: bool = False,
+    keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """A row for each engine; one that fails keeps what it measured and says why under `errors`.
+    """A row for each engine; one that fails keeps what it measured and says why under `errors`. `keep` gets
+    the rows after each round.
 
     `narrow`: after the first round only prfaas, Mooncake and the best of the iperf3 rows go on, to spare
     time. A repetition has `limit_s`, on a long way more. Raises MachineError when an engine lacks something
@@ -81,6 +83,8 @@ def measure_cell(
                 scan = narrow and not repetition and engines[index].name == "iperf3"
                 most_s = min(limit_s, max(K_SCAN_S, K_SCAN_RTTS * cell.rtt_s)) if scan else limit_s
                 _measure(engines[index], rows[index], repetition, most_s, progress)
+            if keep is not None:
+                keep(rows)
     finally:
         for engine in engines:
             engine.close()

@@ -34,8 +34,12 @@ K_BESIDE_REPETITIONS = 3
 K_LOOP_MODULE = "prfaas_testbed.bench.engines.loop_worker"
 
 
-def measure(workdir: Path, seconds: float, repetitions: int, progress: Progress) -> list[Row]:
-    """A row for each way to move bytes and each end whose loop is watched; quiet and loaded take turns."""
+def measure(
+    workdir: Path, seconds: float, repetitions: int, progress: Progress, keep: Callable[[list[Row]], None]
+) -> list[Row]:
+    """A row for each way to move bytes and each end whose loop is watched; quiet and loaded take turns.
+    `keep` gets them as they come.
+    """
     rows: list[Row] = []
     place = Loopback(workdir)
     cores = sorted(os.sched_getaffinity(0))
@@ -46,6 +50,7 @@ def measure(workdir: Path, seconds: float, repetitions: int, progress: Progress)
     def watch(name: str, end: str, worker: Worker, engine: Prfaas | PoolPeer, core: int | None) -> None:
         rounds = repetitions if name == "prfaas" else few
         rows.append(_compare(name, end, worker, _engine_run(engine, seconds), seconds, rounds, core))
+        keep(rows)
         progress(_text(rows[-1]))
 
     for name, engine, core in (
@@ -67,6 +72,7 @@ def measure(workdir: Path, seconds: float, repetitions: int, progress: Progress)
                     watch("bystander", "neither", bystander, engine, core)
     if shutil.which("iperf3"):
         rows.append(_control(place, workdir, seconds, few))
+        keep(rows)
         progress(_text(rows[-1]))
     return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prfaas_testbed.bench import checks
@@ -21,9 +21,10 @@ def ideal_s(size_bytes: int, cell: Cell) -> float:
 
 
 def measure(
-    place: Place, cell: Cell, sizes_bytes: Sequence[int], repetitions: int, progress: Progress
-) -> list[Row]:
-    """A row for each size, warm (at once after another transfer) and rested."""
+    place: Place, cell: Cell, sizes_bytes: Sequence[int], repetitions: int, progress: Progress,
+    keep: Callable[[list[Row]], None],
+) -> list[Row]:  # fmt: skip
+    """A row for each size, warm (at once after another) and rested. `keep` gets them as they come."""
     rows: list[Row] = []
     pool = max(sizes_bytes)
     with Prfaas() as engine:
@@ -46,6 +47,7 @@ def measure(
                         "sender_s": [one["sender_s"] for one in found],
                     }
                 )
+                keep(rows)
                 progress(f"latency of {size_bytes / 1e6:g} MB after {rest_s:g} s: {rows[-1]['sender_s']}")
     return rows
 

@@ -1,4 +1,7 @@
-"""The bench's run.json: one for each run, under RESULTS/bench/STAMP. Parts may be added to it later."""
+"""The bench's run.json: one for each run, under RESULTS/bench/STAMP. Parts may be added to it later.
+
+What a part measures is kept as it comes, so that one that is cut short leaves what it had.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ K_EXPERIMENT = "bench"
 
 
 class Record:
-    """Rows and checks as they come, written after each part so that one cut short keeps what it measured."""
+    """Rows and checks as they come."""
 
     def __init__(self, results: Path) -> None:
         self._started = datetime.now(UTC)
@@ -29,6 +32,7 @@ class Record:
         self.measures: dict[str, Any] = {}
         self.made: list[dict[str, Any]] = []
         """Which parts were measured when, on which commit, and how long that took."""
+        self._kept = False
 
     @classmethod
     def again(cls, folder: Path) -> Record:
@@ -51,13 +55,36 @@ class Record:
         new = {row["cell"] for row in rows}
         self.rows = [row for row in self.rows if row["cell"] not in new] + list(rows)
 
+    def keep(self, checks: Sequence[Row] = ()) -> None:
+        """Write what there is, with these checks of it: a part goes on, and may be cut short."""
+        self.judged(checks)
+        self._kept = True
+        self.write()
+
+    def keep_measures(
+        self, name: str, rows: Sequence[Row], same: Sequence[str], checks: Sequence[Row]
+    ) -> None:
+        """Rows of a measure as far as they are known, with their checks. Those known before that are the
+        `same` as one of them are forgotten.
+        """
+        new = [[row[key] for key in same] for row in rows]
+        before = [row for row in self.measures.get(name, ()) if [row.get(key) for key in same] not in new]
+        self.measures[name] = before + list(rows)
+        self.keep(checks)
+
     def judged(self, checks: Sequence[Row]) -> None:
         """Checks; what was known under their names is forgotten."""
         new = {check["name"] for check in checks}
         self.checks = [check for check in self.checks if check["name"] not in new] + list(checks)
 
+    def cut_short(self, part: str, took_s: float) -> None:
+        """A part didn't come to its end: note it if it left anything."""
+        if self._kept:
+            self.finished(f"{part} (cut short)", took_s)
+
     def finished(self, part: str, took_s: float | None = None) -> Path:
         """A part is measured: note it, and write what there is."""
+        self._kept = False
         ended = datetime.now(UTC).isoformat(timespec="seconds")
         note: dict[str, Any] = {"part": part, "commit": commit(), "ended": ended}
         self.made.append(note if took_s is None else {**note, "took_s": round(took_s, 1)})
@@ -69,7 +96,7 @@ class Record:
 
     def add_place(self, place: dict[str, Any]) -> None:
         """What a place says of itself: its emulation, its calibration."""
-        if place["emulation"] != "none":
+        if place["emulation"] not in ("none", *self._emulations):
             self._emulations.append(place["emulation"])
         self._calibration += [CalibrationRow.model_validate(row) for row in place.get("calibration", [])]
 

@@ -46,6 +46,8 @@ K_COARSE_BYTES = 1 << 20
 best.
 """
 
+Keep = Callable[[list[Row], list[dict[str, Any]]], None]
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -125,14 +127,20 @@ def measure_cells(
     streams_iperf3: Sequence[int] | None = None,
     coarse: bool = False,
     narrow: bool = False,
+    keep: Keep | None = None,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of all cells, those over an emulated link in one network, and what their places say of themselves.
 
     `narrow`: see measure_cell. `coarse`: measure the peers that write segment by segment at K_COARSE_BYTES
-    too. Raises MachineError.
+    too. `keep` gets a cell's rows after each round, and what their place says of itself. Raises MachineError.
     """
     rows: list[Row] = []
     places: list[dict[str, Any]] = []
+
+    def kept(found: list[Row]) -> None:
+        if keep is not None:
+            keep(found, places)
+
     wan = [cell for cell in cells if cell.emulated]
     with ExitStack() as stack:
         if wan:
@@ -149,6 +157,7 @@ def measure_cells(
                     limit_s=limit_s,
                     progress=progress,
                     narrow=narrow,
+                    keep=kept,
                 )
                 if coarse and "mooncake" in peers:
                     large = cell.with_(segment_bytes=K_COARSE_BYTES, name=cell.name or cell.label())
@@ -164,7 +173,7 @@ def measure_cells(
             local = Loopback(workdir)
             engines = engines_for(cell, peers, streams_iperf3)
             rows += measure_cell(
-                local, cell, engines, repetitions=repetitions, limit_s=limit_s, progress=progress
+                local, cell, engines, repetitions=repetitions, limit_s=limit_s, progress=progress, keep=kept
             )
     return rows, places
 
@@ -175,7 +184,7 @@ def peers_for(cell: Cell, peers: Sequence[str]) -> list[str]:
 
 
 def run_parts(parts: Sequence[str], record: Record, sizes: Sizes, progress: Progress) -> None:
-    """The parts asked for, into the record, which is written after each. Raises MachineError."""
+    """The parts asked for, into the record, which is written as they go on. Raises MachineError."""
     run: dict[str, Callable[[Record, Sizes, Path, Progress], None]] = {
         "wan": _wan,
         "loopback": _loopback,
@@ -188,9 +197,23 @@ def run_parts(parts: Sequence[str], record: Record, sizes: Sizes, progress: Prog
     for part in PARTS:
         if part in parts:
             began_s = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as workdir:
-                run[part](record, sizes, Path(workdir), progress)
+            try:
+                with tempfile.TemporaryDirectory(prefix="prfaas-bench-") as workdir:
+                    run[part](record, sizes, Path(workdir), progress)
+            except BaseException:
+                record.cut_short(part, time.monotonic() - began_s)
+                raise
             record.finished(part, time.monotonic() - began_s)
+
+
+def _keeping(record: Record, judge: Callable[[list[Row]], list[Row]] | None) -> Keep:
+    """What keeps a cell's rows, and judges them."""
+
+    def keep(rows: list[Row], places: list[dict[str, Any]]) -> None:
+        _take(record, rows, places)
+        record.keep(judge(rows) if judge is not None else ())
+
+    return keep
 
 
 def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
@@ -205,8 +228,9 @@ def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> Non
         streams_iperf3=sizes.streams_iperf3,
         coarse=sizes.judge,
         narrow=True,
+        keep=_keeping(record, checks.judge_wan if sizes.judge else None),
     )
-    _keep(record, rows, places)
+    _take(record, rows, places)
     if sizes.judge:
         record.judged(checks.judge_wan(rows))
 
@@ -254,33 +278,38 @@ def _loopback(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -
             repetitions=sizes.loopback_repetitions,
             limit_s=sizes.limit_s,
             progress=progress,
+            keep=_keeping(record, None),
         )
         rows += found
-        _keep(record, found, places)
+        _take(record, found, places)
     if sizes.judge:
         record.judged(checks.judge_loopback(rows))
 
 
 def _latency(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
+    def keep(rows: list[Row]) -> None:
+        judged = latency.judge(rows) if sizes.judge else []
+        record.keep_measures("latency", rows, ("size_bytes", "rest_s"), judged)
+
     cell = NAMED_CELLS["wan-clean"]
     with emulated(cell, workdir, progress) as place:
-        found = latency.measure(place, cell, sizes.latency_bytes, sizes.repetitions, progress)
         record.add_place(place.describe())
-    record.measures["latency"] = found
-    if sizes.judge:
-        record.judged(latency.judge(found))
+        latency.measure(place, cell, sizes.latency_bytes, sizes.repetitions, progress, keep)
 
 
 def _host(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
-    found = host.measure(workdir, sizes.host_s, sizes.loopback_repetitions, progress)
-    record.measures["host"] = found
-    if sizes.judge:
-        record.judged(host.judge(found))
+    def keep(rows: list[Row]) -> None:
+        judged = host.judge(rows) if sizes.judge else []
+        record.keep_measures("host", rows, ("engine", "end"), judged)
+
+    host.measure(workdir, sizes.host_s, sizes.loopback_repetitions, progress, keep)
 
 
 def _cost(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
     record.measures["stages"] = stages.measure(workdir, sizes.stage_s, sizes.loopback_repetitions, progress)
+    record.keep()
     record.measures["scaling"] = scaling.measure(workdir, sizes.host_s, sizes.loopback_repetitions, progress)
+    record.keep()
     found = slices.measure(workdir, sizes.loopback_repetitions, progress)
     record.measures["slices"] = found
     if sizes.judge:
@@ -292,21 +321,23 @@ def _faults(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> 
     folders = [workdir / name for name in ("outage", "share", "neighbour")]
     for folder in folders:
         folder.mkdir()
+
+    def keep(name: str, found: Any, judge: Callable[[Any], list[Row]]) -> None:
+        record.measures[name] = found
+        record.keep(judge(found) if sizes.judge else ())
+
     with emulated(cell, folders[0], progress) as place:
-        outages = outage.measure(place, cell, sizes.downs_s, progress)
-        abandoned = outage.abandon(place, cell, sizes.downs_s[0], progress)
         record.add_place(place.describe())
+        keep("outage", outage.measure(place, cell, sizes.downs_s, progress), outage.judge)
+        keep("abandoned", outage.abandon(place, cell, sizes.downs_s[0], progress), outage.judge_abandoned)
     with share.group(folders[1], progress) as (senders, shared):
-        shares = share.measure(senders, sizes.share_rounds, progress)
         record.add_place(shared.describe())
+        keep("share", share.measure(senders, sizes.share_rounds, progress), share.judge)
     beside = neighbour.measure(folders[2], sizes.host_s, sizes.loopback_repetitions, progress)
-    record.measures.update(outage=outages, abandoned=abandoned, share=shares, neighbour=beside)
-    if sizes.judge:
-        judged = outage.judge(outages) + outage.judge_abandoned(abandoned)
-        record.judged(judged + share.judge(shares) + neighbour.judge(beside))
+    keep("neighbour", beside, neighbour.judge)
 
 
-def _keep(record: Record, rows: list[Row], places: list[dict[str, Any]]) -> None:
+def _take(record: Record, rows: list[Row], places: list[dict[str, Any]]) -> None:
     record.replace(rows)
     for place in places:
         record.add_place(place)
