@@ -168,7 +168,7 @@ class PriceList:
                 number, capacity = link.number, link.capacity
                 if number not in raw:
                     # Until it is free of what it has and of what prefill will hand it.
-                    waiting = links[link_id].backlog_bytes + coming_bytes(link_id)
+                    waiting = links[link_id].backlog_bytes + coming_bytes(link_id, now)
                     raw[number] = link.raw_price(waiting * 8 / capacity, now)
                 used = (
                     (at_site, path.prefill_s / site.capacity),
@@ -178,7 +178,7 @@ class PriceList:
                 link_id = self._paths.link_id(move.source, move.target)
                 link = self._link(link_id, snapshot, now)
                 if link.number not in raw:
-                    waiting = links[link_id].backlog_bytes + coming_bytes(link_id)
+                    waiting = links[link_id].backlog_bytes + coming_bytes(link_id, now)
                     raw[link.number] = link.raw_price(waiting * 8 / link.capacity, now)
                 used += ((link.number, move.transfer_bytes * 8 / link.capacity),)
             uses.append(used)
