@@ -23,6 +23,8 @@ class Sent:
     prefill_site: SiteId | None
     reason: str
     deadline_s: float | None
+    tail_s: float = 0.0
+    """From the end of prefill to the last byte's acknowledgement, as it was predicted."""
 
 
 @dataclass(slots=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prfaas.model.decisions import Action, Decision, Verdict
@@ -221,7 +222,7 @@ class World:
         live.decode_job = Job(
             live, request.prompt_tokens, request.output_tokens, on_join=self._on_join, on_done=self._on_done
         )
-        live.decision = Sent(chosen.prefill_site, decision.reason, decision.deadline_s)
+        live.decision = Sent(chosen.prefill_site, decision.reason, decision.deadline_s, chosen.tail_s)
         live.view = None
         decode.reserve(live.decode_job, request.prompt_tokens + request.output_tokens, self._on_pages, now)
 
@@ -272,11 +273,11 @@ class World:
             self.network.supply(*live.link, live.transfer, ready, now)
         if final:
             live.prefilled_s, live.cached_tokens = now, job.cached
-            self.policy.on_prefill_done(request=live.name, now=now)
             if live.link is None:
+                self.policy.on_prefill_done(request=live.name, now=now)
                 self._on_landed(live, job, now)
-            self._waiting.freed(now)
-            self._waiting.look(now)
+                self._waiting.freed(now)
+                self._waiting.look(now)
 
     def _on_landed(self, live: Live, prefill_job: Job, now: float) -> None:
         if live.over or prefill_job.void:
@@ -286,9 +287,21 @@ class World:
             self._connections[live.prefill.name].release(live.window_bytes, now)
             live.window_bytes = 0.0
         live.prefill_job = live.transfer = None  # nothing is asked of them again
+        if live.link is not None:
+            # Its prefill server answers once it hears that the bytes are across; the door takes the predicted
+            # tail off, as the router does, and so is wrong by as much as that was.
+            tail_s = live.decision.tail_s if isinstance(live.decision, Sent) else 0.0
+            answered = partial(self._on_answer, live, live.attempt, tail_s)
+            self.agenda.at(now + self.network.rtt_s(*live.link), answered)
         assert live.decode is not None
         assert live.decode_job is not None
         live.decode.decode(live.decode_job, now)
+
+    def _on_answer(self, live: Live, attempt: int, tail_s: float, now: float) -> None:
+        if not live.over and live.attempt == attempt:
+            self.policy.on_prefill_done(request=live.name, now=now, ago_s=tail_s)
+        self._waiting.freed(now)
+        self._waiting.look(now)
 
     def _release_promise(self, live: Live, now: float) -> None:
         if live.link is not None:
