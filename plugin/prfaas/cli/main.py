@@ -18,12 +18,22 @@ from importlib.metadata import entry_points
 from types import ModuleType
 
 import prfaas.cli
-from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, PrfaasError
+from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_USAGE, PrfaasError
 
 K_FROM_TESTBED = ("bench",)
 K_STATUSES = (
     "Exit status: 0 done and passed; 1 ran and fell short; 2 bad usage or a bad file; 3 this machine lacks "
     "something, and which; 130 interrupted."
+)
+# Of a file that was named: whose it is, or what it is, and no fault of ours either.
+K_FILE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
 )
 # A disk that is full, over its quota, read-only or broken: no fault of ours, and nothing to trace.
 K_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -97,6 +107,9 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.filename and error.errno in K_FILE_ERRORS:
+            sys.stderr.write(f"{prog}: {error.filename}: {error.strerror}\n")
+            return EXIT_USAGE
         if error.errno not in K_MACHINE_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""

@@ -8,8 +8,8 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import AfterValidator
 
 
-def _host_name(value: str) -> str:
-    """Raises ValueError."""
+def host_name(value: str) -> str:
+    """The same. Raises ValueError for what no socket would take."""
     try:
         value.encode("ascii").decode("ascii").encode("idna")
     except UnicodeError:
@@ -26,7 +26,7 @@ def _parts(value: str, schemes: tuple[str, ...], expected: str) -> SplitResult:
     try:
         parts = urlsplit(value)
         sound = parts.scheme in schemes and (parts.port is None or parts.port > 0)
-        _host_name(parts.hostname or "")
+        host_name(parts.hostname or "")
     except ValueError:
         raise ValueError(expected) from None
     if not sound or parts.username is not None or parts.password is not None:
@@ -60,7 +60,7 @@ def _zmq_endpoint(value: str) -> str:
     return value
 
 
-HostName = Annotated[str, AfterValidator(_host_name)]
+HostName = Annotated[str, AfterValidator(host_name)]
 HttpServer = Annotated[str, AfterValidator(_http_server)]
 HttpPage = Annotated[str, AfterValidator(_http_page)]
 ZmqEndpoint = Annotated[str, AfterValidator(_zmq_endpoint)]

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from prfaas.config.loading import Strict, check, load, read_yaml
-from prfaas.config.pump import PumpConfig, split_address
+from prfaas.config.pump import Address, PumpConfig
 
 K_ENVIRONMENT = "PRFAAS_CONFIG"
 KvFaultKind = Literal["zero", "drop_page"]
@@ -57,17 +57,10 @@ class ControlConfig(Strict):
     the data is, by the pump's one port. Both sides need the section.
     """
 
-    pumps: dict[str, str] = Field(default_factory=dict)
+    pumps: dict[str, Address] = Field(default_factory=dict)
     """On a decode server: the pump's host:port by each host under which prefill servers elsewhere are named,
     in requests (bootstrap_host) and by themselves. A prefill server learns from its peers.
     """
-
-    @field_validator("pumps")
-    @classmethod
-    def _are_addresses(cls, value: dict[str, str]) -> dict[str, str]:
-        for pump in value.values():
-            split_address(pump)
-        return value
 
 
 class NearConfig(Strict):

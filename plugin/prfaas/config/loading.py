@@ -40,8 +40,19 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
+K_NUL = "a NUL character"
+
+
 class _Loader(yaml.SafeLoader):
-    """A field given twice is an error: YAML's libraries let the last one win, without a word."""
+    """A field given twice is an error: YAML's libraries let the last one win, without a word. So is a NUL in
+    a text, which no file's name, host or key may have.
+    """
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if "\0" in node.value:
+            raise yaml.constructor.ConstructorError(None, None, K_NUL, node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -73,6 +84,8 @@ def read_yaml(path: Path | str) -> object:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
         problem = getattr(error, "problem", None) or "not YAML"
+        if problem == K_NUL:
+            raise ConfigError(str(path), where, problem, "expected text without one") from None
         if isinstance(error, yaml.constructor.ConstructorError) and "second time" in problem:
             raise ConfigError(str(path), where, problem, "expected each field once") from None
         lines = text.splitlines()
@@ -94,7 +107,8 @@ def load(path: Path | str, model: type[M]) -> M:
 def check(data: object, model: type[M], file: str) -> M:
     """`data` as a `model`; `file` names its origin in errors. Raises ConfigError for the first fault."""
     if not isinstance(data, dict):
-        raise ConfigError(file, "the file", type(data).__name__, "expected a mapping of fields")
+        found = "nothing" if data is None else type(data).__name__
+        raise ConfigError(file, "the file", found, "expected a mapping of fields")
     try:
         return model.model_validate(data)
     except ValidationError as error:

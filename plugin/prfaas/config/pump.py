@@ -6,15 +6,18 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from prfaas.config.addresses import host_name
 from prfaas.config.loading import Strict
 from prfaas.config.policy import LinkAdmission
 
 K_LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 """Names that never leave the machine (RFC 6761). Any other name may, whatever it begins with."""
+
+K_EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -36,6 +39,26 @@ def is_loopback(host: str) -> bool:
         return host.lower() in K_LOOPBACK_NAMES
     mapped = getattr(address, "ipv4_mapped", None)
     return address.is_loopback or (mapped is not None and mapped.is_loopback)
+
+
+def _sound_address(value: str) -> str:
+    """Raises ValueError for what is no host:port, or whose host no socket would take."""
+    host, _ = split_address(value)
+    host_name(host)
+    return value
+
+
+def _sound_host(value: str) -> str:
+    """A host with or without a port, or nothing. Raises ValueError."""
+    if not value:
+        return value
+    return _sound_address(value) if ":" in value else host_name(value)
+
+
+Address = Annotated[str, AfterValidator(_sound_address)]
+"""host:port."""
+OptionalAddress = Annotated[str, AfterValidator(lambda value: value and _sound_address(value))]
+"""The same, or nothing."""
 
 
 class TlsConfig(Strict):
@@ -68,36 +91,23 @@ class LinkConfig(Strict):
 
     peer_site: str
     """The site at its other end."""
-    host: str = ""
+    host: OptionalAddress = ""
     """host:port of the pump that keeps the ledger, as this one dials it; empty: this one."""
     admission: LinkAdmission
     """How it is estimated and shared."""
-
-    @field_validator("host")
-    @classmethod
-    def _host_is_address(cls, value: str) -> str:
-        if value:
-            split_address(value)
-        return value
 
 
 class ForwardConfig(Strict):
     """One endpoint at another site, reached by a loopback port here and that site's pump."""
 
-    listen: str
+    listen: Address
     """host:port here, on loopback; port 0 takes a free one, which the log names."""
-    pump: str
+    pump: Address
     """host:port of the pump beside the endpoint."""
-    to: str
+    to: Address
     """host:port of the endpoint, which that pump `exposes`."""
     site: str = ""
     """The site that pump must prove to be of; empty: any that is trusted."""
-
-    @field_validator("listen", "pump", "to")
-    @classmethod
-    def _is_address(cls, value: str) -> str:
-        split_address(value)
-        return value
 
     @model_validator(mode="after")
     def _on_loopback(self) -> ForwardConfig:
@@ -112,10 +122,12 @@ class PumpConfig(Strict):
     """One pump: a process that owns a node's sockets to other sites."""
 
     site: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
-    listen: str = "127.0.0.1:0"
+    listen: Address = "127.0.0.1:0"
     """host:port to bind; port 0 takes a free one."""
-    advertise: str = ""
-    """host:port that peers dial, if it isn't the bound one (NAT); "host" alone keeps the bound port."""
+    advertise: Annotated[str, AfterValidator(_sound_host)] = ""
+    """host:port that peers dial, if it isn't the bound one: behind NAT, and where `listen` is every address
+    of the node (0.0.0.0). "host" alone keeps the bound port.
+    """
     control_socket: Path | None = None
     """Unix socket for the node's servers; default: $XDG_RUNTIME_DIR or /tmp, by user and site."""
     tls: TlsConfig | None = None
@@ -128,45 +140,41 @@ class PumpConfig(Strict):
     """TCP connections to one peer: opened at first use, and more while loss asks for it."""
     congestion_control: Literal["auto", "bbr", "cubic", "reno"] = "auto"
     """auto: bbr where the kernel allows it, else its default."""
-    window_bytes: int = Field(64 << 20, ge=4096)
+    window_bytes: int = Field(64 << 20, ge=4096, le=1 << 40)
     """Most bytes in flight on one lease; what a lease first gets is this too, if staging allows."""
-    staging_bytes: int = Field(256 << 20, ge=1 << 20)
+    staging_bytes: int = Field(256 << 20, ge=1 << 20, le=1 << 40)
     """Memory for blocks that an owner must copy itself (device memory), over all leases."""
     stall_s: float = Field(1.5, gt=0, le=60)
     """A stream that delivers nothing for this long (or 8 RTT, if longer) is replaced."""
     nice: int = Field(-10, ge=-20, le=19)
     """Scheduling priority asked for; below 0 it takes a privilege, without which it stays as it is."""
-    idle_exit_s: float = Field(60.0, gt=0)
+    idle_exit_s: float = Field(60.0, gt=0, allow_inf_nan=False)
     """A pump that a server started ends after so long without clients."""
-    max_transfers: int = Field(65536, ge=1)
-    metrics: str = ""
+    max_transfers: int = Field(65536, ge=1, le=1 << 24)
+    metrics: OptionalAddress = ""
     """host:port of /metrics, /links and /stats over HTTP; empty: none."""
     links: tuple[LinkConfig, ...] = ()
     """Outgoing links whose rate is promised and shared; others are used as they come."""
     forwards: tuple[ForwardConfig, ...] = ()
     """Endpoints at other sites for programs of this node, encrypted and authenticated on the way."""
-    exposes: tuple[str, ...] = ()
+    exposes: tuple[Address, ...] = ()
     """host:port of endpoints of this node that other sites may forward to; servers add their own."""
     protocol_versions: tuple[int, int] = (1, 2)
     """Oldest and newest protocol version spoken."""
     faults: FaultConfig | None = None
 
-    @field_validator("listen", "metrics")
-    @classmethod
-    def _is_address(cls, value: str) -> str:
-        if value:
-            split_address(value)
-        return value
-
-    @field_validator("exposes")
-    @classmethod
-    def _are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for endpoint in value:
-            split_address(endpoint)
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> PumpConfig:
+        if split_address(self.listen)[0] in K_EVERY_ADDRESS and not self.advertise:
+            raise ValueError(
+                f"listen {self.listen} is every address of this node; peers dial one: say which by "
+                "`advertise: HOST:PORT`"
+            )
+        oldest, newest = self.protocol_versions
+        if not 1 <= oldest <= newest:
+            raise ValueError(
+                f"protocol_versions: the oldest, {oldest}, is above the newest, {newest}, or below 1"
+            )
         if self.max_streams < self.min_streams:
             raise ValueError(f"max_streams {self.max_streams} is below min_streams {self.min_streams}")
         listens = [forward.listen for forward in self.forwards if split_address(forward.listen)[1]]

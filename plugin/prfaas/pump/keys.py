@@ -270,7 +270,9 @@ def _check_days(what: str, days: float) -> None:
 
 
 def _reason(error: OSError) -> str:
-    return getattr(error, "reason", None) or error.strerror or str(error)
+    if isinstance(error, ssl.SSLError):
+        return error.reason or "nothing in PEM"
+    return error.strerror or str(error)
 
 
 def _authority_certificate(

@@ -120,7 +120,7 @@ class Pump:
             sock.listen(K_BACKLOG)
         except OSError as error:
             sock.close()
-            raise MachineError(f"{path}: {error.strerror}") from None
+            raise MachineError(f"{path}: {error.strerror or error}") from None
         except MachineError:
             sock.close()
             raise

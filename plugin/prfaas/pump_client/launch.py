@@ -34,7 +34,7 @@ def connect(path: Path) -> socket.socket | None:
         return None
     except OSError as error:
         sock.close()
-        raise MachineError(f"{path}: {error.strerror}") from None
+        raise MachineError(f"{path}: {error.strerror or error}") from None
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
     if uid not in (os.getuid(), 0):
@@ -108,7 +108,7 @@ def _open_own(path: Path, flags: int) -> int:
     try:
         fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise MachineError(f"{path}: {error.strerror}") from None
+        raise MachineError(f"{path}: {error.strerror or error}") from None
     owner = os.fstat(fd).st_uid
     if owner != os.getuid():
         os.close(fd)

@@ -135,7 +135,7 @@ def load_template(folder: Path, override: str | None) -> ChatTemplate | None:
             special[name] = token
     origin = Path(override) if override else folder / "chat_template.jinja"
     if origin.is_file():
-        return ChatTemplate(origin.read_text(encoding="utf-8"), str(origin), special)
+        return ChatTemplate(_text(origin), str(origin), special)
     if override:
         raise ConfigError(override, "chat_template", override, "no such file")
     source = settings.get("chat_template")
@@ -147,11 +147,21 @@ def load_template(folder: Path, override: str | None) -> ChatTemplate | None:
     return ChatTemplate(source, str(folder / "tokenizer_config.json"), special)
 
 
+def _text(path: Path) -> str:
+    """Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), "the file", error.strerror, "expected to read it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "the file", str(error), "expected UTF-8") from None
+
+
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(_text(path))
     except ValueError as error:
         raise ConfigError(str(path), "the file", str(error), "expected JSON") from None
     return found if isinstance(found, dict) else {}

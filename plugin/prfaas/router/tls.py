@@ -31,8 +31,14 @@ def load_certificates(context: ssl.SSLContext, tls: Tls) -> None:
         if tls.client_ca is not None:
             context.load_verify_locations(tls.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(tls.certificate, "listen.tls", str(error), "expected PEM files") from None
+    except ssl.SSLError as error:
+        found = error.reason or "no PEM"
+        wanted = f"expected a PEM certificate, and in {tls.key} its private key"
+        raise ConfigError(tls.certificate, "listen.tls", found, wanted) from None
+    except OSError as error:
+        names = f"{tls.key}, {tls.client_ca}" if tls.client_ca else tls.key
+        wanted = f"expected files that can be read: this, {names}"
+        raise ConfigError(tls.certificate, "listen.tls", error.strerror, wanted) from None
 
 
 def page_authorities(config: RouterConfig) -> dict[str, ssl.SSLContext]:

@@ -167,6 +167,7 @@ def test_plaintext_off_loopback_needs_the_explicit_flag(pumps):
     from prfaas.pump.server import Pump
 
     with pytest.raises(MachineError, match="allow_plaintext"):
-        Pump(pumps.config("west", listen="0.0.0.0:0"))
-    open_pump = Pump(pumps.config("west", listen="0.0.0.0:0", allow_plaintext=True))
+        Pump(pumps.config("west", listen="0.0.0.0:0", advertise="127.0.0.1"))
+    open_pump = Pump(pumps.config("west", listen="0.0.0.0:0", advertise="127.0.0.1", allow_plaintext=True))
+    assert open_pump.address == f"127.0.0.1:{open_pump._listener.getsockname()[1]}"
     open_pump.close()

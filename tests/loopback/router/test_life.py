@@ -521,9 +521,16 @@ def test_a_bad_file_names_itself_its_field_and_what_is_allowed(tmp_path: Path, m
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Router(load_router_config(path))
     sound = {"models": [{"name": "m"}], "sites": [{"name": "west"}]}
+    latin = tmp_path / "latin.jinja"
+    latin.write_bytes(b"\xff{{ x }}")
     for change, word in (
         ({"logs": {"events": str(tmp_path / "nowhere" / "x")}}, "logs.events"),
-        ({"listen": {"tls": {"certificate": "/nowhere", "key": "/nowhere"}}}, "listen.tls"),
+        ({"listen": {"tls": {"certificate": "/nowhere", "key": "/k"}}}, r"listen.tls: found 'No such.*/k"),
+        ({"listen": {"tls": {"certificate": __file__, "key": "/k"}}}, "found 'no PEM'; expected a PEM .*/k"),
+        (
+            {"models": [{"name": "m", "tokenizer": str(model_folder), "chat_template": str(latin)}]},
+            "expected UTF-8",
+        ),
         ({"sites": [{"name": "west", "servers": [K_LOCKED]}]}, "west-c.key_file"),
     ):
         with pytest.raises(ConfigError, match=word):

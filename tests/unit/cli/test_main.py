@@ -1,9 +1,11 @@
+import argparse
+import errno
 import sys
 
 import pytest
 
 import prfaas.cli
-from prfaas.cli.main import command_modules, main
+from prfaas.cli.main import command_modules, main, run_command
 
 
 def test_a_command_loads_itself_alone_and_anything_else_loads_all() -> None:
@@ -26,3 +28,38 @@ def test_the_words_are_those_of_the_command_line_unless_given(monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["prfaas", "plan", "/nowhere/case.yaml"])
     assert main() == 2
     assert "/nowhere/case.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/k/site.pem"),
+            2,
+            "/k/site.pem: Permission denied",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "x: File name too long"),
+        (OSError(errno.ENOSPC, "No space left on device", "/out"), 3, "/out: No space left on device"),
+    ],
+)
+def test_a_file_or_a_disk_that_cannot_be_used_is_one_line(error, status, said, capsys) -> None:
+    def build(argv):
+        parser = argparse.ArgumentParser()
+        parser.set_defaults(run=lambda args: (_ for _ in ()).throw(error))
+        return parser
+
+    assert run_command("prfaas", build, []) == status
+    assert capsys.readouterr().err == f"prfaas: {said}\n"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "Permission denied"), OSError(errno.EBADF, "?", "f")]
+)
+def test_a_fault_of_ours_is_not_made_a_users(error) -> None:
+    def build(argv):
+        parser = argparse.ArgumentParser()
+        parser.set_defaults(run=lambda args: (_ for _ in ()).throw(error))
+        return parser
+
+    with pytest.raises(OSError, match=r"denied|Errno 9"):
+        run_command("prfaas", build, [])

@@ -89,3 +89,40 @@ def test_loopback_is_told_by_the_whole_address(host: str) -> None:
 def test_what_only_begins_like_loopback_goes_without_tls_nowhere(host: str) -> None:
     """Plaintext is allowed on loopback alone, and a name of anybody's domain may begin with it."""
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:7700", "[::]:7700"])
+def test_a_pump_that_listens_everywhere_says_where_peers_dial_it(tmp_path: Path, listen: str) -> None:
+    """What it advertises goes to the other site, where 0.0.0.0 is the other site."""
+    path = tmp_path / "west.yaml"
+    path.write_text(f"site: west\nlisten: '{listen}'\n")
+    with pytest.raises(ConfigError, match="peers dial one: say which by `advertise: HOST:PORT`"):
+        load_pump_config(path)
+    path.write_text(f"site: west\nlisten: '{listen}'\nadvertise: 198.51.100.7\n")
+    assert load_pump_config(path).advertise == "198.51.100.7"
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "allowed"),
+    [
+        ("listen: 'é.example:1'", "listen", "in ASCII"),
+        ("listen: 'a..b:1'", "listen", "in ASCII"),
+        (f"exposes: ['{'h' * 70}:1']", "exposes.0", "in ASCII"),
+        ("metrics: nowhere", "metrics", "is not host:port"),
+        ("advertise: 'a:b'", "advertise", "is not host:port"),
+        ("advertise: 'a b'", "advertise", "expected a host's name"),
+        ("protocol_versions: [2, 1]", "the file", "the oldest, 2, is above the newest, 1"),
+        ("staging_bytes: 99999999999999999", "staging_bytes", "less than or equal"),
+        ('control_socket: "a\\0b"', "line 2, column 17", "expected text without one"),
+    ],
+)
+def test_what_a_pump_would_stumble_over_is_the_files_fault(
+    tmp_path: Path, line: str, field: str, allowed: str
+) -> None:
+    path = tmp_path / "west.yaml"
+    path.write_text(f"site: west\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_pump_config(path)
+    assert str(caught.value).startswith(f"{path}: {field}: ")
+    assert allowed in str(caught.value)
+    assert "\n" not in str(caught.value)

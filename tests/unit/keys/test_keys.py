@@ -206,7 +206,7 @@ def test_files_that_hold_something_else_are_named(east: Path, tmp_path: Path) ->
     garbage.write_text("no certificate")
     with pytest.raises(UsageError, match=r"garbage.pem: holds no PEM certificate"):
         keys.read_identity(garbage)
-    with pytest.raises(UsageError, match=r"garbage.pem: no private key"):
+    with pytest.raises(UsageError, match=r"garbage.pem: no private key with its certificate: nothing in PEM"):
         keys.tls_context(server=True, site_file=garbage, authorities=[])
     with pytest.raises(UsageError, match=r"garbage.pem: not a certificate"):
         keys.tls_context(server=True, site_file=east / "site.pem", authorities=[garbage])
