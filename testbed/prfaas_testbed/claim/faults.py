@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,7 +273,25 @@ def tell(data: dict[str, Any]) -> str:
     lagged = sum(bool(one["lagged"]) for one in data["rounds"])
     told = K_TOLD.format(lagged=lagged, rounds=len(data["rounds"]))
     missing = _not_run(data)
-    return table(head, lines) + told + (f"\n**Not run yet**: {'; '.join(missing)}.\n" if missing else "")
+    return table(head, lines) + told + _to_come(data) + (f"\n**Not run yet**: {'; '.join(missing)}.\n" if missing else "")
+
+
+def _to_come(data: dict[str, Any]) -> str:
+    """A paragraph on what a repetition takes, and how many are to come; empty where none is."""
+    took_s = {run["part"]: float(run["wall_s"]) for run in data["runs"]}
+    times = Counter((one["fault"], one["part"]) for one in data["rounds"] if one["fault"] != K_CALM)
+    left, minutes, told = 0, 0.0, []
+    for part, wall_s in sorted(took_s.items()):
+        found = [count for (_, where), count in times.items() if where == part]
+        lacking = max(0, K_WANTED - min(found, default=0))
+        left, minutes = left + lacking, minutes + lacking * wall_s / 60
+        told.append(f"{part} {wall_s / 60:.1f} minutes for {len(found)} kinds, {lacking} to come")
+    if not left:
+        return ""
+    return (
+        f"\nA repetition takes: {'; '.join(told)}: {minutes:.0f} minutes in all. `prfaas-testbed claim more "
+        f"faults` runs the one that is due next and adds it, {left} times.\n"
+    )
 
 
 def _not_run(data: dict[str, Any]) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,25 @@ def further(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     if twice:
         raise UsageError(f"{record['piece']}: this run of {', '.join(twice)} is in the record already")
     return {**record, **join(before, record)}
+
+
+def due(runs: Sequence[Mapping[str, Any]], parts: Sequence[str], for_s: float) -> list[str]:
+    """Parts to run next, so that they end within for_s if they take as long as the last time: those that ran
+    least often, and of them those that ran longest ago. At least one.
+    """
+    last: dict[str, Mapping[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: str(run["started"])):
+        last[run["part"]] = run
+    took_s = {part: float(run.get("wall_s") or 0.0) for part, run in last.items()}
+    times = Counter(run["part"] for run in runs)
+    order = sorted(parts, key=lambda part: (times[part], str(last[part]["started"]) if part in last else ""))
+    found, left_s = order[:1], for_s - took_s.get(order[0], for_s)
+    for part in order[1:]:
+        # One that never ran may take all there is.
+        if took_s.get(part, for_s) <= left_s:
+            found.append(part)
+            left_s -= took_s.get(part, for_s)
+    return found
 
 
 def resimulated(record: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`prfaas-testbed claim run|add|resimulate|report`: the claim's pieces and their report."""
+"""`prfaas-testbed claim run|add|more|resimulate|report`: the claim's pieces and their report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prfaas.model.errors import EXIT_OK, UsageError
 
 K_FOLDER = checkout() / "results" / "claim"
 K_REPETITIONS = 5
+K_MORE_S = 480.0
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,6 +40,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--further", action="store_true", help="all that is in the record stays: these are repetitions of it"
     )
     add.set_defaults(run=gather)
+    more = commands.add_parser(
+        "more", help="run on the testbed what a piece's record has least often, or longest ago; and add it"
+    )
+    more.add_argument("piece", metavar="PIECE")
+    more.add_argument(
+        "--for", dest="for_s", type=float, default=K_MORE_S, metavar="S",
+        help="as many parts as took no longer the last time (480)",
+    )  # fmt: skip
+    more.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    more.set_defaults(run=run_more)
     again = commands.add_parser("resimulate", help="the simulator's side of a record of runs, made anew")
     again.add_argument("piece", metavar="PIECE")
     again.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
@@ -73,15 +84,41 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_and_gather(name: str, out: Path) -> None:
     """A piece of the testbed: its experiment's run goes to OUT/runs, its record to OUT."""
+    folder = _run(name, out, [])
+    gather(argparse.Namespace(piece=name, runs=[folder], out=out, keep=False, further=False))
+
+
+def _run(name: str, out: Path, options: list[str]) -> Path:
+    """The folder of the piece's experiment, run anew."""
     from prfaas_testbed.cli import run as testbed_run
 
     parser = argparse.ArgumentParser()
     testbed_run.register(parser.add_subparsers())
-    asked = parser.parse_args(["run", f"claim-{name}", "--out", str(out / "runs")])
+    asked = parser.parse_args(["run", f"claim-{name}", "--out", str(out / "runs"), *options])
     # A check that fell short is told by the run, and shows in the record.
     asked.run(asked)
-    folder = max((out / "runs" / f"claim-{name}").iterdir())
-    gather(argparse.Namespace(piece=name, runs=[folder], out=out, keep=False, further=False))
+    return max((out / "runs" / f"claim-{name}").iterdir())
+
+
+def run_more(args: argparse.Namespace) -> int:
+    """A record grows in as many goes as it takes, each no longer than an idle machine is to be had for."""
+    from prfaas_testbed.claim import pieces, runs
+
+    found = pieces.piece(args.piece)
+    if found.gather is None:
+        raise UsageError(f"{args.piece} isn't made of runs: `prfaas-testbed claim run {args.piece}`")
+    if not args.for_s > 0:
+        raise UsageError(f"--for {args.for_s:g}: seconds, above 0")
+    pieces.check_folder(args.out)
+    path = args.out / f"{args.piece}.json"
+    known = pieces.read(path)["runs"] if path.exists() else []
+    parts = [part for part, _ in runs.parts(f"claim-{args.piece}")]
+    chosen = pieces.due(known, parts, args.for_s)
+    _say(f"{args.piece}: {', '.join(chosen)}\n")
+    folder = _run(args.piece, args.out, ["--parts", ",".join(chosen)])
+    again = found.further is not None
+    kept = {"keep": bool(known) and not again, "further": bool(known) and again}
+    return gather(argparse.Namespace(piece=args.piece, runs=[folder], out=args.out, **kept))
 
 
 def gather(args: argparse.Namespace) -> int:

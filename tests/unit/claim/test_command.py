@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from prfaas.config.run import Run, write_run
-from prfaas_testbed.claim import runs
+from prfaas.model.errors import UsageError
+from prfaas_testbed.claim import pieces, runs
 from prfaas_testbed.cli import claim
 from prfaas_testbed.cli import run as testbed_run
 
@@ -46,3 +47,26 @@ def test_a_piece_of_the_testbed_is_run_and_then_gathered(
     assert asked == ["claim-faults"]
     record = json.loads((tmp_path / "faults.json").read_text())
     assert (record["world"], len(record["rows"])) == ("testbed", 2)
+
+
+def test_what_ran_least_often_and_then_longest_ago_is_due_as_far_as_the_time_goes() -> None:
+    runs = [
+        {"part": part, "started": f"2026-01-0{day}T00:00:00Z", "wall_s": wall_s}
+        for part, day, wall_s in (("a", 1, 300), ("a", 3, 300), ("b", 4, 200), ("c", 2, 100), ("d", 5, 150))
+    ]
+    assert pieces.due(runs, "abcd", 480) == ["c", "b", "d"]
+    assert pieces.due(runs, "abcd", 260) == ["c", "d"]  # b wouldn't end in time
+    assert pieces.due(runs, "abcd", 10) == ["c"]  # else it would never come
+    assert pieces.due(runs, "abcde", 480) == ["e"]  # it may take all of it
+    assert pieces.due([], "abc", 480) == ["a"]
+
+
+def test_a_piece_without_runs_has_no_more_of_them(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    claim.register(parser.add_subparsers())
+    args = parser.parse_args(["claim", "more", "capacity", "--out", str(tmp_path)])
+    with pytest.raises(UsageError, match="capacity isn't made of runs"):
+        args.run(args)
+    args = parser.parse_args(["claim", "more", "faults", "--for", "0", "--out", str(tmp_path)])
+    with pytest.raises(UsageError, match="--for 0"):
+        args.run(args)

@@ -152,6 +152,15 @@ def test_a_later_run_is_a_further_repetition_of_what_the_record_has(tmp_path: Pa
         pieces.further({**first, "piece": "testbed"}, joined)
 
 
+def test_what_a_repetition_takes_and_how_many_are_to_come_is_told_until_all_were_run(tmp_path: Path) -> None:
+    rounds = (CALM, round_of(1, "link down 2 s", [(3.0, 0.3, True, None)], DOWN))
+    record = gathered(tmp_path / "0", *rounds)
+    assert f"{K_PART} 1.0 minutes for 1 kinds, 4 to come: 4 minutes in all" in faults.tell(record)
+    for number in range(1, faults.K_WANTED):
+        record = pieces.further(gathered(tmp_path / f"{number}", *rounds, started=f"{2026 + number}"), record)
+    assert "to come" not in faults.tell(record)
+
+
 def test_a_first_token_is_late_by_the_calm_of_its_own_run(tmp_path: Path) -> None:
     slow = round_of(0, "calm", [(1.0, 5.0, True, None)], [])
     down = round_of(1, "link down 2 s", [(5.0, 2.0, True, None)], DOWN)
