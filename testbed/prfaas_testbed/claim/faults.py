@@ -273,7 +273,12 @@ def tell(data: dict[str, Any]) -> str:
     lagged = sum(bool(one["lagged"]) for one in data["rounds"])
     told = K_TOLD.format(lagged=lagged, rounds=len(data["rounds"]))
     missing = _not_run(data)
-    return table(head, lines) + told + _to_come(data) + (f"\n**Not run yet**: {'; '.join(missing)}.\n" if missing else "")
+    return (
+        table(head, lines)
+        + told
+        + _to_come(data)
+        + (f"\n**Not run yet**: {'; '.join(missing)}.\n" if missing else "")
+    )
 
 
 def _to_come(data: dict[str, Any]) -> str:
