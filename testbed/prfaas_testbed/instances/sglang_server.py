@@ -35,6 +35,8 @@ Role = Literal["plain", "prefill", "decode"]
 K_ROLES: tuple[Role, ...] = ("plain", "prefill", "decode")
 K_CPU_PATH = Path(__file__).resolve().parent / "cpu" / "path"
 K_CHECKOUT = Path(__file__).resolve().parents[3]
+K_PLUGIN = K_CHECKOUT / "plugin"
+"""Named to the servers: the environment's own may be another checkout's, the one that set-up was made in."""
 K_READY = "Uvicorn running"  # with --skip-server-warmup nothing later is printed
 K_DYING = "Received sigquit from a child process"
 K_START_TIMEOUT_S = 300.0  # two at once took 45–77 s on two quiet cores
@@ -140,7 +142,8 @@ def build_environment(
     everything anew.
     """
     env = {name: value for name, value in inherited.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    env |= K_CPU_ENV | {"SGLANG_HOST_IP": spec.host, "PYTHONPATH": str(cpu_path)}
+    path = os.pathsep.join((str(cpu_path), str(K_PLUGIN)))
+    env |= K_CPU_ENV | {"SGLANG_HOST_IP": spec.host, "PYTHONPATH": path}
     env |= dict(spec.model.server_env)
     if spec.config_path is not None:
         env["PRFAAS_CONFIG"] = str(spec.config_path)

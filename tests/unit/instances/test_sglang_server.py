@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+import prfaas
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.instances import sglang_server
 from prfaas_testbed.instances.models import K_MODELS
@@ -64,7 +66,9 @@ def test_environment_lets_bytecode_be_written_and_puts_the_stand_in_first(tmp_pa
     inherited = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": "/elsewhere", "HOME": "/h"}
     env = build_environment(spec(config_path=config, extra_env={"X": "1"}), inherited)
     assert "PYTHONDONTWRITEBYTECODE" not in env
-    assert (Path(env["PYTHONPATH"]) / "sgl_kernel" / "__init__.py").exists()
+    cpu, plugin = map(Path, env["PYTHONPATH"].split(os.pathsep))
+    assert (cpu / "sgl_kernel" / "__init__.py").exists()
+    assert plugin / "prfaas" / "__init__.py" == Path(prfaas.__file__), "another checkout's plugin"
     assert (env["HOME"], env["X"], env["PRFAAS_CONFIG"]) == ("/h", "1", str(config))
     assert env["SGLANG_HOST_IP"] == "10.0.0.2"
 
