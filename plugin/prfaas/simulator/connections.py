@@ -2,11 +2,21 @@
 window that it has reached, so that a prompt sent by it doesn't start slowly again.
 
 That holds where the kernel is told so (`net.ipv4.tcp_slow_start_after_idle=0`), as in the testbed's sites.
+Where packets are lost a window stays about what CUBIC carries at that loss (flows.stream_ceiling_bps), however
+long the connection is kept, and a prompt goes by one connection: pumps spread what they send over several.
 """
 
 from __future__ import annotations
 
-from prfaas.simulator.flows import K_INITIAL_WINDOW, K_MSS_BYTES, further_rounds
+import math
+
+from prfaas.simulator.flows import (
+    K_INITIAL_WINDOW,
+    K_MSS_BYTES,
+    further_rounds,
+    repeated_late_s,
+    stream_ceiling_bps,
+)
 
 K_KEEP_ALIVE_S = 4.0  # as the router's
 K_COLD_BYTES = float(K_INITIAL_WINDOW * K_MSS_BYTES)
@@ -19,8 +29,8 @@ class Connections:
         self._idle: list[tuple[float, float]] = []
         """Since when, and the window, bytes; the last one that was given back is taken first."""
 
-    def send(self, sent_bytes: float, now: float) -> tuple[int, float]:
-        """A request of so many bytes: the round trips that it waits before its last byte may leave, and the
+    def send(self, sent_bytes: float, now: float, rtt_s: float, loss: float = 0.0) -> tuple[float, float]:
+        """A request of so many bytes: how long its last byte waits to leave, beyond the way over, and the
         window, bytes, that its connection has once all is acknowledged.
         """
         window_bytes = K_COLD_BYTES
@@ -30,9 +40,19 @@ class Connections:
                 window_bytes = kept_bytes
             else:
                 self._idle.clear()  # those below it rest for longer still
+        if loss > 0 and rtt_s > 0:
+            return self._lossy(sent_bytes, window_bytes, rtt_s, loss)
         rounds = further_rounds(sent_bytes, window_bytes)
         # A segment more for each that is acknowledged, as long as the window is what limits.
-        return rounds, window_bytes + sent_bytes if rounds else window_bytes
+        return rounds * rtt_s, window_bytes + sent_bytes if rounds else window_bytes
+
+    @staticmethod
+    def _lossy(sent_bytes: float, window_bytes: float, rtt_s: float, loss: float) -> tuple[float, float]:
+        most_bytes = stream_ceiling_bps(rtt_s, loss, "cubic", math.inf) * rtt_s / 8
+        window_bytes = min(window_bytes, most_bytes)
+        rounds = max(further_rounds(sent_bytes, window_bytes), math.ceil(sent_bytes / most_bytes) - 1)
+        late_s = repeated_late_s(rtt_s, loss, sent_bytes, most_bytes / rtt_s)
+        return rounds * rtt_s + late_s, min(window_bytes + sent_bytes, most_bytes) if rounds else window_bytes
 
     def release(self, window_bytes: float, now: float) -> None:
         """Its answer has come."""

@@ -49,8 +49,8 @@ class Live:
     kv_bytes: int = 0
     asked_s: float = 0.0
     """When this attempt left the door."""
-    request_rounds: int = 0
-    """Round trips that its way to another site takes, beyond the first half of one."""
+    request_wait_s: float = 0.0
+    """What its way to another site takes beyond half a round trip."""
     window_bytes: float = 0.0
     """Of the connection that it went by; 0 where it took none, or that is given back."""
     over: bool = False

@@ -209,7 +209,10 @@ class World:
         a_token = self.settings.request_bytes_per_token
         if link_id is not None and a_token:
             kept = self._connections.setdefault(prefill.name, Connections())
-            live.request_rounds, live.window_bytes = kept.send(a_token * request.prompt_tokens, now)
+            way = self.network.pipes.get((link_id.target, link_id.source))
+            live.request_wait_s, live.window_bytes = kept.send(
+                a_token * request.prompt_tokens, now, self.network.rtt_s(*link_id), way.loss if way else 0.0
+            )
         live.prefill_job = Job(
             live,
             request.prompt_tokens,
@@ -238,7 +241,7 @@ class World:
         if live.link is not None:
             # The pages are told to it, and the request is sent to it, over the same distance.
             delay_s = self.network.pipes[live.link].delay_s
-            there_s = live.asked_s + delay_s + live.request_rounds * self.network.rtt_s(*live.link)
+            there_s = live.asked_s + delay_s + live.request_wait_s
             begin_s = max(begin_s + delay_s, there_s)
 
         def begin(at_s: float) -> None:
@@ -343,7 +346,7 @@ class World:
         if live.decode is not None and live.decode_job is not None:
             live.decode.give_up(live.decode_job, now)
         live.prefill = live.decode = live.prefill_job = live.decode_job = live.transfer = live.link = None
-        live.request_rounds, live.window_bytes = 0, 0.0
+        live.request_wait_s = live.window_bytes = 0.0
 
     def _retry(self, live: Live, site: SiteId, reason: str, now: float, dispatched: bool = True) -> None:
         """Another path, without the site that failed; an error when none is left."""
