@@ -2,8 +2,8 @@
 window that it has reached, so that a prompt sent by it doesn't start slowly again.
 
 That holds where the kernel is told so (`net.ipv4.tcp_slow_start_after_idle=0`), as in the testbed's sites.
-Where packets are lost a window stays about what CUBIC carries at that loss (flows.stream_ceiling_bps), however
-long the connection is kept, and a prompt goes by one connection: pumps spread what they send over several.
+Where packets are lost a window stays about what CUBIC carries at that loss (flows.stream_ceiling_bps),
+however long the connection is kept, and a prompt goes by one connection: pumps spread theirs over several.
 """
 
 from __future__ import annotations
