@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     experiments = variants(experiments, args.sweep)
     if args.chrome_trace is not None:
         file_for("--chrome-trace", args.chrome_trace)
-    if args.out is not None and not args.json:
-        folder_for("--out", args.out)
     started = datetime.now(UTC)
+    folder = args.out or checkout() / "results" / loaded.name / stamp(started)
+    if not args.json:
+        folder_for("--out", args.out or folder.parent)
     repetitions: dict[int, dict[str, Any]] = {}
     summaries: list[dict[str, Any]] = []
     jobs = [job for part, experiment in experiments for job in _jobs(part, experiment, args, topologies)]
@@ -91,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(result.model_dump(mode="json") | {"summaries": summaries}) + "\n")
         return 0
-    folder = args.out or checkout() / "results" / loaded.name / stamp(started)
     with writing(folder):
         written = write_run(result, folder)
         drawn = draw_simulation(result, folder / "figures")

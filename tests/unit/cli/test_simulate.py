@@ -6,6 +6,7 @@ import yaml
 
 from prfaas.cli._places import file_for
 from prfaas.cli.main import main
+from prfaas.config.places import checkout
 
 K_FILE = {
     "name": "small",
@@ -141,6 +142,19 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_runs(tmp_path, c
     assert named in error
     assert error.count("\n") == 1
     assert out == ""
+
+
+def test_the_place_without_an_option_is_looked_at_before_anything_runs_too(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    file = tmp_path / "a-file"
+    file.write_text("")
+    (tmp_path / "topologies").symlink_to(checkout() / "topologies")
+    (tmp_path / "results").symlink_to(file)
+    monkeypatch.setattr("prfaas.cli.simulate.checkout", lambda: tmp_path)
+    monkeypatch.setattr("prfaas.cli.simulate.play_all", lambda *_: pytest.fail("it ran"))
+    assert main(["simulate", "hello"]) == 2
+    assert "no folder can be made there" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys) -> None:
