@@ -10,21 +10,12 @@ waits for an instance that is gone.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prfaas.model.ids import InstanceId, RequestId, SiteId
-from prfaas.routing.lanes import (
-    K_ROUNDING_S,
-    K_STEPS_MARGIN_S,
-    K_UNHEARD_S,
-    Hold,
-    Lane,
-    Queued,
-    order_of,
-    spoils,
-)
+from prfaas.routing.lanes import K_UNHEARD_S, Lane
+from prfaas.routing.steps import K_ROUNDING_S, K_STEPS_MARGIN_S, Hold, Queued, place_of, spoils
 
 K_YIELDS = 3  # times that a request gives way: without a limit two could take turns for ever
 K_MOST_YIELD = 2  # held requests that give way to one
@@ -33,12 +24,16 @@ K_MOST_YIELD = 2  # held requests that give way to one
 def begins_s(lane: Lane, order_s: float, now: float) -> float:
     """When the step begins that a prompt of that place in the queue would be in first."""
     lane.look(now)
-    return _step_s(lane, bisect_right(lane.hopeful, order_s, key=order_of))
+    return _step_s(lane, place_of(lane.hopeful, order_s))
 
 
 def begins_behind_s(lane: Lane, order_s: float, now: float) -> float:
     """The same for one that is given up: behind all that isn't, and the given up that come before."""
-    before_s = sum(one.work_s for one in lane.behind if one.order_s <= order_s)
+    before_s = 0.0
+    for one in lane.behind:
+        if one.order_s > order_s:
+            break
+        before_s += one.work_s
     return _hopeful_end_s(lane, now) + before_s
 
 
@@ -81,43 +76,54 @@ def make_room(
     Those give way that cost least to be late, the longest of them first; None where that isn't enough, or
     where the new one is the first to give way.
     """
-    before = {one.request: end_s for one, end_s in zip(lane.hopeful, lane.look(now), strict=True)}
-    at = bisect_right(lane.hopeful, order_s, key=order_of)
+    before, hopeful = lane.look(now), lane.hopeful
+    at = place_of(hopeful, order_s)
     new = Queued(order_s, 0, "", tokens, work_s, latest_s, min(start_up_s, work_s))
-    kept = [*lane.hopeful[:at], new, *lane.hopeful[at:]]
+    kept, kept_before = [*hopeful[:at], new, *hopeful[at:]], [*before[:at], -math.inf, *before[at:]]
     out: list[Queued] = []
+    same = at  # so many at the front are as they were
     while True:
-        ends, first, end_s = lane.walk(kept, lane.first(now)), -1, 0.0
-        for place, (one, ends_s) in enumerate(zip(kept, ends, strict=True)):
+        state = lane.states[same]
+        shared = same - state[3]
+        """From here on ends may differ: these end with the step that the first who differs is in."""
+        ends, late = lane.walk(kept[same:], state), -1
+        for place in range(shared, len(kept)):
+            one, end_s = kept[place], ends[place - shared]
             if one is new:
-                end_s = ends_s
-                late = ends_s > latest_s - K_STEPS_MARGIN_S
+                own_end_s = end_s
+                is_late = end_s > latest_s - K_STEPS_MARGIN_S
             else:
-                late = spoils(before[one.request], ends_s, one.latest_s)
-            if late and first < 0:
-                first = place
-        if first < 0:
-            return end_s, out
-        able = [one for one in kept[: first + 1] if one.hold is not None and one.hold.yields]
-        if not able or len(out) == K_MOST_YIELD:
+                is_late = spoils(kept_before[place], end_s, one.latest_s)
+            if is_late:
+                late = place
+                break
+        if late < 0:
+            return own_end_s, out
+        if len(out) == K_MOST_YIELD:
             return None
-        longest = min(able, key=_gives_way)
-        if _gives_way(longest) >= (miss_s, -work_s):
+        first, longest = _first_to_yield(kept[: late + 1])
+        if longest is None or longest >= (miss_s, -work_s):
             return None
-        out.append(longest)
-        kept.remove(longest)
+        out.append(kept.pop(first))
+        del kept_before[first]
+        same = min(same, first)
 
 
 def longest_held(lane: Lane) -> tuple[float, float] | None:
     """Who would give way first there, as (what its being late costs, less its work)."""
-    return min(
-        [_gives_way(one) for one in lane.hopeful if one.hold is not None and one.hold.yields], default=None
-    )
+    return _first_to_yield(lane.hopeful)[1]
 
 
-def _gives_way(one: Queued) -> tuple[float, float]:
-    assert one.hold is not None
-    return one.hold.miss_s, -one.work_s
+def _first_to_yield(entries: Sequence[Queued]) -> tuple[int, tuple[float, float] | None]:
+    """Which of them gives way first, and what that costs: being late, less its work. None: nobody may."""
+    first, least = -1, None
+    for place, one in enumerate(entries):
+        hold = one.hold
+        if hold is not None and hold.yields:
+            cost = hold.miss_s, -one.work_s
+            if least is None or cost < least:
+                first, least = place, cost
+    return first, least
 
 
 class Lanes:
@@ -135,8 +141,8 @@ class Lanes:
         self._turns: Counter[RequestId] = Counter()
         self._due: dict[Lane, tuple[float, RequestId]] = {}
         """The first held of each lane, and when it is to be asked for."""
-        self._moved: set[Lane] = set()
-        """Lanes whose entry there is to be found anew."""
+        self._moved: dict[Lane, None] = {}
+        """Lanes whose entry there is to be found anew; in order, so that a run can be played again."""
 
     def sweep(self, now: float) -> None:
         """Forget lanes without work: instances come and go. Those that stay get another at the next look."""
@@ -189,9 +195,13 @@ class Lanes:
     def holds(self, request: RequestId) -> bool:
         return request in self._held or request in self._recalled
 
+    def where(self, request: RequestId) -> Lane | None:
+        """The instance that it was sent to, or is held for."""
+        return self._where.get(request)
+
     def turns(self, request: RequestId) -> int:
         """How often it was held so far."""
-        return self._turns[request] if self._turns else 0
+        return self._turns.get(request, 0)
 
     def yields(self, request: RequestId) -> bool:
         """Whether it may still give way."""
@@ -213,7 +223,7 @@ class Lanes:
         """All that is to be decoded at `home`, in the order of service: there is somewhere else to go."""
         held = [
             one
-            for lane in set(self._held.values())
+            for lane in dict.fromkeys(self._held.values())
             for one in (*lane.hopeful, *lane.behind)
             if one.hold is not None and one.hold.home == home
         ]
@@ -231,7 +241,7 @@ class Lanes:
     def touch(self, lane: Lane) -> None:
         """Its steps may begin at other times than before."""
         if self._held:
-            self._moved.add(lane)
+            self._moved[lane] = None
 
     def due(self, now: float) -> tuple[list[RequestId], float]:
         """Held requests to be asked for now, and when to look again (inf: when something has happened)."""

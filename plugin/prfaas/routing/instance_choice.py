@@ -11,8 +11,9 @@ from prfaas.model.decisions import PathPrediction
 from prfaas.model.ids import InstanceId, ModelId, RequestId, SiteId
 from prfaas.model.observations import RequestView, Role, Snapshot
 from prfaas.routing.held import Lanes, longest_held, make_room
-from prfaas.routing.lanes import K_FOREIGN_S, K_ROUNDING_S, K_STEPS_MARGIN_S, Lane
+from prfaas.routing.lanes import K_FOREIGN_S, Lane
 from prfaas.routing.paths import PathFinder, transfer_tail_s
+from prfaas.routing.steps import K_ROUNDING_S, K_STEPS_MARGIN_S
 
 K_GUARD_S = 0.01  # s before a step begins in which nothing is sent that is to be in it
 K_LOOKED_AT = 8  # instances of a site, those with least to do,
@@ -21,6 +22,10 @@ K_HOLDERS = 2  # and so many more that hold some of the prompt
 SortedLane: TypeAlias = tuple[float, InstanceId, Lane]
 """With its work that is still to be in time, seconds, first."""
 SiteLanes: TypeAlias = dict[SiteId, list[SortedLane]]
+
+
+Asked: TypeAlias = tuple[PathPrediction, float, list[SortedLane]]
+"""A path, its price, and the instances that it is looked at for."""
 
 
 @dataclass(slots=True)
@@ -76,81 +81,88 @@ class InstanceChooser:
 
         Of many, those with least to do, and some that hold part of the prompt.
         """
-        lanes: SiteLanes = {}
         if now >= self.lanes.sweep_at_s:
             self.lanes.sweep(now)
-        known = self.lanes.lanes
-        decodes = Role.DECODE
+        lanes: SiteLanes = {}
         for path in paths:
-            site = path.prefill_site
-            if site in lanes:
-                continue
-            if not path.feasible:
-                self._watch(request, path, [], now)
+            if path.prefill_site in lanes:
                 continue
             found: list[SortedLane] = []
-            early_s = K_GUARD_S
-            if site != path.decode_site:
-                early_s += snapshot.links[self._paths.link_id(site, path.decode_site)].rtt_s / 2
-            costs = self._paths.costs(site, request.model)
-            for one in snapshot.sites[site].instances:
-                if one.role is decodes or one.draining or not one.healthy:
-                    continue
-                name, chunk_tokens = one.instance, one.chunk_tokens
-                most = one.prefill_requests
-                lane = known.get(name)
-                if lane is None:
-                    lane = known[name] = Lane(chunk_tokens or costs.chunk_tokens, most)
-                elif chunk_tokens and (chunk_tokens != lane.chunk_tokens or most != lane.prefill_requests):
-                    lane.cut(chunk_tokens, most)  # it tells only now, or came back with others
-                    self.lanes.touch(lane)
-                lane.early_s = early_s
-                if one.at_s > lane.reported_s:
-                    backlog_s = one.prefill_backlog_s
-                    if backlog_s is None:
-                        backlog_s = one.waiting_uncached_tokens * costs.s_per_token
-                    if backlog_s > K_FOREIGN_S or lane.foreign_s:
-                        lane.report(backlog_s, one.at_s, now)
-                        self.lanes.touch(lane)
-                work_s = lane.ends_s - now
-                if work_s <= 0.0:
-                    if lane.step or lane.hopeful or lane.behind:
-                        lane.advance(now)
-                        work_s = lane.ends_s - now
-                    if work_s <= 0.0:
-                        work_s = 0.0
-                found.append((work_s + lane.hopeful_s + lane.foreign_s, name, lane))
-            if not found:
-                return None
-            self._watch(request, path, found, now)
+            if path.feasible:
+                found = lanes[path.prefill_site] = self._lanes_at(request, path, snapshot, now)
+                if not found:
+                    return None
+            if self._watch(request, path, found, now):
+                # What was held is without its place now.
+                return self.lanes_of(request, paths, snapshot, now)
+        for site, found in lanes.items():
             found.sort()
             if len(found) > K_LOOKED_AT:
                 held = request.instance_cached_tokens
                 holders = [one for one in found[K_LOOKED_AT:] if held.get(one[1])]
                 holders.sort(key=lambda one: -held[one[1]])
-                found = found[:K_LOOKED_AT] + holders[:K_HOLDERS]
-            lanes[site] = found
+                lanes[site] = found[:K_LOOKED_AT] + holders[:K_HOLDERS]
         return lanes
+
+    def _lanes_at(
+        self, request: RequestView, path: PathPrediction, snapshot: Snapshot, now: float
+    ) -> list[SortedLane]:
+        """Those of the path's site that take prefills, as they are listed."""
+        site, known, decodes = path.prefill_site, self.lanes.lanes, Role.DECODE
+        found: list[SortedLane] = []
+        early_s = K_GUARD_S
+        if site != path.decode_site:
+            early_s += snapshot.links[self._paths.link_id(site, path.decode_site)].rtt_s / 2
+        costs = self._paths.costs(site, request.model)
+        for one in snapshot.sites[site].instances:
+            if one.role is decodes or one.draining or not one.healthy:
+                continue
+            name, chunk_tokens, most = one.instance, one.chunk_tokens, one.prefill_requests
+            lane = known.get(name)
+            if lane is None:
+                lane = known[name] = Lane(chunk_tokens or costs.chunk_tokens, most)
+            elif chunk_tokens and (chunk_tokens != lane.chunk_tokens or most != lane.prefill_requests):
+                lane.cut(chunk_tokens, most)  # it tells only now, or came back with others
+                self.lanes.touch(lane)
+            lane.early_s = early_s
+            if one.at_s > lane.reported_s:
+                backlog_s = one.prefill_backlog_s
+                if backlog_s is None:
+                    backlog_s = one.waiting_uncached_tokens * costs.s_per_token
+                if backlog_s > K_FOREIGN_S or lane.foreign_s:
+                    lane.report(backlog_s, one.at_s, now)
+                    self.lanes.touch(lane)
+            work_s = lane.ends_s - now
+            if work_s <= 0.0:
+                if lane.step or lane.hopeful or lane.behind:
+                    lane.advance(now)
+                    work_s = lane.ends_s - now
+                if work_s <= 0.0:
+                    work_s = 0.0
+            found.append((work_s + lane.hopeful_s + lane.foreign_s, name, lane))
+        return found
 
     def _watch(
         self, request: RequestView, path: PathPrediction, found: Sequence[SortedLane], now: float
-    ) -> None:
+    ) -> bool:
         """What is held for an instance that can't be used any more is decided anew at once, and all that is
-        held where there are more of them.
+        held where there are more of them. True where something may have lost its place.
 
         A request that failed somewhere doesn't see all that others do.
         """
         if request.attempt:
-            return
+            return False
         key = (path.prefill_site, path.decode_site, request.model)
         known = self._usable.get(key)
         if known is not None and len(known) == len(found):
-            return  # one that goes as another comes is noticed when its turn would be
+            return False  # one that goes as another comes is noticed when its turn would be
         self._usable[key] = names = frozenset(one[1] for one in found)
-        if known is not None:
-            if names - known:
-                self.lanes.recall_all(path.decode_site, now)
-            self.lanes.recall_from(known - names, path.decode_site, now)
+        if known is None:
+            return False
+        if names - known:
+            self.lanes.recall_all(path.decode_site, now)
+        self.lanes.recall_from(sorted(known - names), path.decode_site, now)
+        return True
 
     def in_time(
         self,
@@ -164,22 +176,25 @@ class InstanceChooser:
         deadline_s: float,
         miss_s: float,
         other_miss_s: float,
+        planned: Lane | None = None,
     ) -> Choice | None:
         """The cheapest at its deadline's place: what it costs to be late, and to make others late, counts.
 
-        `prices` are the paths', for the prefill that each predicts. None where no path is feasible.
+        `prices` are the paths', for the prefill that each predicts; `planned` is where it was to go so far,
+        which wins where another costs the same. None where no path is feasible.
         """
         best: tuple[PathPrediction, InstanceId, float, float, int, float, float, float, bool] | None = None
         best_cost = math.inf
         shared = bool(request.instance_cached_tokens)
-        for path, price in zip(paths, prices, strict=True):
-            if not path.feasible:
-                continue
+        for path, price, there in _likeliest_first(paths, prices, lanes, planned):
             site, tokens, own_s, tail_s = path.prefill_site, path.uncached_tokens, path.prefill_s, 0.0
             start_up_s = self._paths.costs(site, request.model).start_up_s
-            away = site != path.decode_site
+            link, rate_bps, least_s = None, 0.0, path.move_s
+            if site != path.decode_site:
+                link = snapshot.links[self._paths.link_id(site, path.decode_site)]
+                rate_bps, least_s = link.usable_bps, least_s + link.rtt_s
             due_price, move_s = price, path.move_s
-            for held_s, instance, lane in lanes[site]:
+            for held_s, instance, lane in there:
                 if shared:
                     tokens, own_s = self._own(request, path, instance)
                     due_price = price * own_s / path.prefill_s if path.prefill_s > 0 else price
@@ -187,18 +202,24 @@ class InstanceChooser:
                 hopeful = lane.hopeful
                 if hopeful and hopeful[-1].order_s > order_s:
                     held_s = lane.ends_s - now if lane.ends_s > now else 0.0
-                if held_s + own_s + move_s + due_price >= best_cost + K_ROUNDING_S:
+                if held_s + own_s + least_s + due_price >= best_cost + K_ROUNDING_S:
                     continue
                 end_s = lane.end_s(order_s, tokens, own_s, now, start_up_s)
                 ttft_s = end_s - now + move_s
                 if ttft_s + due_price >= best_cost:
                     continue
-                if away:
-                    tail_s = self._tail_s(path, snapshot, end_s - now - own_s, own_s, tokens)
+                if link is not None:
+                    start_s = end_s - now - own_s + move_s
+                    tail_s = transfer_tail_s(link, rate_bps, path.transfer_bytes, start_s, own_s, tokens)
                     ttft_s += tail_s
-                delayed = lane.place(order_s, tokens, own_s, now, start_up_s)[1] if lane.hopeful else 0
-                cost = ttft_s + due_price + other_miss_s * delayed
                 late = now + ttft_s + K_STEPS_MARGIN_S > deadline_s
+                cost = ttft_s + due_price
+                if (cost + miss_s if late else cost) >= best_cost:
+                    continue
+                # Who is made late is looked at last: it costs as much as all the rest.
+                delayed = lane.makes_late(order_s, tokens, own_s, now, start_up_s) if hopeful else 0
+                if delayed:
+                    cost += other_miss_s * delayed
                 if late:
                     cost += miss_s
                 if cost < best_cost:
@@ -223,18 +244,17 @@ class InstanceChooser:
 
         The longest that is held anywhere is tried first: its seconds are worth most.
         """
-        able: list[tuple[float, float, int, InstanceId, Lane]] = []
+        able: list[tuple[float, float, int, InstanceId, Lane, int, float]] = []
         for at, path in enumerate(paths):
             for _, instance, lane in lanes[path.prefill_site] if path.feasible else ():
                 longest = longest_held(lane)
                 if longest is not None:
-                    able.append((*longest, at, instance, lane))
+                    tokens, own_s = self._own(request, path, instance)
+                    if longest < (miss_s, -own_s):
+                        able.append((*longest, at, instance, lane, tokens, own_s))
         able.sort(key=lambda one: one[:2])
-        for longest_miss_s, less_s, at, instance, lane in able:
+        for _, _, at, instance, lane, tokens, own_s in able:
             path = paths[at]
-            tokens, own_s = self._own(request, path, instance)
-            if (longest_miss_s, less_s) >= (miss_s, -own_s):
-                continue
             wait_s = max(0.0, lane.work_s(now) - own_s)
             tail_s = self._tail_s(path, snapshot, wait_s, own_s, tokens)
             start_up_s = self._paths.costs(path.prefill_site, request.model).start_up_s
@@ -299,3 +319,26 @@ class InstanceChooser:
         return transfer_tail_s(
             link, link.usable_bps, path.transfer_bytes, start_s + path.move_s, own_s, tokens
         )
+
+
+def _likeliest_first(
+    paths: Sequence[PathPrediction], prices: Sequence[float], lanes: SiteLanes, planned: Lane | None
+) -> list[Asked]:
+    """The feasible paths, so that the best comes soon: what can't cost less needs no closer look."""
+    asked = [
+        (path, price, lanes[path.prefill_site])
+        for path, price in zip(paths, prices, strict=True)
+        if path.feasible
+    ]
+    if planned is None:
+        asked.sort(key=_about)
+        return asked
+    return [
+        (path, price, [one]) for path, price, there in asked for one in there if one[2] is planned
+    ] + asked
+
+
+def _about(asked: Asked) -> float:
+    """What a path costs at the site's least busy instance, roughly."""
+    path, price, there = asked
+    return there[0][0] + path.ttft_s - path.queue_s + price

@@ -16,10 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
 
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
@@ -29,23 +25,17 @@ from prfaas.routing.answers import BookingPolicy, alike, why_won
 from prfaas.routing.base import Fleet, register_policy
 from prfaas.routing.due import DueQueue, DueQueues
 from prfaas.routing.held import begins_behind_s, begins_s
-from prfaas.routing.instance_choice import InstanceChooser, SiteLanes
-from prfaas.routing.lanes import K_ROUNDING_S, Hold, Lane
+from prfaas.routing.implied import ImpliedThresholds
+from prfaas.routing.instance_choice import Choice, InstanceChooser, SiteLanes
+from prfaas.routing.lanes import Lane
 from prfaas.routing.pricing import PriceList, Way
+from prfaas.routing.steps import K_ROUNDING_S, K_STEPS_MARGIN_S, Hold
 from prfaas.routing.tenants import TenantShares
-
-K_GRID = [64]
-"""Lengths tried for the implied threshold: each a fiftieth more than the one before."""
-while K_GRID[-1] < 1 << 18:
-    K_GRID.append(max(K_GRID[-1] + 1, int(K_GRID[-1] * 1.02)))
 
 K_BEHIND_S = 600.0  # s: what can't be in time is served as if it were due so much later: it can't starve
 K_TURN_S = 1e-6  # s by which a request's place moves forward each time that it is held
 K_MISS_S = 500.0  # s: what one more request too late costs, relative to delay
 K_MARGIN_S = 0.2  # s by which a prediction must keep a deadline
-
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @register_policy("prices")
@@ -60,13 +50,13 @@ class PricesPolicy(BookingPolicy):
         self.instances = InstanceChooser(self.paths)
         self.lanes = self.instances.lanes
         self.names_instances = config.service == "deadline"
-        self._works: dict[int, tuple[FloatArray, FloatArray]] = {}
-        """By the costs' identity: the path finder holds them all."""
+        self._implied = ImpliedThresholds(self.paths, self.prices)
 
     def decide(self, request: RequestView, snapshot: Snapshot, now: float) -> Decision:
         paths = self.paths.all_paths(request, snapshot, now)
         ways = self.prices.ways(paths, snapshot, now)
         again = self.lanes.holds(request.request)
+        planned = self.lanes.where(request.request) if again else None
         if again:
             self.lanes.drop(request.request, now)
         if request.attempt == 0 and not again:
@@ -74,7 +64,7 @@ class PricesPolicy(BookingPolicy):
         if self.names_instances:
             lanes = self.instances.lanes_of(request, paths, snapshot, now)
             if lanes is not None:
-                return self._by_instance(request, paths, ways, lanes, snapshot, now)
+                return self._by_instance(request, paths, ways, lanes, planned, snapshot, now)
             return self._by_deadline(request, paths, ways, snapshot, now)
         prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now)
         deadline_s = self.deadline_s(request)
@@ -196,6 +186,7 @@ class PricesPolicy(BookingPolicy):
         paths: list[PathPrediction],
         ways: list[Way | None],
         lanes: SiteLanes,
+        planned: Lane | None,
         snapshot: Snapshot,
         now: float,
     ) -> Decision:
@@ -207,17 +198,22 @@ class PricesPolicy(BookingPolicy):
         earlier_s = K_TURN_S * self.lanes.turns(request.request)
         in_time_s = deadline_s + self.tenants.lag_s(request.tenant, now) - earlier_s
         behind_s = deadline_s + K_BEHIND_S - earlier_s
-        hoped_s = {site: sum([one[0] for one in there]) / len(there) for site, there in lanes.items()}
-        prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
         miss_s, order_s = K_MISS_S * self._weight(request), in_time_s
         late_binding = self.config.bind == "start" and request.attempt == 0
-        best = self.instances.in_time(
-            request, paths, prices, lanes, snapshot, now, in_time_s, deadline_s, miss_s, K_MISS_S
-        )
-        if late_binding and best is not None and best.misses:
-            best = self.instances.in_place_of(
-                request, paths, prices, lanes, snapshot, now, in_time_s, deadline_s, miss_s
+        best: Choice | None = None
+        if not late_binding or not self._too_late(request, paths, deadline_s, now):
+            hoped_s = {site: sum([one[0] for one in there]) / len(there) for site, there in lanes.items()}
+            prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
+            for path, price in zip(paths, prices, strict=True):
+                if path.feasible:
+                    object.__setattr__(path, "price", price)  # still ours alone
+            best = self.instances.in_time(
+                request, paths, prices, lanes, snapshot, now, in_time_s, deadline_s, miss_s, K_MISS_S, planned
             )
+            if late_binding and best is not None and best.misses:
+                best = self.instances.in_place_of(
+                    request, paths, prices, lanes, snapshot, now, in_time_s, deadline_s, miss_s
+                )
         if best is None or best.cost >= miss_s:
             behind = self.instances.behind(request, paths, lanes, snapshot, now)
             if behind is not None and (best is None or behind.cost + miss_s <= best.cost):
@@ -252,6 +248,15 @@ class PricesPolicy(BookingPolicy):
             deadline_s=deadline_s, order_s=order_s, instance=best.instance,
         )  # fmt: skip
 
+    def _too_late(
+        self, request: RequestView, paths: Sequence[PathPrediction], deadline_s: float, now: float
+    ) -> bool:
+        """Whether it can't be in time even where nothing waits: then no place need be looked for."""
+        left_s = deadline_s - now - K_STEPS_MARGIN_S + K_ROUNDING_S
+        if request.instance_cached_tokens:
+            return left_s < 0  # what an instance holds may leave it next to nothing to do
+        return not any(path.feasible and path.prefill_s <= left_s for path in paths)
+
     def _lead_s(self, lane: Lane) -> float:
         """So long before its step begins a request is sent: the instance must never wait for it."""
         return self.config.lead_s + 2 * lane.early_s
@@ -260,6 +265,7 @@ class PricesPolicy(BookingPolicy):
         return self.lanes.due(now)
 
     def on_hold(self, *, request: RequestView, decision: Decision, now: float) -> None:
+        self.prices.settle()  # it waits anyway
         for other in decision.gives_up:
             self.lanes.give_way(other, now)
         lane = self.lanes.get(decision.prefill_instance)
@@ -283,6 +289,7 @@ class PricesPolicy(BookingPolicy):
 
     def on_prefill_done(self, *, request: RequestId, now: float, ago_s: float = 0.0) -> None:
         super().on_prefill_done(request=request, now=now, ago_s=ago_s)
+        self.prices.settle()
         self.lanes.done(request, now, ago_s)
         self.due.drop(request)
 
@@ -303,6 +310,7 @@ class PricesPolicy(BookingPolicy):
 
     def on_finished(self, *, request: RequestId, now: float) -> None:
         super().on_finished(request=request, now=now)
+        self.prices.settle()
         self._gone(request, now)
 
     def _gone(self, request: RequestId, now: float) -> None:
@@ -335,36 +343,7 @@ class PricesPolicy(BookingPolicy):
 
     def thresholds(self) -> Mapping[SiteId, float]:
         """Length from which a request without cached prefix would go out now, by home."""
-        found = {}
-        for home in sorted(self.fleet.local_sites):  # the same order in every process
-            sources = [link.source for link in self.prices.links() if link.target == home]
-            if sources:
-                found[home] = self._threshold(home, sources)
-        return found
-
-    def _threshold(self, home: SiteId, sources: Sequence[SiteId]) -> float:
-        """The first length of the grid at which some source is cheaper in the fluid optimum; inf if none."""
-        local_s, _ = self._grid_works(home)
-        local = self.prices.price_of_work(home) * local_s
-        out = np.zeros(len(K_GRID), dtype=bool)
-        for source in sources:
-            site_price = self.prices.price_of_work(source)
-            link_price = self.prices.price_of_work(self.paths.link_id(source, home))
-            if not math.isinf(site_price + link_price):
-                away_s, bits = self._grid_works(source)
-                out |= site_price * away_s + link_price * bits < local
-        return float(K_GRID[int(np.argmax(out))]) if out.any() else math.inf
-
-    def _grid_works(self, site: SiteId) -> tuple[FloatArray, FloatArray]:
-        """Seconds of prefill and bits to send, for each length of the grid."""
-        costs = self.paths.costs(site, "")
-        found = self._works.get(id(costs))
-        if found is None:
-            found = self._works[id(costs)] = (
-                np.array([costs.prefill_s(tokens, 0) for tokens in K_GRID]),
-                np.array([costs.transfer_bytes(tokens, 0) * 8.0 for tokens in K_GRID]),
-            )
-        return found
+        return self._implied.thresholds(self.fleet.local_sites)
 
     def _weight(self, request: RequestView) -> float:
         classes = self.config.classes

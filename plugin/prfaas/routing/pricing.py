@@ -95,8 +95,12 @@ class PriceList:
         self._resources: dict[Hashable, Resource] = {}
         self._ways: dict[tuple[SiteId, SiteId], Way] = {}
         """What a path without a cache move uses, by prefill and decode site."""
-        self._solved_s = -math.inf
+        self._looked_s = -math.inf
         self._unsolved = 0
+        self._came: tuple[Sequence[PathPrediction], Sequence[Way | None]] | None = None
+        """The last request's paths, until they are settled."""
+        self._capacities: list[float] | None = None
+        """What the optimum is to be found for, if it is due; None: it isn't."""
 
     def ways(self, paths: Sequence[PathPrediction], snapshot: Snapshot, now: float) -> list[Way | None]:
         """What each path uses, with capacities of now; None for those that aren't feasible."""
@@ -117,24 +121,37 @@ class PriceList:
     def observe(
         self, paths: Sequence[PathPrediction], ways: Sequence[Way | None], snapshot: Snapshot, now: float
     ) -> None:
-        """A request came that could take `paths`: part of the traffic that the optimum is for."""
+        """A request came that could take `paths`: part of the traffic that the optimum is for, once that is
+        settled. The last one is by now.
+        """
+        self.settle()
+        self._came = paths, ways
+        if now - self._looked_s >= K_SOLVE_S:
+            self._looked_s = now
+            self._refresh(snapshot)
+            self._capacities = [resource.capacity for resource in self._resources.values()]
+
+    def settle(self) -> None:
+        """Find the optimum with what has come, if that is due. It takes as long as several decisions, so that
+        it is best done where no request waits for it.
+        """
+        if self._came is None:
+            return
         options = []
-        for path, way in zip(paths, ways, strict=True):
+        for path, way in zip(*self._came, strict=True):
             if way is None or path.cache_move is not None:
                 continue
             site, _, link = way
             number = -1 if link is None else link.number
             options.append((site.number, path.prefill_s, number, path.transfer_bytes * 8.0))
+        self._came = None
         if options:
             self._duals.observe(options)
             self._unsolved += 1
-        if now - self._solved_s >= K_SOLVE_S:
-            self._solved_s = now
-            self._refresh(snapshot)
-            capacities = [resource.capacity for resource in self._resources.values()]
-            if self._unsolved >= K_SOLVE_REQUESTS or self._duals.moved(capacities):
-                self._unsolved = 0
-                self._duals.solve(capacities)
+        capacities, self._capacities = self._capacities, None
+        if capacities is not None and (self._unsolved >= K_SOLVE_REQUESTS or self._duals.moved(capacities)):
+            self._unsolved = 0
+            self._duals.solve(capacities)
 
     def costs(
         self,

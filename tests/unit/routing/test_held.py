@@ -23,8 +23,9 @@ from prfaas.model.observations import (
 from prfaas.model.profiles import Curve, Profile
 from prfaas.routing import Fleet, create_policy
 from prfaas.routing.held import K_YIELDS, Lanes, begins_s, first_due, make_room
-from prfaas.routing.lanes import Hold, Lane, Queued
+from prfaas.routing.lanes import Lane
 from prfaas.routing.prices import K_BEHIND_S, PricesPolicy
+from prfaas.routing.steps import Hold, Queued
 
 K_CHUNK = 1000
 K_PROFILE = Profile("unit", Curve.of([1000, 2000], [1.3, 2.3]), Curve.of([1000, 2000], [1e6, 2e6]))
@@ -336,3 +337,28 @@ def test_what_is_bound_and_what_is_held_for_a_queue_are_one_or_the_other() -> No
     for bad in ({"bind": "late"}, {"lead_s": 0}, {"lead_s": 11}, {"lead_s": "soon"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             policy(**bad)
+
+
+def test_what_comes_due_at_once_is_named_in_the_same_order_however_the_lanes_lie_in_memory() -> None:
+    found = []
+    kept = []
+    for again in range(4):
+        made = policy()
+        kept += [made, *(Lane(K_CHUNK) for _ in range(7 * again))]  # others lie elsewhere
+        for number in range(24):  # twelve run, and twelve are held
+            ask(made, RequestView(str(number), 1000, 0.0, home="west"), snapshot(0.0, west=12), 0.0)
+        for number in range(12):
+            made.on_prefill_done(request=str(number), now=0.5)
+        found.append(list(made.recalls(0.5)[0]))
+        assert len(found[-1]) == 12
+    assert all(one == found[0] for one in found)
+
+
+def test_what_is_held_for_instances_that_go_is_recalled_in_the_order_of_their_names() -> None:
+    made = policy()
+    for number in range(24):
+        ask(made, RequestView(str(number), 1000, 0.0, home="west"), snapshot(0.0, west=12), 0.0)
+    held = {made.lanes.where(str(number)): str(number) for number in range(12, 24)}
+    made.decide(RequestView("one more", 1000, 0.1, home="west"), snapshot(0.1, west=2), 0.1)
+    gone = [held[made.lanes.lanes[f"west-{k}"]] for k in sorted(range(2, 12), key=str)]
+    assert [one for one in made.recalls(0.1)[0] if one in gone] == gone

@@ -22,8 +22,9 @@ from prfaas.model.observations import (
 from prfaas.model.profiles import Curve, Profile
 from prfaas.routing import Fleet, create_policy
 from prfaas.routing.held import Lanes
-from prfaas.routing.lanes import Lane, Queued
+from prfaas.routing.lanes import Lane
 from prfaas.routing.prices import K_BEHIND_S, PricesPolicy
+from prfaas.routing.steps import Queued
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job

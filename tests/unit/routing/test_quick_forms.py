@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +28,10 @@ from prfaas.routing import duals as duals_module
 from prfaas.routing.book import DispatchBook
 from prfaas.routing.duals import DualPrices
 from prfaas.routing.instance_choice import Choice
-from prfaas.routing.lanes import K_STEPS_MARGIN_S, Lane, Queued
+from prfaas.routing.lanes import Lane
 from prfaas.routing.paths import PathFinder
 from prfaas.routing.prices import PricesPolicy
+from prfaas.routing.steps import K_STEPS_MARGIN_S, Queued
 
 K_PROFILE = Profile("unit", Curve.of([1000, 2000], [1.3, 2.3]), Curve.of([1000, 2000], [1e6, 2e6]))
 K_WEST_EAST = LinkId("east", "west")
@@ -111,21 +114,22 @@ def test_a_place_in_a_queue_is_what_all_steps_one_by_one_say(seed: int) -> None:
         assert late == plainly_late
 
 
-def plain_choice(policy: PricesPolicy, asked: tuple[object, ...]) -> Choice | None:
-    """Every lane of every path looked at in full."""
-    request, paths, prices, lanes, snapshot, now, order_s, deadline_s, miss_s, other_miss_s = asked
-    chooser, best = policy.instances, None
-    for path, price in zip(paths, prices, strict=True):  # type: ignore[call-overload]
+def plain_choice(policy: PricesPolicy, asked: tuple[Any, ...]) -> Choice | None:
+    """Every lane of every path looked at in full; where it was to go so far wins a draw."""
+    request, paths, prices, lanes, snapshot, now, order_s, deadline_s, miss_s, other_miss_s, planned = asked
+    chooser = policy.instances
+    found: list[tuple[float, bool, Choice]] = []
+    for path, price in zip(paths, prices, strict=True):
         if not path.feasible:
             continue
-        start_up_s = policy.paths.costs(path.prefill_site, request.model).start_up_s  # type: ignore[attr-defined]
-        for _, instance, lane in lanes[path.prefill_site]:  # type: ignore[index]
-            tokens, own_s = chooser._own(request, path, instance)  # type: ignore[arg-type]
+        start_up_s = policy.paths.costs(path.prefill_site, request.model).start_up_s
+        for _, instance, lane in lanes[path.prefill_site]:
+            tokens, own_s = chooser._own(request, path, instance)
             due = price
-            if request.instance_cached_tokens:  # type: ignore[attr-defined]
+            if request.instance_cached_tokens:
                 due = price * own_s / path.prefill_s if path.prefill_s > 0 else price
             end_s, delayed = lane.place(order_s, tokens, own_s, now, start_up_s)
-            tail_s = chooser._tail_s(path, snapshot, end_s - now - own_s, own_s, tokens)  # type: ignore[arg-type]
+            tail_s = chooser._tail_s(path, snapshot, end_s - now - own_s, own_s, tokens)
             ttft_s = end_s - now + path.move_s
             if path.prefill_site != path.decode_site:
                 ttft_s += tail_s
@@ -133,39 +137,84 @@ def plain_choice(policy: PricesPolicy, asked: tuple[object, ...]) -> Choice | No
             late = now + ttft_s + K_STEPS_MARGIN_S > deadline_s
             if late:
                 cost += miss_s
-            if best is None or cost < best.cost:
-                wait_s, misses = end_s - now - own_s, late or delayed > 0
-                best = Choice(path, instance, wait_s, own_s, tokens, tail_s, due, cost, misses)
-    return best
+            wait_s, misses = end_s - now - own_s, late or delayed > 0
+            choice = Choice(path, instance, wait_s, own_s, tokens, tail_s, due, cost, misses)
+            found.append((cost, lane is not planned, choice))
+    return min(found, key=lambda one: one[:2])[2] if found else None
 
 
 @settings(max_examples=60)
-@given(seed=st.integers(0, 1 << 40))
-def test_the_choice_among_instances_is_that_of_looking_at_each_in_full(seed: int) -> None:
+@given(seed=st.integers(0, 1 << 40), bind=st.sampled_from(["start", "arrival"]))
+def test_the_choice_among_instances_is_that_of_looking_at_each_in_full(seed: int, bind: str) -> None:
     rng, now = Random(seed), 0.0
     policy = create_policy(
-        PolicyConfig(name="prices", service="deadline"),
+        PolicyConfig.model_validate({"name": "prices", "service": "deadline", "bind": bind}),
         Fleet({("", ""): K_PROFILE}, frozenset({"west"}), movable=True),
     )
     assert isinstance(policy, PricesPolicy)
     quick, seen = policy.instances.in_time, []
 
-    def both(*asked: object) -> Choice | None:
-        found = quick(*asked)  # type: ignore[arg-type]
+    def both(*asked: Any) -> Choice | None:
+        found = quick(*asked)
         assert found == plain_choice(policy, asked)
         seen.append(found)
         return found
 
-    policy.instances.in_time = both  # type: ignore[method-assign, assignment]
+    policy.instances.in_time = both  # type: ignore[method-assign]
+    asked: dict[str, RequestView] = {}
     for number in range(40):
         now += rng.expovariate(2)
-        view = view_of(rng, str(number), now)
-        decision = policy.decide(view, snapshot_of(rng, now), now)
-        if decision.chosen is not None:
-            policy.on_dispatch(request=view, decision=decision, now=now)
+        asked[str(number)] = view_of(rng, str(number), now)
+        for name in (str(number), *list(policy.recalls(now)[0])[:3]):
+            view = asked[name]
+            decision = policy.decide(view, snapshot_of(rng, now), now)
+            if decision.planned:
+                policy.on_hold(request=view, decision=decision, now=now)
+            elif decision.chosen is not None:
+                policy.on_dispatch(request=view, decision=decision, now=now)
         if rng.random() < 0.5:
             policy.on_prefill_done(request=str(rng.randrange(number + 1)), now=now)
     assert seen
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 1 << 40))
+def test_what_is_too_late_anywhere_is_decided_as_if_every_place_had_been_looked_at(seed: int) -> None:
+    rng, now = Random(seed), 0.0
+    fleet = Fleet({("", ""): K_PROFILE}, frozenset({"west"}))
+    config = PolicyConfig(name="prices", service="deadline")
+    quick, plain = create_policy(config, fleet), create_policy(config, fleet)
+    assert isinstance(plain, PricesPolicy)
+    plain._too_late = lambda *asked: False  # type: ignore[method-assign]
+    views: dict[str, RequestView] = {}
+    for number in range(60):
+        now += rng.expovariate(3)
+        views[str(number)] = replace(
+            view_of(rng, str(number), now), arrived_s=now - rng.choice([0, 0, 5, 60])
+        )
+        recalled = list(quick.recalls(now)[0])
+        assert recalled == list(plain.recalls(now)[0])
+        for name in (*recalled, str(number)):
+            seen = snapshot_of(rng, now)
+            found, wanted = (policy.decide(views[name], seen, now) for policy in (quick, plain))
+            for field in (
+                "action",
+                "prefill_instance",
+                "decode_instance",
+                "order_s",
+                "deadline_s",
+                "gives_up",
+            ):
+                assert getattr(found, field) == getattr(wanted, field)
+            for policy, decision in ((quick, found), (plain, wanted)):
+                if decision.planned:
+                    policy.on_hold(request=views[name], decision=decision, now=now)
+                elif decision.chosen is not None:
+                    policy.on_dispatch(request=views[name], decision=decision, now=now)
+        if rng.random() < 0.5:
+            ended = str(rng.randrange(number + 1))
+            for policy in (quick, plain):
+                policy.on_prefill_done(request=ended, now=now)
 
 
 def view_of(rng: Random, name: str, now: float) -> RequestView:
