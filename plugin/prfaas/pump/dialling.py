@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import itertools
 import socket
-import ssl
 
 from prfaas.config.pump import split_address
 from prfaas.pump import tcpinfo
@@ -19,6 +18,7 @@ from prfaas.pump.loop import Loop
 from prfaas.pump.measured import K_UNSENT_FIRST_BYTES
 from prfaas.pump.resolving import Address, Resolver
 from prfaas.pump.stream import Stream
+from prfaas.pump.tls import TlsContext
 from prfaas.pump.trust import Trust
 
 K_REFUSED_S = 10.0
@@ -75,7 +75,7 @@ class Dialling:
         tried = [self._dial_one(where, tls, now) for _ in range(missing)] if where is not None else []
         return [stream for stream in tried if stream is not None]
 
-    def _dial_one(self, where: Address, tls: ssl.SSLContext | None, now: float) -> Stream | None:
+    def _dial_one(self, where: Address, tls: TlsContext | None, now: float) -> Stream | None:
         family, target = where
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)

@@ -21,7 +21,7 @@ from prfaas.pump.handler import Handler
 from prfaas.pump.loop import Loop
 from prfaas.pump.measured import Measured
 from prfaas.pump.memory import Buffer
-from prfaas.pump.tls import TlsEnd, tls_end
+from prfaas.pump.tls import TlsContext, TlsEnd
 from prfaas.transfer.frames import (
     K_BLOCK_MAX_BYTES,
     K_CONTROL_MAX_BYTES,
@@ -66,7 +66,7 @@ class Stream(Measured):
 
     def __init__(
         self, loop: Loop, sock: socket.socket, handler: Handler, index: int, *, dialled: bool,
-        tls: ssl.SSLContext | None, now: float,
+        tls: TlsContext | None, now: float,
     ) -> None:  # fmt: skip
         self.loop, self.handler, self.index, self.dialled = loop, handler, index, dialled
         self.state = State.CONNECTING if dialled else (State.TLS if tls else State.HELLO)
@@ -122,7 +122,7 @@ class Stream(Measured):
     def _wrap(self) -> None:
         assert self._context is not None
         self._sock.setblocking(False)
-        self._tls = tls_end(self._sock, self._context, dialled=self.dialled)
+        self._tls = self._context.end(self._sock, dialled=self.dialled)
         self._sock = self._tls.sock
 
     def _interest(self, mask: int) -> None:

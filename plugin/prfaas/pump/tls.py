@@ -1,4 +1,5 @@
-"""TLS over a socket that doesn't block, one class for each end of a stream.
+"""TLS over a socket that doesn't block: by cryptography's OpenSSL (openssl.py) where it can be had, else by
+Python's ssl, one class for each end of a stream.
 
 Blocks go one way, from the end that dialled. ssl.SSLSocket makes two system calls for every record of 16 KiB
 that it reads, which costs more than the cipher does: so the end that listens takes K_CHUNK_BYTES off the
@@ -11,8 +12,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
+
+from prfaas.model.errors import UsageError
+from prfaas.pump import keys, openssl
 
 K_CHUNK_BYTES = 256 * 1024
 """Small enough to stay in a core's cache between the cipher and the socket."""
@@ -47,9 +52,28 @@ class TlsEnd(Protocol):
         """Whether bytes have been taken off the socket that nobody has read yet."""
 
 
-def tls_end(sock: socket.socket, context: ssl.SSLContext, *, dialled: bool) -> TlsEnd:
-    """Takes the socket over, which doesn't block and is connected."""
-    return DiallingEnd(sock, context) if dialled else ListeningEnd(sock, context)
+class TlsContext:
+    """What the connections that this side dialled, or those that came to it (`server`), share. Raises
+    UsageError for files that can't be used.
+    """
+
+    def __init__(self, *, server: bool, site_file: Path, authorities: Sequence[Path]) -> None:
+        # The one who checks files, whichever serves: its errors say what is wrong with which.
+        self._plain = keys.tls_context(server=server, site_file=site_file, authorities=authorities)
+        # The site is compared by who trusts (trust.py), for diallers that expect no certain one as well.
+        self._plain.check_hostname = False
+        self._native: openssl.Context | None = None
+        if openssl.is_usable():
+            try:
+                self._native = openssl.Context(site_file, authorities)
+            except ssl.SSLError as error:
+                raise UsageError(f"{site_file}: {error.reason}") from None
+
+    def end(self, sock: socket.socket, *, dialled: bool) -> TlsEnd:
+        """Takes the socket over, which doesn't block and is connected."""
+        if self._native is not None:
+            return openssl.End(sock, self._native, dialled=dialled)
+        return DiallingEnd(sock, self._plain) if dialled else ListeningEnd(sock, self._plain)
 
 
 class DiallingEnd:

@@ -8,13 +8,13 @@ nothing.
 from __future__ import annotations
 
 import logging
-import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
 from prfaas.config.pump import PumpConfig, is_loopback
 from prfaas.model.errors import RemoteProtocolError, UsageError
-from prfaas.pump.keys import site_in_names, tls_context
+from prfaas.pump.keys import site_in_names
+from prfaas.pump.tls import TlsContext
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Trust:
 
     def __init__(self, config: PumpConfig) -> None:
         self._config = config
-        self._contexts: dict[bool, tuple[tuple[object, ...], ssl.SSLContext]] = {}
+        self._contexts: dict[bool, tuple[tuple[object, ...], TlsContext]] = {}
         self._warned: set[str] = set()
         if config.tls is not None:
             self._load(server=True)
@@ -36,7 +36,7 @@ class Trust:
     def encrypted(self) -> bool:
         return self._config.tls is not None
 
-    def context(self, *, server: bool) -> ssl.SSLContext | None:
+    def context(self, *, server: bool) -> TlsContext | None:
         """For the next connection; None without TLS. Bad files leave the last good ones in
         force.
         """
@@ -56,9 +56,7 @@ class Trust:
         tls = self._config.tls
         assert tls is not None
         marks = self._marks()
-        context = tls_context(server=server, site_file=tls.site_file, authorities=tls.authorities)
-        # `check_certificate` compares the site, for diallers that expect no certain one as well.
-        context.check_hostname = False
+        context = TlsContext(server=server, site_file=tls.site_file, authorities=tls.authorities)
         self._contexts[server] = (marks, context)
 
     def _marks(self) -> tuple[object, ...]:

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from prfaas.config.pump import PumpConfig
-from prfaas.pump.keys import tls_context
 from prfaas.pump.memory import Buffer, OwnerMemory
-from prfaas.pump.tls import TlsEnd, tls_end
+from prfaas.pump.tls import TlsContext, TlsEnd
 from prfaas.pump_client.guard import GuardTable
 from prfaas.transfer.frames import checksum
 from prfaas.transfer.segments import U64
@@ -100,9 +99,8 @@ def _socket_cost(block: Buffer, seconds: float, keys: Path | None) -> float:
 
 def _secured(sock: socket.socket, keys: Path, *, dialled: bool) -> TlsEnd:
     files = tls_for(keys, K_SITES["sender" if dialled else "receiver"])
-    context = tls_context(server=not dialled, site_file=files.site_file, authorities=files.authorities)
-    context.check_hostname = False
-    return tls_end(sock, context, dialled=dialled)
+    context = TlsContext(server=not dialled, site_file=files.site_file, authorities=files.authorities)
+    return context.end(sock, dialled=dialled)
 
 
 def _shake(ends: list[TlsEnd | socket.socket]) -> None:

@@ -1,0 +1,183 @@
+"""Which number of streams carries most: found by trying, for no measurement of a link tells it beforehand.
+
+Random loss wants as many as there may be (200 Mbit/s, 40 ms, 1%: 36 carried 110 Mbit/s, 48 136, 64 165).
+The same loss in bursts takes most of a small window at once, and beyond some number more of them carry less:
+36 to 48 carried 166 to 186, 64 no more than 134 to 153. Both look alike in loss and round trip. So what
+decides is the response, the goodput that the receiver has acknowledged:
+
+    rushing   while packets are lost and none waits in a queue, the number is multiplied, as soon as the
+              goodput of the one before has come to rest. A step that didn't pay ends it.
+    tuning    the next smaller or larger number is tried beside the good one, for long enough to see through
+              the noise: a smaller one becomes the good one if it carries as much (K_AS_GOOD), a larger one if
+              it carries more (K_BETTER); between the two lies what keeps noise from moving it to and fro.
+              A try that paid is followed by another of the same kind at once; one that didn't, or took back
+              the one before, by one of the other kind after a pause, which doubles up to K_PAUSE_MOST_S.
+
+A rest ends a try; the good number stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+K_LOSS = 2e-4
+"""Less asks for no streams."""
+K_LOSS_HIGH = 5e-3
+K_FINE_FROM = 16
+K_STEP, K_STEP_FINE = 1.5, 1.2
+"""Tries are of the first, and two of every four that didn't pay of the second: a peak may lie between."""
+K_GAIN = 1.08
+"""Less than so much more goodput for a step in the rush didn't pay."""
+K_RISING, K_RISING_LOOKS = 1.1, 4
+"""Goodput hasn't come to rest while a look shows so much more than the one before; so many at most."""
+K_AS_GOOD, K_BETTER = 0.97, 1.08
+K_BASE_LOOKS, K_TRY_LOOKS = 8, 8
+"""Looks at the good number that a try is held against, and looks that it takes, of which the first half
+counts only where it is clear: windows take many round trips to become what the new number allows."""
+K_CLEAR_LOOKS, K_CLEARLY_WORSE, K_CLEARLY_BETTER = 3, 0.8, 1.25
+K_PAUSE_S, K_PAUSE_MOST_S = 15.0, 240.0
+K_OTHER_LOSS = 3.0
+"""So many times the loss of when the number was found: another path, it may rush again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was measured over some round trips at one number of streams that had enough to send."""
+
+    goodput_bps: float
+    loss: float
+    full: bool
+    """Whether packets waited in a queue: then the link is full, and the loss is its own."""
+
+
+class Climb:
+    """`wanted` is the number to use now, `good` the one to come back to. No clock of its own."""
+
+    def __init__(self, least: int, most: int, *, remembered: int = 0) -> None:
+        self._least, self._most = least, most
+        self.wanted = self.good = min(max(least, remembered), most)
+        self._rushing = not remembered
+        self._looks: list[Look] = []
+        """At `wanted`, but for the first after a change."""
+        self._fresh = True
+        self._base: list[Look] = []
+        self._before_bps: float | None = None
+        self._up = False
+        self._moved_up: bool | None = None
+        self._next_s = 0.0
+        self._pause_s = K_PAUSE_S
+        self._unpaid = 0
+        self._loss = 0.0
+
+    def at_least(self, least: int) -> None:
+        """Fewer than these aren't tried: what the path's length asks for."""
+        self._least = min(least, self._most)
+        if self.good < self._least:
+            self.good = self._least
+        if self.wanted < self._least:
+            self._use(self._least)
+
+    def rest(self) -> None:
+        """There has been nothing to send for a while."""
+        if self._rushing:
+            self._looks = []
+        elif self.wanted != self.good:
+            self._use(self.good)
+        self._fresh = True
+
+    def look(self, now: float, look: Look, *, may_grow: bool) -> None:
+        """The next look at `wanted`. `may_grow`: whether more streams could help at all."""
+        if self._rushing:
+            self._looks.append(look)
+            self._rush(now, may_grow)
+        elif self._fresh:
+            self._fresh = False  # what the change itself did
+        elif self.wanted != self.good:
+            self._looks.append(look)
+            self._try(now)
+        else:
+            self._looks = [*self._looks[1 - K_BASE_LOOKS :], look]
+            self._tune(now, may_grow)
+
+    def _use(self, number: int) -> None:
+        self.wanted = number
+        self._looks, self._fresh = [], True
+
+    def _asks_for_more(self, looks: Sequence[Look]) -> bool:
+        lost = fmean(look.loss for look in looks) >= K_LOSS
+        full = 2 * sum(look.full for look in looks) > len(looks)
+        return lost and not full and self.wanted < self._most
+
+    def _rush(self, now: float, may_grow: bool) -> None:
+        *before, last = self._looks
+        rising = not before or last.goodput_bps > K_RISING * before[-1].goodput_bps
+        more = may_grow and self._asks_for_more([last])
+        if more and rising and len(self._looks) < K_RISING_LOOKS:
+            return
+        paid = self._before_bps is None or last.goodput_bps >= K_GAIN * self._before_bps
+        if paid and more:
+            self._before_bps = last.goodput_bps
+            factor = K_STEP if self.wanted >= K_FINE_FROM else 4 if last.loss > K_LOSS_HIGH else 2
+            self.good = self.wanted
+            self._use(min(self._most, int(self.wanted * factor)))
+            return
+        if not self._least < self.wanted and paid:
+            # Nothing has been tried yet: a link that begins to lose packets is rushed at then.
+            self._looks, self._before_bps, self.good = self._looks[-1:], None, self.wanted
+            return
+        self._rushing, self._before_bps = False, None
+        self.good, self._up, self._moved_up = self.wanted, False, None
+        self._loss, self._next_s, self._pause_s = last.loss, now, K_PAUSE_S
+
+    def _tune(self, now: float, may_grow: bool) -> None:
+        if len(self._looks) < K_BASE_LOOKS // 2:
+            return
+        more = may_grow and self._asks_for_more(self._looks)
+        loss = fmean(look.loss for look in self._looks)
+        if more and len(self._looks) == K_BASE_LOOKS and loss > K_OTHER_LOSS * max(K_LOSS, self._loss):
+            self._rushing = True
+            return
+        if now < self._next_s:
+            return
+        if not more if self._up else self.good <= self._least:
+            self._up = not self._up
+        step = K_STEP if self._unpaid % 4 < 2 else K_STEP_FINE
+        if self._up and more:
+            number = min(self._most, max(self.good + 1, int(self.good * step)))
+        elif not self._up and self.good > self._least:
+            number = max(self._least, min(self.good - 1, round(self.good / step)))
+        else:
+            return
+        self._base = self._looks
+        self._use(number)
+
+    def _try(self, now: float) -> None:
+        count, up = len(self._looks), self.wanted > self.good
+        if count < K_CLEAR_LOOKS:
+            return
+        late = self._looks[count // 2 :]
+        ratio = _mean_bps(late) / max(_mean_bps(self._base), 1.0)
+        rising = _mean_bps(self._looks[-2:]) > K_RISING * self._looks[-3].goodput_bps
+        clear = ratio > K_CLEARLY_BETTER or (ratio < K_CLEARLY_WORSE and not rising)
+        if count < K_TRY_LOOKS and not clear:
+            return
+        self._loss = fmean(look.loss for look in self._base)
+        if ratio >= (K_BETTER if up else K_AS_GOOD):
+            back = self._moved_up is not None and self._moved_up != up
+            self.good, self._moved_up = self.wanted, up
+            self._looks, self._unpaid = list(late), 0
+            if not back:
+                self._next_s, self._pause_s = now, K_PAUSE_S
+                return
+        else:
+            self._use(self.good)
+            self._unpaid += 1
+        self._up = not up
+        self._next_s = now + self._pause_s
+        self._pause_s = min(K_PAUSE_MOST_S, 2 * self._pause_s)
+
+
+def _mean_bps(looks: Sequence[Look]) -> float:
+    return fmean(look.goodput_bps for look in looks)

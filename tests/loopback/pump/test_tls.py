@@ -1,0 +1,161 @@
+"""Both ways to do TLS keep TlsEnd's word, with each other too."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import random
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prfaas.pump import keys, openssl
+from prfaas.pump.tls import TlsContext, TlsEnd
+
+K_NOW = datetime.datetime.now(datetime.UTC)
+K_DATA = random.Random(5).randbytes(3_000_001)
+K_WANT = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+BOTH = pytest.mark.parametrize(("dials", "listens"), list(itertools.product(("native", "ssl"), repeat=2)))
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("east", "west", "stranger"):
+        keys.create_site(folder / name, name, days=2, authority_days=3, now=K_NOW)
+    for name, other in (("east", "west"), ("west", "east"), ("stranger", "west")):
+        keys.trust(folder / name, folder / other / keys.K_AUTHORITY_CERTIFICATE)
+    return folder
+
+
+@pytest.fixture
+def connect(sites: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two ends of one connection, by the ways that are named."""
+    socks: list[socket.socket] = []
+
+    def connected(dials: str, listens: str, site: str = "east") -> tuple[TlsEnd, TlsEnd]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            pair = [socket.create_connection(listener.getsockname()), listener.accept()[0]]
+        ends = []
+        for sock, way, name in zip(pair, (dials, listens), (site, "west"), strict=True):
+            assert openssl.is_usable()
+            with monkeypatch.context() as patched:
+                patched.setattr(openssl, "is_usable", lambda way=way: way == "native")
+                folder = sites / name
+                context = TlsContext(
+                    server=sock is pair[1],
+                    site_file=folder / keys.K_SITE_FILE,
+                    authorities=[folder / keys.K_TRUSTED],
+                )
+            sock.setblocking(False)
+            ends.append(context.end(sock, dialled=sock is pair[0]))
+            assert isinstance(ends[-1], openssl.End) is (way == "native")
+            socks.append(ends[-1].sock)
+        return ends[0], ends[1]
+
+    yield connected
+    for sock in socks:
+        sock.close()
+
+
+def turns(*steps: Callable[[], bool]) -> None:
+    """Each step again and again, in turns, until it says that it is done."""
+    left, rounds = list(steps), 0
+    while left:
+        rounds += 1
+        assert rounds < 200_000
+        for step in list(left):
+            try:
+                if step():
+                    left.remove(step)
+            except (*K_WANT, BlockingIOError):
+                continue
+
+
+def shake(*ends: TlsEnd) -> None:
+    turns(*((lambda end=end: end.do_handshake() is None) for end in ends))  # type: ignore[func-returns-value]
+
+
+def pour(source: TlsEnd, target: TlsEnd, data: bytes, most: int) -> bytes:
+    view, got, chunk = memoryview(data), bytearray(), memoryview(bytearray(most))
+    sent = 0
+
+    def send() -> bool:
+        nonlocal sent
+        if sent < len(view):
+            sent += source.send(view[sent : sent + most])
+        return sent == len(view) and source.flush()
+
+    def receive() -> bool:
+        n = target.recv_into(chunk[: min(most, len(view) - len(got))])
+        got.extend(chunk[:n])
+        return len(got) == len(view)
+
+    turns(send, receive)
+    return bytes(got)
+
+
+@BOTH
+def test_every_byte_arrives_both_ways_and_each_end_is_told_the_others_site(connect, dials, listens):
+    ends = connect(dials, listens)
+    shake(*ends)
+    for end, site in zip(ends, ("west", "east"), strict=True):
+        names = [value for kind, value in end.getpeercert()["subjectAltName"] if kind == "DNS"]
+        assert keys.site_in_names(names) == site
+    for source, target in (ends, ends[::-1]):
+        for most in (100_000, 5_000_000):
+            assert pour(source, target, K_DATA, most) == K_DATA
+
+
+@BOTH
+def test_a_stranger_is_refused_by_name_of_the_reason(connect, dials, listens):
+    dialler, listener = connect(dials, listens, site="stranger")
+    with pytest.raises(ssl.SSLError) as refused:
+        shake(dialler, listener)
+    assert refused.value.verify_message in (
+        "self-signed certificate in certificate chain", "unable to get local issuer certificate",
+    )  # fmt: skip
+
+
+@BOTH
+def test_a_byte_that_was_changed_on_the_way_ends_the_connection(connect, dials, listens):
+    dialler, listener = connect(dials, listens)
+    shake(dialler, listener)
+    with pytest.raises(K_WANT):
+        listener.recv_into(memoryview(bytearray(16)))
+    raw = socket.socket(fileno=socket.dup(dialler.sock.fileno()))
+    with raw:
+        raw.send(b"\x17\x03\x03\x00\x20" + bytes(32))  # the form of a record, and nobody's key
+        with pytest.raises(ssl.SSLError) as found:
+            turns(lambda: listener.recv_into(memoryview(bytearray(16))) > 0)
+    assert "MAC" in found.value.reason
+
+
+@BOTH
+def test_the_end_of_a_connection_is_told_as_no_bytes_after_all_that_came_before(connect, dials, listens):
+    dialler, listener = connect(dials, listens)
+    shake(dialler, listener)
+    turns(lambda: dialler.send(memoryview(b"last words")) == 10)
+    dialler.sock.shutdown(socket.SHUT_WR)
+    chunk = memoryview(bytearray(100))
+    turns(lambda: listener.recv_into(chunk) == 10)
+    assert bytes(chunk[:10]) == b"last words"
+    assert listener.recv_into(chunk) == 0
+
+
+@BOTH
+def test_what_was_taken_off_the_socket_and_not_read_is_pending(connect, dials, listens):
+    dialler, listener = connect(dials, listens)
+    shake(dialler, listener)
+    turns(lambda: dialler.send(memoryview(bytes(50_000))) > 0 and dialler.flush())
+    chunk = memoryview(bytearray(100))
+    turns(lambda: listener.recv_into(chunk) > 0)
+    assert listener.pending()
+
+
+def test_without_one_of_openssls_names_pumps_use_ssl(monkeypatch):
+    monkeypatch.setattr(openssl, "K_NEEDED", (*openssl.K_NEEDED, "SSL_no_such_call"))
+    assert not openssl.is_usable()
