@@ -6,14 +6,15 @@ The same loss in bursts takes most of a small window at once, and beyond some nu
 decides is the response, the goodput that the receiver has acknowledged:
 
     rushing   while packets are lost and none waits in a queue, the number is multiplied, as soon as the
-              goodput of the one before has come to rest. A step that didn't pay ends it.
+              goodput of the one before has come to rest. A step that didn't pay is taken back, and ends it.
     tuning    the next smaller or larger number is tried beside the good one, for long enough to see through
               the noise: a smaller one becomes the good one if it carries as much (K_AS_GOOD), a larger one if
               it carries more (K_BETTER); between the two lies what keeps noise from moving it to and fro.
               A try that paid is followed by another of the same kind at once; one that didn't, or took back
-              the one before, by one of the other kind after a pause, which doubles up to K_PAUSE_MOST_S.
+              the one before, by one of the other kind after a pause, which doubles up to K_PAUSE_MOST_LOOKS.
 
-A rest ends a try; the good number stays.
+A rest ends a try, which is made again later; the good number stays. Time is counted in looks: a link that is
+used rarely is tried no more often than it is used.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ K_BASE_LOOKS, K_TRY_LOOKS = 8, 8
 """Looks at the good number that a try is held against, and looks that it takes, of which the first half
 counts only where it is clear: windows take many round trips to become what the new number allows."""
 K_CLEAR_LOOKS, K_CLEARLY_WORSE, K_CLEARLY_BETTER = 3, 0.8, 1.25
-K_PAUSE_S, K_PAUSE_MOST_S = 15.0, 240.0
+K_PAUSE_LOOKS, K_PAUSE_MOST_LOOKS = 30, 480
 K_OTHER_LOSS = 3.0
 """So many times the loss of when the number was found: another path, it may rush again."""
 
@@ -66,8 +67,9 @@ class Climb:
         self._before_bps: float | None = None
         self._up = False
         self._moved_up: bool | None = None
-        self._next_s = 0.0
-        self._pause_s = K_PAUSE_S
+        self._wait_looks = 0
+        """Before the next try."""
+        self._pause_looks = K_PAUSE_LOOKS
         self._unpaid = 0
         self._loss = 0.0
 
@@ -85,21 +87,23 @@ class Climb:
             self._looks = []
         elif self.wanted != self.good:
             self._use(self.good)
+            self._looks = self._base
         self._fresh = True
 
-    def look(self, now: float, look: Look, *, may_grow: bool) -> None:
+    def look(self, look: Look, *, may_grow: bool) -> None:
         """The next look at `wanted`. `may_grow`: whether more streams could help at all."""
         if self._rushing:
             self._looks.append(look)
-            self._rush(now, may_grow)
+            self._rush(may_grow)
         elif self._fresh:
             self._fresh = False  # what the change itself did
         elif self.wanted != self.good:
             self._looks.append(look)
-            self._try(now)
+            self._try()
         else:
+            self._wait_looks -= 1
             self._looks = [*self._looks[1 - K_BASE_LOOKS :], look]
-            self._tune(now, may_grow)
+            self._tune(may_grow)
 
     def _use(self, number: int) -> None:
         self.wanted = number
@@ -110,7 +114,7 @@ class Climb:
         full = 2 * sum(look.full for look in looks) > len(looks)
         return lost and not full and self.wanted < self._most
 
-    def _rush(self, now: float, may_grow: bool) -> None:
+    def _rush(self, may_grow: bool) -> None:
         *before, last = self._looks
         rising = not before or last.goodput_bps > K_RISING * before[-1].goodput_bps
         more = may_grow and self._asks_for_more([last])
@@ -123,15 +127,19 @@ class Climb:
             self.good = self.wanted
             self._use(min(self._most, int(self.wanted * factor)))
             return
-        if not self._least < self.wanted and paid:
+        self._before_bps = None
+        if not paid:
+            # After a long step the peak may well lie between.
+            middle = round((self.good * self.wanted) ** 0.5)
+            self._use(middle if self.wanted > 1.6 * self.good else self.good)
+        elif self.wanted <= self._least:
             # Nothing has been tried yet: a link that begins to lose packets is rushed at then.
-            self._looks, self._before_bps, self.good = self._looks[-1:], None, self.wanted
+            self._looks = self._looks[-1:]
             return
-        self._rushing, self._before_bps = False, None
-        self.good, self._up, self._moved_up = self.wanted, False, None
-        self._loss, self._next_s, self._pause_s = last.loss, now, K_PAUSE_S
+        self._rushing, self.good, self._up, self._moved_up = False, self.wanted, False, None
+        self._loss, self._wait_looks, self._pause_looks = last.loss, 0, K_PAUSE_LOOKS
 
-    def _tune(self, now: float, may_grow: bool) -> None:
+    def _tune(self, may_grow: bool) -> None:
         if len(self._looks) < K_BASE_LOOKS // 2:
             return
         more = may_grow and self._asks_for_more(self._looks)
@@ -139,7 +147,7 @@ class Climb:
         if more and len(self._looks) == K_BASE_LOOKS and loss > K_OTHER_LOSS * max(K_LOSS, self._loss):
             self._rushing = True
             return
-        if now < self._next_s:
+        if self._wait_looks > 0:
             return
         if not more if self._up else self.good <= self._least:
             self._up = not self._up
@@ -153,7 +161,7 @@ class Climb:
         self._base = self._looks
         self._use(number)
 
-    def _try(self, now: float) -> None:
+    def _try(self) -> None:
         count, up = len(self._looks), self.wanted > self.good
         if count < K_CLEAR_LOOKS:
             return
@@ -169,14 +177,14 @@ class Climb:
             self.good, self._moved_up = self.wanted, up
             self._looks, self._unpaid = list(late), 0
             if not back:
-                self._next_s, self._pause_s = now, K_PAUSE_S
+                self._wait_looks, self._pause_looks = 0, K_PAUSE_LOOKS
                 return
         else:
             self._use(self.good)
             self._unpaid += 1
         self._up = not up
-        self._next_s = now + self._pause_s
-        self._pause_s = min(K_PAUSE_MOST_S, 2 * self._pause_s)
+        self._wait_looks = self._pause_looks
+        self._pause_looks = min(K_PAUSE_MOST_LOOKS, 2 * self._pause_looks)
 
 
 def _mean_bps(looks: Sequence[Look]) -> float:

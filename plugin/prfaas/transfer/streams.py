@@ -82,7 +82,7 @@ class StreamCount:
         full = self._queue_s > max(K_QUEUE_S, K_QUEUE_SHARE * shortest_s)
         self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
         short = rtt_s < K_LONG_PATH_S
-        self._climb.look(now, Look(self.goodput_bps, self.loss, full), may_grow=not (rate_driven or short))
+        self._climb.look(Look(self.goodput_bps, self.loss, full), may_grow=not (rate_driven or short))
         return self.wanted
 
     def _restart(self, now: float, acked: int, sent: int, lost: int) -> None:

@@ -11,7 +11,7 @@ from statistics import fmean
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prfaas.transfer.climbing import K_PAUSE_MOST_S, Climb, Look
+from prfaas.transfer.climbing import K_PAUSE_MOST_LOOKS, Climb, Look
 
 K_LEAST, K_MOST = 8, 64
 K_LOOK_S, K_SETTLES_S = 0.5, 1.0
@@ -32,7 +32,7 @@ def climb(
         error = 0.3 * error + noise * math.sqrt(1 - 0.3**2) * rng.gauss(0, 1)
         history.append((now, tuning.wanted))
         seen = Look(carried * max(0.1, 1 + error), loss * rng.uniform(0.7, 1.3), full(tuning.wanted))
-        tuning.look(now, seen, may_grow=may_grow)
+        tuning.look(seen, may_grow=may_grow)
     return tuning, history
 
 
@@ -60,7 +60,20 @@ def peaks(draw: st.DrawFn) -> Response:
 @given(peaks(), st.floats(0, 0.05), st.integers(0, 1 << 16))
 def test_on_any_peak_it_ends_near_the_best(response, noise, seed):
     _, history = climb(response, noise=noise, seed=seed, seconds=180)
-    assert share_of_best(response, history, since_s=90) > 0.85
+    assert share_of_best(response, history, since_s=90) > 0.8
+
+
+def test_in_the_mean_over_peaks_it_ends_within_two_percent_of_the_best():
+    rng, shares = random.Random(1), []
+    for seed in range(200):
+        each, ceiling, peak, fall = rng.uniform(2, 30), rng.uniform(60, 200), rng.randint(8, 64), rng.random()
+
+        def response(n: int, each=each, ceiling=ceiling, peak=peak, fall=fall) -> float:
+            return min(ceiling, each * min(n, peak)) * (1 - fall * max(0, n - peak) / max(1, K_MOST - peak))
+
+        _, history = climb(response, noise=0.05, seed=seed, seconds=180)
+        shares.append(share_of_best(response, history, since_s=90))
+    assert fmean(shares) > 0.98
 
 
 @settings(max_examples=100)
@@ -70,7 +83,7 @@ def test_on_a_response_that_only_bends_it_ends_near_the_best(half_at, noise, see
         return 190 * n / (n + half_at)
 
     _, history = climb(response, noise=noise, seed=seed, seconds=180)
-    assert share_of_best(response, history, since_s=90) > 0.85
+    assert share_of_best(response, history, since_s=90) > 0.8
 
 
 @settings(max_examples=30)
@@ -81,7 +94,7 @@ def test_it_moves_ever_more_rarely(response, noise, seed):
     late = [n for now, n in history if now > 1200]
     changes = sum(a != b for a, b in itertools.pairwise(late))
     # A try is two changes at most, and one that pays is followed by another: a quarter more is noise's part.
-    assert changes <= 1.25 * 2 * (2400 / K_PAUSE_MOST_S) + 12
+    assert changes <= 1.25 * 2 * (2400 / K_LOOK_S / K_PAUSE_MOST_LOOKS) + 12
 
 
 @settings(max_examples=100)
@@ -122,11 +135,11 @@ def test_a_path_that_begins_to_lose_much_more_is_rushed_at_again():
     tuning, now = Climb(2, K_MOST, remembered=12), 0.0
     while now < 60:
         now += K_LOOK_S
-        tuning.look(now, Look(9.0 * tuning.wanted, 0.0005, True), may_grow=True)
+        tuning.look(Look(9.0 * tuning.wanted, 0.0005, True), may_grow=True)
     began = tuning.good
     while now < 75:
         now += K_LOOK_S
-        tuning.look(now, Look(2.0 * tuning.wanted, 0.02, False), may_grow=True)
+        tuning.look(Look(2.0 * tuning.wanted, 0.02, False), may_grow=True)
     assert tuning.good == K_MOST > began
 
 
@@ -135,6 +148,6 @@ def test_a_number_that_is_prescribed_is_never_left():
     tuning.at_least(8)
     for _ in range(200):
         now += K_LOOK_S
-        tuning.look(now, Look(10.0 * tuning.wanted, 0.02, False), may_grow=True)
+        tuning.look(Look(10.0 * tuning.wanted, 0.02, False), may_grow=True)
         seen.add(tuning.wanted)
     assert seen == {3}

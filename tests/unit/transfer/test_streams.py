@@ -37,9 +37,10 @@ def test_without_loss_the_number_stays():
     assert drive(StreamCount(2, 64), 20, 200e6, 200e6, 0.0)[-1] == 8
 
 
-def test_random_loss_brings_streams_until_the_link_is_full_within_seconds():
-    history = drive(StreamCount(2, 64), 6, 4e6, 200e6, 0.01)
-    assert history[-1] * 4e6 >= 200e6 or history[-1] == 64
+def test_random_loss_brings_streams_until_the_link_is_nearly_full_within_seconds():
+    count = StreamCount(2, 64)
+    drive(count, 6, 4e6, 200e6, 0.01)
+    assert count.good * 4e6 >= 0.95 * 200e6
 
 
 def test_a_far_link_with_thin_loss_has_what_it_needs_within_three_steps():
