@@ -42,6 +42,10 @@ class Emulation(abc.ABC):
         """Put back what only the start needed."""
         return
 
+    def settled(self) -> None:
+        """The router has started the processes that it needs while load runs."""
+        return
+
     @abc.abstractmethod
     def stop(self) -> None:
         """End the router. Safe to call twice, and when start failed."""

@@ -147,6 +147,7 @@ class Network:
         places = {link: [place.node, place.device] for link, place in self.plan.links.items()}
         edges = {site: [site, "site"] for site in self.sites}
         self._agent.order({"do": "observe", "links": places, "edges": edges, "every_s": K_SAMPLE_EVERY_S})
+        self._emulator.settled()
         self.up_s = time.monotonic() - began_s
         self._progress(f"up in {self.up_s:.1f} s")
 
@@ -264,6 +265,8 @@ class Network:
         """
         if nodes := sorted({self.plan.links[link].node for link in links}):
             self.agent.prepare(nodes)
+            assert self._emulator is not None
+            self._emulator.settled()
 
     def apply(self, link: str, change: LinkChange, *, read_back: bool = True) -> Applied:
         """Change a directed link (`a->b`) now; packets under way keep what they met. Rates are the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,11 @@ from prfaas.config.places import checkout
 from prfaas.config.topology import LinkChange, Topology
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.network import Network, open_network, verdict
+from prfaas_testbed.network.hosts import K_PIN_PREFIX
+from prfaas_testbed.network.network import K_WAN
+from prfaas_testbed.network.realtime import K_SCHED_DEADLINE
 from prfaas_testbed.network.router import RouterError
+from prfaas_testbed.network.state import in_namespace
 from prfaas_testbed.network.traffic import Kind
 
 
@@ -47,6 +52,20 @@ def test_calibration_finds_the_network_as_it_was_asked_for(net: Network) -> None
     assert there.packets >= 2000
     back = next(row for row in rows if row.direction == "west->east" and row.inside)
     assert back.measured_burst is not None
+
+
+def test_the_guest_has_a_processor_s_time_reserved_and_its_processes_real_time_priority(net: Network) -> None:
+    if net.emulation != "appliance":
+        pytest.skip("native: the kernel's own netem needs no process")
+    net.prepare_changes(["west->east"])
+    guests = [
+        pid
+        for pid in in_namespace(K_PIN_PREFIX + K_WAN)
+        if Path(f"/proc/{pid}/cmdline").read_text().startswith("linux.uml")
+    ]
+    policies = [os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK for pid in guests]
+    assert policies.count(K_SCHED_DEADLINE) == 1
+    assert policies.count(os.SCHED_FIFO) == len(policies) - 1, policies
 
 
 def test_a_site_has_one_address_and_no_way_out_but_the_wan(net: Network) -> None:
