@@ -20,6 +20,7 @@ from prfaas.pump import keys
 
 K_STREAMS = (1, 4, 16)
 K_RATE_S = 1.0
+K_MOST_MBPS = 1e9
 K_RATE_RTTS = 15  # of a rate measurement, at least: slow start takes about half of them
 K_MOST_RATE_S = 3.0
 K_WARN_DAYS = 14.0
@@ -58,6 +59,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Exit 0 for a fit link, 1 for one that isn't: unreachable, untrusted, or below --rate-mbps."""
     counts = _counts(args.streams)
+    if args.rate_mbps is not None and not 0 < args.rate_mbps <= K_MOST_MBPS:
+        raise UsageError(
+            f"--rate-mbps: found {args.rate_mbps:g}; more than 0 and at most {K_MOST_MBPS:g} are allowed"
+        )
     try:
         host, _ = split_address(args.peer)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,8 +27,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Exit 3 when something is lacking; a warning alone is 0."""
-    if args.rate_mbps <= 0 or args.rtt_ms <= 0:
-        raise UsageError("rate-mbps and rtt-ms must be more than 0")
+    for name, value, most in (("--rate-mbps", args.rate_mbps, 1e9), ("--rtt-ms", args.rtt_ms, 1e6)):
+        if not 0 < value <= most:
+            raise UsageError(f"{name}: found {value:g}; more than 0 and at most {most:g} are allowed")
+    python = args.sglang_python
+    if python is not None and not (python.is_file() and os.access(python, os.X_OK)):
+        raise UsageError(f"--sglang-python {python}: no program that can be run")
     facts = _facts.gather(args.sglang_python, Path.cwd())
     findings = _findings.judge(facts, rate_mbps=args.rate_mbps, rtt_ms=args.rtt_ms)
     lacking = any(finding.state == "lacking" for finding in findings)

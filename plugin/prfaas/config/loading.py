@@ -83,7 +83,7 @@ def read_yaml(path: Path | str) -> object:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
-        problem = getattr(error, "problem", None) or "not YAML"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
         if problem == K_NUL:
             raise ConfigError(str(path), where, problem, "expected text without one") from None
         if isinstance(error, yaml.constructor.ConstructorError) and "second time" in problem:

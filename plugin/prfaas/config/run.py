@@ -196,11 +196,14 @@ def read_run(path: Path) -> Run:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{file}: no such run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file}: not a run: {error}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{file}: not a run: a {type(data).__name__}")
-    for field, name in (data.get("files") or {}).items():
+    files = data.get("files") or {}
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UsageError(f"{file}: files: expected names by field")
+    for field, name in files.items():
         if "/" in name or field not in K_OUTSIDE:
             raise UsageError(f"{file}: files.{field} names {name!r}, which isn't a file beside it")
         rows = list(_read_rows(file.parent / name))
@@ -257,5 +260,5 @@ def _read_rows(path: Path) -> Iterable[dict[str, Any]]:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: can't be read: {error}") from None

@@ -103,7 +103,14 @@ def test_nobody_there_is_unfit(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [["--peer", "nonsense"], ["--peer", "192.0.2.1:1"], ["--peer", "127.0.0.1:1", "--streams", "0"]]
+    "more",
+    [
+        ["--peer", "nonsense"],
+        ["--peer", "192.0.2.1:1"],
+        ["--peer", "127.0.0.1:1", "--streams", "0"],
+        ["--peer", "127.0.0.1:1", "--rate-mbps", "nan"],
+        ["--peer", "127.0.0.1:1", "--rate-mbps=-1"],
+    ],
 )
 def test_bad_usage_is_told(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *more]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,16 @@ def test_the_command_answers_in_json(capsys: pytest.CaptureFixture[str]) -> None
     assert {"python", "cores", "tcp_wmem", "bbr", "sglang"} <= {row["name"] for row in said["findings"]}
 
 
-def test_an_impossible_link_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--rate-mbps", "0"]) == 2
-    assert "more than 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "words", [f"{name}={x}" for name in ("--rate-mbps", "--rtt-ms") for x in ["0", "nan", "inf", "1e20"]]
+)
+def test_an_impossible_link_is_bad_usage(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", name, value]) == 2
+    assert f"{name}: found" in capsys.readouterr().err
+
+
+def test_an_interpreter_that_is_none_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("")
+    for path in (tmp_path / "text", tmp_path / "nowhere", tmp_path):
+        assert main(["doctor", "--sglang-python", str(path)]) == 2
+        assert f"--sglang-python {path}: no program" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 from datetime import UTC, datetime
@@ -94,12 +95,29 @@ def test_what_is_not_a_run_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(UsageError, match="not a run"):
         read_run(tmp_path)
+    for text in ("[" * 100_000, "", "\0", "{", '{"files": [1]}', '{"files": {"repetitions": 1}}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UsageError, match=r"run\.json: (not a run|files)"):
+            read_run(tmp_path)
     (tmp_path / "run.json").write_text('{"experiment": "t"}')
     with pytest.raises(ConfigError, match="commit"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text('{"files": {"repetitions": "../x"}}')
     with pytest.raises(UsageError, match="isn't a file beside it"):
         read_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"files": {"repetitions": "repetitions.jsonl.gz"}}')
+    for raw in (
+        None,
+        b"",
+        b"none",
+        gzip.compress(b"{}")[:-9],
+        gzip.compress(b"{"),
+        gzip.compress(b"[" * 99999),
+    ):
+        if raw is not None:
+            (tmp_path / "repetitions.jsonl.gz").write_bytes(raw)
+        with pytest.raises((UsageError, ConfigError), match=r"jsonl\.gz: can't be read|run\.json: "):
+            read_run(tmp_path)
 
 
 def test_stamps_are_utc_and_known_again() -> None:
