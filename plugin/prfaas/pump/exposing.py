@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 K_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """What a server that listens everywhere is reached by."""
+K_TOLD_MOST = 1024
 
 
 class Exposed:
@@ -31,6 +32,8 @@ class Exposed:
         self._fixed: set[tuple[str, int]] = set()
         self._by_server: dict[object, set[tuple[str, int]]] = {}
         self._relays: dict[Stream, Relay] = {}
+        self._told: set[tuple[str, Forward]] = set()
+        """What was refused, and to which site, since it last went well."""
 
     def expose(self, host: str, port: int, server: object = None) -> None:
         """Let peers reach host:port, as long as the server is attached; without one, always."""
@@ -76,9 +79,10 @@ class Exposed:
             problem = "" if where else f"{target[0]} is still being looked up"
         if where is None:
             self.pump.inbound.count_refusal("forward")
-            log.warning("site %s: %s", stream.peer_site, problem)
+            self._tell(stream.peer_site, wanted, problem)
             stream.send_control(message_frame(stream.version, FrameType.REFUSE, Refuse("forward", problem)))
             return
+        self._told.discard((stream.peer_site, wanted))
         family, address = where
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -88,6 +92,14 @@ class Exposed:
         self._relays[stream] = Relay(
             self.pump.loop, sock, stream, lambda at: self._ended(stream, at), connecting=True
         )
+
+    def _tell(self, site: str, wanted: Forward, problem: str) -> None:
+        """Once: a router asks for the load of a server that is still loading twice a second."""
+        if (site, wanted) not in self._told:
+            log.warning("site %s: %s", site, problem)
+            if len(self._told) >= K_TOLD_MOST:
+                self._told.clear()
+            self._told.add((site, wanted))
 
     def on_data(self, stream: Stream, header: Header, body: memoryview, now: float) -> None:
         relay = self._relays.get(stream)

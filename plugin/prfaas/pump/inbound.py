@@ -113,7 +113,9 @@ class Inbound(Handler):
                 self._by_boot.pop(stream.session, None)
         else:
             self.count_refusal("untrusted" if stream.untrusted else "handshake")
-        log.info("a stream from %s ended: %s", stream.peer_site or "an unknown peer", reason)
+        # Each forwarded connection ends one; those that carry data stand for hours.
+        level = logging.DEBUG if stream.forwarding else logging.INFO
+        log.log(level, "a stream from %s ended: %s", stream.peer_site or "an unknown peer", reason)
 
     def any_stream(self, peer: object) -> Stream | None:
         """An open stream of the peer, to tell it something."""

@@ -320,7 +320,7 @@ class Pump:
         for owner in self._owners.values():
             owner.tell_progress(now)
         self._forget_peers(now)
-        if self._owners:
+        if self._controls:  # those that have not attached yet too: their model is still loading
             self._last_client_s = now
         elif not self._persistent and now - self._last_client_s > self.config.idle_exit_s:
             log.info("no clients for %.0f s: the pump ends", self.config.idle_exit_s)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ _hooked = False
 _answering = False
 _passing = False
 _watching = False
+_pump: socket.socket | None = None
+"""Of the process that serves HTTP: what keeps the node's pump waiting for its schedulers."""
 
 
 def load_plugin() -> None:
@@ -76,10 +79,14 @@ def _check_configuration() -> BackendConfig:
 def _find_pump(config: BackendConfig) -> None:
     """The node's, or one of ours: a certificate or a port that it can't use is known before minutes of
     loading. Raises MachineError.
+
+    The connection stays for as long as this process: its schedulers attach when the model is loaded, and a
+    pump that a server started ends without a client long before that.
     """
+    global _pump
     from prfaas.pump_client.launch import connect_or_start
 
-    connect_or_start(config.pump).close()
+    _pump = connect_or_start(config.pump)
 
 
 def complete(config: BackendConfig, prefills: bool) -> None:

@@ -160,6 +160,13 @@ def test_the_configuration_forwards_and_exposes_without_any_server(pumps, serve)
             assert answer.read().decode() == f"you asked for {path}"
 
 
+def refused_again(address, owner) -> bool:
+    """Its pump rests after a failure, and asks its peer again after a while."""
+    with contextlib.suppress(OSError):
+        is_cut_off(address)
+    return owner.stats()["inbound"]["refusals"]["forward"] >= 2
+
+
 def test_what_is_not_exposed_is_refused_and_counted_and_harms_no_other(pumps, serve):
     east, west = pumps.client(pumps.start("east")), pumps.client(pumps.start("west"))
     port, hidden = serve(Echo), serve(Echo)
@@ -167,6 +174,9 @@ def test_what_is_not_exposed_is_refused_and_counted_and_harms_no_other(pumps, se
     assert is_cut_off(west.forward(east.address, "127.0.0.1", hidden))
     assert east.stats()["inbound"]["refusals"]["forward"] == 1
     assert "isn't exposed" in pumps.log("west")
+    pumps.until(lambda: refused_again(west.forward(east.address, "127.0.0.1", hidden), east))
+    assert pumps.log("east").count("isn't exposed") == 1, "told once, not each time"
+    assert "ended" not in pumps.log("east")
     with call(west.forward(east.address, "127.0.0.1", port)) as sock:
         sock.sendall(b"still here")
         sock.shutdown(socket.SHUT_WR)

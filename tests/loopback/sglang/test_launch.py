@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from prfaas.config.backend import load_backend_config
+from prfaas.pump_client.launch import connect
 from prfaas.sglang import compat, plugin
 
 
@@ -26,3 +29,24 @@ def test_a_pump_that_cannot_start_ends_a_launch_before_its_model_loads(
         plugin.load_plugin()
     [line] = str(caught.value).splitlines()
     assert f"prfaas: the pump didn't start: prfaas pump: {tmp_path / 's.pem'}: no such file" in line
+
+
+def test_the_pump_that_a_launch_started_waits_for_a_model_that_loads_for_long(tmp_path: Path) -> None:
+    """It ends without a client; the schedulers are clients once the model is loaded, minutes later."""
+    config = tmp_path / "east.yaml"
+    config.write_text("pump: {site: east, control_socket: p.sock, idle_exit_s: 0.3}")
+    path = load_backend_config(str(config)).pump.control_path
+    try:
+        plugin._find_pump(load_backend_config(str(config)))
+        time.sleep(1.0)
+        waiting = connect(path)
+        assert waiting is not None, "the pump ended"
+        waiting.close()
+    finally:
+        if plugin._pump is not None:
+            plugin._pump.close()
+    for _ in range(1000):
+        if not path.exists():
+            break
+        time.sleep(0.02)
+    assert not path.exists(), "it waits for nobody"
