@@ -199,7 +199,7 @@ class PricesPolicy(BookingPolicy):
         in_time_s = deadline_s + self.tenants.lag_s(request.tenant, now) - earlier_s
         behind_s = deadline_s + K_BEHIND_S - earlier_s
         miss_s, order_s = K_MISS_S * self._weight(request), in_time_s
-        late_binding = self.config.bind == "start" and request.attempt == 0
+        late_binding = self.config.bind == "start"
         best: Choice | None = None
         if not late_binding or not self._too_late(request, paths, deadline_s, now):
             hoped_s = {site: sum([one[0] for one in there]) / len(there) for site, there in lanes.items()}

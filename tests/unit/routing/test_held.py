@@ -362,3 +362,16 @@ def test_what_is_held_for_instances_that_go_is_recalled_in_the_order_of_their_na
     made.decide(RequestView("one more", 1000, 0.1, home="west"), snapshot(0.1, west=2), 0.1)
     gone = [held[made.lanes.lanes[f"west-{k}"]] for k in sorted(range(2, 12), key=str)]
     assert [one for one in made.recalls(0.1)[0] if one in gone] == gone
+
+
+def test_a_request_that_failed_elsewhere_waits_at_the_door_too_and_takes_a_longer_one_s_place() -> None:
+    made = policy()
+    ask(made, RequestView("a", 3000, 0.0, home="west"), snapshot(0.0), 0.0)
+    ask(made, RequestView("long", 4000, 0.0, home="west", deadline_s=8.0), snapshot(0.0), 0.0)
+    failed = RequestView(
+        "short", 500, 0.1, home="west", deadline_s=8.1, excluded=frozenset({"east"}), attempt=1
+    )
+    found = ask(made, failed, snapshot(0.1, east=1), 0.1)
+    assert found.action is Action.HOLD
+    assert found.gives_up == ("long",)
+    assert found.prefill_site == "west"

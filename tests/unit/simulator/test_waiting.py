@@ -14,14 +14,18 @@ K_TOPOLOGIES = Path(prfaas.routing.__file__).parents[3] / "topologies"
 K_REQUESTS = 400
 
 
-def in_time(bind: str) -> int:
+def in_time(bind: str, repetition: int) -> int:
     """Requests within their SLO, of bursts at 0.85 of capacity. Looks at the instances all the while."""
     experiment = load_experiment("claim-bursts-gamma", K_TOPOLOGIES)
     assert isinstance(experiment, Experiment)
     workload = experiment.workload.model_copy(update={"requests": K_REQUESTS})
     config = PolicyConfig.model_validate({"name": "prices", "service": "deadline", "bind": bind})
     made = simulation_of(
-        experiment.model_copy(update={"workload": workload}), K_TOPOLOGIES, policy=config, sample=False
+        experiment.model_copy(update={"workload": workload}),
+        K_TOPOLOGIES,
+        repetition=repetition,
+        policy=config,
+        sample=False,
     )
     world, busy_s = made.world, dict.fromkeys(made.world.engines, 0.0)
     policy = world.policy
@@ -46,4 +50,5 @@ def in_time(bind: str) -> int:
 
 
 def test_what_is_held_is_in_time_more_often_and_no_instance_waits_for_it() -> None:
-    assert in_time("start") > in_time("arrival")
+    start, arrival = (sum(in_time(bind, one) for one in range(3)) for bind in ("start", "arrival"))
+    assert start > 1.02 * arrival  # one run's bursts say little
