@@ -231,10 +231,11 @@ def _alone(rows: list[dict[str, Any]]) -> str:
 
 
 K_TOLD = """
-Router, pumps and profiled instances of two sites on this machine's loopback, four requests a second of 64 to
+Router, pumps and profiled instances of two sites on this machine's loopback, six requests a second of 64 to
 4,096 tokens, no two with a common prefix; pumps with mutual TLS, their links estimated. Nothing is started
-again in between; an hour of load is what the goal is about. Resident memory of a process with its
-descendants, every ten seconds. The instances' prefix caches have no limit here, so that prefill's grow with
+again in between; forty minutes of it have as many requests as an hour of four a second, and growth is told by
+the hour, so that it counts one and a half times. Resident memory of a process with its descendants, every ten
+seconds. The instances' prefix caches have no limit here, so that prefill's grow with
 every prompt; they aren't judged. Real SGLang servers are not among them: their memory is seen, over shorter
 loads, in the records of their own experiments.
 """
