@@ -178,11 +178,14 @@ class Receiving:
         self._ended[lease_id] = reason
         while len(self._ended) > K_REMEMBERED:
             self._ended.popitem(last=False)
-        return [
+        events: list[ReceiveEvent] = [
             self._break(incoming, FailureReason.LEASE_ENDED, reason.value, tell_peer=True)
             for incoming in list(lease.transfers.values())
             if not incoming.done
         ]
+        # They know their lease, and it them: left so, each ended lease would stay until a collection found it.
+        lease.transfers.clear()
+        return events
 
     def tick(self, now: float) -> list[ReceiveEvent]:
         """Leases and transfers past their time end."""

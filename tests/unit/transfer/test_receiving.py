@@ -1,8 +1,10 @@
 """What a receiver keeps of transfers that have ended."""
 
+import gc
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from prfaas.model.transfer import FailureReason
 from prfaas.transfer.frames import Open
@@ -47,6 +49,26 @@ def test_an_ended_transfer_costs_little_memory_however_scattered_its_pages_were(
     finally:
         tracemalloc.stop()
     assert (after - before) / 1000 < 1024
+
+
+def test_what_is_kept_of_ended_transfers_and_leases_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pump under load grows until it remembers so many, and no further; what has ended goes at once, for a
+    collection of a process that holds much comes seldom.
+    """
+    monkeypatch.setattr("prfaas.transfer.receiving.K_REMEMBERED", 200)
+    receiving, kept = Receiving(max_transfers=4), []
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for number in range(1, 1401):
+            play(receiving, number)
+            if number % 700 == 0:
+                kept.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept[1] - kept[0] < 10_000
 
 
 def test_an_ended_transfers_late_copies_are_known_and_its_id_is_nobody_elses() -> None:
