@@ -183,7 +183,7 @@ class Receiving:
             for incoming in list(lease.transfers.values())
             if not incoming.done
         ]
-        # They know their lease, and it them: left so, each ended lease would stay until a collection found it.
+        # They know their lease, and it them: left so, an ended lease would stay until a collection found it.
         lease.transfers.clear()
         return events
 
