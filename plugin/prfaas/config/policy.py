@@ -15,7 +15,8 @@ class SloClass(Strict):
     base_s: float = Field(default=2.0, ge=0)
     """Seconds allowed whatever the prompt."""
     prefill_factor: float = Field(default=2.0, ge=0)
-    """Times the prompt's uncached local prefill time."""
+    """Times the local prefill time of what no site has of the prompt: a conversation's next turn is due as
+    soon wherever the one before was prefilled."""
     weight: float = Field(default=1.0, gt=0)
     """What a second late costs, relative to other classes."""
 

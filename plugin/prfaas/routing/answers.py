@@ -53,7 +53,8 @@ class BookingPolicy(Policy):
         classes = self.config.classes
         slo = classes.get(request.slo_class) or classes[self.config.default_class]
         home = request.home if request.home is not None else min(self.fleet.local_sites, default="")
-        cached = request.cached_tokens.get(home, 0) if request.cached_tokens else 0
+        # Whoever holds it: else where the router sent its first part would move its deadline by seconds.
+        cached = max(request.cached_tokens.values()) if request.cached_tokens else 0
         if cached:
             cached = max(0, min(cached, request.prompt_tokens - 1))
         alone_s = self.paths.costs(home, request.model).prefill_s(request.prompt_tokens, cached)

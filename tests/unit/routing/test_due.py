@@ -149,3 +149,15 @@ def test_a_dead_link_leaves_the_local_path_whatever_is_late() -> None:
     decision = prices().decide(RequestView("r", 20_000, 0.0, home="west"), seen(80.0, east=4, gbps=0.0), 0.0)
     assert decision.prefill_site == "west"
     assert [path.why_not for path in decision.alternatives] == ["link down"]
+
+
+def test_a_first_token_is_due_as_soon_whichever_site_holds_what_is_cached_of_the_prompt() -> None:
+    made = create_policy(PolicyConfig(name="prices"), Fleet({("", ""): NEAR}, frozenset({"west"})))
+    assert isinstance(made, PricesPolicy)
+    new = made.deadline_s(RequestView("a", 40_000, 3.0, home="west"))
+    at_home = made.deadline_s(RequestView("a", 40_000, 3.0, home="west", cached_tokens={"west": 39_000}))
+    away = made.deadline_s(
+        RequestView("a", 40_000, 3.0, home="west", cached_tokens={"west": 500, "east": 39_000})
+    )
+    assert at_home == away == pytest.approx(3.0 + 2.0 + 2 * NEAR.prefill_s(40_000, 39_000))
+    assert new > away + 5
