@@ -121,7 +121,7 @@ def test_hubs_pass_traffic_on_by_the_least_delay() -> None:
             "links.0",
             "exclude each other",
         ),
-        ({"sites": {"East": {}, "b": {}}}, "sites.East.[key]", "pattern"),
+        ({"sites": {"East": {}, "b": {}}}, "sites.East", "a letter, then up to 9"),
         ({"sites": {"a": {}}}, "sites", "at least 2"),
         ({"hubs": ["a"]}, "the file", "used twice"),
         ({"subnet": "192.0.2.0/24"}, "subnet", "prefix length 16"),
