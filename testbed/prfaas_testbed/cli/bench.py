@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -117,8 +118,7 @@ def run_report(args: argparse.Namespace) -> int:
 def run_transfer(args: argparse.Namespace) -> int:
     """Exit 0 whenever it measured; 1 when prfaas itself measured nothing."""
     chosen, peers = _cells(args), _peers(args.peers)
-    if not 1 <= args.repetitions <= 100:
-        raise UsageError(f"repetitions: found {args.repetitions}; 1 to 100 are allowed")
+    _check_repetitions(args.repetitions)
     if not 1 <= args.limit_s <= 120:
         raise UsageError(f"limit-s: found {args.limit_s:g}; 1 to 120 are allowed")
     harness.require_tools(peers)
@@ -148,6 +148,7 @@ def run_transfer(args: argparse.Namespace) -> int:
 
 def run_all(args: argparse.Namespace) -> int:
     """Exit 0 when every check passed, 1 when one fell short."""
+    _check_repetitions(args.repetitions)
     parts = [part for part in args.parts.split(",") if part]
     if not parts:
         parts = [part for part in suite.PARTS if args.matrix or part not in suite.K_HOUR_LONG]
@@ -178,6 +179,11 @@ def run_all(args: argparse.Namespace) -> int:
     return EXIT_FELL_SHORT if failed else EXIT_OK
 
 
+def _check_repetitions(repetitions: int) -> None:
+    if not 1 <= repetitions <= 100:
+        raise UsageError(f"repetitions: found {repetitions}; 1 to 100 are allowed")
+
+
 def _cells(args: argparse.Namespace) -> list[Cell]:
     if args.cells:
         if args.loopback:
@@ -192,6 +198,8 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     }
     if args.loopback:
         return [Cell(total_bytes=args.total_bytes or 2_000_000_000, **shape)]
+    if not math.isfinite(args.rate_mbps):
+        raise UsageError(f"rate-mbps: found {args.rate_mbps:g}; a number is expected")
     total_bytes = args.total_bytes or max(args.segment_bytes, int(args.rate_mbps * 1e6 / 8 * 6))
     return [
         Cell(rtt_ms=args.rtt_ms, rate_mbps=args.rate_mbps, loss=args.loss, total_bytes=total_bytes, **shape)

@@ -36,6 +36,20 @@ def test_it_prints_one_object_with_raw_figures(tls: list[str], capsys: pytest.Ca
     assert "prfaas" in said.err
 
 
+@pytest.mark.parametrize("repetitions", ["0", "-1", "1000"])
+def test_all_benches_are_asked_for_as_often_as_can_be(
+    repetitions: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "all", "--smoke", f"--repetitions={repetitions}"]) == 2
+    assert capsys.readouterr().err == f"prfaas: repetitions: found {repetitions}; 1 to 100 are allowed\n"
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "-inf"])
+def test_a_rate_that_is_no_number_is_bad_usage(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "transfer", f"--rate-mbps={rate}"]) == 2
+    assert f"rate-mbps: found {rate}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "more",
     [
