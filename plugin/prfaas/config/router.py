@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from prfaas.config.addresses import HostName, HttpPage, HttpServer, ZmqEndpoint
 from prfaas.config.loading import Strict, load
 from prfaas.config.policy import PolicyConfig, SlowLoopConfig
+from prfaas.config.pump import is_loopback
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -296,6 +297,7 @@ class RouterConfig(Strict):
                 )
         if self.slow_loop is not None and len(self.models) > 1:
             raise ValueError("slow_loop plans for one model; a router of several can't have it")
+        self._check_bootstraps()
         sites = {site.name for site in self.sites}
         models = {model.name for model in self.models}
         for link in self.links:
@@ -310,6 +312,17 @@ class RouterConfig(Strict):
             if unknown:
                 raise ValueError(f"server {server.name}: unknown models {sorted(unknown)}")
         return self
+
+    def _check_bootstraps(self) -> None:
+        """Raises ValueError for one that decode servers elsewhere would look for on their own node."""
+        dialled = {one.name: one.bootstrap[0] for _, one in self.servers() if one.bootstrap_port}
+        here = sorted(name for name, host in dialled.items() if is_loopback(host))
+        decodes = [urlsplit(one.url).hostname or "" for _, one in self.servers() if one.role == "decode"]
+        if here and not all(map(is_loopback, decodes)):
+            raise ValueError(
+                f"{', '.join(here)}: decode servers would look for its bootstrap on their own loopback; "
+                "bootstrap_host says what they reach it by"
+            )
 
     def servers(self) -> Iterator[tuple[str, Server]]:
         """Site name and server, in the file's order."""

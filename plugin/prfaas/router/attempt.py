@@ -22,7 +22,7 @@ from enum import StrEnum
 import aiohttp
 import msgspec
 
-from prfaas.router.body import Asked, with_fields
+from prfaas.router.body import Asked, refuse_samples, with_fields
 from prfaas.router.errors import BadRequest
 from prfaas.router.fleet import ServerHandle
 from prfaas.router.prefill_answer import PrefillAnswer, read_prefill_answer
@@ -110,8 +110,11 @@ class Attempt:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_prefill_ended` is called once after `open`, when the server that prefills has let the request
-        go: with a prefill_answer or, where it failed or decodes as well, without.
+        go: with a prefill_answer or, where it failed or decodes as well, without. Raises BadRequest for what
+        no such route serves.
         """
+        if route.prefill is not None:
+            refuse_samples(asked)
         self.route = route
         self.rid = rid
         self.prefill_answer: PrefillAnswer | None = None

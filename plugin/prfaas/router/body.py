@@ -54,6 +54,29 @@ class Asked:
             found = self.fields.get("max_completion_tokens") or self.fields.get("max_tokens")
         return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
 
+    @property
+    def samples(self) -> int:
+        """Answers asked for to each prompt."""
+        given: object = self.fields
+        if self.endpoint is Endpoint.GENERATE:
+            given = self.fields.get("sampling_params")
+        found = [
+            one.get("n") for one in (given if isinstance(given, list) else [given]) if isinstance(one, dict)
+        ]
+        return max([n for n in found if isinstance(n, int)], default=1)
+
+
+def refuse_samples(asked: Asked) -> None:
+    """For prefill and decode apart. SGLang gives all samples of a prompt one bootstrap room, so that such a
+    pair fails them, which would count against its link. Raises BadRequest.
+    """
+    if asked.samples > 1:
+        raise BadRequest(
+            f"n: found {asked.samples}; with prefill and decode apart 1 is served. Ask for them one by one.",
+            param="n",
+            code="several_samples",
+        )
+
 
 async def body_of(request: web.Request, most_bytes: int) -> bytes:
     """A body that comes bit by bit. Raises BadRequest where it is larger; aiohttp's errors."""

@@ -78,6 +78,40 @@ def test_a_bad_body_is_told_in_openais_form(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "n": 2}),
+        ("/v1/completions", {"prompt": ["x", "y"], "n": 3, "stream": True}),
+        ("/generate", {"text": "x", "sampling_params": {"n": 2}}),
+        ("/generate", {"text": ["x", "y"], "sampling_params": [{"n": 1}, {"n": 2}]}),
+    ],
+)
+def test_several_samples_are_refused_by_a_pair_and_count_against_no_link(
+    stand: Any, long_text: str, path: str, fields: dict[str, Any]
+) -> None:
+    """SGLang's pair fails them: one such request had taken the link from everybody for seconds."""
+
+    async def main() -> None:
+        async with stand() as s:
+            for text in ("x", long_text):
+                asked = json.loads(json.dumps(fields).replace('"x"', json.dumps(text)))
+                status, answer = await raw(s, json.dumps(asked).encode(), path)
+                assert (status, answer["error"]["code"], answer["error"]["param"]) == (
+                    400,
+                    "several_samples",
+                    "n",
+                )
+            assert not any(server.seen for server in s.servers.values())
+            assert all(link.up for link in s.router.links.estimates(s.router.clock()).values())
+            assert (await s.post("/v1/completions", prompt=long_text, n=1))[1]["x-prfaas-site"] == "east"
+            assert s.router.clients.in_flight == 0
+        async with stand({"west-c": "collocated"}, policy={"name": "collocated"}) as s:
+            assert (await s.post(path, **fields))[0] == 200
+
+    asyncio.run(main())
+
+
 def test_a_body_over_the_limit_is_refused_also_when_it_is_compressed(stand: Any) -> None:
     async def main() -> None:
         async with stand(limits={"max_body_bytes": 100_000}) as s:
