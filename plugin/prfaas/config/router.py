@@ -274,7 +274,8 @@ class RouterConfig(Strict):
     """Cached prefixes can be brought to another site's prefill cache: its servers answer /prfaas/take_prefix
     (profiled instances do; SGLang 0.5.23 has no way to insert what comes from outside)."""
     seed: int | None = None
-    """Of the rooms' random numbers; None: from the system, as it must be where several routers run."""
+    """Of the rooms' random numbers; None: from the system, as it must be where several routers run, or one is
+    started again: servers refuse a room that has failed before."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RouterConfig:

@@ -77,8 +77,8 @@ def router_file(
             "total_s": K_TOLD_SHARE * experiment.request_timeout_s,
             "stall_s": min(120.0, K_TOLD_SHARE * experiment.request_timeout_s),
         },
+        # And no seed: a router that is killed and started again would give the same rooms out once more.
         "logs": {"events": str(folder / "router-events.jsonl")},
-        "seed": experiment.seed,
     }
     if experiment.router.slow_loop is not None:
         config["slow_loop"] = experiment.router.slow_loop.model_dump(mode="json")

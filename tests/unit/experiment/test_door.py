@@ -11,8 +11,8 @@ from prfaas.config.experiment import Experiment, RouterChoice, load_experiment
 from prfaas.config.loading import check
 from prfaas.config.policy import SlowLoopConfig
 from prfaas.config.profile import find_profile, load_profile
-from prfaas.config.router import Server
-from prfaas_testbed.experiment.door import _scaled, _server
+from prfaas.config.router import Server, load_router_config
+from prfaas_testbed.experiment.door import _scaled, _server, router_file
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.servers import Server as Running
 from prfaas_testbed.experiment.ways import Ways
@@ -75,3 +75,21 @@ def test_where_http_goes_by_pumps_the_router_asks_its_own_loopback_and_names_the
     assert server.kv_events is not None
     assert server.kv_events.endpoint == "tcp://127.0.0.1:25001"
     assert server.kv_events.replay_endpoint == "tcp://127.0.0.1:25002"
+
+
+def test_a_router_that_is_killed_and_started_again_by_the_same_file_gives_no_room_out_twice(
+    tmp_path: Path,
+) -> None:
+    found = load_experiment("hello", K_TOPOLOGIES)
+    assert isinstance(found, Experiment)
+    experiment = found.model_copy(update={"router": RouterChoice(site="west")})
+    names = ("east", "west")
+    net = Mock(sites={name: Mock(address="10.0.0.1") for name in names}, path=lambda source, target: [])
+    net.topology = Mock(scale=None, emulated=dict)
+    servers = [
+        Running(one.names()[0], one.site, one.role, "10.0.0.1", 80, Mock(), bootstrap_port=80)
+        for one in experiment.instances
+    ]
+    (tmp_path / "tokenizer").mkdir()
+    written = router_file(net, experiment, "toy", None, servers, tmp_path / "tokenizer", tmp_path, Ways())
+    assert load_router_config(written).seed is None
