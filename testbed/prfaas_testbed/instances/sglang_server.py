@@ -35,8 +35,10 @@ Role = Literal["plain", "prefill", "decode"]
 K_ROLES: tuple[Role, ...] = ("plain", "prefill", "decode")
 K_CPU_PATH = Path(__file__).resolve().parent / "cpu" / "path"
 K_CHECKOUT = Path(__file__).resolve().parents[3]
-K_PLUGIN = K_CHECKOUT / "plugin"
-"""Named to the servers: the environment's own may be another checkout's, the one that set-up was made in."""
+K_PYTHONPATH = os.pathsep.join(map(str, (K_CPU_PATH, K_CHECKOUT / "plugin")))
+"""Of every server: what its CPU needs, and this checkout's plugin. The environment's own may be another
+checkout's, the one that set-up was made in.
+"""
 K_READY = "Uvicorn running"  # with --skip-server-warmup nothing later is printed
 K_DYING = "Received sigquit from a child process"
 K_START_TIMEOUT_S = 300.0  # two at once took 45–77 s on two quiet cores
@@ -63,6 +65,8 @@ K_CPU_ENV = {
     "OMP_NUM_THREADS": "1",
     # A scheduler's start-up banner and tracebacks arrive in the log when they happen.
     "PYTHONUNBUFFERED": "1",
+    # Of its own two hundred modules of models a server imports those of our tiny ones.
+    "SGLANG_EXTERNAL_MODEL_PACKAGE": "prfaas_cpu.models",
 }
 K_OWNER = "PRFAAS_CPU_OWNER"
 """Whose end is the server's too, by the CPU servers' own plugin: a testbed or a test run that is killed by -9
@@ -135,15 +139,12 @@ def build_command(spec: ServerSpec, python: Path) -> list[str]:
     return [*words, *spec.extra_args]
 
 
-def build_environment(
-    spec: ServerSpec, inherited: Mapping[str, str], cpu_path: Path = K_CPU_PATH
-) -> dict[str, str]:
+def build_environment(spec: ServerSpec, inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment. Pure. PYTHONDONTWRITEBYTECODE goes: each of SGLang's processes would compile
     everything anew.
     """
     env = {name: value for name, value in inherited.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    path = os.pathsep.join((str(cpu_path), str(K_PLUGIN)))
-    env |= K_CPU_ENV | {"SGLANG_HOST_IP": spec.host, "PYTHONPATH": path}
+    env |= K_CPU_ENV | {"SGLANG_HOST_IP": spec.host, "PYTHONPATH": K_PYTHONPATH}
     env |= dict(spec.model.server_env)
     if spec.config_path is not None:
         env["PRFAAS_CONFIG"] = str(spec.config_path)

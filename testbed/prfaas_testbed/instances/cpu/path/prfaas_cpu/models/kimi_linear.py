@@ -1,0 +1,3 @@
+"""Kimi-Linear."""
+
+from sglang.srt.models.kimi_linear import EntryClass as EntryClass

@@ -1,0 +1,3 @@
+"""Llama."""
+
+from sglang.srt.models.llama import EntryClass as EntryClass

@@ -1,0 +1,3 @@
+"""Mellum."""
+
+from sglang.srt.models.mellum import EntryClass as EntryClass
