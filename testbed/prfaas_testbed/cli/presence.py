@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
         rows = presence.checks(found)
         path = write_json(folder / "run.json", {**record, "checks": rows, **vars(found)})
     for row in rows:
-        sys.stdout.write(f"{row['name']:24} {row['value']:.3f}  (wanted {row['wanted']}) {row['outcome']}\n")
+        error = f" +- {row['error']:.3f}" if row.get("error") is not None else ""
+        line = f"{row['name']:24} {row['value']:.3f}{error:9}  (wanted {row['wanted']}) {row['outcome']}\n"
+        sys.stdout.write(line)
     failed = [row for row in rows if row["outcome"] == "failed"]
     sys.stdout.write(f"{len(rows) - len(failed)} of {len(rows)} checks passed; raw values: {path}\n")
     return EXIT_FELL_SHORT if failed else EXIT_OK

@@ -8,6 +8,7 @@ single requests by length, then bursts. The next block has them the other way ro
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,15 +28,20 @@ from prfaas_testbed.instances.sglang_server import K_SAME_CHUNKS, ServerSpec, Sg
 
 K_ARMS = ("without", "with")
 K_CPU_PLUGIN = "prfaas_cpu"
-K_LENGTHS = (16, 512, 2048)
+K_ROUNDS = {16: 200, 512: 100, 2048: 12}
+"""Of single requests a block, to each server, by the prompt's length. First tokens of short prompts come
+after 10 and 26 ms, and two that came one after the other differ by a fifth and an eighth: of so many pairs
+the median is sure to a hundredth, of eight to four.
+"""
+K_LENGTHS = tuple(K_ROUNDS)
 K_OUTPUT_TOKENS = 16
-K_ROUNDS = 8
-"""Of single requests a block, each length to each server."""
 K_BURSTS = 3
 K_BURST_REQUESTS, K_BURST_TOKENS = 8, 256
 K_EQUAL_LENGTHS = (20, 300, 1500)
 K_MOST_RATIO = 1.03
 """Of medians, with over without: what noise leaves on two cores of its own."""
+K_MEDIAN_ERROR = 1.2533 / 1.349
+"""Of a median, by the distance between quartiles and the root of how many, where they are spread normally."""
 
 Progress = Callable[[str], None]
 
@@ -49,7 +55,7 @@ class Found:
     processor: list[dict[str, Any]] = field(default_factory=list)
     """`block`, `arm`, `cpu_s` over all that it was asked: what a busy machine disturbs least."""
     requests: list[dict[str, Any]] = field(default_factory=list)
-    """`block`, `round`, `arm`, `tokens`, `ttft_s`, `e2e_s`."""
+    """`block`, `round`, `arm`, `tokens`, `ttft_s`, `e2e_s`, and `cpu_s` of the server meanwhile."""
     bursts: list[dict[str, Any]] = field(default_factory=list)
     """`block`, `round`, `arm`, `seconds`, `tokens_per_s` (in and out)."""
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -91,6 +97,21 @@ def cpu_s(server: SglangServer) -> float:
     return round(sum(one.user + one.system for one in times), 2)
 
 
+def ran_s(server: SglangServer) -> float:
+    """The same by the scheduler's own clock, in nanoseconds: what one request takes is a tick or two of the
+    other."""
+    first = psutil.Process(server.pid)
+    total_ns = 0
+    for process in (first, *first.children(recursive=True)):
+        for thread in process.threads():
+            try:
+                said = Path(f"/proc/{process.pid}/task/{thread.id}/schedstat").read_text(encoding="ascii")
+            except OSError:
+                continue  # It has ended, as threads of a pool do.
+            total_ns += int(said.split()[0])
+    return total_ns / 1e9
+
+
 def _server(model: TinyModel, arm: str, port: int, folder: Path, block: int) -> SglangServer:
     spec = ServerSpec(
         role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=port,
@@ -115,11 +136,13 @@ def _ask(servers: dict[str, SglangServer], arms: Sequence[str], block: int, foun
     for tokens in K_LENGTHS:
         for arm in arms:
             one(arm, tokens, 1)
-    for number in range(K_ROUNDS):
-        for tokens in K_LENGTHS:
+    for place, (tokens, rounds) in enumerate(K_ROUNDS.items(), start=1):
+        for number in range(rounds):
             for arm in arms if number % 2 == 0 else arms[::-1]:
-                answer = one(arm, tokens, 1000 * block + 10 * number + 2)
-                row = {"block": block, "round": number, "arm": arm, "tokens": tokens}
+                before_s = ran_s(servers[arm])
+                answer = one(arm, tokens, 100_000 * block + 10_000 * place + number)
+                cpu = round(ran_s(servers[arm]) - before_s, 6)
+                row = {"block": block, "round": number, "arm": arm, "tokens": tokens, "cpu_s": cpu}
                 found.requests.append({**row, "ttft_s": answer["ttft_s"], "e2e_s": answer["e2e_s"]})
     for number in range(K_BURSTS):
         for arm in arms if number % 2 == 0 else arms[::-1]:
@@ -147,9 +170,18 @@ def _burst(server: SglangServer, seed: int) -> float:
     return time.monotonic() - began_s
 
 
-def ratios(found: Found) -> dict[str, float]:
-    """With over without. Of medians: a start and its processor time, the processor time of all requests. Of
-    the median of pairs asked one after the other: a request, a burst. Above 1 the plugin costs something."""
+@dataclass(frozen=True)
+class Ratio:
+    """With over without; above 1 the plugin costs something."""
+
+    value: float
+    error: float | None = None
+    """How far off it may well be: the standard error of a median of pairs. None: there were no pairs."""
+
+
+def ratios(found: Found) -> dict[str, Ratio]:
+    """Of medians: a start and its processor time, the processor time of all requests. Of the median of pairs
+    asked one after the other: a request's times and processor time, a burst's time."""
     result = {
         "start": _medians(found.starts, "seconds"),
         "start_cpu": _medians(found.starts, "cpu_s"),
@@ -157,32 +189,35 @@ def ratios(found: Found) -> dict[str, float]:
     }
     for tokens in K_LENGTHS:
         rows = [row for row in found.requests if row["tokens"] == tokens]
-        for what in ("ttft_s", "e2e_s"):
+        for what in ("ttft_s", "e2e_s", "cpu_s"):
             result[f"{what.removesuffix('_s')}/{tokens}"] = _paired(rows, what)
     result["burst"] = _paired(found.bursts, "seconds")
-    return {name: round(value, 4) for name, value in result.items()}
+    return result
 
 
-def _medians(rows: Sequence[dict[str, Any]], what: str) -> float:
+def _medians(rows: Sequence[dict[str, Any]], what: str) -> Ratio:
     one, other = (statistics.median(row[what] for row in rows if row["arm"] == arm) for arm in K_ARMS)
-    return float(other / one)
+    return Ratio(round(other / one, 4))
 
 
-def _paired(rows: Sequence[dict[str, Any]], what: str) -> float:
+def _paired(rows: Sequence[dict[str, Any]], what: str) -> Ratio:
     """The median over pairs that ran one after the other."""
     pairs: dict[tuple[int, int], dict[str, float]] = {}
     for row in rows:
         pairs.setdefault((row["block"], row["round"]), {})[row["arm"]] = row[what]
-    return statistics.median(pair["with"] / pair["without"] for pair in pairs.values())
+    found = [pair["with"] / pair["without"] for pair in pairs.values()]
+    quarters = statistics.quantiles(found, n=4)
+    error = K_MEDIAN_ERROR * (quarters[2] - quarters[0]) / math.sqrt(len(found))
+    return Ratio(round(statistics.median(found), 4), round(error, 4))
 
 
 def checks(found: Found) -> list[dict[str, Any]]:
     rows = [
         {
-            "name": f"ratio/{name}", "outcome": "passed" if value <= K_MOST_RATIO else "failed",
-            "value": value, "wanted": K_MOST_RATIO,
+            "name": f"ratio/{name}", "outcome": "passed" if ratio.value <= K_MOST_RATIO else "failed",
+            "value": ratio.value, "wanted": K_MOST_RATIO, "error": ratio.error,
         }
-        for name, value in ratios(found).items()
+        for name, ratio in ratios(found).items()
     ]  # fmt: skip
     equal = sum(row["equal"] for row in found.answers) / len(found.answers)
     outcome = "passed" if equal == 1 else "failed"

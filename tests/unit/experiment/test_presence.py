@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import statistics
+
 import pytest
 
 from prfaas_testbed.experiment import presence
@@ -17,7 +20,8 @@ def found_of(with_over_without: float, equal: bool = True) -> presence.Found:
         processor=[{"block": b, "arm": a, "cpu_s": 30 * factor[a]} for b, a in blocks],
         requests=[
             # A slow block is slow for both: only pairs are compared.
-            {"block": b, "round": 0, "arm": a, "tokens": n, "ttft_s": (1 + b) * factor[a], "e2e_s": factor[a]}
+            {"block": b, "round": 0, "arm": a, "tokens": n, "ttft_s": (1 + b) * factor[a]}
+            | {"e2e_s": factor[a], "cpu_s": factor[a]}
             for b, a in blocks
             for n in presence.K_LENGTHS
         ],
@@ -33,3 +37,19 @@ def test_a_plugin_that_costs_time_or_changes_answers_is_seen(ratio: float, equal
     judged = presence.checks(found_of(ratio, equal))
     assert all(row["outcome"] == "passed" for row in judged) is passed
     assert {row["value"] for row in judged if row["name"].startswith("ratio/")} == {ratio}
+
+
+def test_a_median_of_pairs_says_how_far_off_it_may_well_be() -> None:
+    rng = random.Random(3)
+    errors, medians = [], []
+    for _ in range(200):
+        rows = [
+            {"block": 0, "round": i, "arm": arm, "s": rng.gauss(1.0, 0.1) if arm == "with" else 1.0}
+            for i in range(64)
+            for arm in presence.K_ARMS
+        ]
+        found = presence._paired(rows, "s")
+        assert found.error is not None
+        errors.append(found.error)
+        medians.append(found.value)
+    assert statistics.mean(errors) == pytest.approx(statistics.stdev(medians), rel=0.15)
