@@ -14,14 +14,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from suite import K_KITS
 
 from prfaas_testbed.experiment.machine import commit, machine, versions
-from prfaas_testbed.instances.sglang_server import K_CHECKOUT, end_tree, sglang_python
+from prfaas_testbed.instances.sglang_server import K_CHECKOUT, K_PYTHONPATH, end_tree, sglang_python
 
 K_HERE = Path(__file__).resolve().parent
 K_BACKENDS = ("prfaas", "mooncake_tcp")
@@ -66,14 +68,23 @@ def free_base_port() -> int:
     raise SystemExit("no free ports between 21000 and 31500")
 
 
-def run_case(backend: str, case: str, out: Path) -> dict[str, Any]:
-    """One case in a process of its own, its output in a file; the row it comes to."""
-    log = out / f"{backend}.{case}.log"
+def batches(cases: Sequence[str]) -> list[list[str]]:
+    """Cases that share servers run together, at the place of the first. Pure."""
+    shared = [case for case in cases if case in K_KITS]
+    found = [[case] if case not in shared else shared for case in cases if case not in shared[1:]]
+    return found
+
+
+def run_cases(backend: str, cases: Sequence[str], out: Path) -> list[dict[str, Any]]:
+    """Cases that share servers, in a process of their own, its output in a file; a row each of what they come
+    to."""
+    log = out / f"{backend}.{cases[0]}.log"
     config = out / "prfaas.yaml"
     config.write_text(yaml.safe_dump({"pump": {"site": "peers", "control_socket": str(out / "pump.sock")}}))
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
         "SGLANG_TEST_PD_DISAGG_BACKEND": backend,
         "PRFAAS_CONFIG": str(config),
+        "PYTHONPATH": os.pathsep.join((K_PYTHONPATH, str(K_CHECKOUT / "testbed"))),
     }
     python = sglang_python()
     models = K_CHECKOUT / ".cache" / "models"
@@ -82,7 +93,7 @@ def run_case(backend: str, case: str, out: Path) -> dict[str, Any]:
     started_s = time.monotonic()
     with log.open("wb") as written:
         process = subprocess.Popen(
-            [str(python), str(K_HERE / "suite.py"), case, str(models), str(free_base_port())],
+            [str(python), str(K_HERE / "suite.py"), ",".join(cases), str(models), str(free_base_port())],
             stdout=written,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -95,9 +106,8 @@ def run_case(backend: str, case: str, out: Path) -> dict[str, Any]:
             pass
         finally:
             end_tree(process)
-    row: dict[str, Any] = {
+    common = {
         "backend": backend,
-        "case": case,
         "at": now(),
         "commit": commit(),
         "outcome": "failed",
@@ -105,11 +115,13 @@ def run_case(backend: str, case: str, out: Path) -> dict[str, Any]:
         "why": f"ended with {process.returncode}: see {log.name}",
     }
     lines = log.read_text(errors="replace").strip().splitlines()
+    said: list[dict[str, Any]] = []
     try:
-        row |= json.loads(lines[-1]) if lines else {}
+        said = json.loads(lines[-1]) if lines else []
     except ValueError:
         pass
-    return row
+    told = {row["case"]: row for row in said}
+    return [{**common, "case": case, **told.get(case, {})} for case in cases]
 
 
 def smoke() -> int:
@@ -129,7 +141,7 @@ def smoke() -> int:
         "    print(name, n)\n"
     )
     models = str(K_CHECKOUT / ".cache" / "models")
-    env = {**os.environ, "PYTHONPATH": str(K_CHECKOUT / "testbed/prfaas_testbed/instances/cpu/path")}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((K_PYTHONPATH, str(K_CHECKOUT / "testbed")))}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     env["SGLANG_USE_CPU_ENGINE"] = "1"
     done = subprocess.run(
@@ -190,12 +202,12 @@ def main() -> int:
     out = (args.out or K_CHECKOUT / "results" / "test-peers" / stamp).resolve()
     out.mkdir(parents=True, exist_ok=True)
     rows = earlier(out / "report.json")
-    for case in args.case or K_CASES:
+    for cases in batches(args.case or K_CASES):
         for backend in args.backend or K_BACKENDS:
-            sys.stderr.write(f"{backend}: {case} …\n")
-            row = run_case(backend, case, out)
-            rows = [one for one in rows if (one["backend"], one["case"]) != (backend, case)] + [row]
-            sys.stderr.write(table(rows[-1:]).splitlines()[-1] + "\n")
+            sys.stderr.write(f"{backend}: {', '.join(cases)} …\n")
+            new = run_cases(backend, cases, out)
+            rows = [row for row in rows if row["backend"] != backend or row["case"] not in cases] + new
+            sys.stderr.write("\n".join(table(new).splitlines()[1:]) + "\n")
             # After each case: all take most of an hour, and who is interrupted keeps what was run.
             written = keep(out, stamp, rows)
     sys.stdout.write(table(written))

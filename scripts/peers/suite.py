@@ -1,8 +1,9 @@
 """SGLang's own test cases with a tiny model and no GPU: their code as it is in the wheel, models and flags
 set here.
 
-Run by SGLang's Python, a process a case: `python suite.py CASE MODELS_DIR PORT`. The backend is the one that
-SGLANG_TEST_PD_DISAGG_BACKEND names, as SGLang means it to be. The last line of its output is JSON.
+Run by SGLang's Python: `python suite.py CASE MODELS_DIR PORT`, or CASE,CASE… of those in K_KITS, which share
+a pair of servers. The backend is the one that SGLANG_TEST_PD_DISAGG_BACKEND names, as SGLang means it to be.
+The last line of its output is JSON: a row a case.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import sys
 import time
 import unittest
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from prfaas_testbed.instances.models import K_MODELS
-from prfaas_testbed.instances.sglang_server import K_CPU_ARGS, K_CPU_ENV, K_CPU_PATH, K_OWNER
+from prfaas_testbed.instances.sglang_server import K_CPU_ARGS, K_CPU_ENV, K_OWNER, K_PYTHONPATH
 
 K_HERE = Path(__file__).resolve().parent
 K_DECODE_ARGS = ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
@@ -34,7 +36,7 @@ K_BOUNDED_SCHEMA = {
 
 
 def environment() -> dict[str, str]:
-    own = {"SGLANG_HOST_IP": "127.0.0.1", "PYTHONPATH": str(K_CPU_PATH), K_OWNER: str(os.getpid())}
+    own = {"SGLANG_HOST_IP": "127.0.0.1", "PYTHONPATH": K_PYTHONPATH, K_OWNER: str(os.getpid())}
     return {**K_CPU_ENV, **own}
 
 
@@ -98,12 +100,38 @@ def parity(model: str, *decode_args: str) -> Make:
     return make
 
 
-def with_kit(module: str, name: str, **settings: Any) -> Make:
-    """One of SGLang's kits, which it runs on single servers and on pairs alike, against a pair."""
+@dataclass(frozen=True)
+class Kit:
+    """One of SGLang's that it runs on single servers and on pairs alike."""
+
+    module: str
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def mixin(self) -> type:
+        found: type = getattr(import_module(f"sglang.test.kits.{self.module}"), self.name)
+        return found
+
+
+K_KITS: dict[str, Kit] = {
+    # A model of random weights ends neither a name nor a number by itself.
+    "structured-output": Kit(
+        "json_constrained_kit", "JSONConstrainedMixin", {"json_schema": json.dumps(K_BOUNDED_SCHEMA)}
+    ),
+    "pause-resume": Kit(
+        "pause_generation_kit",
+        "PauseResumeInPlaceMixin",
+        {"pause_num_requests": 16, "pause_ignore_eos": True},
+    ),
+    "abort-all": Kit("abort_timeout_kit", "AbortAllMixin", {"abort_all_num_requests": 8}),
+}
+
+
+def with_kits(*cases: str) -> Make:
+    """These kits against one pair, as SGLang's own classes take several."""
 
     def make(models: Path, port: int) -> type[unittest.TestCase]:
         base = prepare(models, port)
-        kit = getattr(import_module(f"sglang.test.kits.{module}"), name)
 
         def launch(cls: Any) -> None:
             super(made, cls).setUpClass()
@@ -116,9 +144,10 @@ def with_kit(module: str, name: str, **settings: Any) -> Make:
             "extra_prefill_args": cpu_args("dense"),
             "extra_decode_args": cpu_args("dense", *K_DECODE_ARGS),
             "setUpClass": classmethod(launch),
-            **settings,
         }
-        made = type(name, (kit, base), fields)
+        for case in cases:
+            fields |= K_KITS[case].settings
+        made = type("Kits", (*(K_KITS[case].mixin() for case in cases), base), fields)
         return made
 
     return make
@@ -128,7 +157,7 @@ def liveness(name: str) -> Make:
     def make(models: Path, port: int) -> type[unittest.TestCase]:
         base = prepare(models, port)
         # Failures are drawn once a side of a request, not once a poll: see draws/peers_draws.py.
-        path = os.pathsep.join((str(K_CPU_PATH), str(K_HERE / "draws")))
+        path = os.pathsep.join((K_PYTHONPATH, str(K_HERE / "draws")))
         base.extra_prefill_env = base.extra_decode_env = {**environment(), "PYTHONPATH": path}
         from sglang.test.manual.disaggregation import test_disaggregation_peer_liveness_abort as module
 
@@ -167,44 +196,63 @@ K_CASES: dict[str, Make] = {
     "peer-liveness-failures": liveness("TestDisaggregationPeerLivenessAbort"),
     "peer-liveness-clean-abort": liveness("TestDisaggregationPeerLivenessCleanRecovery"),
     "chunked-prefill-abort": chunked_abort,
-    # A model of random weights ends neither a name nor a number by itself.
-    "structured-output": with_kit(
-        "json_constrained_kit", "JSONConstrainedMixin", json_schema=json.dumps(K_BOUNDED_SCHEMA)
-    ),
-    "pause-resume": with_kit(
-        "pause_generation_kit",
-        "PauseResumeInPlaceMixin",
-        pause_num_requests=16,
-        pause_ignore_eos=True,
-    ),
-    "abort-all": with_kit("abort_timeout_kit", "AbortAllMixin", abort_all_num_requests=8),
+    **{case: with_kits(case) for case in K_KITS},
 }
 
 
+class Timed(unittest.TextTestResult):
+    """What each test took, by its method's name."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.took_s: dict[str, float] = {}
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        self._began_s = time.monotonic()
+        super().startTest(test)
+
+    def stopTest(self, test: unittest.TestCase) -> None:
+        super().stopTest(test)
+        self.took_s[method_of(test)] = time.monotonic() - self._began_s
+
+
+def method_of(test: Any) -> str:
+    """The method that a test or one of its parts is; "" of what failed before there was one."""
+    whole = getattr(test, "test_case", test)
+    return str(getattr(whole, "_testMethodName", ""))
+
+
+def row_of(case: str, result: Timed, methods: set[str]) -> dict[str, Any]:
+    """What a case came to, of whose class `methods` are the tests. A failure of none of them is of all."""
+    wrong = [said for test, said in (*result.failures, *result.errors) if method_of(test) in methods | {""}]
+    ran = methods & set(result.took_s)
+    return {
+        "case": case,
+        "run": len(ran),
+        "outcome": "failed" if wrong or not ran else "passed",
+        "tests_seconds": round(sum(result.took_s[name] for name in ran), 1),
+        "why": wrong[0].strip().splitlines()[-1][:500] if wrong else "",
+    }
+
+
 def main(argv: list[str]) -> int:
-    _, case, models, port = argv
+    _, cases, models, port = argv
+    names = cases.split(",")
     os.environ.update(environment())
     # SGLang's plugins register the backend in this process as in its servers.
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    made = K_CASES[case](Path(models), int(port))
-    suite = unittest.defaultTestLoader.loadTestsFromTestCase(made)
-    started_s = time.monotonic()
-    result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2).run(suite)
-    wrong = [*result.failures, *result.errors]
-    sys.stdout.write(
-        json.dumps(
-            {
-                "run": result.testsRun,
-                "outcome": "failed" if wrong or not result.testsRun else "passed",
-                "seconds": round(time.monotonic() - started_s, 1),
-                "why": wrong[0][1].strip().splitlines()[-1][:500] if wrong else "",
-            }
-        )
-        + "\n"
-    )
-    return bool(wrong)
+    made = (K_CASES[cases] if len(names) == 1 else with_kits(*names))(Path(models), int(port))
+    loader = unittest.defaultTestLoader
+    suite = loader.loadTestsFromTestCase(made)
+    runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Timed)
+    result: Any = runner.run(suite)
+    tests_of = {name: set(loader.getTestCaseNames(K_KITS[name].mixin())) for name in names if name in K_KITS}  # type: ignore[arg-type]
+    everything = set(loader.getTestCaseNames(made))
+    rows = [row_of(name, result, tests_of.get(name, everything)) for name in names]
+    sys.stdout.write(json.dumps(rows) + "\n")
+    return any(row["outcome"] == "failed" for row in rows)
 
 
 if __name__ == "__main__":
