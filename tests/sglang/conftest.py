@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import random
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +53,49 @@ def free_ports(n: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class East:
+    """A prefill server of another site, with a pump of its own that keeps the ledger of the link from there,
+    and that says what it caches."""
+
+    server: SglangServer
+    pump: dict[str, Any]
+    events: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: TinyModel, directory: Path) -> East:
+        port, bootstrap_port, events, replay = free_ports(4)
+        # Far more than these requests need: the ledger admits what comes, as long as the link is up.
+        link = {"peer_site": "test", "admission": {"nominal_bps": 10e9, "probe_every_s": 600}}
+        socket_path = str(directory / "east.sock")
+        pump = {"site": "east", "control_socket": socket_path, "idle_exit_s": 20, "links": [link]}
+        path = directory / "east.yaml"
+        path.write_text(yaml.safe_dump({"pump": pump}))
+        topic = {"topic": "kv-events"}
+        published = {
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{events}",
+            "replay_endpoint": f"tcp://*:{replay}",
+            **topic,
+        }
+        spec = ServerSpec(
+            role="prefill",
+            model=model,
+            model_dir=K_CHECKOUT / ".cache" / "models" / model.name,
+            host=K_ELSEWHERE,
+            port=port,
+            bootstrap_port=bootstrap_port,
+            config_path=path,
+            extra_args=(*K_SAME_CHUNKS, "--kv-events-config", json.dumps(published)),
+        )
+        heard = {
+            "endpoint": f"tcp://{K_HOST}:{events}",
+            "replay_endpoint": f"tcp://{K_HOST}:{replay}",
+            **topic,
+        }
+        return cls(SglangServer(spec, directory / "east.log"), pump, heard)
+
+
+@dataclass(frozen=True)
 class Servers:
     """The servers of one model."""
 
@@ -64,6 +108,12 @@ class Servers:
     near: SglangServer | None = None
     """A second prefill server, of decode's own site."""
     near_pair: Pair | None = None
+    east: East | None = None
+
+    @property
+    def all(self) -> list[SglangServer]:
+        east = self.east.server if self.east else None
+        return [one for one in (self.plain, self.prefill, self.decode, self.near, east) if one is not None]
 
 
 def write_config(directory: Path, **more: Any) -> Path:
@@ -96,8 +146,8 @@ def start_servers(
     model_name: str, directory: Path, roles: tuple[str, ...] = ("plain", "prefill", "decode"), **options: Any
 ) -> Servers:
     """Start them together (most of a start is imports) and wait for all. `options`: config=, prefill_args=,
-    decode_args=, decode_env= and so on; the role "near" is a prefill server of decode's own site. What fails
-    ends what had started.
+    decode_args=, decode_env= and so on; the role "near" is a prefill server of decode's own site, "east" one
+    elsewhere. What fails ends what had started.
     """
     stop_running()
     model = K_MODELS[model_name]
@@ -105,7 +155,12 @@ def start_servers(
     names = ("plain", "prefill", "decode", "near", "bootstrap", "near bootstrap")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     servers: dict[str, SglangServer] = {}
+    east = East.of(model, directory) if "east" in roles else None
     for role in roles:
+        if role == "east":
+            assert east is not None
+            servers[role] = east.server
+            continue
         near = role == "near"
         spec = ServerSpec(
             role="prefill" if near else role,  # type: ignore[arg-type]
@@ -143,15 +198,16 @@ def start_servers(
         directory / "verify",
         servers.get("near"),
         near_pair,
+        east,
     )
     _running.append(started)
     return started
 
 
 def stop_all(servers: Iterable[SglangServer]) -> None:
-    """At once: each takes some seconds."""
+    """At once, and without the seconds of grace that nothing of them needs."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(SglangServer.stop, servers))
+        list(pool.map(SglangServer.kill, servers))
 
 
 def stop_running() -> None:
@@ -162,8 +218,7 @@ def stop_running() -> None:
 def stop(servers: Servers) -> None:
     if servers in _running:
         _running.remove(servers)
-    all_of_them = (servers.plain, servers.prefill, servers.decode, servers.near)
-    stop_all(server for server in all_of_them if server is not None)
+    stop_all(servers.all)
 
 
 @pytest.fixture(scope="session", params=["dense", "hybrid"])
@@ -174,9 +229,11 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     # KV leaves layer by layer: of each kind of model other layers are seen. By chunks it does in the servers
     # that other tests start.
     options: dict[str, Any] = {"config": {"overlap": "layer"}, "decode_args": radix}
-    # One model has a second prefill server, in decode's own site.
+    # These have a prefill server elsewhere that a router may choose; one a third, in decode's own site.
+    if request.param in ("dense", "hybrid"):
+        options["roles"] = ("plain", "prefill", "decode", "east")
     if request.param == "dense":
-        options["roles"] = ("plain", "prefill", "decode", "near")
+        options["roles"] += ("near",)
         options["config"]["near"] = {"hosts": [K_NEAR], "transport": "tcp"}
     # Another's decode takes pages back from requests that run, every few steps.
     if request.param == "mla":

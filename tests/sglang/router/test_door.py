@@ -20,7 +20,6 @@ import aiohttp
 import numpy as np
 import openai
 import pytest
-import yaml
 
 from prfaas.config.loading import check
 from prfaas.config.pump import PumpConfig
@@ -30,17 +29,12 @@ from prfaas.pump_client import LocalPumpClient, Transfer
 from prfaas.router.service import Router
 from prfaas_testbed.instances.sglang_client import generate, loads, new_room, prompt_of
 from prfaas_testbed.instances.sglang_server import (
-    K_CHECKOUT,
-    K_SAME_CHUNKS,
-    ServerSpec,
     SglangServer,
     build_environment,
     sglang_python,
 )
 
 K_HOST = "127.0.0.1"
-K_EAST = "127.0.0.2"
-"""Not the host that the others reach by their pump."""
 K_THRESHOLD = 300
 K_LONG, K_SHORT = 700, 60  # tokens
 K_OUTPUT = 12
@@ -58,86 +52,50 @@ class Sites:
 
 
 @pytest.fixture(scope="module")
-def sites(servers: Any, start_own: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
-    folder = tmp_path_factory.mktemp("east")
-    port, bootstrap, events, replay = start_own.ports(4)
-    # Far more than these requests need: the ledger admits what comes, as long as the link is up.
-    admission = {"nominal_bps": 10e9, "probe_every_s": 600}
-    link = {"peer_site": "test", "admission": admission}
-    pump = {"site": "east", "control_socket": str(folder / "pump.sock"), "idle_exit_s": 20, "links": [link]}
-    path = folder / "prfaas.yaml"
-    path.write_text(yaml.safe_dump({"pump": pump}))
-    published = {
-        "publisher": "zmq",
-        "endpoint": f"tcp://*:{events}",
-        "replay_endpoint": f"tcp://*:{replay}",
-        "topic": "kv-events",
+def sites(servers: Any) -> Sites:
+    east = servers.east.server
+    west: dict[str, Any] = {
+        "name": "west",
+        "cost": {"prefill_tokens_per_s": 3000},
+        "servers": [
+            {
+                "name": "west-p",
+                "role": "prefill",
+                "url": servers.prefill.url,
+                "bootstrap_port": servers.pair.bootstrap_port,
+            },
+            {"name": "west-d", "role": "decode", "url": servers.decode.url},
+        ],
     }
-    model_dir = K_CHECKOUT / ".cache" / "models" / servers.model.name
-    east = SglangServer(
-        ServerSpec(
-            role="prefill",
-            model=servers.model,
-            model_dir=model_dir,
-            host=K_EAST,
-            port=port,
-            bootstrap_port=bootstrap,
-            config_path=path,
-            extra_args=(*K_SAME_CHUNKS, "--kv-events-config", json.dumps(published)),
-        ),
-        folder / "east.log",
-    )
-    east.start()
-    try:
-        east.wait_ready()
-        west: dict[str, Any] = {
-            "name": "west",
-            "cost": {"prefill_tokens_per_s": 3000},
-            "servers": [
-                {
-                    "name": "west-p",
-                    "role": "prefill",
-                    "url": servers.prefill.url,
-                    "bootstrap_port": servers.pair.bootstrap_port,
-                },
-                {"name": "west-d", "role": "decode", "url": servers.decode.url},
-            ],
-        }
-        far: dict[str, Any] = {
-            "name": "east",
-            "cost": {"prefill_tokens_per_s": 3000},
-            "servers": [
-                {
-                    "name": "east-p",
-                    "role": "prefill",
-                    "url": east.spec.url,
-                    "bootstrap_port": bootstrap,
-                    "kv_events": {
-                        "endpoint": f"tcp://{K_HOST}:{events}",
-                        "replay_endpoint": f"tcp://{K_HOST}:{replay}",
-                        "topic": "kv-events",
-                    },
-                }
-            ],
-        }
-        config = {
-            "listen": {"port": 0},
-            "models": [
-                {
-                    "name": "tiny",
-                    "tokenizer": str(model_dir),
-                    "layers": "dense" if servers.model.name == "dense" else "hybrid",
-                }
-            ],
-            "sites": [west, far],
-            "links": [{"source": "east", "target": "west", "rate_mbps": 10000, "rtt_ms": 1}],
-            "policy": {"name": "paper", "threshold_tokens": K_THRESHOLD},
-            "retry": {"first_token_min_s": 60, "total_s": 240},
-            "loads": {"timeout_s": 10.0},
-        }
-        yield Sites(config, east, servers, check(pump, PumpConfig, "test"))
-    finally:
-        east.stop()
+    far: dict[str, Any] = {
+        "name": "east",
+        "cost": {"prefill_tokens_per_s": 3000},
+        "servers": [
+            {
+                "name": "east-p",
+                "role": "prefill",
+                "url": east.url,
+                "bootstrap_port": east.spec.bootstrap_port,
+                "kv_events": servers.east.events,
+            }
+        ],
+    }
+    config = {
+        "listen": {"port": 0},
+        "models": [
+            {
+                "name": "tiny",
+                "tokenizer": str(east.spec.model_dir),
+                "layers": "dense" if servers.model.name == "dense" else "hybrid",
+            }
+        ],
+        "sites": [west, far],
+        "links": [{"source": "east", "target": "west", "rate_mbps": 10000, "rtt_ms": 1}],
+        "policy": {"name": "paper", "threshold_tokens": K_THRESHOLD},
+        "retry": {"first_token_min_s": 60, "total_s": 240},
+        "loads": {"timeout_s": 10.0},
+    }
+    return Sites(config, east, servers, check(servers.east.pump, PumpConfig, "test"))
 
 
 @pytest.fixture
@@ -355,7 +313,7 @@ def test_refused_by_the_link_is_503_with_retry_after_on_both_sides_before_any_st
 
     async def ask(session: aiohttp.ClientSession, path: str, asked: dict[str, Any]) -> None:
         fields = {
-            "bootstrap_host": K_EAST,
+            "bootstrap_host": sites.east.spec.host,
             "bootstrap_port": sites.east.spec.bootstrap_port,
             "bootstrap_room": new_room(),
         }

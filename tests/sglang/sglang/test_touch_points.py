@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,25 +16,61 @@ from prfaas.sglang import compat
 from prfaas_testbed.instances.models import K_MODELS
 from prfaas_testbed.instances.sglang_server import (
     K_CHECKOUT,
-    K_CPU_PATH,
+    K_PYTHONPATH,
     ServerDied,
     ServerSpec,
     SglangServer,
     sglang_python,
 )
 
+K_INSIDE = Path(__file__).parent / "inside"
+"""Files for SGLang's Python, with its plugins loaded; each says a line."""
+K_RUN = """
+import runpy, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+for path in sys.argv[1:]:
+    if path.endswith(".py"):
+        runpy.run_path(path)
+"""
 
-def run_python(
-    script: str, *argv: str, path: str = "", config: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+Job = Callable[[Path], Any]
+"""Something to be found out in processes of its own, given a folder."""
+
+
+def finds(job: Job) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The test is about what `job` finds, which is its `found`."""
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        test.job = job  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+@pytest.fixture(scope="module")
+def jobs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Job, Any]]:
+    """Those of the tests that are to run, as many at a time as there are cores: most of each is imports."""
+    tests = [item.function for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
+    wanted = dict.fromkeys(test.job for test in tests if hasattr(test, "job"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {job: pool.submit(job, tmp_path_factory.mktemp("job")) for job in wanted}
+
+
+@pytest.fixture
+def found(request: pytest.FixtureRequest, jobs: dict[Job, Any]) -> Any:
+    return jobs[request.function.job].result()
+
+
+def run_python(script: str, *argv: str, config: Path | None = None) -> list[str]:
+    """The lines that a script says, run by SGLang's Python as on a CPU server."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    env |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, (path, str(K_CPU_PATH)))),
-        "SGLANG_USE_CPU_ENGINE": "1",
-    }
+    env |= {"PYTHONPATH": K_PYTHONPATH, "SGLANG_USE_CPU_ENGINE": "1"}
     if config is not None:
         env["PRFAAS_CONFIG"] = str(config)
-    return subprocess.run(
+    done = subprocess.run(
         [str(sglang_python()), "-W", "ignore", "-c", script, *argv],
         env=env,
         capture_output=True,
@@ -39,14 +78,16 @@ def run_python(
         check=False,
         timeout=300,
     )
-
-
-def test_every_touch_point_is_in_the_pinned_version() -> None:
-    done = run_python(
-        "from prfaas.sglang import compat; compat.check_backend(); print(compat.installed_version())"
-    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-1] == compat.K_VERSION
+    return done.stdout.strip().splitlines()
+
+
+def last_words_of_launch(spec: ServerSpec, folder: Path) -> str:
+    """Why a server that must not start didn't."""
+    with SglangServer(spec, folder / "server.log") as server:
+        with pytest.raises(ServerDied) as caught:
+            server.wait_ready(timeout_s=300)
+        return str(caught.value)
 
 
 K_HOOKS = """
@@ -75,10 +116,9 @@ print(json.dumps(hooks_of_ours()))
 """
 
 
-def test_plugin_loads_once_however_often_and_leaves_other_backends_alone() -> None:
-    done = run_python(K_HOOKS + K_LOAD, "--disaggregation-transfer-backend", "prfaas")
-    assert done.returncode == 0, done.stderr[-2000:]
-    classes, hooks = done.stdout.strip().splitlines()[-2:]
+@finds(lambda _: run_python(K_HOOKS + K_LOAD, "--disaggregation-transfer-backend", "prfaas"))
+def test_plugin_loads_once_however_often_and_leaves_other_backends_alone(found: list[str]) -> None:
+    classes, hooks = found[-2:]
     assert classes.split() == ["prfaas.sglang.backend", "sglang.srt.disaggregation.mooncake.conn"]
     answering = (compat.K_PREPARE_ABORT, compat.K_HANDLE_ABORT, compat.K_SERVE_HTTP)
     assert json.loads(hooks) == K_HANDS_ON | {name: ["prfaas.sglang.answers"] for name in answering}
@@ -103,12 +143,15 @@ print(json.dumps(hooks_of_ours()))
 """
 
 
-def test_each_of_several_http_workers_knows_the_backend_and_answers_refusals() -> None:
+def start_worker(_: Path) -> list[str]:
     worker = K_HOOKS.replace("def hooks_of_ours", "global hooks_of_ours\ndef hooks_of_ours") + K_WORKER
     flags = ("--disaggregation-transfer-backend", "prfaas", "--tokenizer-worker-num", "2")
-    done = run_python("import sys\n" + K_WORKERS, *flags, worker)
-    assert done.returncode == 0, done.stderr[-2000:]
-    knows, hooks = done.stdout.strip().splitlines()[-2:]
+    return run_python("import sys\n" + K_WORKERS, *flags, worker)
+
+
+@finds(start_worker)
+def test_each_of_several_http_workers_knows_the_backend_and_answers_refusals(found: list[str]) -> None:
+    knows, hooks = found[-2:]
     assert knows.startswith("prfaas ['RefusalAnswers'")  # around all others
     assert json.loads(hooks)[compat.K_HANDLE_ABORT] == ["prfaas.sglang.answers"]
 
@@ -122,10 +165,11 @@ print(json.dumps(hooks_of_ours()))
 """
 
 
-def test_server_without_the_backend_imports_none_of_it_and_has_one_hook_that_hands_on() -> None:
-    done = run_python(K_HOOKS + K_WITHOUT, "--disaggregation-transfer-backend", "mooncake")
-    assert done.returncode == 0, done.stderr[-2000:]
-    modules, hooks = (json.loads(line) for line in done.stdout.strip().splitlines()[-2:])
+@finds(lambda _: run_python(K_HOOKS + K_WITHOUT, "--disaggregation-transfer-backend", "mooncake"))
+def test_server_without_the_backend_imports_none_of_it_and_has_one_hook_that_hands_on(
+    found: list[str],
+) -> None:
+    modules, hooks = (json.loads(line) for line in found[-2:])
     assert modules == [
         "prfaas.model",
         "prfaas.model.errors",
@@ -137,58 +181,18 @@ def test_server_without_the_backend_imports_none_of_it_and_has_one_hook_that_han
     assert hooks == K_HANDS_ON
 
 
-K_POOLS = """
-import json
-from types import SimpleNamespace as Fields
-import torch
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.mem_cache.memory_pool import (
-    HybridLinearKVPool, KVWriteLoc, MHATokenToKVPool, MLATokenToKVPool,
-)
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-from sglang.srt.runtime_context import get_parallel
-from prfaas.sglang import layers
-get_parallel().override_permanently(dcp_enabled=False, dcp_size=1, attn_dcp_size=1, attn_dcp_rank=0)
-common = dict(size=16, page_size=1, dtype=torch.bfloat16, device="cpu", enable_memory_saver=False)
-heads, latents = dict(head_num=2, head_dim=8), dict(kv_lora_rank=8, qk_rope_head_dim=4)
-hybrid = dict(full_attention_layer_ids=[1, 3], mamba_pool=None, **heads, **common)
-window = dict(size_swa=8, swa_attention_layer_ids=[0, 2], full_attention_layer_ids=[1, 3], **heads, **common)
-pools = {
-    "mha": (MHATokenToKVPool(layer_num=3, **heads, **common), [0, 1, 2]),
-    "mla": (MLATokenToKVPool(layer_num=3, **latents, **common), [0, 1, 2]),
-    "mla in parts": (MLATokenToKVPool(layer_num=3, **latents, **common), [0, 1, 2]),
-    "hybrid": (HybridLinearKVPool(**hybrid), [1, 3]),
-    "hybrid mla": (HybridLinearKVPool(use_mla=True, **latents, **hybrid), [1, 3]),
-    "window": (SWAKVPool(**window), [0, 1, 2, 3]),
-}
-said, loc = {}, torch.tensor([3, 5, 6])
-for name, (pool, layer_ids) in pools.items():
-    args = Fields(kv_data_ptrs=pool.get_contiguous_buf_infos()[0])
-    watch, forward = layers.LayerWatch(args, object, lambda room: None, False), Fields(written=[])
-    watch._n_tokens, watch._forwards = 3, [(Fields(put=lambda forward: None), forward)]
-    layers.use(watch)
-    for layer_id in layer_ids:
-        layer, row = Fields(layer_id=layer_id), (1, 12) if "mla" in name else (2, 8)
-        k = torch.ones(3, *row, dtype=torch.bfloat16)
-        if "parts" in name:
-            pool.set_mla_kv_buffer(layer, loc, k[..., :8], k[..., 8:])
-        else:
-            pool.set_kv_buffer(layer, KVWriteLoc(loc, loc), k, k)
-    said[name] = [list(one.buffers) for one in forward.written]
-print(json.dumps(said))
-"""
+def fill_pools(folder: Path) -> list[str]:
+    flags = ("--disaggregation-transfer-backend", "prfaas", "--disaggregation-mode", "prefill")
+    config = folder / "prfaas.yaml"
+    config.write_text("overlap: layer\npump: {site: test, control_socket: p.sock, idle_exit_s: 1}\n")
+    return run_python(K_RUN, *flags, str(K_INSIDE / "pools.py"), config=config)
 
 
-def test_each_kind_of_pool_tells_which_of_its_buffers_a_layer_has_filled(tmp_path: Path) -> None:
+@finds(fill_pools)
+def test_each_kind_of_pool_tells_which_of_its_buffers_a_layer_has_filled(found: list[str]) -> None:
     """In order of the layers: of keys and values, or of latents. A sliding window's layers are state, and
     tell nothing."""
-    flags = ("--disaggregation-transfer-backend", "prfaas", "--disaggregation-mode", "prefill")
-    config = tmp_path / "prfaas.yaml"
-    config.write_text("overlap: layer\npump: {site: test, control_socket: p.sock, idle_exit_s: 1}\n")
-    done = run_python(K_POOLS, *flags, config=config)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    assert json.loads(found[-1]) == {
         "mha": [[0, 3], [1, 4], [2, 5]],
         "mla": [[0], [1], [2]],
         "mla in parts": [[0], [1], [2]],
@@ -198,119 +202,32 @@ def test_each_kind_of_pool_tells_which_of_its_buffers_a_layer_has_filled(tmp_pat
     }
 
 
-K_RANKS = """
-import json
-from itertools import product
-from types import SimpleNamespace as Fields
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from prfaas.sglang import compat
-
-def manager(**fields):
-    made = object.__new__(compat.MooncakeKVManager)
-    vars(made).update(fields)
-    return made
-
-def senders_of(prefill, decode):
-    tp, cp, pp = prefill
-    info = Fields(attn_tp_size=tp, attn_cp_size=cp, pp_size=pp, enable_kv_cache_sharding=False,
-                  enable_dsa_cache_layer_split=False)
-    decode._resolve_rank_mapping(info)
-    # Of latents each rank has all: one is chosen, the others hear of the room only.
-    chosen = [info.target_tp_rank] if decode.is_mla_backend else info.target_tp_ranks
-    names = [
-        manager(attn_tp_rank=t, attn_cp_rank=c, pp_rank=p, pp_size=pp, attn_cp_size=cp)._prefill_unique_rank()
-        for t in chosen for c in info.target_cp_ranks for p in info.target_pp_ranks
-    ]
-    return names, info.required_prefill_response_num
-
-n, wrong = 0, []
-for prefill in product((1, 2, 4), (1, 2), (1, 2, 4)):
-    for tp, dp, pp, mla, all_cp in product((1, 2, 4), (1, 2), {1, prefill[2]}, (False, True), (False, True)):
-        for rank, stage in product(range(tp * dp), range(pp)):
-            decode = manager(
-                kv_args=Fields(engine_rank=rank), attn_tp_size=tp, attn_cp_size=1, attn_cp_rank=0,
-                pp_size=pp, pp_rank=stage, is_mla_backend=mla, is_hybrid_mla_backend=False,
-                enable_all_cp_ranks_for_transfer=all_cp,
-            )
-            names, expected = senders_of(prefill, decode)
-            n += 1
-            if not len(set(names)) == len(names) == expected:
-                wrong.append([prefill, tp, dp, pp, mla, all_cp, rank, stage, names, expected])
-
-theirs, stages = list(range(100, 116)), []
-for stage in range(4):
-    args = Fields(prefill_start_layer=2 * stage)
-    ours = [1000 * stage + i for i in range(4)]
-    k, v, to_k, to_v, layers = manager(kv_args=args).get_mha_kv_ptrs_with_pp(ours, theirs)
-    assert (len(k), len(v), layers) == (2, 2, 2)
-    stages.append([to_k, to_v])
-print(json.dumps([n, wrong[:3], stages]))
-"""
+def look_and_map(_: Path) -> list[str]:
+    """What these say, all in one interpreter, in which they change nothing."""
+    return run_python(K_RUN, *(str(K_INSIDE / f"{name}.py") for name in ("versions", "ranks", "slices")))
 
 
-def test_a_lease_waits_for_as_many_senders_as_sglang_maps_to_it_each_under_a_name_of_its_own() -> None:
+@finds(look_and_map)
+def test_every_touch_point_is_in_the_pinned_version(found: list[str]) -> None:
+    assert found[-3] == compat.K_VERSION
+
+
+@finds(look_and_map)
+def test_a_lease_waits_for_as_many_senders_as_sglang_maps_to_it_each_under_a_name_of_its_own(
+    found: list[str],
+) -> None:
     """Whatever tensor, context and pipeline parallelism prefill has, and whatever decode has of tensor and
     pipeline parallelism and DP attention; and a pipeline's stages fill each of decode's layers once."""
-    done = run_python(K_RANKS)
-    assert done.returncode == 0, done.stderr[-2000:]
-    n, wrong, stages = json.loads(done.stdout.splitlines()[-1])
+    n, wrong, stages = json.loads(found[-2])
     assert n > 1000
     assert wrong == []
     assert [to_k for to_k, _ in stages] == [[100 + 2 * i, 101 + 2 * i] for i in range(4)]
     assert [to_v for _, to_v in stages] == [[108 + 2 * i, 109 + 2 * i] for i in range(4)]
 
 
-K_SLICES = """
-import json
-from itertools import product
-from types import SimpleNamespace as Fields
-import numpy as np
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from prfaas.sglang import compat
-from prfaas.sglang.planning import Column, InlineExecutor, RecordingEngine
-
-K_HEADS, K_HEAD_BYTES = 4, 32
-asked = []
-
-class Engine(RecordingEngine):
-    def batch_transfer_sync(self, session_id, source, destination, length):
-        asked.append(type(source).__name__)
-        return super().batch_transfer_sync(session_id, source, destination, length)
-
-def planned(page, prefill_tp, rank, decode_tp, to_rank, have, wanted):
-    made = object.__new__(compat.MooncakeKVManager)
-    item = page * K_HEADS // prefill_tp * K_HEAD_BYTES
-    args = Fields(kv_item_lens=[item] * 4, kv_data_ptrs=[1 << 20, 2 << 20, 3 << 20, 4 << 20], kv_layer_ids=[],
-                  page_size=page, total_kv_head_num=K_HEADS, engine_rank=rank, prefill_start_layer=0)
-    vars(made).update(kv_args=args, attn_tp_size=prefill_tp, pp_size=1, engine=Engine(None, "h:1"))
-    peers = [5 << 20, 6 << 20, 7 << 20, 8 << 20]
-    with made.engine.recording() as recorder:
-        failed = made.send_kvcache_slice("peer", have, peers, wanted, to_rank, decode_tp,
-                                         page * K_HEADS // decode_tp * K_HEAD_BYTES, InlineExecutor(), [])
-    assert not failed
-    found = recorder.segments()
-    return [column.tolist() for column in (found.source, found.destination, found.length)]
-
-rng, wrong, n = np.random.default_rng(1), [], 0
-for page, (prefill_tp, decode_tp) in product((1, 16), ((2, 1), (1, 2), (4, 2), (2, 4))):
-    for rank, to_rank in product(range(prefill_tp), range(decode_tp)):
-        have, wanted = (rng.permutation(64)[:9].astype(np.int32) for _ in "ab")
-        case = (page, prefill_tp, rank, decode_tp, to_rank)
-        plain = planned(*case, have, wanted)
-        ours = planned(*case, have.view(Column), wanted.view(Column))
-        n += len(plain[0])
-        if plain != ours:
-            wrong.append(case)
-print(json.dumps([n, wrong, sorted(set(asked))]))
-"""
-
-
-def test_slices_of_unequal_ranks_are_mapped_alike_without_a_list_of_each_tokens() -> None:
-    done = run_python(K_SLICES)
-    assert done.returncode == 0, done.stderr[-2000:]
-    n, wrong, kinds = json.loads(done.stdout.splitlines()[-1])
+@finds(look_and_map)
+def test_slices_of_unequal_ranks_are_mapped_alike_without_a_list_of_each_tokens(found: list[str]) -> None:
+    n, wrong, kinds = json.loads(found[-1])
     assert n > 1000
     assert wrong == []
     assert kinds == ["Column", "list"]
@@ -335,14 +252,9 @@ sys.meta_path.insert(0, Doctor())
 """
 
 
-@pytest.fixture
-def doctored(tmp_path: Path) -> Path:
-    """A folder that, first on the path, makes of SGLang one that has lost a method."""
-    (tmp_path / "sitecustomize.py").write_text(K_DOCTOR)
-    return tmp_path
-
-
-def test_launch_on_an_sglang_that_moved_fails_at_once_and_says_what_was_expected(doctored: Path) -> None:
+def launch_doctored(folder: Path) -> str:
+    """On a path that begins with a folder which makes of SGLang one that has lost a method."""
+    (folder / "sitecustomize.py").write_text(K_DOCTOR)
     spec = ServerSpec(
         role="prefill",
         model=K_MODELS["dense"],
@@ -350,17 +262,19 @@ def test_launch_on_an_sglang_that_moved_fails_at_once_and_says_what_was_expected
         host="127.0.0.1",
         port=1,
         bootstrap_port=2,
-        extra_env={"PYTHONPATH": os.pathsep.join((str(doctored), str(K_CPU_PATH)))},
+        extra_env={"PYTHONPATH": os.pathsep.join((str(folder), K_PYTHONPATH))},
     )
-    with SglangServer(spec, doctored / "server.log") as server:
-        with pytest.raises(ServerDied) as caught:
-            server.wait_ready(timeout_s=300)
-        assert "MooncakeKVManager: expected a method maybe_send_extra, found NoneType" in str(caught.value)
-        assert f"made for SGLang {compat.K_VERSION}" in str(caught.value)
+    return last_words_of_launch(spec, folder)
 
 
-def test_file_that_is_wrong_ends_the_launch_with_file_field_and_value(tmp_path: Path) -> None:
-    config = tmp_path / "prfaas.yaml"
+@finds(launch_doctored)
+def test_launch_on_an_sglang_that_moved_fails_at_once_and_says_what_was_expected(found: str) -> None:
+    assert "MooncakeKVManager: expected a method maybe_send_extra, found NoneType" in found
+    assert f"made for SGLang {compat.K_VERSION}" in found
+
+
+def launch_with_a_wrong_file(folder: Path) -> str:
+    config = folder / "prfaas.yaml"
     config.write_text("pump: {site: east, max_streams: 0}\n")
     spec = ServerSpec(
         role="decode",
@@ -371,7 +285,9 @@ def test_file_that_is_wrong_ends_the_launch_with_file_field_and_value(tmp_path: 
         bootstrap_port=2,
         config_path=config,
     )
-    with SglangServer(spec, tmp_path / "server.log") as server:
-        with pytest.raises(ServerDied) as caught:
-            server.wait_ready(timeout_s=300)
-        assert f"prfaas: {config}: pump.max_streams: found 0" in str(caught.value)
+    return last_words_of_launch(spec, folder).replace(str(config), "THE FILE")
+
+
+@finds(launch_with_a_wrong_file)
+def test_file_that_is_wrong_ends_the_launch_with_file_field_and_value(found: str) -> None:
+    assert "prfaas: THE FILE: pump.max_streams: found 0" in found
