@@ -63,6 +63,8 @@ def own(start_own: Any, odd: Any, folder: Path) -> Iterator[Any]:
             *("--max-total-tokens", str(K_POOL_TOKENS), "--num-reserved-decode-tokens", "16"),
             *("--max-running-requests", "32"),
         ),
+        # Two heartbeats that fail are a lost prefill server, as with SGLang's own five seconds.
+        decode_env={"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "3"},
         # As with pages on a GPU, but for the copies themselves.
         config={"staging": "always", "staging_bytes": K_STAGING_BYTES},
     )
@@ -225,7 +227,7 @@ def test_bootstrap_away_costs_the_requests_of_that_time_and_the_next_one_works(o
             waiting = [pool.submit(answer_of, own, prompt_of(300, 201 + i)) for i in range(4)]
             assert eventually(lambda: held(own)["crossing"] == 4, 10.0)
             began_s, used_s = time.monotonic(), cpu_s(own.decode)
-            # Two of SGLang's heartbeats, each 5 s and its time-out.
+            # Two of SGLang's heartbeats, and their time-outs.
             assert eventually(lambda: losses(own.decode) > known, 40.0)
             busy = (cpu_s(own.decode) - used_s) / (time.monotonic() - began_s)
         lost = [one.result(timeout=30) for one in waiting]
