@@ -231,6 +231,8 @@ def test_predicted_prefixes_are_what_prefill_reports(sites: Sites, door: Any) ->
     asyncio.run(main())
 
 
+# Of the router alone, whatever the model.
+@pytest.mark.parametrize("servers", ["dense"], indirect=True)
 def test_sglangs_own_benchmark_works_against_it_unchanged(sites: Sites, door: Any, tmp_path: Path) -> None:
     model = str(sites.config["models"][0]["tokenizer"])
 

@@ -5,20 +5,23 @@ reaches users."""
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
-from prfaas_cpu import kda
 from prfaas_cpu.owner import end_with_owner
 
 K_KDA = "PRFAAS_CPU_KDA"
 """Set for servers of models with Kimi delta attention, whose modules others needn't import."""
+K_SCHEDULER = "sglang.srt.managers.scheduler"
 K_LOOK_MS = 1
 """How often a server that waits for a transfer looks for its end."""
 _loaded = False
 
 
 def load_plugin() -> None:
-    """Idempotent; does nothing on a server that isn't on a CPU."""
+    """Idempotent; does nothing on a server that isn't on a CPU. Only a scheduler computes: another process
+    would import all that there is to be put right for nothing.
+    """
     global _loaded
     from sglang.srt.utils import is_cpu
 
@@ -26,6 +29,8 @@ def load_plugin() -> None:
         return
     _loaded = True
     end_with_owner()
+    if K_SCHEDULER not in sys.modules:
+        return
     _choose_cpu_norms()
     _answer_device_module()
     _register_hooks()
@@ -70,8 +75,10 @@ def _register_hooks() -> None:
         with_device_indices,
         HookType.BEFORE,
     )
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", rest, HookType.AFTER)
+    HookRegistry.register(f"{K_SCHEDULER}.Scheduler.on_idle", rest, HookType.AFTER)
     if os.environ.get(K_KDA):
+        from prfaas_cpu import kda
+
         kda.register(HookRegistry, HookType.REPLACE, HookType.AROUND)
 
 
