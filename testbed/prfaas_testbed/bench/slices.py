@@ -20,6 +20,7 @@ K_RANKS = 2
 """A token's slices, of which one is sent."""
 K_TRANSFER_BYTES = 32 << 20
 K_PAYLOAD_BYTES = 4 * K_TRANSFER_BYTES
+"""Enough of them that the processor's ticks are small beside what is measured."""
 K_WHOLE_BYTES = 1 << 20
 """A layer's keys of some thousand tokens, as equal ranks send them."""
 K_WAYS = ("scattered", "gathered")
@@ -35,7 +36,9 @@ def offsets(way: str, slice_bytes: int) -> tuple[list[int], list[int]]:
     return {"scattered": (close, apart), "gathered": (apart, close)}.get(way, (close, close))
 
 
-def measure(workdir: Path, repetitions: int, progress: Progress) -> list[Row]:
+def measure(
+    workdir: Path, repetitions: int, progress: Progress, payload_bytes: int = K_PAYLOAD_BYTES
+) -> list[Row]:
     """Rows of a size and a way: `cpu_s_per_gb` of both pumps, `seconds_per_gb`; in turns."""
     pool_bytes = K_RANKS * K_TRANSFER_BYTES
     cell = Cell(segment_bytes=pool_bytes, total_bytes=pool_bytes, contiguous=True, name="slices")
@@ -48,11 +51,11 @@ def measure(workdir: Path, repetitions: int, progress: Progress) -> list[Row]:
         for number in range(repetitions + 1):
             for row in rows:
                 cpu_s, seconds = engine.move_slices(
-                    *offsets(row["way"], row["slice_bytes"]), row["slice_bytes"], K_PAYLOAD_BYTES
+                    *offsets(row["way"], row["slice_bytes"]), row["slice_bytes"], payload_bytes
                 )
                 if number:  # the first fills caches
-                    row["cpu_s_per_gb"].append(cpu_s / K_PAYLOAD_BYTES * 1e9)
-                    row["seconds_per_gb"].append(seconds / K_PAYLOAD_BYTES * 1e9)
+                    row["cpu_s_per_gb"].append(cpu_s / payload_bytes * 1e9)
+                    row["seconds_per_gb"].append(seconds / payload_bytes * 1e9)
     for (size, way), ratio in _ratios(rows).items():
         progress(f"slices of {size} bytes, {way}: {ratio:.2f} times the CPU of the same bytes whole")
     return rows

@@ -65,6 +65,8 @@ class Sizes:
     loopback_repetitions: int
     host_s: float
     stage_s: float
+    slices_bytes: int
+    """Of each size and way."""
     latency_bytes: tuple[int, ...]
     downs_s: tuple[float, ...]
     """How long the link is cut in the middle of a transfer."""
@@ -89,6 +91,7 @@ class Sizes:
             loopback_repetitions=repetitions,
             host_s=2.0,
             stage_s=0.5,
+            slices_bytes=slices.K_PAYLOAD_BYTES,
             latency_bytes=(1_000_000, 4_000_000, 16_000_000),
             downs_s=(2.0, 30.0),
             share_rounds=6,
@@ -101,14 +104,15 @@ class Sizes:
         return cls(
             cells=(cell,),
             repetitions=1,
-            limit_s=3.0,
+            limit_s=1.0,
             streams_iperf3=(4,),
             matrix=(),
             matrix_for_s=None,
             loopback_bytes=100_000_000,
             loopback_repetitions=1,
-            host_s=1.0,
+            host_s=0.5,
             stage_s=0.1,
+            slices_bytes=slices.K_TRANSFER_BYTES,
             latency_bytes=(1_000_000,),
             downs_s=(1.0,),
             share_rounds=1,
@@ -310,7 +314,7 @@ def _cost(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> No
     record.keep()
     record.measures["scaling"] = scaling.measure(workdir, sizes.host_s, sizes.loopback_repetitions, progress)
     record.keep()
-    found = slices.measure(workdir, sizes.loopback_repetitions, progress)
+    found = slices.measure(workdir, sizes.loopback_repetitions, progress, sizes.slices_bytes)
     record.measures["slices"] = found
     if sizes.judge:
         record.judged(slices.judge(found))
