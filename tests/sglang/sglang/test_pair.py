@@ -22,8 +22,6 @@ from prfaas_testbed.instances.sglang_client import Answer, generate, get, loads,
 K_LOGPROB_BOUND = 0.05
 K_OUTPUT_TOKENS = 16
 K_LENGTHS = (20, 512, 2048, 4700)
-K_PAUSED_TOKENS = 320
-"""Two seconds and more: a server's word on what it runs may be a second old."""
 K_AUX_BYTES = 1600
 K_CHUNK_TOKENS = 4096
 """SGLang's own on a CPU."""
@@ -170,26 +168,6 @@ def test_requests_whose_pages_decode_took_back_each_end_with_their_own_answer(se
     eight_at_once_each_get_their_own_answer(servers)
     retracted = re.findall(r"Testing retraction. #retracted_reqs: (\d+)", servers.decode.log_path.read_text())
     assert sum(map(int, retracted)) > 0
-
-
-def test_what_a_pause_takes_back_goes_through_prefill_again_and_ends_with_its_own_answer(
-    servers: Any,
-) -> None:
-    """SGLang's pause for a change of weights: decode gives up the pages of what it runs, and asks prefill for
-    them anew, in the same room."""
-    prompts = [prompt_of(150 + 70 * i, 700 + i) for i in range(3)]
-    wanted = [generate(servers.plain.url, prompt, K_PAUSED_TOKENS) for prompt in prompts]
-    recomputed = servers.prefill.log_path.read_text().count("POST /generate")
-    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
-        asked = [pool.submit(servers.pair.generate, prompt, K_PAUSED_TOKENS) for prompt in prompts]
-        assert eventually(lambda: loads(servers.decode.url)["num_running_reqs"] == len(prompts))
-        assert post(f"{servers.decode.url}/pause_generation", {"mode": "retract"})[0] == 200
-        assert not any(one.done() for one in asked)
-        assert post(f"{servers.decode.url}/continue_generation", {})[0] == 200
-        answers = [one.result(timeout=120)[1] for one in asked]
-    for answer, reference in zip(answers, wanted, strict=True):
-        assert_equal(answer, reference)
-    assert servers.prefill.log_path.read_text().count("POST /generate") - recomputed == 2 * len(prompts)
 
 
 def test_bootstrap_and_control_pass_by_the_pump_alone(servers: Any) -> None:
