@@ -110,7 +110,7 @@ class Sizes:
             matrix_for_s=None,
             loopback_bytes=100_000_000,
             loopback_repetitions=1,
-            host_s=0.5,
+            host_s=1.0,  # the least that iperf3 takes
             stage_s=0.1,
             slices_bytes=slices.K_TRANSFER_BYTES,
             latency_bytes=(1_000_000,),
