@@ -131,8 +131,17 @@ class Lane(Steps):
     def _start(self, at_s: float) -> bool:
         """The next step, from at_s on; False where nothing is there for it."""
         left, took_s = float(self.chunk_tokens), 0.0
-        room = self.prefill_requests
         self._ends = None
+        first = self.hopeful[0] if self.hopeful else None
+        if first is not None and first.order_s == -math.inf and first.tokens > left:
+            # Most steps of long prompts: the one that was cut, and nothing else.
+            took_s = first.work_s * left / first.tokens
+            first.tokens -= left
+            first.work_s -= took_s
+            self.hopeful_s -= took_s
+            self._begin(at_s, took_s)
+            return True
+        room = self.prefill_requests
         for entries in (self.hopeful, self.behind):
             at = 0
             while at < len(entries) and left > 0 and room > 0:
@@ -160,11 +169,14 @@ class Lane(Steps):
                     self._left(self.behind, entry.work_s)
                     self.hopeful_s += entry.work_s
         if left < self.chunk_tokens:
-            if at_s > self.ends_s > -math.inf:
-                self._idle_s += at_s - self.ends_s
-            self.ends_s = at_s + took_s
+            self._begin(at_s, took_s)
             return True
         return False
+
+    def _begin(self, at_s: float, took_s: float) -> None:
+        if at_s > self.ends_s > -math.inf:
+            self._idle_s += at_s - self.ends_s
+        self.ends_s = at_s + took_s
 
     def _left(self, entries: list[Queued], work_s: float) -> None:
         """So much of the queue's work is gone."""
