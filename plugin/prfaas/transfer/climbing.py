@@ -50,7 +50,7 @@ class Look:
     goodput_bps: float
     loss: float
     full: bool
-    """Whether packets waited in a queue: then the link is full, and the loss is its own."""
+    """Whether packets waited in a queue: then the link is likely full, and the loss its own."""
 
 
 class Climb:
@@ -109,15 +109,13 @@ class Climb:
         self.wanted = number
         self._looks, self._fresh = [], True
 
-    def _asks_for_more(self, looks: Sequence[Look]) -> bool:
-        lost = fmean(look.loss for look in looks) >= K_LOSS
-        full = 2 * sum(look.full for look in looks) > len(looks)
-        return lost and not full and self.wanted < self._most
+    def _is_lossy(self, looks: Sequence[Look]) -> bool:
+        return fmean(look.loss for look in looks) >= K_LOSS
 
     def _rush(self, may_grow: bool) -> None:
         *before, last = self._looks
         rising = not before or last.goodput_bps > K_RISING * before[-1].goodput_bps
-        more = may_grow and self._asks_for_more([last])
+        more = may_grow and self._is_lossy([last]) and not last.full and self.wanted < self._most
         if more and rising and len(self._looks) < K_RISING_LOOKS:
             return
         paid = self._before_bps is None or last.goodput_bps >= K_GAIN * self._before_bps
@@ -133,18 +131,27 @@ class Climb:
             middle = round((self.good * self.wanted) ** 0.5)
             self._use(middle if self.wanted > 1.6 * self.good else self.good)
         elif self.wanted <= self._least:
-            # Nothing has been tried yet: a link that begins to lose packets is rushed at then.
-            self._looks = self._looks[-1:]
-            return
-        self._rushing, self.good, self._up, self._moved_up = False, self.wanted, False, None
+            # Nothing has been tried yet: a link that begins to lose packets is rushed at then. Where a queue
+            # keeps from that, it may be the link's, and it may be a busy machine's: that is tried.
+            self._looks = self._looks[-K_BASE_LOOKS:]
+            if len(self._looks) < K_BASE_LOOKS or not self._is_lossy(self._looks):
+                return
+        # A step that didn't pay by a look or two is looked at again, and longer.
+        self._rushing, self.good, self._up, self._moved_up = False, self.wanted, not paid, None
         self._loss, self._wait_looks, self._pause_looks = last.loss, 0, K_PAUSE_LOOKS
 
     def _tune(self, may_grow: bool) -> None:
         if len(self._looks) < K_BASE_LOOKS // 2:
             return
-        more = may_grow and self._asks_for_more(self._looks)
+        more = may_grow and self._is_lossy(self._looks) and self.wanted < self._most
+        full = 2 * sum(look.full for look in self._looks) > len(self._looks)
         loss = fmean(look.loss for look in self._looks)
-        if more and len(self._looks) == K_BASE_LOOKS and loss > K_OTHER_LOSS * max(K_LOSS, self._loss):
+        if (
+            more
+            and not full
+            and len(self._looks) == K_BASE_LOOKS
+            and loss > K_OTHER_LOSS * max(K_LOSS, self._loss)
+        ):
             self._rushing = True
             return
         if self._wait_looks > 0:
