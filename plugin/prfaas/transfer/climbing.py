@@ -31,14 +31,15 @@ K_STEP, K_STEP_FINE = 1.5, 1.2
 """Tries are of the first, and two of every four that didn't pay of the second: a peak may lie between."""
 K_GAIN = 1.08
 """Less than so much more goodput for a step in the rush didn't pay."""
-K_RISING, K_RISING_LOOKS = 1.1, 4
-"""Goodput hasn't come to rest while a look shows so much more than the one before; so many at most."""
+K_RISING, K_RUSH_LOOKS = 1.1, 5
+"""Goodput hasn't come to rest while a look shows so much more than the one before. That, or for a queue to go
+that a busy machine may have made, is waited for so many looks at most."""
 K_AS_GOOD, K_BETTER = 0.97, 1.08
 K_BASE_LOOKS, K_TRY_LOOKS = 8, 8
 """Looks at the good number that a try is held against, and looks that it takes, of which the first half
 counts only where it is clear: windows take many round trips to become what the new number allows."""
 K_CLEAR_LOOKS, K_CLEARLY_WORSE, K_CLEARLY_BETTER = 3, 0.8, 1.25
-K_PAUSE_LOOKS, K_PAUSE_MOST_LOOKS = 30, 480
+K_PAUSE_LOOKS, K_PAUSE_MOST_LOOKS = 12, 480
 K_OTHER_LOSS = 3.0
 """So many times the loss of when the number was found: another path, it may rush again."""
 
@@ -115,9 +116,10 @@ class Climb:
     def _rush(self, may_grow: bool) -> None:
         *before, last = self._looks
         rising = not before or last.goodput_bps > K_RISING * before[-1].goodput_bps
-        more = may_grow and self._is_lossy([last]) and not last.full and self.wanted < self._most
-        if more and rising and len(self._looks) < K_RISING_LOOKS:
+        more = may_grow and self._is_lossy([last]) and self.wanted < self._most
+        if more and (rising or last.full) and len(self._looks) < K_RUSH_LOOKS:
             return
+        more = more and not last.full
         paid = self._before_bps is None or last.goodput_bps >= K_GAIN * self._before_bps
         if paid and more:
             self._before_bps = last.goodput_bps
