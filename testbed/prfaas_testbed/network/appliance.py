@@ -17,10 +17,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from prfaas.model.errors import MachineError
 from prfaas_testbed.network.base import Emulation
+from prfaas_testbed.network.edges import coalesce, dropped, filter_sockets
 from prfaas_testbed.network.hosts import Host
 from prfaas_testbed.network.plan import K_SITE_DEVICE, Plan
 from prfaas_testbed.network.realtime import reserve
@@ -66,6 +68,7 @@ class Appliance(Emulation):
         self._guest: subprocess.Popen[bytes] | None = None
         self._agent: RouterAgent | None = None
         self._wan: Host | None = None
+        self._ends: tuple[tuple[Host, str], ...] = ()
 
     @classmethod
     def missing(cls) -> str | None:
@@ -146,6 +149,16 @@ class Appliance(Emulation):
     def started(self, record: Record) -> None:
         record.restore_sysctl(K_RMEM)
 
+    def cables(self, ends: Sequence[tuple[Host, str]]) -> None:
+        """Frames cost less; where this kernel can't have them so, they cost what they do."""
+        assert self._guest is not None
+        assert self._wan is not None
+        self._ends = tuple(ends)
+        with contextlib.suppress(OSError):
+            filter_sockets(self._guest.pid, self._wan)
+        for host, device in ends:
+            coalesce(host, device)
+
     def settled(self) -> None:
         """Not earlier: what forks under a deadline has ordinary children, whose priority is mended here."""
         assert self._guest is not None
@@ -200,11 +213,11 @@ class Appliance(Emulation):
         )
 
     def accidents(self) -> dict[str, int]:
-        """Frames that a site sent and the guest's sockets had no room for."""
+        """Frames that a site sent and the guest's sockets had no room for, or either end of a cable."""
         if self._wan is None:
             return {}
         # The guest sends by a second socket a device, never read: its drops mean nothing.
         shown = self._wan.run(["ss", "-0", "-a", "-n", "-m"]).stdout
         reading = [line for line in shown.splitlines() if re.search(r"\s\*:wan-", line)]
         counts = re.findall(r"skmem:\([^)]*,d(\d+)\)", "\n".join(reading))
-        return {"packet sockets": sum(int(count) for count in counts)}
+        return {"packet sockets": sum(int(count) for count in counts), "cables": dropped(self._ends)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,6 +41,12 @@ class Emulation(abc.ABC):
 
     def started(self, record: Record) -> None:
         """Put back what only the start needed."""
+        return
+
+    def cables(self, ends: Sequence[tuple[Host, str]]) -> None:
+        """The ends of all cables between sites and the `wan` host: a host and its device. They can pass
+        packets now.
+        """
         return
 
     def settled(self) -> None:

@@ -143,6 +143,13 @@ class Network:
             if self.plan.tc_lines[node]:
                 self._agent.run(node, ["tc", "-batch", "-"], self.plan.tc_lines[node])
         self._emulator.started(self._record)
+        self._emulator.cables(
+            [
+                (host, device)
+                for site in self.sites.values()
+                for host, device in ((site, site.device), (self._wan, devices[site.name]))
+            ]
+        )
         self.check_links()
         places = {link: [place.node, place.device] for link, place in self.plan.links.items()}
         edges = {site: [site, "site"] for site in self.sites}

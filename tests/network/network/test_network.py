@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -66,6 +67,39 @@ def test_the_guest_has_a_processor_s_time_reserved_and_its_processes_real_time_p
     policies = [os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK for pid in guests]
     assert policies.count(K_SCHED_DEADLINE) == 1
     assert policies.count(os.SCHED_FIFO) == len(policies) - 1, policies
+
+
+def longest_frame(file: Path) -> int:
+    data, at, longest = file.read_bytes(), 24, 0
+    while at + 16 <= len(data):
+        _, _, kept, whole = struct.unpack_from("=IIII", data, at)
+        at, longest = at + 16 + kept, max(longest, whole)
+    return longest
+
+
+def test_frames_may_be_handed_over_in_groups_but_are_never_merged(net: Network) -> None:
+    west, there, here = net.sites["west"], net.workdir / "there.pcap", net.workdir / "here.pcap"
+    with net.capture("east", here):
+        arriving = west.popen(
+            ["tcpdump", "-n", "-p", "-i", west.device, "-s", "96", "-Z", "root", "-w", there]
+        )
+        traffic = net.cross_traffic("east", "west", "cubic", streams=8)
+        time.sleep(2)
+        traffic.stop()
+        arriving.terminate()
+        arriving.wait(10)
+    assert longest_frame(here) == longest_frame(there) == 1514
+
+
+def test_the_guest_gets_no_copy_of_what_it_need_not_see(net: Network) -> None:
+    if net.emulation != "appliance":
+        pytest.skip("native: no guest")
+    said(net, "east", "ping", "-q", "-c", "20", "-i", "0.01", net.sites["west"].address)
+    pids = in_namespace(K_PIN_PREFIX + K_WAN)
+    table = Path(f"/proc/{pids[0]}/net/packet").read_text()
+    sending = [row.split() for row in table.splitlines()[1:] if row.split()[3] == "0800"]
+    assert len(sending) == 2
+    assert [row[6] for row in sending] == ["0", "0"], "memory of frames that nobody reads"
 
 
 def test_a_site_has_one_address_and_no_way_out_but_the_wan(net: Network) -> None:
