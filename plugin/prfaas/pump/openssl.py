@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.backends.openssl import backend
 
 try:
     from cryptography.hazmat.bindings.openssl.binding import Binding
@@ -50,6 +51,11 @@ K_NEEDED = (
 def is_usable() -> bool:
     """Whether this machine's cryptography has all that is called here."""
     return _lib is not None and all(hasattr(_lib, name) for name in K_NEEDED)
+
+
+def version() -> str:
+    """Of the library that serves here."""
+    return backend.openssl_version_text() if is_usable() else ssl.OPENSSL_VERSION
 
 
 class Context:

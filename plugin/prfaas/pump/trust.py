@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prfaas.config.pump import PumpConfig, is_loopback
 from prfaas.model.errors import RemoteProtocolError, UsageError
+from prfaas.pump import openssl
 from prfaas.pump.keys import site_in_names
 from prfaas.pump.tls import TlsContext
 
@@ -31,6 +32,7 @@ class Trust:
         if config.tls is not None:
             self._load(server=True)
             self._load(server=False)
+            log.info("mutual TLS 1.3 by %s", openssl.version())
 
     @property
     def encrypted(self) -> bool:

@@ -159,3 +159,4 @@ def test_what_was_taken_off_the_socket_and_not_read_is_pending(connect, dials, l
 def test_without_one_of_openssls_names_pumps_use_ssl(monkeypatch):
     monkeypatch.setattr(openssl, "K_NEEDED", (*openssl.K_NEEDED, "SSL_no_such_call"))
     assert not openssl.is_usable()
+    assert openssl.version() == ssl.OPENSSL_VERSION

@@ -62,6 +62,7 @@ def test_two_sites_that_trust_each_other_talk_encrypted_both_ways(pumps, sites):
         streams = a.stats()["peers"][0]["streams"]  # type: ignore[index]
         assert streams
         assert all(s["tls"] for s in streams)
+    assert "mutual TLS 1.3 by OpenSSL" in pumps.log("west")
 
 
 def test_a_stranger_and_a_plain_peer_get_nothing(pumps, sites):
