@@ -82,6 +82,8 @@ class Connection:
         except ssl.SSLError as error:
             self.sock.close()
             detail = getattr(error, "verify_message", "") or error.reason or str(error)
+            if error.reason == "WRONG_VERSION_NUMBER":
+                detail = "what is there doesn't speak it; is this the pump's port, and has that pump `tls:`?"
             raise LinkError(f"{address}: TLS: {detail}") from None
         except TimeoutError:
             self.sock.close()

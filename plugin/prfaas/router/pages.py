@@ -52,9 +52,11 @@ def health_page(
 ) -> tuple[bool, dict[str, Any]]:
     """Whether each model has a path, and the state of everything."""
     up = {handle.name: handle.up(now) for handle in servers}
+    # Requests are tried from the first moment on; a balancer is told to send them once servers have answered.
+    heard = {handle.name for handle in servers if handle.reported.at_s >= 0}
     models = {}
     for model in config.models:
-        able = [one for one in servers if up[one.name] and one.serves(model.name)]
+        able = [one for one in servers if up[one.name] and one.name in heard and one.serves(model.name)]
         roles = {one.role.value for one in able}
         models[model.name] = "collocated" in roles or {"prefill", "decode"} <= roles
     estimates = links.estimates(now)

@@ -200,7 +200,10 @@ class Router:
             )
         except OSError as error:
             await self.stop()
-            raise MachineError(f"can't listen on {listen.host}:{listen.port}: {error.strerror}") from None
+            # asyncio's own words repeat the address; a name that isn't known has no number of the system's.
+            number = error.errno or 0
+            why = os.strerror(number) if number > 0 else error.strerror or str(error)
+            raise MachineError(f"can't listen on {listen.host}:{listen.port}: {why}") from None
         self._listeners.append(listener)
         host, port = listener.sockets[0].getsockname()[:2]
         log.info("listening on %s:%d", host, port)

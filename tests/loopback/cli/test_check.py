@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,24 @@ def test_a_way_without_trust_is_unfit(
     ours = ["--keys", str(folder / site)] if site else []
     assert main(check(address, *ours, *more)) == 1
     assert re.search(says, capsys.readouterr().out)
+
+
+def test_a_port_that_speaks_no_tls_is_said_to_be_none_of_a_pump_with_it(
+    peer: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert main(check(f"127.0.0.1:{other.getsockname()[1]}", "--keys", str(peer[1] / "west"))) == 1
+        thread.join()
+    assert "is this the pump's port, and has that pump `tls:`?" in capsys.readouterr().out
 
 
 def test_nobody_there_is_unfit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,3 +51,25 @@ def test_a_head_that_comes_byte_by_byte_is_given_up(stand: Any) -> None:
             raise AssertionError("still open after 20 times the limit")
 
     asyncio.run(main())
+
+
+def test_a_door_is_healthy_when_servers_have_answered_and_not_before(stand: Any) -> None:
+    """A balancer that believed a door that has just started would send it what nobody serves."""
+
+    async def main() -> None:
+        async with stand(loads={"interval_s": 0.05}) as s:
+
+            async def health() -> int:
+                async with s.session.get(s.url + "/health") as response:
+                    return int(response.status)
+
+            await s.settle(lambda: all(one.reported.at_s >= 0 for one in s.router.servers))
+            assert await health() == 200
+            for one in s.router.servers:
+                one.reported.at_s = float("-inf")  # as at the start
+            statuses = [await health()]
+            await s.settle(lambda: all(one.reported.at_s >= 0 for one in s.router.servers))
+            statuses.append(await health())
+            assert statuses == [503, 200]
+
+    asyncio.run(main())
