@@ -2,8 +2,10 @@
 window that it has reached, so that a prompt sent by it doesn't start slowly again.
 
 That holds where the kernel is told so (`net.ipv4.tcp_slow_start_after_idle=0`), as in the testbed's sites.
-Where packets are lost a window stays about what CUBIC carries at that loss (flows.stream_ceiling_bps),
-however long the connection is kept, and a prompt goes by one connection: pumps spread theirs over several.
+Where packets are lost it reaches about what CUBIC carries at that loss (flows.stream_ceiling_bps); a prompt
+goes by one connection, where pumps spread theirs over several. Held against single connections over the
+emulated link, means of 15 at 20 ms and 1% loss, the bytes' own time off: 160 KB 60 to 91 ms (82 here), 640 KB
+0.73 s on a kept one (0.64 here) and 0.37 s on a fresh one, which stays above its mean for a while.
 """
 
 from __future__ import annotations
@@ -48,11 +50,16 @@ class Connections:
 
     @staticmethod
     def _lossy(sent_bytes: float, window_bytes: float, rtt_s: float, loss: float) -> tuple[float, float]:
-        most_bytes = stream_ceiling_bps(rtt_s, loss, "cubic", math.inf) * rtt_s / 8
-        window_bytes = min(window_bytes, most_bytes)
-        rounds = max(further_rounds(sent_bytes, window_bytes), math.ceil(sent_bytes / most_bytes) - 1)
-        late_s = repeated_late_s(rtt_s, loss, sent_bytes, most_bytes / rtt_s)
-        return rounds * rtt_s + late_s, min(window_bytes + sent_bytes, most_bytes) if rounds else window_bytes
+        """Until the first packet is lost, on average the one in 1/loss, the window grows as on a clean link;
+        what is left goes at the rate that CUBIC keeps at that loss.
+        """
+        kept_bytes = stream_ceiling_bps(rtt_s, loss, "cubic", math.inf) * rtt_s / 8
+        window_bytes = min(window_bytes, max(K_COLD_BYTES, kept_bytes))
+        clean_bytes = min(sent_bytes, K_MSS_BYTES / loss)
+        rounds = further_rounds(clean_bytes, window_bytes)
+        rounds += math.ceil((sent_bytes - clean_bytes) / kept_bytes)
+        late_s = repeated_late_s(rtt_s, loss, sent_bytes, kept_bytes / rtt_s)
+        return rounds * rtt_s + late_s, window_bytes + sent_bytes if rounds else window_bytes
 
     def release(self, window_bytes: float, now: float) -> None:
         """Its answer has come."""
