@@ -45,7 +45,7 @@ K_UNSUPPORTED = (
         "the kits ask for n=3, and SGLang gives all samples of a request one bootstrap room",
     ),
     ("first-token EOS (test_disaggregation_basic)", "not in the 0.5.23 wheel; tests/sglang has its like"),
-    ("pause with retraction (test_disaggregation_basic)", "not in the 0.5.23 wheel"),
+    ("pause with retraction (test_disaggregation_basic)", "not in the 0.5.23 wheel; tests/sglang retracts"),
     ("different TP, PP, DP attention", "several GPUs"),
     ("EAGLE3 speculation", "no CPU path in SGLang 0.5.23"),
 )
