@@ -212,9 +212,6 @@ def closed(data: dict[str, Any], part: str, load: float, policy: str = "prices")
 
 # Where it was missed: what the runs show of the reason.
 K_WHY = {
-    "conversation": "at 0.75 one or two requests of a hundred are all that is missing. Plan and bound reckon"
-    " with one cache for all instances, where each has its own; and an instance goes on with a prompt that a"
-    " step has cut, so that a long one holds up what comes after it, wherever that is due",
     "code-singly": "as of code",
     "code": "a step of several prompts ends for all of them at once: what that takes shows in code-singly. On"
     " other parts of the trace a bound that neither counts parts of requests nor divides one between sites"
