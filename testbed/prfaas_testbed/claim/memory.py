@@ -197,7 +197,7 @@ def _why(data: dict[str, Any]) -> str:
     return (
         f"a pump that receives remembers ended transfers, up to {K_REMEMBERED:,} of them, which this load "
         f"reaches after {minutes:.0f} minutes; two pumps alone grow by {known_mib:.1f} MiB in an hour of as "
-        "many (below), and no further. What else there is comes in steps (the figure); whose they are isn't known"
+        "many (below), and no further. What else there is comes in steps (the figure); whose isn't known"
     )
 
 
