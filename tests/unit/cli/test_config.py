@@ -58,7 +58,7 @@ def test_a_kind_can_be_said_and_an_unknown_one_lists_what_is_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "f.yaml"
-    file.write_text("site: east\n")
+    file.write_text("home: east\n")
     assert main(["config", "check", "--kind", "router", str(file)]) == 2
     assert "models: found None; this field is required" in capsys.readouterr().err
     assert main(["config", "check", "--kind", "cake", str(file)]) == 2

@@ -139,9 +139,8 @@ def test_the_command_answers_in_json(capsys: pytest.CaptureFixture[str]) -> None
     assert {"python", "cores", "tcp_wmem", "bbr", "sglang"} <= {row["name"] for row in said["findings"]}
 
 
-@pytest.mark.parametrize(
-    "words", [f"{name}={x}" for name in ("--rate-mbps", "--rtt-ms") for x in ["0", "nan", "inf", "1e20"]]
-)
+@pytest.mark.parametrize("value", ["0", "nan", "inf", "1e20"])
+@pytest.mark.parametrize("name", ["--rate-mbps", "--rtt-ms"])
 def test_an_impossible_link_is_bad_usage(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", name, value]) == 2
     assert f"{name}: found" in capsys.readouterr().err
