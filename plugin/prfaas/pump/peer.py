@@ -52,14 +52,13 @@ K_FORGET_S = 60.0
 
 
 class Peer(PeerFigures):
-    """Transfers to `address`, over its streams. `remembered`: how many of them were good before."""
+    """Transfers to `address`, over its streams."""
 
-    def __init__(self, pump: Pump, address: str, now: float, *, remembered: int = 0) -> None:
+    def __init__(self, pump: Pump, address: str, now: float) -> None:
         self.pump, self.address, self.wanted_site = pump, address, ""
         self.site = ""
-        config = pump.config
-        count = StreamCount(config.min_streams, config.max_streams, remembered=remembered)
-        super().__init__(Sending(config.window_bytes), count, now)
+        super().__init__(Sending(pump.config.window_bytes), now)
+        self.count = StreamCount(pump.config.min_streams, pump.config.max_streams)
         self.boot: bytes | None = None
         self._sources: dict[int, tuple[OwnerMemory, tuple[int, int], Callable[[SendEvent], None]]] = {}
         self._dialling = Dialling(pump.loop, pump.trust, pump.resolver, address, self, now)
@@ -106,8 +105,10 @@ class Peer(PeerFigures):
 
     def block_bytes(self, most_bytes: int) -> int:
         # Nothing is known of a peer that isn't connected yet, but that it is this machine.
-        rtt_s, n = self.rtt_s or (0.0 if self.is_local() else None), max(1, len(self.working))
-        rate = max(self.count.goodput_bps, sum(info.delivery_rate_bps for info in self._infos()))
+        rtt_s, n = self.rtt_s or (0.0 if self.is_local() else None), max(1, self.n_ready)
+        rate = max(
+            self.count.goodput_bps, sum(s.info.delivery_rate_bps for s in self._streams.values() if s.info)
+        )
         return block_bytes_for(rate / n, rtt_s, most_bytes)
 
     def cancel(self, transfer_id: int, reason: FailureReason, detail: str, now: float) -> None:
@@ -120,7 +121,7 @@ class Peer(PeerFigures):
     def kick(self, now: float) -> None:
         """Let every stream that can take something have a turn."""
         self._note_work(now)
-        able = [s for s in self.working if not s.waiting_to_write]
+        able = [s for s in self._streams.values() if s.ready and not s.waiting_to_write]
         if able and self._spreads(now):
             for stream in able:
                 stream.sample(now)
@@ -232,7 +233,7 @@ class Peer(PeerFigures):
         self.kick(now)
 
     def next_block(self, stream: Stream, now: float) -> int:
-        if stream.is_cut or (self.n_ready > self.count.wanted and stream not in self.working):
+        if stream.is_cut:
             return 0
         spread = self._spreads(now)
         if spread and not self._spreading.may_take(stream):
@@ -330,17 +331,13 @@ class Peer(PeerFigures):
         totals, infos = self.totals(), self._infos()
         before = self.count.wanted
         wanted = self.count.observe(
-            now, open_streams=self.n_ready, acked_bytes=self.sending.delivered_bytes,
-            sent_bytes=totals.tcp_bytes_sent, retransmitted_bytes=totals.retransmitted_bytes,
-            rtt_s=gauges.mean_rtt_s(infos), min_rtt_s=gauges.min_rtt_s(infos),
-            backlogged=self.sending.backlog_bytes > 0,
+            now, open_streams=self.n_ready, acked_bytes=totals.bytes_acked, sent_bytes=totals.tcp_bytes_sent,
+            retransmitted_bytes=totals.retransmitted_bytes, rtt_s=gauges.mean_rtt_s(infos),
+            backlogged=self.sending.backlog_bytes > 0, min_rtt_s=gauges.min_rtt_s(infos),
             rate_driven=any(s.congestion_control == "bbr" for s in self._streams.values()),
         )  # fmt: skip
-        if wanted != before:
-            carried = f"{before} carried {self.count.goodput_bps / 1e6:.1f} Mbit/s"
-            log.info(
-                "peer %s: %d streams; %s, %.2f%% loss", self.address, wanted, carried, 100 * self.count.loss
-            )
+        if wanted > before:
+            log.info("peer %s: %d streams, for %.2f%% loss", self.address, wanted, 100 * self.count.loss)
             self._dial(now)
 
     # Ends

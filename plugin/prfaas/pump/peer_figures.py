@@ -8,14 +8,13 @@ from prfaas.pump.stream import Stream
 from prfaas.pump.tcpinfo import TcpInfo
 from prfaas.transfer.sending import Sending
 from prfaas.transfer.starving import Starving
-from prfaas.transfer.streams import StreamCount
 
 
 class PeerFigures(Handler):
     """The streams that are open to a peer, and what goes over them."""
 
-    def __init__(self, sending: Sending, count: StreamCount, now: float) -> None:
-        self.sending, self.count = sending, count
+    def __init__(self, sending: Sending, now: float) -> None:
+        self.sending = sending
         self.counters = Counters()
         """Of closed streams."""
         self._streams: dict[int, Stream] = {}
@@ -24,11 +23,6 @@ class PeerFigures(Handler):
     @property
     def n_ready(self) -> int:
         return sum(s.ready for s in self._streams.values())
-
-    @property
-    def working(self) -> list[Stream]:
-        """Those that carry blocks: as many as are wanted, the oldest first. The others rest."""
-        return [s for s in self._streams.values() if s.ready][: self.count.wanted]
 
     @property
     def streams(self) -> list[Stream]:
@@ -50,8 +44,7 @@ class PeerFigures(Handler):
         return max(0.0, gauges.mean_rtt_s(self._infos()) - self.min_rtt_s)
 
     def _infos(self) -> list[TcpInfo]:
-        """Of the streams that carry blocks."""
-        return [s.info for s in self.working if s.info is not None]
+        return [s.info for s in self._streams.values() if s.info is not None]
 
     def totals(self) -> Counters:
         """Counters of closed and open streams together."""
@@ -77,7 +70,7 @@ class PeerFigures(Handler):
             return
         lasts_s = 0.0
         if not has_work:
-            for stream in self.working:
+            for stream in self._streams.values():
                 stream.sample(now)
             lasts_s = gauges.unsent_s(self._infos())
         self._starving.look(has_work, now, lasts_s)

@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 K_TICK_S = 0.1
 K_NEW_S = 3.0
-K_REMEMBERED_PATHS = 1024
-"""Peers that went whose good number of streams is kept, should they come again."""
 R = selectors.EVENT_READ
 
 
@@ -59,7 +57,6 @@ class Pump:
         self._owners: dict[bytes, Owner] = {}
         self._controls: set[Owner] = set()
         self._peers: dict[str, Peer] = {}
-        self._good_streams: dict[str, int] = {}
         self._last_client_s = self._started_s = self.loop.now()
         self.page = Page(self.loop, self.stats)
         self._page_socket: socket.socket | None = None
@@ -173,7 +170,7 @@ class Pump:
         """The peer at the address, known or new. Raises ValueError for what is no address."""
         split_address(address)
         if address not in self._peers:
-            self._peers[address] = Peer(self, address, now, remembered=self._good_streams.pop(address, 0))
+            self._peers[address] = Peer(self, address, now)
         return self._peers[address]
 
     def peers_of(self, site: str) -> list[Peer]:
@@ -335,8 +332,6 @@ class Pump:
         for address, peer in list(self._peers.items()):
             if peer.is_given_up(now) and not down & {peer.site, peer.wanted_site}:
                 del self._peers[address]
-                if peer.count.good > self.config.min_streams and len(self._good_streams) < K_REMEMBERED_PATHS:
-                    self._good_streams[address] = peer.count.good
                 peer.close(now)
 
     def run(self) -> None:

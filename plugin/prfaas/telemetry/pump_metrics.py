@@ -31,7 +31,7 @@ K_PEER_GAUGES = {
     "backlog_bytes": "Bytes that wait to be sent.",
     "in_flight_bytes": "Bytes sent and not yet acknowledged by the receiver.",
     "transfers": "Transfers under way.",
-    "streams_wanted": "Streams that carry blocks now; others that are open rest.",
+    "streams_wanted": "Streams that the loss asks for.",
 }
 K_STREAM_GAUGES = {
     "rtt_s": "Smoothed round trip, seconds.",

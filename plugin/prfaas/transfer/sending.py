@@ -120,8 +120,6 @@ class Sending:
         self._leases: dict[int, dict[int, _Transfer]] = {}
         self._block_bytes = 64 * 1024
         """Of the block drawn last."""
-        self.delivered_bytes = 0
-        """That receivers have acknowledged since the start, each block once."""
 
     def __len__(self) -> int:
         return len(self._transfers)
@@ -269,7 +267,6 @@ class Sending:
             return None
         t.acked.add(block_id)
         t.acked_bytes += size
-        self.delivered_bytes += size
         if len(t.acked) < t.plan.n_blocks:
             if t.again:
                 self._look_at(t)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
-
-import numpy as np
 
 from prfaas.config.pump import split_address
 from prfaas.model.transfer import FailureReason
 from prfaas.pump.loop import Loop
-from prfaas.pump.memory import OwnerMemory
 from prfaas.pump.server import Pump
 from prfaas.pump.spreading import Spreading
 from prfaas.pump.tcpinfo import TcpInfo
-from prfaas.pump_client.guard import GuardTable
 from prfaas.transfer import frames as f
-from prfaas.transfer.segments import Plan
-from prfaas.transfer.sending import Completed, Failed
+from prfaas.transfer.sending import Failed
 
 K_MOST = 2 << 20
 
@@ -53,67 +47,6 @@ def test_a_far_peer_gets_its_streams_with_the_first_that_is_ready_not_with_the_n
         while peer.n_ready < 8:
             assert time.monotonic() < end
             pump.loop.turn(0.05)
-    finally:
-        pump.close()
-
-
-def test_streams_beyond_the_number_rest_until_it_grows_again(pumps):
-    west, size, guards = pumps.client(pumps.start("west")), 16 << 20, GuardTable()
-    target, source = pumps.memory(west, size, fill=0), np.ones(size, np.uint8)
-    pump = Pump(pumps.config("east", min_streams=4, block_bytes=64 * 1024))
-    memory = OwnerMemory(os.getpid(), os.dup(guards.fd))
-    try:
-        peer, events = pump.peer(west.address, pump.loop.now()), []
-
-        def turn_until(done):
-            end = time.monotonic() + 20
-            while not done():
-                assert time.monotonic() < end
-                pump.loop.turn(0.05)
-
-        def blocks_of_each(transfer_id: int, number: int) -> list[int]:
-            """What each stream carries of a transfer while so many are wanted."""
-            peer.count._climb.wanted = number
-            before = [s.counters.blocks_sent for s in peer.streams]
-            grant = west.grant_lease(transfer_id, 0, [(target.ctypes.data, size)], 30).grant
-            opening = f.Open(transfer_id, 0, grant.lease_id, grant.token, "kv", size, 1, 20.0)
-            source[:] = transfer_id
-            now = pump.loop.now()
-            peer.submit(
-                "", transfer_id, opening,
-                lambda block: Plan([source.ctypes.data], [target.ctypes.data], [size], block),
-                64 << 20, now + 20, memory, guards.take(), events.append, now,
-            )  # fmt: skip
-            turn_until(lambda: len(events) == transfer_id)
-            assert isinstance(events[-1], Completed)
-            assert (target == transfer_id).all()
-            after = [s.counters.blocks_sent for s in peer.streams]
-            return [b - a for a, b in zip(before, after, strict=True)]
-
-        peer.prepare(pump.loop.now())
-        turn_until(lambda: peer.n_ready == 4)
-        assert all(blocks_of_each(1, 4))
-        carried = blocks_of_each(2, 2)
-        assert carried[0] > 0 < carried[1]
-        assert carried[2:] == [0, 0]
-        assert peer.n_ready == 4, "they stay open"
-        assert all(blocks_of_each(3, 4))
-    finally:
-        pump.close()
-        memory.close()
-        guards.close()
-
-
-def test_a_peer_that_comes_again_begins_with_the_number_that_was_good(pumps):
-    pump = Pump(pumps.config("east", min_streams=2))
-    try:
-        peer, now = pump.peer("127.0.0.1:9", pump.loop.now()), pump.loop.now()
-        peer.count._climb.good = 24
-        peer._used_s -= 1000
-        pump._tick(now)
-        assert "127.0.0.1:9" not in pump._peers
-        assert pump.peer("127.0.0.1:9", now).count.wanted == 24
-        assert pump.peer("127.0.0.1:10", now).count.wanted == 2
     finally:
         pump.close()
 

