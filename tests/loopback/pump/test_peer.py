@@ -115,7 +115,10 @@ def test_a_cancel_that_overtakes_the_opening_by_another_stream_is_followed_by_on
             sock.sendall(f.message_frame(1, f.FrameType.HELLO, hello))
             f.Header.from_bytes(sock.recv(f.K_HEADER_BYTES), None)
             streams.append(sock)
-        streams[0].sendall(cancel)
+        heard, said = b"heard the cancel", b""
+        streams[0].sendall(cancel + f.control_frame(2, f.FrameType.PING, heard))
+        while heard not in said:
+            said += streams[0].recv(4096)
         streams[1].sendall(f.message_frame(2, f.FrameType.OPEN, opening, 7))
         pumps.until(lambda: west.stats()["incoming"] == 1)
         streams[1].sendall(cancel)
