@@ -90,6 +90,8 @@ class Results:
     controls: list[Row] = field(default_factory=list)
     void: list[Row] = field(default_factory=list)
     emulation: str = "native"
+    without: dict[str, str] = field(default_factory=dict)
+    """What the emulation couldn't have of this machine, and why."""
     network_s: dict[str, float] = field(default_factory=dict)
     """How long the network took to come up, and to go down with all that ran in it."""
 
@@ -97,14 +99,12 @@ class Results:
         return self.repetitions.setdefault(index, Repetition(index=index))
 
     def into(self, run: Run) -> None:
-        run.calibration, run.baseline, run.controls, run.void = (
-            self.calibration,
-            self.baseline,
-            self.controls,
-            self.void,
-        )
+        run.calibration, run.baseline = self.calibration, self.baseline
+        run.controls, run.void = self.controls, self.void
         run.repetitions = [self.repetitions[i] for i in sorted(self.repetitions)]
         run.emulation = self.emulation  # type: ignore[assignment]
+        if self.without:
+            run.machine["emulation_does_without"] = self.without
         if self.network_s:
             run.model_extra["network_s"] = self.network_s  # type: ignore[index]
 
@@ -141,6 +141,7 @@ class Runner:
         ) as net:
             self._deadline_s = time.monotonic() + self.experiment.wall_time_s - net.up_s
             self.results.emulation = net.emulation
+            self.results.without = net.does_without
             self.calibrate(net)
             isolation = try_isolation(net)
             self.tell(

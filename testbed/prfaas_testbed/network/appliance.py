@@ -65,6 +65,7 @@ class Appliance(Emulation):
     reach_mbps = 210.0
 
     def __init__(self) -> None:
+        super().__init__()
         self._guest: subprocess.Popen[bytes] | None = None
         self._agent: RouterAgent | None = None
         self._wan: Host | None = None
@@ -154,17 +155,22 @@ class Appliance(Emulation):
         assert self._guest is not None
         assert self._wan is not None
         self._ends = tuple(ends)
-        with contextlib.suppress(OSError):
+        try:
             filter_sockets(self._guest.pid, self._wan)
-        for host, device in ends:
-            coalesce(host, device)
+        except OSError as error:
+            self.does_without["filters on its packet sockets"] = error.strerror or str(error)
+        alone = [device for host, device in ends if not coalesce(host, device)]
+        if alone:
+            self.does_without["frames handed over together"] = f"refused for {', '.join(alone)}"
 
     def settled(self) -> None:
         """Not earlier: what forks under a deadline has ordinary children, whose priority is mended here."""
         assert self._guest is not None
         assert self._wan is not None
-        with contextlib.suppress(OSError):  # then its real-time priority must do
+        try:
             reserve(self._guest.pid, K_SHARE * K_PERIOD_S, K_PERIOD_S)
+        except OSError as error:  # then its real-time priority must do
+            self.does_without["a processor's time of its own"] = error.strerror or str(error)
         for pid in in_namespace(self._wan.pin):
             if parent(pid) == self._guest.pid:
                 with contextlib.suppress(ProcessLookupError):

@@ -23,6 +23,10 @@ class Emulation(abc.ABC):
     reach_mbps: ClassVar[float | None]
     """The fastest link that it carries faithfully; None: as fast as the machine."""
 
+    def __init__(self) -> None:
+        self.does_without: dict[str, str] = {}
+        """What would have kept it in time beside others' load, and why it isn't to be had here."""
+
     @classmethod
     @abc.abstractmethod
     def missing(cls) -> str | None:

@@ -28,6 +28,7 @@ class Native(Emulation):
     reach_mbps = None
 
     def __init__(self) -> None:
+        super().__init__()
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: RouterAgent | None = None
 

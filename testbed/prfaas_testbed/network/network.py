@@ -157,6 +157,8 @@ class Network:
         self._emulator.settled()
         self.up_s = time.monotonic() - began_s
         self._progress(f"up in {self.up_s:.1f} s")
+        for what, why in self.does_without.items():
+            self._progress(f"the {self.emulation} does without {what}: {why}")
 
     def close(self) -> None:
         for traffic in self._traffic:
@@ -173,6 +175,11 @@ class Network:
         if self._agent is None:
             raise UsageError("the network is not up")
         return self._agent
+
+    @property
+    def does_without(self) -> dict[str, str]:
+        """What the emulation couldn't have of this machine, and why."""
+        return self._emulator.does_without if self._emulator is not None else {}
 
     @property
     def factor(self) -> float:

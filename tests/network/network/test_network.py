@@ -67,6 +67,7 @@ def test_the_guest_has_a_processor_s_time_reserved_and_its_processes_real_time_p
     policies = [os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK for pid in guests]
     assert policies.count(K_SCHED_DEADLINE) == 1
     assert policies.count(os.SCHED_FIFO) == len(policies) - 1, policies
+    assert net.does_without == {}
 
 
 def longest_frame(file: Path) -> int:

@@ -1,11 +1,14 @@
+import errno
 import os
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from prfaas.config.topology import Impairments
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.network import base
+from prfaas_testbed.network import appliance, base
 from prfaas_testbed.network.appliance import Appliance
 from prfaas_testbed.network.native import Native
 from prfaas_testbed.network.opening import check_machine
@@ -47,3 +50,24 @@ def test_a_link_beyond_the_appliance_s_reach_is_refused_with_the_way_out() -> No
     with pytest.raises(MachineError, match=r"link a->b: 1000 Mbit/s .* give the topology a scale\.factor"):
         Appliance().check_reach({"a->b": Impairments(rate_mbps=1000)})
     Appliance().check_reach({"a->b": Impairments(rate_mbps=200)})
+
+
+def test_what_the_machine_refuses_the_appliance_is_told_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*given: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    router: Any = Appliance()
+    assert router.does_without == {}
+    router._guest, router._wan = SimpleNamespace(pid=os.getpid()), SimpleNamespace(pin="nowhere")
+    monkeypatch.setattr(appliance, "reserve", refused)
+    monkeypatch.setattr(appliance, "filter_sockets", refused)
+    monkeypatch.setattr(appliance, "coalesce", lambda host, device: device != "east-wan")
+    router.cables([(router._wan, "east-wan"), (router._wan, "west-wan")])
+    router.settled()
+    assert router.does_without == {
+        "filters on its packet sockets": "Device or resource busy",
+        "frames handed over together": "refused for east-wan",
+        "a processor's time of its own": "Device or resource busy",
+    }
