@@ -211,7 +211,10 @@ def tell(data: dict[str, Any]) -> str:
         for one in held(data)
     ]  # fmt: skip
     head = ["process", "MiB at the start", "at half-time", "at the end", "MiB an hour after", "% of a core"]
-    return table(head, lines) + K_TOLD + _alone(data.get("alone", []))
+    came = sum(row["answered"] + row["failed"] for row in data["rows"] if row["name"] == "load")
+    load_s = data["repetitions"] * data["load_s"]
+    told = K_TOLD.format(requests=came, minutes=load_s / 60, rate_rps=came / load_s)
+    return table(head, lines) + told + _alone(data.get("alone", []))
 
 
 def _alone(rows: list[dict[str, Any]]) -> str:
@@ -231,13 +234,12 @@ def _alone(rows: list[dict[str, Any]]) -> str:
 
 
 K_TOLD = """
-Router, pumps and profiled instances of two sites on this machine's loopback, six requests a second of 64 to
-4,096 tokens, no two with a common prefix; pumps with mutual TLS, their links estimated. Nothing is started
-again in between; forty minutes of it have as many requests as an hour of four a second, and growth is told by
-the hour, so that it counts one and a half times. Resident memory of a process with its descendants, every ten
-seconds. The instances' prefix caches have no limit here, so that prefill's grow with
-every prompt; they aren't judged. Real SGLang servers are not among them: their memory is seen, over shorter
-loads, in the records of their own experiments.
+Router, pumps and profiled instances of two sites on this machine's loopback; {requests:,} requests of 64 to
+4,096 tokens in {minutes:.0f} minutes, {rate_rps:.1f} a second, no two with a common prefix; pumps with
+mutual TLS, their links estimated. Nothing is started again in between. Growth is told by the hour of this
+load. Resident memory of a process with its descendants, every ten seconds. The instances' prefix caches
+have no limit here, so that prefill's grow with every prompt; they aren't judged. Real SGLang servers are
+not among them: their memory is seen, over shorter loads, in the records of their own experiments.
 """
 
 

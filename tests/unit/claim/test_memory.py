@@ -22,7 +22,7 @@ def record(growth_mib: float, failed: int = 0) -> dict[str, Any]:
         # An instance whose cache grows isn't judged.
         rows.append({**row, "name": "near", "rss_bytes": at_s << 20, "cpu_s": 0.0, "repetition": 0})
     rows.append({"name": "load", "repetition": 0, "at_s": 3600.0, "answered": 100 - failed, "failed": failed})
-    return {"rows": rows}
+    return {"rows": rows, "repetitions": 6, "load_s": 600.0}
 
 
 @pytest.mark.parametrize(("growth_mib", "reached"), [(0.0, True), (4.5, True), (6.0, False)])
@@ -33,6 +33,9 @@ def test_growth_is_that_of_the_settled_half(growth_mib: float, reached: bool, tm
     assert one.cores == pytest.approx(0.02)
     assert [goal.reached for goal in memory.goals(data)] == [reached, True]
     assert f"| router | 80.0 | {100 + growth_mib / 2:.1f} |" in memory.tell(data)
+    assert "100 requests of 64 to 4,096 tokens in 60 minutes, 0.0 a second" in " ".join(
+        memory.tell(data).split()
+    )
     assert memory.draw(data, tmp_path) == ["memory.png"]
 
 
