@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 def _jobs(part: str, experiment: Experiment, args: argparse.Namespace, topologies: Path) -> list[Job]:
     """All models and repetitions of one experiment."""
     policy = None
-    if args.policy:
+    if args.policy is not None:
         if experiment.router is None:
             raise UsageError(f"{experiment.name}: --policy needs a router in the experiment")
         chosen = experiment.router.policy

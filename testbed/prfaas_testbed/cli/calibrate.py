@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prfaas.config.places import checkout
 from prfaas.config.topology import load_topology, network_names
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK
+from prfaas_testbed.cli._waiting import add_wait
 
 if TYPE_CHECKING:
     from prfaas_testbed.network import Calibration
@@ -31,15 +32,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--emulation", choices=("native", "appliance"), help="instead of the first that works here"
     )
-    parser.add_argument(
-        "--wait",
-        "--wait-s",
-        dest="wait_s",
-        metavar="S",
-        type=float,
-        default=0.0,
-        help="wait so long for another run to end (%(default)g)",
-    )
+    add_wait(parser)
     parser.add_argument("--json", action="store_true", help="rows as one JSON object on stdout")
     parser.set_defaults(run=run)
 

@@ -24,7 +24,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     measure.add_argument("--repetitions", type=int, default=K_REPETITIONS, help="seeds a figure (5)")
     measure.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
     measure.add_argument(
-        "--only", default="", metavar="PART[,PART]",
+        "--only", metavar="PART[,PART]",
         help="of one piece these parts alone; what the record has of the others stays in it",
     )  # fmt: skip
     measure.set_defaults(run=run)
@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     names = args.pieces or list(pieces.SIMULATED)
     for name in names:
         pieces.piece(name)
-    only = [part for part in args.only.split(",") if part]
+    only = [part for part in (args.only or "").split(",") if part]
+    if args.only is not None and not only:
+        raise UsageError(f"--only {args.only!r}: names no part")
     if only and len(names) != 1:
         raise UsageError("--only: parts of one piece; name it")
     pieces.check_folder(args.out)

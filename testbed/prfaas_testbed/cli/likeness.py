@@ -17,6 +17,7 @@ from prfaas.config.loading import check
 from prfaas.config.profile import ProfileConfig
 from prfaas.config.run import stamp
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
+from prfaas_testbed.cli._waiting import add_wait
 from prfaas_testbed.experiment.likeness import K_ROUNDS
 from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, commit, machine, versions
 from prfaas_testbed.experiment.pairs import K_EXPERIMENT, compared, pair_set, tell_compared
@@ -46,7 +47,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--again", type=Path, metavar="DIR",
         help="measure nothing: the simulator anew against what the real server did in this earlier run",
     )  # fmt: skip
-    parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait so long for another run")
+    add_wait(parser)
     parser.set_defaults(run=run)
 
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             choice, parts = pair_set(args.model, profile, args.turns)
             whole = SetRun(choice, parts, folder, tell, (), place.keep)
             with undisturbed(tell):
-                record["between_sites"] = compared(whole.go(real_conduct(place, tell, args.wait)))
+                record["between_sites"] = compared(whole.go(real_conduct(place, tell, args.wait_s)))
             tell_compared(record["between_sites"], tell)
             ratios |= {
                 f"profiled, between sites, {name}": row["ratio"]

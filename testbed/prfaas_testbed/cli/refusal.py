@@ -11,6 +11,7 @@ from pathlib import Path
 from prfaas.config.loading import load
 from prfaas.config.topology import Topology
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
+from prfaas_testbed.cli._waiting import add_wait
 from prfaas_testbed.experiment import refusal
 from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, K_TOPOLOGIES, commit, machine, versions
 from prfaas_testbed.experiment.place import own
@@ -28,9 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--out", type=Path, default=K_RESULTS, metavar="DIR", help="where refusal/STAMP/ goes"
     )
-    parser.add_argument(
-        "--wait-s", type=float, default=0.0, metavar="S", help="for another run to give the network back"
-    )
+    add_wait(parser)
     parser.set_defaults(run=run)
 
 

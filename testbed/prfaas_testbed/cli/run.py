@@ -13,6 +13,7 @@ from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment,
 from prfaas.config.run import Run, stamp
 from prfaas.config.topology import Topology
 from prfaas.model.errors import EXIT_MACHINE, EXIT_OK, UsageError
+from prfaas_testbed.cli._waiting import add_wait
 from prfaas_testbed.experiment.before import check_before
 from prfaas_testbed.experiment.checks import exit_status, judge
 from prfaas_testbed.experiment.load import plan
@@ -47,13 +48,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="with --resume: run these parts anew, though they ended; the record keeps that they did",
     )  # fmt: skip
     parser.add_argument("--repetitions", type=int, metavar="N", help="instead of the file's own number")
-    parser.add_argument(
-        "--wait",
-        type=float,
-        default=0.0,
-        metavar="S",
-        help="wait so long for another run to end (default: don't)",
-    )
+    add_wait(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -168,7 +163,7 @@ def run_one(choice: Experiment, place: Place, args: argparse.Namespace) -> Run:
     tell(f"{experiment.name}: {experiment.description}")
     try:
         with place.watched():
-            Runner(experiment, topology, place.folder, results, tell, args.wait).run()
+            Runner(experiment, topology, place.folder, results, tell, args.wait_s).run()
     except BaseException as error:
         if results.calibration:
             results.into(record)
@@ -204,7 +199,7 @@ def run_set(choice: ExperimentSet, place: Place, args: argparse.Namespace) -> tu
     if args.resume is not None:
         whole.resume()
     budget_s = choice.wall_time_s if args.for_s is None else min(args.for_s, choice.wall_time_s)
-    record = whole.go(real_conduct(place, tell, args.wait), budget_s)
+    record = whole.go(real_conduct(place, tell, args.wait_s), budget_s)
     draw(place.folder)
     return record, whole.stopped_now
 

@@ -70,3 +70,11 @@ def test_a_piece_without_runs_has_no_more_of_them(tmp_path: Path) -> None:
     args = parser.parse_args(["claim", "more", "faults", "--for", "0", "--out", str(tmp_path)])
     with pytest.raises(UsageError, match="--for 0"):
         args.run(args)
+
+
+def test_parts_that_name_none_are_bad_usage_and_not_all_of_them(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    claim.register(parser.add_subparsers())
+    args = parser.parse_args(["claim", "run", "capacity", "--only=,", "--out", str(tmp_path)])
+    with pytest.raises(UsageError, match="names no part"):
+        args.run(args)

@@ -175,3 +175,8 @@ def test_a_kill_of_the_router_is_said_to_be_beyond_it(tmp_path, capsys) -> None:
     kill = {"do": "kill", "at_s": 1, "instance": "router"}
     assert main(["simulate", write(tmp_path, timeline=[kill]), "--out", str(tmp_path / "out")]) == 0
     assert "not simulated: at 1 s: kill of a router isn't simulated" in capsys.readouterr().out
+
+
+def test_a_policy_without_a_name_is_bad_usage_and_not_the_file_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "one-t", "--policy="]) == 2
+    assert "policy '' is unknown; known: " in capsys.readouterr().err

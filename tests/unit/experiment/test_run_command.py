@@ -100,3 +100,16 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
     assert main(["run", "matrix", "--parts", "metro-*", "--dry-run"]) == 0
     assert "metro at 1/200 (2 sites" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "likeness", "overlap", "refusal"])
+@pytest.mark.parametrize("text", ["nan", "-1", "inf", "soon"])
+def test_a_wait_that_is_no_time_is_bad_usage(
+    command: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, f"--wait={text}"])
+    assert ended.value.code == 2
+    assert (
+        f"argument --wait/--wait-s: found '{text}'; 0 to 86400 seconds are allowed" in capsys.readouterr().err
+    )
