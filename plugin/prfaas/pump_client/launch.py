@@ -35,8 +35,7 @@ def connect(path: Path) -> socket.socket | None:
     except OSError as error:
         sock.close()
         raise MachineError(f"{path}: {error.strerror or error}") from None
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
+    _, uid = peer_of(sock)
     if uid not in (os.getuid(), 0):
         sock.close()
         raise MachineError(
@@ -44,6 +43,13 @@ def connect(path: Path) -> socket.socket | None:
             "name another control_socket"
         )
     return sock
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int]:
+    """Process and user of who listens at the other end of a Unix socket."""
+    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", found)
+    return pid, uid
 
 
 def connect_or_start(config: PumpConfig) -> socket.socket:

@@ -7,9 +7,11 @@ step's time; slow steps (a server's start) run beside it and don't delay the nex
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -39,7 +41,7 @@ from prfaas.config.run import EventRow
 from prfaas.config.topology import Impairments, LinkChange
 from prfaas.model.errors import PrfaasError
 from prfaas.pump import keys
-from prfaas.pump_client.launch import connect
+from prfaas.pump_client.launch import connect, peer_of
 from prfaas_testbed.experiment.fleet import K_AUTHORITY_DAYS, K_CERTIFICATE_DAYS, K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.servers import Server
 from prfaas_testbed.experiment.sites import cut_streams
@@ -243,15 +245,20 @@ class Timeline:
     def _kill(self, step: Step, event: Kill) -> None:
         server = self._fleet.named(event.instance)
         process = self._fleet.pumps[server.site] if event.what == "pump" else server.process
+        # After an earlier kill a server may have started a pump in its place: it is that one then.
+        other = self._pump_at(server) if event.what == "pump" else None
+        pid = other or process.pid
         at_s = self._now()
         said: dict[str, Any] = {"instance": event.instance, "what": event.what}
         if event.signal == "freeze":
-            if process.pid is not None:
-                os.kill(process.pid, signal.SIGSTOP if step.phase == "begin" else signal.SIGCONT)
+            if pid is not None:
+                os.kill(pid, signal.SIGSTOP if step.phase == "begin" else signal.SIGCONT)
             said |= {"signal": "SIGSTOP" if step.phase == "begin" else "SIGCONT"}
         elif step.phase == "begin":
             if event.what == "pump" and event.restart_after_s is None:
                 self._fleet.given_up.add(server.site)
+            if other is not None and other != process.pid:
+                _kill_other(other)
             process.kill()
             said |= {"signal": "SIGKILL", "dead_ms": _ms(self._now() - at_s)}
         else:
@@ -268,17 +275,22 @@ class Timeline:
         self._record(step, at_s, **said)
 
     def _pump_answers(self, server: Server) -> bool:
-        # A site has a /run of its own, which its processes show.
-        path = self._fleet.control_socket(server.site)
-        seen = Path(f"/proc/{server.process.pid}/root") / path.relative_to("/")
         end_s = time.monotonic() + K_OTHER_PUMP_S
         while time.monotonic() < end_s:
-            sock = connect(seen)
-            if sock is not None:
-                sock.close()
+            if self._pump_at(server) is not None:
                 return True
             time.sleep(0.05)
         return False
+
+    def _pump_at(self, server: Server) -> int | None:
+        """The process that serves the site as its pump, whoever started it; None: nobody does."""
+        # A site has a /run of its own, which its processes show.
+        path = self._fleet.control_socket(server.site)
+        sock = connect(Path(f"/proc/{server.process.pid}/root") / path.relative_to("/"))
+        if sock is None:
+            return None
+        with sock:
+            return peer_of(sock)[0]
 
     def _disk(self, step: Step) -> None:
         disk, at_s = self._fleet.folder, self._now()
@@ -363,6 +375,17 @@ class Timeline:
             row["lag_ms"] = lag_ms
         with self._lock:
             self._rows.append(EventRow.model_validate(row))
+
+
+def _kill_other(pid: int) -> None:
+    """A process that isn't our child, until it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        ended = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(ended, signal.SIGKILL)
+            select.select([ended], [], [], K_OTHER_PUMP_S)
+        finally:
+            os.close(ended)
 
 
 def _ms(seconds: float) -> float:

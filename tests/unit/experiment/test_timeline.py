@@ -67,7 +67,10 @@ def rows_of() -> tuple[list[EventRow], Server, Server]:
         "p": SimpleNamespace(site="east", process=server),
         "d": SimpleNamespace(site="west", process=server),
     }
-    fleet = SimpleNamespace(named=places.__getitem__, pumps={"west": pump}, given_up=set())
+    fleet = SimpleNamespace(
+        named=places.__getitem__, pumps={"west": pump}, given_up=set(),
+        control_socket=lambda site: Path("/run/nobody.sock"),
+    )  # fmt: skip
     net = SimpleNamespace(prepare_changes=lambda changes: None, check_links=lambda: None)
     timeline = Timeline(experiment.timeline, net, fleet)  # type: ignore[arg-type]
     timeline.prepare()

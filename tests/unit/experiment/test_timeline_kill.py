@@ -1,7 +1,10 @@
 """A killed pump comes back: by the timeline, or by a server that missed it sooner."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +31,7 @@ class Pump:
         raise PrfaasError("pump-west ended with 3: listen: Address already in use")
 
 
-def rows_of_a_kill(control: Path) -> tuple[list[Any], set[str]]:
+def rows_of_a_kill(control: Path, **how: Any) -> tuple[list[Any], set[str]]:
     fleet: Any = SimpleNamespace(
         named=lambda name: SimpleNamespace(site="west", process=Pump()),
         pumps={"west": Pump()},
@@ -36,7 +39,7 @@ def rows_of_a_kill(control: Path) -> tuple[list[Any], set[str]]:
         control_socket=lambda site: control,
     )
     event = Kill.model_validate(
-        {"do": "kill", "at_s": 0, "instance": "decode", "what": "pump", "restart_after_s": 0.05}
+        {"do": "kill", "at_s": 0, "instance": "decode", "what": "pump", "restart_after_s": 0.05, **how}
     )
     timeline = Timeline([event], SimpleNamespace(), fleet)  # type: ignore[arg-type]
     timeline.start(time.monotonic())
@@ -61,3 +64,21 @@ def test_a_pump_that_nobody_brings_back_is_told(tmp_path: Path, monkeypatch: pyt
     rows, given_up = rows_of_a_kill(tmp_path / "nobody.sock")
     assert "Address already in use" in rows[-1].model_dump()["failed"]
     assert given_up == set()
+
+
+K_LISTEN = (
+    "import socket, sys, time\n"
+    "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
+    "print('listening', flush=True); time.sleep(60)\n"
+)
+
+
+def test_the_pump_that_a_server_started_is_the_one_that_is_killed_the_next_time(tmp_path: Path) -> None:
+    control = tmp_path / "pump.sock"
+    words = [sys.executable, "-c", K_LISTEN, str(control)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "listening\n"
+        rows, _ = rows_of_a_kill(control, restart_after_s=None)
+        assert other.wait(5) == -signal.SIGKILL
+    assert [row.model_dump()["signal"] for row in rows] == ["SIGKILL"]
