@@ -29,20 +29,17 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-K_CLONE_NEWNET = 0x40000000
-K_POWER_OFF = 0x4321FEDC
-K_RTM_GETQDISC, K_RTM_NEWQDISC = 38, 36
-K_TCA_KIND, K_TCA_STATS2 = 1, 7
-K_STATS_BASIC, K_STATS_QUEUE, K_STATS_PKT64 = 1, 3, 8
-K_NLMSG_DONE, K_NLMSG_ERROR = 3, 2
+K_CLONE_NEWNET, K_POWER_OFF = 0x40000000, 0x4321FEDC
+K_TCA_STATS2, K_STATS_BASIC, K_STATS_QUEUE = 7, 1, 3
+K_RTM_GETQDISC, K_RTM_NEWQDISC, K_NLMSG_DONE, K_NLMSG_ERROR = 38, 36, 3, 2
 K_PROBE_ETHERTYPE = 0x88B5  # for local experiments
-K_PROBE_DELAY_S = 0.010
-K_PROBE_EVERY_S = 0.050
+K_PROBE_DELAY_S, K_PROBE_EVERY_S = 0.010, 0.050
 K_STALL_S = 0.015  # longer than packets keep a process waiting, which the kernel bounds at a tick
-K_SO_TIMESTAMPNS = 35
+K_SO_TIMESTAMPNS, K_SO_TIMESTAMPING = 35, 37
+K_STAMP_AT_QUEUE = 1 << 8 | 1 << 4  # SOF_TIMESTAMPING_TX_SCHED, of the software's clock
 K_KEPT_ANSWERS = 32
 K_CHANGE_S = 20.0
 K_NOISE = re.compile(r"Command failed|Warning|Object \"end-of-change-|\s*$")
@@ -127,29 +124,11 @@ class Commands:
         """By node."""
 
     def run(self, node: str | None, argv: list[str], text: str | None) -> dict[str, Any]:
-        process = self.namespaces.within(node, lambda: self._start(argv))
-        return self._finish(process, text)
+        def start() -> subprocess.Popen[str]:
+            pipe = subprocess.PIPE
+            return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
-    def prepare(self, node: str) -> None:
-        """Have a tc stand ready there."""
-        if node not in self.standing:
-            self.standing[node] = self.namespaces.within(node, StandingTc)
-
-    def change(self, node: str, lines: list[str]) -> dict[str, Any]:
-        self.prepare(node)
-        began_s = time.monotonic()
-        err = self.standing[node].do(lines)
-        if self.standing[node].gone:
-            del self.standing[node]
-        return done(int(bool(err)), "", err, began_s)
-
-    @staticmethod
-    def _start(argv: list[str]) -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-
-    @staticmethod
-    def _finish(process: subprocess.Popen[str], text: str | None) -> dict[str, Any]:
+        process = self.namespaces.within(node, start)
         began_s = time.monotonic()
         try:
             out, err = process.communicate(text or "", timeout=20)
@@ -158,6 +137,19 @@ class Commands:
             out, err = process.communicate()
             err += "did not end within 20 s"
         return done(process.returncode, out, err, began_s)
+
+    def prepare(self, nodes: Iterable[str]) -> None:
+        """Have a tc stand ready in each."""
+        for node in set(nodes) - set(self.standing):
+            self.standing[node] = self.namespaces.within(node, StandingTc)
+
+    def change(self, node: str, lines: list[str]) -> dict[str, Any]:
+        self.prepare([node])
+        began_s = time.monotonic()
+        err = self.standing[node].do(lines)
+        if self.standing[node].gone:
+            del self.standing[node]
+        return done(int(bool(err)), "", err, began_s)
 
 
 class QdiscReader:
@@ -206,7 +198,8 @@ class QdiscReader:
 class LagProbe:
     """How late this kernel's netem lets packets go: frames over a cable of its own with a known delay.
 
-    Arrival is stamped by the kernel, so neither end waits for this process to be scheduled.
+    The kernel stamps a frame as it enters the queue and as it arrives, so that neither end waits for this
+    process: between its look at the clock and the queue, packets of sites held it up for 20 ms, and passed.
     """
 
     def __init__(self, run: Callable[[list[str]], dict[str, Any]]) -> None:
@@ -219,34 +212,48 @@ class LagProbe:
             answer = run(words.split())
             if answer["rc"]:
                 raise OSError(answer["err"])
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self.sender = socket.socket(socket.AF_PACKET, kind, 0)
         self.sender.bind(("lag0", 0))
+        self.sender.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPING, K_STAMP_AT_QUEUE)
         ether = socket.htons(K_PROBE_ETHERTYPE)
-        self.receiver = socket.socket(socket.AF_PACKET, kind | socket.SOCK_NONBLOCK, ether)
+        self.receiver = socket.socket(socket.AF_PACKET, kind, ether)
         self.receiver.bind(("lag1", K_PROBE_ETHERTYPE))
         self.receiver.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPNS, 1)
         self.head = b"\xff" * 6 + b"\x02\x72\0\0\0\1" + struct.pack("!H", K_PROBE_ETHERTYPE)
+        self.on_way: dict[int, tuple[int, int]] = {}
         self.lags_us: list[int] = []
 
     def send(self, late_s: float) -> None:
         """`late_s`: after its time. While the whole router stood still, no packet passed: that counts."""
         late_ns = round(late_s * 1e9) if late_s > K_STALL_S else 0
-        sent_ns = time.clock_gettime_ns(time.CLOCK_REALTIME) - late_ns
-        self.sender.send(self.head + struct.pack("=Q", sent_ns) + bytes(38))
+        number = time.clock_gettime_ns(time.CLOCK_REALTIME)
+        self.on_way[number] = number, late_ns  # this time must do if the kernel gives none
+        self.sender.send(self.head + struct.pack("=Q", number) + bytes(38))
 
     def receive(self) -> None:
-        while True:
-            try:
-                frame, notes, _, _ = self.receiver.recvmsg(128, 64)
-            except BlockingIOError:
-                return
-            sent_ns = struct.unpack_from("=Q", frame, 14)[0]
-            for _level, kind, value in notes:
-                if kind == K_SO_TIMESTAMPNS and len(value) >= 16:
-                    seconds, rest_ns = struct.unpack_from("=qq", value)
-                    lag_ns = seconds * 1_000_000_000 + rest_ns - sent_ns - round(K_PROBE_DELAY_S * 1e9)
-                    self.lags_us.append(lag_ns // 1000)
+        """Of those that arrived; one that didn't is left in a few bytes."""
+        for number, entered_ns in stamped(self.sender, socket.MSG_ERRQUEUE):
+            if number in self.on_way:
+                self.on_way[number] = entered_ns, self.on_way[number][1]
+        for number, arrived_ns in stamped(self.receiver, 0):
+            if number in self.on_way:
+                entered_ns, late_ns = self.on_way.pop(number)
+                lag_ns = arrived_ns - entered_ns + late_ns - round(K_PROBE_DELAY_S * 1e9)
+                self.lags_us.append(lag_ns // 1000)
+
+
+def stamped(sock: socket.socket, flags: int) -> Iterator[tuple[int, int]]:
+    """Probes' numbers with the kernel's time, of the frames that wait there."""
+    while True:
+        try:
+            frame, notes, _, _ = sock.recvmsg(128, 256, flags)
+        except BlockingIOError:
+            return
+        for level, kind, value in notes:
+            if level == socket.SOL_SOCKET and kind in (K_SO_TIMESTAMPNS, K_SO_TIMESTAMPING):
+                seconds, rest_ns = struct.unpack_from("=qq", value)
+                yield struct.unpack_from("=Q", frame, 14)[0], seconds * 1_000_000_000 + rest_ns
 
 
 class Observer:
@@ -313,9 +320,8 @@ class Agent:
         self.commands = Commands(self.namespaces)
         self.observer: Observer | None = None
         self.probe: LagProbe | None = None
-        self.pending = b""
         self.answers: dict[int, dict[str, Any]] = {}
-        self.going = True
+        self.pending, self.going = b"", True
 
     def say(self, message: dict[str, Any]) -> None:
         data = (json.dumps(message, separators=(",", ":")) + "\n").encode()
@@ -373,17 +379,13 @@ class Agent:
         if what == "change":
             return self.commands.change(order["node"], order["lines"])
         if what == "prepare":
-            for node in order["nodes"]:
-                self.commands.prepare(node)
-            return {"rc": 0}
-        if what == "observe":
-            for node, _ in order["links"].values():
-                self.commands.prepare(node)
+            self.commands.prepare(order["nodes"])
+        elif what == "observe":
+            self.commands.prepare(node for node, _ in order["links"].values())
             self.probe = self.probe or LagProbe(lambda argv: self.commands.run(None, argv, None))
             links, edges, every_s = order["links"], order["edges"], order["every_s"]
             self.observer = Observer(self.namespaces, links, edges, every_s, self.probe)
-            return {"rc": 0}
-        if what == "stop":
+        elif what == "stop":
             self.going = False
         elif what != "clock":
             raise ValueError(f"unknown order {what!r}")
