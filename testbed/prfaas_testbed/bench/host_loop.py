@@ -43,8 +43,8 @@ class HostLoop:
         self._begun.wait()
 
     def stop(self) -> dict[str, Any]:
-        """Quantiles of a round's time in milliseconds, and how many rounds there were. `own_p99_ms`: of the
-        time without what it waited for a core; None where the kernel doesn't say.
+        """Quantiles of a round's time in milliseconds, and how many rounds there were. `own_p99_ms` and
+        `own_max_ms`: of the time without what it waited for a core; None where the kernel doesn't say.
         """
         assert self._thread is not None, "the loop isn't running"
         self._stopping.set()
@@ -53,10 +53,14 @@ class HostLoop:
         names = {"p50": 50, "p90": 90, "p99": 99, "p999": 99.9}
         quantiles = {f"{name}_ms": float(np.percentile(rounds_ms, at)) for name, at in names.items()}
         own_ms = rounds_ms - np.array(self._waits_s) * 1e3
-        own = None if np.isnan(own_ms).any() else float(np.percentile(own_ms, 99))
+        told = not np.isnan(own_ms).any()
         return {
-            **quantiles, "max_ms": float(rounds_ms.max()), "rounds": len(self._rounds_s), "own_p99_ms": own
-        }  # fmt: skip
+            **quantiles,
+            "max_ms": float(rounds_ms.max()),
+            "rounds": len(self._rounds_s),
+            "own_p99_ms": float(np.percentile(own_ms, 99)) if told else None,
+            "own_max_ms": float(own_ms.max()) if told else None,
+        }
 
     def _run(self) -> None:
         if self._core is not None:

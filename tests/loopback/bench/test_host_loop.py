@@ -47,25 +47,28 @@ def test_a_core_taken_away_is_told_apart() -> None:
 
 
 def test_the_interpreter_lock_held_by_another_thread_is_the_process_own() -> None:
-    cores, core, stop = os.sched_getaffinity(0), a_core(), threading.Event()
+    cores, core = os.sched_getaffinity(0), a_core()
     if len(cores) < 2:
         pytest.skip("one core: whoever holds the lock has the core as well")
 
+    held_ms: list[float] = []
+
     def hold() -> None:
-        while not stop.is_set():
-            sum(range(1 << 20))  # in one go: nobody else has the interpreter meanwhile
+        for _ in range(3):
+            before_s = time.thread_time()
+            sum(range(1 << 23))  # in one go: nobody else has the interpreter meanwhile
+            held_ms.append((time.thread_time() - before_s) * 1e3)
 
     rival = threading.Thread(target=hold)
     try:
         with loop_on(core) as found:
             keep_off(core)
             rival.start()
-            time.sleep(K_SECONDS)
-            stop.set()
             rival.join()
     finally:
         os.sched_setaffinity(0, cores)
-    assert found["own_p99_ms"] > 4.0
+    # The loop stood still all the while; that it also had to wait for a core then isn't for sure.
+    assert found["own_max_ms"] > min(held_ms) / 2
 
 
 def test_other_threads_leave_the_loops_core_to_it() -> None:
