@@ -16,6 +16,7 @@ import pytest
 from prfaas.config.pump import split_address
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.transfer import FailureReason, LeaseGrant, TransferKind
+from prfaas.transfer.frames import K_BLOCK_MAX_BYTES
 
 K_WAIT_S = 30
 
@@ -364,10 +365,13 @@ def test_counters_account_for_every_byte_on_the_wire(pair):
 
     before = sent()
     sources, destinations, lengths, _ = scatter(src, dst, 4096)
-    assert east.submit_raw(west.session_id, sources, destinations, lengths, deadline_s=20).wait(K_WAIT_S).ok
+    outcome = east.submit_raw(west.session_id, sources, destinations, lengths, deadline_s=20).wait(K_WAIT_S)
+    assert outcome.ok
     after = sent()
     grown = {k: after[k] - before[k] for k in after}
-    assert grown["payload_bytes_sent"] == 1 << 22
+    # On a busy machine a block may be late, and repeated by another stream.
+    repeated_bytes = grown["payload_bytes_sent"] - (1 << 22)
+    assert 0 <= repeated_bytes <= outcome.resent_blocks * K_BLOCK_MAX_BYTES
     first = grown["tcp_bytes_sent"] - grown["retransmitted_bytes"]
     # TCP_INFO is read every 0.1 s or more: what the last stats saw may be a moment old.
     named = grown["payload_bytes_sent"] + grown["framing_bytes_sent"] + grown["control_bytes_sent"]
