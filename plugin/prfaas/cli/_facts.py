@@ -15,6 +15,22 @@ from pathlib import Path
 
 import psutil
 
+# What the testbed runs, and the Debian package that has it.
+K_PROGRAMS = {
+    "mnexec": "mininet",
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "ss": "iproute2",
+    "ethtool": "ethtool",
+    "nft": "nftables",
+    "iperf3": "iperf3",
+    "ping": "iputils-ping",
+    "tcpdump": "tcpdump",
+    "unshare": "util-linux",
+    "findmnt": "util-linux",
+    "mount": "mount",
+    "modprobe": "kmod",
+}
 K_PROBE_S = 30.0  # asking another interpreter for its packages, on a slow disk
 
 _ASK_SGLANG = """
@@ -101,9 +117,7 @@ def gather(sglang_python: Path | None, disk_path: Path) -> Facts:
         native_netem=_try_netem(),
         uml_program=shutil.which("linux.uml") is not None,
         uml_modules=any(Path("/usr/lib/uml/modules").glob("*/kernel/net/sched/sch_netem.ko*")),
-        programs={
-            name: shutil.which(name) is not None for name in ("mnexec", "tc", "iperf3", "ethtool", "kmod")
-        },
+        programs={name: shutil.which(name) is not None for name in K_PROGRAMS},
         tcp=read_tcp_limits(),
         sglang=_ask_sglang(sglang_python),
     )

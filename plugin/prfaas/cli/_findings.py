@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from prfaas.cli._facts import Facts, TcpLimits
+from prfaas.cli._facts import K_PROGRAMS, Facts, TcpLimits
 
 K_LEAST_DISK_BYTES = 15_000_000_000  # measured: both environments and the tiny models take 11.6 GB
 K_LEAST_OPEN_FILES = 4096  # 64 streams to each of many peers, and clients
@@ -229,14 +229,11 @@ def _emulation(facts: Facts) -> Finding:
     return Finding("netem", "lacking" if facts.native_netem is False else "warn", detail, remedy)
 
 
-_PACKAGES = {"mnexec": "mininet", "tc": "iproute2", "iperf3": "iperf3", "ethtool": "ethtool", "kmod": "kmod"}
-
-
 def _programs(facts: Facts) -> Finding:
     missing = sorted(name for name, there in facts.programs.items() if not there)
     if not missing:
         return Finding("programs", "ok", ", ".join(sorted(facts.programs)))
-    packages = " ".join(sorted({_PACKAGES[name] for name in missing}))
+    packages = " ".join(sorted({K_PROGRAMS[name] for name in missing}))
     return Finding(
         "programs",
         "lacking",

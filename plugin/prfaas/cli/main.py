@@ -12,6 +12,7 @@ import errno
 import importlib
 import os
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -107,6 +108,11 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if _was_starting_a_program(error):
+            what = f"{error.filename or 'a program'} can't be started here: {error.strerror}"
+            remedy = "; install it, or put it on PATH" if error.errno == errno.ENOENT else ""
+            sys.stderr.write(f"{prog}: {what}{remedy}\n")
+            return EXIT_MACHINE
         if error.filename and error.errno in K_FILE_ERRORS:
             sys.stderr.write(f"{prog}: {error.filename}: {error.strerror}\n")
             return EXIT_USAGE
@@ -115,6 +121,14 @@ def run_command(
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"{prog}: {where}{error.strerror}\n")
         return EXIT_MACHINE
+
+
+def _was_starting_a_program(error: OSError) -> bool:
+    """Whether it comes from fork and exec: its file name is then a program's, which nobody named to us."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals.get("__name__") == subprocess.__name__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -104,7 +104,7 @@ class Place:
 def own(folder: Path) -> Iterator[Place]:
     """The folder, made if missing, for this process alone. Raises MachineError where another run writes there
     or the disk has no room, UsageError where it can't be made."""
-    made = not folder.exists()
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -125,10 +125,10 @@ def own(folder: Path) -> Iterator[Place]:
             yield place
         finally:
             place.give_up()
-            if made:
-                # Nothing came of it.
-                with suppress(OSError):
-                    folder.rmdir()
+            # Where nothing came of it: rmdir leaves what isn't empty.
+            with suppress(OSError):
+                for one in made:
+                    one.rmdir()
     finally:
         os.close(fd)
 

@@ -69,15 +69,17 @@ class Host:
         """Start a program inside this host, in a session and process group of its own; its pid is the
         program's.
 
-        `cwd` (default: the checkout) must be a path that the host sees. Raises FileNotFoundError like
-        Popen.
+        `cwd` (default: the checkout) must be a path that the host sees. Raises MachineError where the
+        program isn't there.
         """
         environment = dict(os.environ if env is None else env)
         words = [os.fspath(word) for word in argv]
         folder = os.fspath(cwd or checkout())
         program = words[0] if "/" in words[0] else shutil.which(words[0], path=environment.get("PATH"))
         if program is None or not os.access(os.path.join(folder, program), os.X_OK):
-            raise FileNotFoundError(f"no program {words[0]!r}")
+            raise MachineError(
+                f"{self.name} can't start {words[0]}: no such program; install it or put it on PATH"
+            )
         return subprocess.Popen(
             ["mnexec", "-a", str(self.pid), "env", "-C", folder, "--", *words],
             env=environment,

@@ -31,6 +31,7 @@ K_NEEDED = {
     "tcpdump": "tcpdump",
     "unshare": "util-linux",
     "findmnt": "util-linux",
+    "mount": "mount",
 }
 
 

@@ -164,7 +164,7 @@ def test_a_program_runs_under_its_own_id_and_a_missing_one_raises(net: Network) 
         time.sleep(0.05)
     process.kill()
     assert process.wait() == -9
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MachineError, match="east can't start no-such-program"):
         net.sites["east"].popen(["no-such-program"])
 
 

@@ -1,5 +1,6 @@
 import argparse
 import errno
+import subprocess
 import sys
 
 import pytest
@@ -63,3 +64,20 @@ def test_a_fault_of_ours_is_not_made_a_users(error) -> None:
 
     with pytest.raises(OSError, match=r"denied|Errno 9"):
         run_command("prfaas", build, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["no-such-program"], "no-such-program can't be started here: No such file or directory; install it"),
+        (["/etc/passwd"], "/etc/passwd can't be started here: Permission denied\n"),
+    ],
+)
+def test_a_program_that_cannot_be_started_is_the_machines_lack(words, said, capsys) -> None:
+    def build(argv):
+        parser = argparse.ArgumentParser()
+        parser.set_defaults(run=lambda args: subprocess.run(words, check=False).returncode)
+        return parser
+
+    assert run_command("prfaas", build, []) == 3
+    assert capsys.readouterr().err.startswith(f"prfaas: {said}")

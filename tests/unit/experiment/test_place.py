@@ -53,10 +53,16 @@ def test_the_second_to_write_to_a_folder_is_told_who_does(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_nothing_came_of_is_gone_and_one_with_a_record_stays(tmp_path: Path) -> None:
+def test_folders_that_nothing_came_of_are_gone_and_one_with_a_record_or_there_before_stays(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(PrfaasError, match="nothing was run"), own(tmp_path / "a" / "b"):
         raise PrfaasError("nothing was run")
-    assert not (tmp_path / "a" / "b").exists()
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "d").mkdir()
+    with pytest.raises(PrfaasError, match="nothing was run"), own(tmp_path / "d" / "b"):
+        raise PrfaasError("nothing was run")
+    assert (tmp_path / "d").exists()
     with own(tmp_path / "c") as place:
         place.keep(a_run())
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["run.json"]
