@@ -12,18 +12,18 @@ Only the peer that opened a transfer may add to it. Everything refused changes n
 from __future__ import annotations
 
 import hmac
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.transfer.frames import Open
+from prfaas.transfer.remembered import Remembered
 from prfaas.transfer.segments import U64, Ranges
 
 K_TRANSFERS_PER_LEASE = 4096
 K_REMEMBERED = 8192
-"""Finished raw transfers and ended leases whose ids are kept, to know late copies of their blocks."""
+"""Most ended transfers, and most ended leases, whose ids are kept to know late copies of their blocks."""
 
 
 _Right = tuple[str, int, bytes, int]
@@ -127,8 +127,8 @@ class Receiving:
         self._leases: dict[int, Lease] = {}
         self._raw: dict[bytes, tuple[Hashable, Ranges]] = {}
         self._open: dict[int, Incoming] = {}
-        self._past: OrderedDict[int, _Past] = OrderedDict()
-        self._ended: OrderedDict[int, FailureReason] = OrderedDict()
+        self._past: Remembered[int, _Past] = Remembered(K_REMEMBERED)
+        self._ended: Remembered[int, FailureReason] = Remembered(K_REMEMBERED)
         self._max_transfers = max_transfers
 
     @property
@@ -175,9 +175,7 @@ class Receiving:
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return []
-        self._ended[lease_id] = reason
-        while len(self._ended) > K_REMEMBERED:
-            self._ended.popitem(last=False)
+        self._ended.put(lease_id, reason)
         events: list[ReceiveEvent] = [
             self._break(incoming, FailureReason.LEASE_ENDED, reason.value, tell_peer=True)
             for incoming in list(lease.transfers.values())
@@ -311,6 +309,4 @@ class Receiving:
         self._open.pop(incoming.transfer_id, None)
         if not incoming.done and incoming.lease is not None:
             incoming.lease.transfers.pop(incoming.transfer_id, None)
-        self._past[incoming.transfer_id] = _Past(incoming.peer, incoming.right, incoming.done)
-        while len(self._past) > K_REMEMBERED:
-            self._past.popitem(last=False)
+        self._past.put(incoming.transfer_id, _Past(incoming.peer, incoming.right, incoming.done))
