@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cryptography import x509
 from cryptography.hazmat.backends.openssl import backend
 
@@ -78,10 +79,14 @@ class Context:
         _lib.SSL_CTX_set_verify(context, both, _ffi.NULL)
         _lib.SSL_CTX_set_session_cache_mode(context, _lib.SSL_SESS_CACHE_OFF)
         _lib.SSL_CTX_set_options(context, _lib.SSL_OP_NO_TICKET)
+        # What has come passes through it, from the socket to the connection's own memory: all connections
+        # take it in turn.
+        self.came = memoryview(bytearray(K_CHUNK_BYTES))
+        self.came_c = _ffi.from_buffer(self.came)
 
 
 class End:
-    """One end of a connection; a TlsEnd (tls.py)."""
+    """One end of a connection; a TlsEnd (tls.py). Those of one context belong to one thread."""
 
     def __init__(self, sock: socket.socket, context: Context, *, dialled: bool) -> None:
         self.sock = sock
@@ -89,9 +94,10 @@ class End:
         self._came, self._to_go = _lib.BIO_new(_lib.BIO_s_mem()), _lib.BIO_new(_lib.BIO_s_mem())
         _lib.SSL_set_bio(self._ssl, self._came, self._to_go)  # which owns them from here on
         (_lib.SSL_set_connect_state if dialled else _lib.SSL_set_accept_state)(self._ssl)
-        self._in = memoryview(bytearray(K_CHUNK_BYTES))
-        self._out = memoryview(bytearray(K_CHUNK_BYTES + K_OVERHEAD_BYTES))
-        self._in_c, self._out_c = _ffi.from_buffer(self._in), _ffi.from_buffer(self._out)
+        self._context = context
+        # Not zeroed: who only acknowledges never touches more than its first page.
+        self._out = np.empty(K_CHUNK_BYTES + K_OVERHEAD_BYTES, np.uint8).data
+        self._out_c = _ffi.from_buffer(self._out)
         self._going = self._out[:0]
 
     def do_handshake(self) -> None:
@@ -182,11 +188,11 @@ class End:
     def _fill(self) -> int | None:
         """Take what has come: how many bytes; 0: it has ended; None: nothing yet."""
         try:
-            n = self.sock.recv_into(self._in)
+            n = self.sock.recv_into(self._context.came)
         except BlockingIOError:
             return None
         if n:
-            _lib.BIO_write(self._came, self._in_c, n)
+            _lib.BIO_write(self._came, self._context.came_c, n)
         return n
 
     def _error(self) -> ssl.SSLError:

@@ -7,7 +7,9 @@ import itertools
 import random
 import socket
 import ssl
+import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,65 @@ def test_without_one_of_openssls_names_pumps_use_ssl(monkeypatch):
     monkeypatch.setattr(openssl, "K_NEEDED", (*openssl.K_NEEDED, "SSL_no_such_call"))
     assert not openssl.is_usable()
     assert openssl.version() == ssl.OPENSSL_VERSION
+
+
+K_CONNECTIONS = 12
+
+
+@pytest.fixture
+def many(sites: Path):
+    """Connections of one context at each end, as a pump's are, and what a pair of ends holds in the mean."""
+    contexts = [
+        TlsContext(
+            server=server,
+            site_file=sites / name / keys.K_SITE_FILE,
+            authorities=[sites / name / keys.K_TRUSTED],
+        )
+        for server, name in ((False, "east"), (True, "west"))
+    ]
+    pairs = []
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for _ in range(K_CONNECTIONS):
+                socks = socket.create_connection(listener.getsockname()), listener.accept()[0]
+                for sock in socks:
+                    sock.setblocking(False)
+                pairs.append([c.end(s, dialled=s is socks[0]) for c, s in zip(contexts, socks, strict=True)])
+        held_bytes = (tracemalloc.get_traced_memory()[0] - before) / K_CONNECTIONS
+    finally:
+        tracemalloc.stop()
+    yield pairs, held_bytes
+    for end in itertools.chain(*pairs):
+        end.sock.close()
+
+
+def test_connections_of_one_context_each_get_their_own_bytes_though_all_come_at_once(many) -> None:
+    pairs, _ = many
+    shake(*itertools.chain(*pairs))
+    wanted = [random.Random(place).randbytes(400_000) for place in range(K_CONNECTIONS)]
+    got = [bytearray() for _ in pairs]
+    chunk = memoryview(bytearray(50_000))
+    sent = [0] * K_CONNECTIONS
+
+    def send(place: int) -> bool:
+        end, data = pairs[place][0], memoryview(wanted[place])
+        if sent[place] < len(data):
+            sent[place] += end.send(data[sent[place] : sent[place] + 50_000])
+        return sent[place] == len(data) and end.flush()
+
+    def receive(place: int) -> bool:
+        n = pairs[place][1].recv_into(chunk)
+        got[place].extend(chunk[:n])
+        return len(got[place]) == len(wanted[place])
+
+    places = range(K_CONNECTIONS)
+    turns(*(partial(step, place) for place in places for step in (send, receive)))
+    assert [bytes(one) for one in got] == wanted
+
+
+def test_a_connection_holds_no_buffer_of_its_own_for_what_comes(many) -> None:
+    """A pump has 64 to each of its peers."""
+    _, held_bytes = many
+    assert held_bytes < 2 * 1.1 * (openssl.K_CHUNK_BYTES + openssl.K_OVERHEAD_BYTES)
