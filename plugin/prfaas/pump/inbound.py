@@ -10,6 +10,7 @@ from prfaas.model.errors import RemoteProtocolError
 from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.memory import Gone, Withdrawn
+from prfaas.pump.sessions import Session, Sessions
 from prfaas.pump.stream import K_FORWARD_DEAD_S, Stream, W
 from prfaas.transfer.frames import (
     FrameType,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 K_HANDSHAKE_S = 5.0
-K_STREAMS_PER_PUMP = 512
 K_FORWARDED_STREAMS = 1024
 K_UNKNOWN_STREAMS = 256
 """Most connections that haven't said HELLO yet."""
@@ -45,7 +45,7 @@ class Inbound(Handler):
         self.counters = Counters()
         self.refusals: dict[str, int] = {}
         self._serial = 0
-        self._by_boot: dict[bytes, dict[int, Stream]] = {}
+        self._sessions: Sessions[Stream] = Sessions()
 
     def accept(self, stream: Stream) -> None:
         self.streams.add(stream)
@@ -73,19 +73,21 @@ class Inbound(Handler):
         self.pump.check_site(stream, hello)
         if len(hello.boot) != 16:
             raise RemoteProtocolError(f"a boot id of {len(hello.boot)} bytes")
+        session: Session = (hello.site, hello.boot)
         if hello.forwarding:
             # Apart from the others: what is told to the peer's pump goes by none of these, and they take no
             # place from those that carry data.
             if sum(s.forwarding for s in self.streams) >= K_FORWARDED_STREAMS and not self._end_resting():
                 raise RemoteProtocolError(f"more than {K_FORWARDED_STREAMS} forwarded connections")
-            stream.peer_site, stream.session, stream.forwarding = hello.site, hello.boot, True
+            stream.peer_site, stream.session, stream.forwarding = hello.site, session, True
             stream.give_up_after(K_FORWARD_DEAD_S)
             return version
-        same = self._by_boot.setdefault(hello.boot, {})
-        if len(same) >= K_STREAMS_PER_PUMP:
-            raise RemoteProtocolError(f"more than {K_STREAMS_PER_PUMP} streams of one pump")
-        stream.peer_site, stream.session = hello.site, hello.boot
-        same[id(stream)] = stream
+        given_up = self._sessions.join(session, stream, self.pump.receiving.peers())
+        stream.peer_site, stream.session = hello.site, session
+        for one in given_up:
+            one.lose(
+                "its place is needed: its site has more pumps than may stream here", self.pump.loop.now()
+            )
         return version
 
     def _end_resting(self) -> bool:
@@ -106,12 +108,8 @@ class Inbound(Handler):
         self.pump.exposed.lost(stream, now)
         self.counters.add(stream.counters)
         self.counters.streams_lost += 1
-        if isinstance(stream.session, bytes):
-            same = self._by_boot.get(stream.session, {})
-            same.pop(id(stream), None)
-            if not same:
-                self._by_boot.pop(stream.session, None)
-        else:
+        self._sessions.leave(stream.session, stream)
+        if stream.session is None:
             self.count_refusal("untrusted" if stream.untrusted else "handshake")
         # Each forwarded connection ends one; those that carry data stand for hours.
         level = logging.DEBUG if stream.forwarding else logging.INFO
@@ -119,9 +117,7 @@ class Inbound(Handler):
 
     def any_stream(self, peer: object) -> Stream | None:
         """An open stream of the peer, to tell it something."""
-        if isinstance(peer, bytes):
-            return next((s for s in self._by_boot.get(peer, {}).values() if s.ready), None)
-        return None
+        return next((s for s in self._sessions.of(peer) if s.ready), None)
 
     def next_block(self, stream: Stream, now: float) -> int:
         return 0
@@ -217,4 +213,4 @@ class Inbound(Handler):
         for stream in list(self.streams):
             stream.close(now)
         self.streams.clear()
-        self._by_boot.clear()
+        self._sessions.clear()

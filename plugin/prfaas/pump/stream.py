@@ -78,7 +78,7 @@ class Stream(Measured):
         self.untrusted = ""
         self.answered = self.is_cut = False
         """Whether anybody was there at all."""
-        self.opened_s = now
+        self.opened_s = self.heard_s = now
         self.session: object = None
         self.forwarding = False
         self._context = tls
@@ -219,7 +219,7 @@ class Stream(Measured):
                 return
             budget -= n
             self._got += n
-            self.progress_s = now
+            self.progress_s = self.heard_s = now
             if self._got >= self._want:
                 self._whole(now)
             if n < room:

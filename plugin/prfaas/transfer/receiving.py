@@ -139,6 +139,10 @@ class Receiving:
     def n_transfers(self) -> int:
         return len(self._open)
 
+    def peers(self) -> set[Hashable]:
+        """Those of whom a transfer is under way."""
+        return {incoming.peer for incoming in self._open.values()}
+
     def lease(self, lease_id: int) -> Lease | None:
         return self._leases.get(lease_id)
 
