@@ -12,6 +12,7 @@ from typing import Any
 from prfaas.config.experiment import Experiment, Instance, ModelChoice
 from prfaas.config.policy import PolicyConfig
 from prfaas.config.profile import find_profile
+from prfaas.config.router import Retry
 from prfaas.config.topology import Topology, load_topology
 from prfaas.config.workload import trace_lines
 from prfaas.model.errors import UsageError
@@ -138,6 +139,9 @@ def simulation_of(
         or Settings(
             door_site=experiment.router.site if experiment.router else None,
             timeout_s=experiment.request_timeout_s,
+            retry=Retry(total_s=experiment.request_timeout_s) if experiment.router else None,
+            # Where servers are asked directly nothing is there that a refusal could send elsewhere.
+            admission=experiment.router is not None,
             service_order="deadline" if chosen.service == "deadline" else "fcfs",
             homes=_homes(experiment, local),
             request_bytes_per_token=0.0 if experiment.transfer.http_by_pump else K_TOKEN_BYTES,

@@ -31,6 +31,10 @@ class Connections:
         self._idle: list[tuple[float, float]] = []
         """Since when, and the window, bytes; the last one that was given back is taken first."""
 
+    def rests(self, now: float) -> bool:
+        """Whether one is kept that a request could take now."""
+        return bool(self._idle) and now - self._idle[-1][0] <= K_KEEP_ALIVE_S
+
     def send(self, sent_bytes: float, now: float, rtt_s: float, loss: float = 0.0) -> tuple[float, float]:
         """A request of so many bytes: how long its last byte waits to leave, beyond the way over, and the
         window, bytes, that its connection has once all is acknowledged.

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from prfaas.admission.estimator import LinkEstimator, LinkWentDown
 from prfaas.admission.ledger import Ledger
 from prfaas.config.policy import LinkAdmission
+from prfaas.model.decisions import AdmissionDecision
 from prfaas.model.ids import LinkId
 from prfaas.model.observations import LinkEstimate, LinkObservation
 from prfaas.simulator.agenda import Agenda
+from prfaas.simulator.engine import Engine
 from prfaas.simulator.flows import K_MSS_BYTES, payload_share
 from prfaas.simulator.network import Network
 from prfaas.simulator.pipes import Pipe
 
 K_OBSERVE_S = 0.1  # a pump reports as often
+K_TRANSFER_S = 60.0  # s after prefill by which a transfer must be through: what its ledger is asked for
 K_NEWS = 0.01  # share by which a capacity must have moved before the ledger goes through its promises
 K_UNLIMITED_BPS = 1e12  # what a link without a rate is said to carry
 
@@ -41,6 +44,20 @@ class WatchedLink:
         self._told_bps = config.nominal_bps * (1 - config.headroom)
         self._sent_before = 0.0
         self._probe_bytes = 0
+
+    def offer(self, key: Hashable, prefill: Engine, prompt_tokens: int, now: float) -> AdmissionDecision:
+        """Ask the ledger for the place of what a prompt's prefill there will send."""
+        works = prefill.works
+        ready_s = now + prefill.backlog_s + works.prefill_s(prompt_tokens, 0)
+        return self.ledger.offer(
+            key,
+            works.kv_bytes(prompt_tokens),
+            ready_s + K_TRANSFER_S,
+            now=now,
+            first_s=ready_s,
+            ready_s=ready_s,
+            may_queue=False,
+        )
 
     def wake(self, now: float) -> None:
         """The pipe has something to send: report until it has not."""
@@ -79,7 +96,7 @@ class WatchedLink:
                 self._went_down(pipe, now)
         if not estimate.up and now >= estimator.probe_at(now):
             estimator.on_probe_sent(now)
-            if pipe.up:
+            if pipe.carries:
                 self._probe_bytes = estimator.probe_bytes(now)
         if backlog > 0 or pipe.transfers or not estimate.up:
             self._agenda.at_in_background(now + K_OBSERVE_S, self._tick)

@@ -25,6 +25,8 @@ class Sent:
     deadline_s: float | None
     tail_s: float = 0.0
     """From the end of prefill to the last byte's acknowledgement, as it was predicted."""
+    predicted_ttft_s: float | None = None
+    """From the decision on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +53,8 @@ class Live:
     """When this attempt left the door."""
     request_wait_s: float = 0.0
     """What its way to another site takes beyond half a round trip."""
+    opens: bool = False
+    """Whether it opened a connection for that."""
     window_bytes: float = 0.0
     """Of the connection that it went by; 0 where it took none, or that is given back."""
     over: bool = False

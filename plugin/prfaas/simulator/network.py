@@ -18,6 +18,7 @@ from typing import Literal
 from prfaas.config.topology import Topology
 from prfaas.simulator.agenda import Agenda
 from prfaas.simulator.flows import payload_share, ramp_bps, repeated_late_s, stream_ceiling_bps
+from prfaas.simulator.outages import resumes_after_s
 from prfaas.simulator.pipes import Link, Pipe, Transfer
 
 K_STEP_S = 0.25  # shares are looked at again at least this often while several transfers compete
@@ -90,6 +91,7 @@ class Network:
             pipe.order.add_bytes(transfer, math.ceil(more))
         if pipe not in self._active:
             self._activate(pipe)
+            self._heed_outage(pipe, now)
             if not pipe.ever_busy or now - pipe.idle_since_s > K_COLD_AFTER_S:
                 pipe.busy_since_s = now
             pipe.ever_busy = True
@@ -114,6 +116,7 @@ class Network:
         """Links are no longer as they were: settle at the old rates first, by `before_change`."""
         for pipe in self.pipes.values():
             pipe.forget()
+            self._heed_outage(pipe, now)
         for pipe in list(self._active):
             if pipe in self._active:
                 self._replan_around(pipe, now)
@@ -199,6 +202,8 @@ class Network:
         return got
 
     def _ceiling_bps(self, pipe: Pipe, now: float) -> float:
+        if pipe.silent_since_s is not None:
+            return 0.0
         ceiling = pipe.full_bps
         if ceiling is None:
             rtt_s = self.rtt_s(pipe.source, pipe.target)
@@ -206,12 +211,37 @@ class Network:
             per_stream = stream_ceiling_bps(rtt_s, pipe.loss, self.control, capacity)
             ceiling = pipe.full_bps = min(capacity, per_stream * pipe.streams)
         if pipe.busy_since_s is not None:
-            ramp = ramp_bps(self.rtt_s(pipe.source, pipe.target), pipe.streams, now - pipe.busy_since_s)
+            ramp = ramp_bps(self.rtt_s(pipe.source, pipe.target), pipe.cold_streams, now - pipe.busy_since_s)
             if ramp >= ceiling:
                 pipe.busy_since_s = None
             else:
                 ceiling = ramp
         return ceiling
+
+    def _heed_outage(self, pipe: Pipe, now: float) -> None:
+        """Its links may have died or come back, or it may have begun to send while they are dead."""
+        if not pipe.up:
+            pipe.resumes_s = math.inf
+            # What was under way a round trip ago arrives, but nobody hears of it.
+            under_way = pipe in self._active or now - pipe.idle_since_s < self.rtt_s(pipe.source, pipe.target)
+            if pipe.silent_since_s is None and under_way:
+                pipe.silent_since_s = now
+        elif pipe.silent_since_s is not None and pipe.resumes_s == math.inf:
+            silent_s = now - pipe.silent_since_s
+            after_s, anew = resumes_after_s(silent_s, self.rtt_s(pipe.source, pipe.target))
+            pipe.resumes_s = resumes_s = pipe.silent_since_s + after_s
+            self._agenda.at(resumes_s, partial(self._resume, pipe, resumes_s, anew))
+
+    def _resume(self, pipe: Pipe, due_s: float, anew: bool, now: float) -> None:
+        """Its streams find the link back, unless that has died again meanwhile."""
+        if pipe.silent_since_s is None or pipe.resumes_s != due_s:
+            return
+        pipe.silent_since_s = None
+        if anew:
+            # The others are dialled once the first has got through, and are behind it all the way.
+            pipe.busy_since_s, pipe.cold_streams = now, 1
+        if pipe in self._active:
+            self._replan_around(pipe, now)
 
     def _activate(self, pipe: Pipe) -> None:
         self._active[pipe] = None

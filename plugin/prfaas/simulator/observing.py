@@ -34,6 +34,7 @@ class Outlook:
         every_s: float,
         prefixes: HeardPrefixes,
         listed: bool = False,
+        hears_links: bool = True,
     ) -> None:
         self._engines, self._homes, self._every_s = sites, homes, every_s
         self._tallies = {site: Tally(engines) for site, engines in sites.items()}
@@ -46,7 +47,8 @@ class Outlook:
         self._estimates: dict[LinkId, LinkEstimate] = {}
         for link_id, link in links.items():
             self._estimates[link_id] = link.estimate
-            link.told = self._estimates
+            if hears_links:
+                link.told = self._estimates
 
     def snapshot(self, now: float) -> Snapshot:
         """What the door knows at `now`: all of it, because what is missing counts as gone."""

@@ -53,6 +53,8 @@ class Pipe:
 
     def __init__(self, source: str, target: str, links: list[Link], streams: int) -> None:
         self.source, self.target, self.links, self.streams = source, target, links, streams
+        self.cold_streams = streams
+        """Of those that gather speed."""
         self.order: SendOrder[Transfer] = SendOrder()
         self.transfers: dict[Transfer, None] = {}
         self.begun: list[Transfer] = []
@@ -66,6 +68,10 @@ class Pipe:
         self.plan = 0
         self.busy_since_s: float | None = None
         self.idle_since_s = -math.inf
+        self.silent_since_s: float | None = None
+        """Since when its streams have been sending into a dead link, or have yet to find that it is back."""
+        self.resumes_s = -math.inf
+        """When they do."""
         self.ever_busy = False
         self.sent_bytes = 0.0
         self.forget()
@@ -81,6 +87,11 @@ class Pipe:
     @property
     def up(self) -> bool:
         return all(link.rate_bps > 0 for link in self.links)
+
+    @property
+    def carries(self) -> bool:
+        """Whether what is sent arrives: its links are up, and its streams have found that out."""
+        return self.silent_since_s is None and self.up
 
     @property
     def delay_s(self) -> float:

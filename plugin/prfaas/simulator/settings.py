@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from prfaas.config.router import Retry
 from prfaas.model.ids import SiteId
 from prfaas.simulator.choosing import ServiceOrder
 
@@ -30,3 +31,6 @@ class Settings:
     slowly each time; 0: requests go by the pumps' streams, which are kept warm."""
     timeout_s: float = math.inf
     """A request without a first token by then is answered with an error."""
+    retry: Retry | None = None
+    """The door's patience with an attempt whose link is dead. None: there is no door, and who sends the
+    requests neither gives an attempt up nor hears of links."""

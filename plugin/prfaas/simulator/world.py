@@ -24,6 +24,8 @@ from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.live import Live, Sent
 from prfaas.simulator.network import Network
 from prfaas.simulator.observing import Outlook
+from prfaas.simulator.outages import repeats_s
+from prfaas.simulator.patience import Patience
 from prfaas.simulator.pipes import Pipe, Transfer
 from prfaas.simulator.prefixes import HeardPrefixes
 from prfaas.simulator.record import Record
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 K_ATTEMPTS = 6  # a request that failed so often is answered with an error
 K_NONE = Ranked(())  # instances of a site that has none
 K_NO_DEADLINE_S = 600.0  # s, order of sending for requests without one
-K_TRANSFER_S = 60.0  # s after prefill by which a transfer must be through: what its ledger is asked for
 
 
 class World:
@@ -57,6 +58,7 @@ class World:
         self.engines = {engine.name: engine for engine in engines}
         self.live: dict[int, Live] = {}
         self._waiting = WaitingRoom(agenda, policy, self._door)
+        self._patience = Patience(agenda, settings.retry, self.fail)
         self._connections: dict[str, Connections] = {}
         """To servers of other sites, by name."""
         self._expiring: deque[tuple[float, int]] = deque()
@@ -77,8 +79,9 @@ class World:
         # In order of arrival, instances are chosen here, by what they have to do at the moment.
         listed = policy.names_instances and settings.service_order == "deadline"
         self.outlook = Outlook(
-            self._by_site, self.links, settings.homes, settings.observe_every_s, heard, listed
-        )
+            self._by_site, self.links, settings.homes, settings.observe_every_s, heard, listed,
+            hears_links=settings.retry is not None,
+        )  # fmt: skip
         self._requests: Iterator[TimedRequest] = iter(())
         self.exhausted = True
         """No further arrivals."""
@@ -181,16 +184,7 @@ class World:
             return
         link_id = chosen.link
         if link_id is not None and self.settings.admission:
-            ready_s = now + prefill.backlog_s + prefill.works.prefill_s(request.prompt_tokens, 0)
-            answer = self.links[link_id].ledger.offer(
-                live,
-                prefill.works.kv_bytes(request.prompt_tokens),
-                ready_s + K_TRANSFER_S,
-                now=now,
-                first_s=ready_s,
-                ready_s=ready_s,
-                may_queue=False,
-            )
+            answer = self.links[link_id].offer(live, prefill, request.prompt_tokens, now)
             if answer.verdict is Verdict.REFUSED:
                 self.record.count_refusal()
                 self.policy.on_refused(
@@ -210,6 +204,7 @@ class World:
         if link_id is not None and a_token:
             kept = self._connections.setdefault(prefill.name, Connections())
             way = self.network.pipes.get((link_id.target, link_id.source))
+            live.opens = not kept.rests(now)
             live.request_wait_s, live.window_bytes = kept.send(
                 a_token * request.prompt_tokens, now, self.network.rtt_s(*link_id), way.loss if way else 0.0
             )
@@ -225,7 +220,9 @@ class World:
         live.decode_job = Job(
             live, request.prompt_tokens, request.output_tokens, on_join=self._on_join, on_done=self._on_done
         )
-        live.decision = Sent(chosen.prefill_site, decision.reason, decision.deadline_s, chosen.tail_s)
+        live.decision = Sent(
+            chosen.prefill_site, decision.reason, decision.deadline_s, chosen.tail_s, chosen.ttft_s
+        )
         live.view = None
         decode.reserve(live.decode_job, request.prompt_tokens + request.output_tokens, self._on_pages, now)
 
@@ -237,15 +234,20 @@ class World:
         assert decode is not None
         assert prefill is not None
         assert prefill_job is not None
-        begin_s = now
+        begin_s, way, repeats = now, None, repeats_s(0.0, opening=False)
         if live.link is not None:
             # The pages are told to it, and the request is sent to it, over the same distance.
             delay_s = self.network.pipes[live.link].delay_s
             there_s = live.asked_s + delay_s + live.request_wait_s
             begin_s = max(begin_s + delay_s, there_s)
+            repeats = repeats_s(self.network.rtt_s(*live.link), opening=live.opens)
+            way = self.network.pipes.get((live.link.target, live.link.source))
 
         def begin(at_s: float) -> None:
             if live.over or prefill_job.void:
+                return
+            if way is not None and not way.up:
+                self.agenda.at(at_s + next(repeats), begin)  # it was lost, and is sent again
                 return
             if live.link is not None:
                 deadline_s = (live.decision.deadline_s if live.decision else None) or at_s + K_NO_DEADLINE_S
@@ -378,8 +380,9 @@ class World:
     def _link_went_down(self, pipe: Pipe, now: float) -> None:
         self.record.event(now, f"link {pipe.source}->{pipe.target} believed down")
         ends = (pipe.source, pipe.target)
-        for live in [one for one in self.live.values() if one.link == ends and one.first_token_s is None]:
-            self.fail(live, "link down", now)
+        self._patience.watch(
+            [one for one in self.live.values() if one.link == ends and one.first_token_s is None]
+        )
 
     def kill(self, name: str, now: float) -> None:
         """An instance dies; what it held is lost."""

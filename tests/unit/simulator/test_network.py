@@ -1,3 +1,4 @@
+from functools import partial
 from random import Random
 
 import pytest
@@ -87,24 +88,71 @@ def test_a_small_transfer_does_not_wait_for_a_large_one_which_still_moves() -> N
     assert seen["large"] == pytest.approx(100.1e6 / (10e6 * SHARE), rel=1e-2)
 
 
-def test_a_dead_link_stops_everything_and_a_live_one_goes_on_where_it_was() -> None:
+def cut(agenda: Agenda, network: Network, *times: float) -> None:
+    """Down at the first, up at the second, and so on."""
+
+    def change(down: bool, now: float) -> None:
+        network.before_change(now)
+        link = network.links["a->b"]
+        link.state = link.state.changed(LinkChange(down=down))
+        network.changed(now)
+
+    for index, at_s in enumerate(times):
+        agenda.at(at_s, partial(change, index % 2 == 0))
+
+
+def test_a_dead_link_stops_everything_and_streams_go_on_where_they_were_once_they_find_it_back() -> None:
     agenda, network = world()
     seen = []
     send(agenda, network, 10_000_000 * SHARE, seen.append)
-
-    def change(down: bool):
-        def do(now: float) -> None:
-            network.before_change(now)
-            link = network.links["a->b"]
-            link.state = link.state.changed(LinkChange(down=down))
-            network.changed(now)
-
-        return do
-
-    agenda.at(0.5, change(True))
-    agenda.at(2.5, change(False))
+    cut(agenda, network, 0.5, 0.8)
     agenda.run()
-    assert seen == [pytest.approx(3.0, rel=1e-4)]
+    # Tried at 0.7, and 0.4 s later: half a second of sending was left.
+    assert seen == [pytest.approx(1.1 + 0.5, rel=1e-4)]
+
+
+def test_streams_that_were_replaced_gather_speed_anew() -> None:
+    found = []
+    for delay_ms in (1, 50):
+        agenda, network = world(delay_ms=delay_ms)
+        network.pipes["a", "b"].ever_busy = True  # warm
+        send(agenda, network, 10_000_000 * SHARE, found.append)
+        cut(agenda, network, 0.5, 2.5)
+        agenda.run()
+    near_s, far_s = found
+    assert near_s == pytest.approx(0.5 + 1.55 + 1.0 + 0.5, abs=0.03)
+    assert far_s > near_s + 3 * 0.1 + 0.05 + 3 * 0.1  # opened, on their way, and some windows
+
+
+def test_a_link_that_dies_again_before_its_streams_found_it_back_keeps_them_waiting() -> None:
+    agenda, network = world()
+    seen = []
+    send(agenda, network, 10_000_000 * SHARE, seen.append)
+    cut(agenda, network, 0.5, 0.8, 0.9, 1.2)  # their try at 1.1 is lost as well; the next is at 1.9
+    agenda.run()
+    assert seen == [pytest.approx(1.9 + 0.5, rel=1e-4)]
+
+
+def test_an_outage_that_nothing_was_sent_in_costs_nothing() -> None:
+    agenda, network = world()
+    seen = []
+    cut(agenda, network, 0.5, 2.5)
+    send(agenda, network, 10_000_000 * SHARE, seen.append, at_s=2.6)
+    agenda.run()
+    assert seen == [pytest.approx(3.6, rel=1e-4)]
+
+
+def test_bytes_whose_acknowledgements_a_cut_swallows_leave_their_streams_waiting() -> None:
+    agenda, network = world(delay_ms=50)
+    network.pipes["a", "b"].ever_busy = True  # warm
+    seen = []
+    send(agenda, network, 1_000_000 * SHARE, seen.append)  # left by 0.1, there at 0.15
+    cut(agenda, network, 0.12, 0.9)
+    send(agenda, network, 1_000_000 * SHARE, seen.append, at_s=1.0)
+    agenda.run()
+    first_s, second_s = seen
+    assert first_s == pytest.approx(0.15, rel=1e-3)
+    assert second_s == pytest.approx(0.12 + 0.3 + 0.6 + 0.1 + 0.05, rel=1e-2)
 
 
 def test_two_pipes_share_a_bottleneck_and_what_one_cannot_use_the_other_takes() -> None:

@@ -14,6 +14,8 @@ from prfaas.config.topology import Topology
 from prfaas.model.errors import UsageError
 from prfaas.simulator.build import Simulation, simulation_of
 from prfaas.simulator.coverage import extrapolations
+from prfaas.simulator.engine import Engine
+from prfaas.simulator.job import Job
 from prfaas.simulator.record import Record
 from prfaas.simulator.settings import Settings
 
@@ -166,6 +168,78 @@ def test_a_dead_link_sends_its_requests_elsewhere_and_none_is_lost() -> None:
     assert_whole(world, record, 150)
     assert any("down" in text for _, text in record.events)
     assert {row["site"] for row in rows(record)} >= {"east"}
+
+
+def test_what_is_under_way_waits_for_a_link_to_come_back_as_pumps_do() -> None:
+    flap = {"do": "link_down", "at_s": 20, "link": "east<->west", "for_s": 2}
+    world = simulation(router=policy("prices"), timeline=[flap])
+    failed = []
+    world.world.policy.on_failed = lambda **told: failed.append(told)
+    record = world.run()
+    assert_whole(world, record, 150)
+    assert any("believed down" in text for _, text in record.events)
+    assert not failed
+    late = [row for row in rows(record) if row["sent_s"] < 20.5 < 23 < row["sent_s"] + row["ttft_s"]]
+    assert any(row["site"] == "east" for row in late)
+
+
+def test_a_door_gives_an_attempt_up_that_a_dead_link_keeps_waiting_and_tries_another_site() -> None:
+    cut = [{"do": "set_link", "at_s": 20, "link": "east<->west", "set": {"down": True}}]
+    world = simulation(router=policy("prices"), timeline=cut)
+    failed = []
+    on_failed = world.world.policy.on_failed
+
+    def hear(**told: object) -> None:
+        failed.append(told)
+        on_failed(**told)
+
+    world.world.policy.on_failed = hear
+    record = world.run()
+    assert_whole(world, record, 150)
+    assert not any(row["error"] for row in rows(record))
+    assert failed
+    assert all(told["reason"] == "no first token in time" for told in failed)
+    by_index = {int(row["id"]): row for row in rows(record)}
+    for told in failed:
+        row = by_index[int(told["request"])]
+        assert told["now"] >= row["sent_s"] + 10  # the router's least patience
+        assert row["site"] == "west"
+
+
+def test_without_a_door_nobody_hears_of_a_dead_link_or_gives_up_before_the_request_s_own_time() -> None:
+    down = {"do": "link_down", "at_s": 20, "link": "east<->west", "for_s": 30}
+    instances = [
+        {"name": "far", "site": "east", "role": "prefill", "count": 4, "profile": "1t-hybrid-h200"},
+        {"name": "decode", "site": "west", "role": "decode", "count": 3},
+    ]
+    world = simulation(router=None, instances=instances, timeline=[down])
+    record = world.run()
+    assert_whole(world, record, 150)
+    assert not any(row["error"] for row in rows(record))
+    waited = [row for row in rows(record) if 20 < row["sent_s"] < 50]
+    assert waited
+    assert all(row["sent_s"] + row["ttft_s"] > 50 for row in waited)
+    short = simulation(router=None, instances=instances, timeline=[down], request_timeout_s=25)
+    errors = {row["error"] for row in rows(short.run())}
+    assert errors == {None, "deadline passed"}
+
+
+def test_a_request_that_is_sent_into_a_dead_link_crosses_it_with_a_later_repetition(monkeypatch) -> None:
+    """Over a new connection: a second after another (Linux), until the link is up again."""
+    begun: list[float] = []
+    prefill = Engine.prefill
+
+    def hear(engine: Engine, job: Job, now: float) -> None:
+        begun.append(now)
+        prefill(engine, job, now)
+
+    monkeypatch.setattr(Engine, "prefill", hear)
+    for down in ([], [{"do": "link_down", "at_s": 0, "link": "east<->west", "for_s": 2.5}]):
+        workload = experiment().workload.model_dump() | {"requests": 1}
+        simulation(router=policy("naive"), workload=workload, timeline=down).run()
+    at_once_s, late_s = begun
+    assert at_once_s < 1
+    assert late_s == pytest.approx(at_once_s + 2)
 
 
 def test_a_link_flaps_at_the_times_at_which_the_testbed_s_does() -> None:
