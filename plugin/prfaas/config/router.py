@@ -212,7 +212,8 @@ class Retry(Strict):
     stall_s: Positive = 120.0
     """After the first token: silence of a decode server for this long is an error."""
     cool_down_s: Positive = 5.0
-    """A server that refused a connection, or a link whose transfers failed, is left alone for this long."""
+    """A server that refused a connection or answered three requests in a row with errors of its own is left
+    alone for this long, and a link that failed a transfer (each time twice as long)."""
 
 
 class Loads(Strict):

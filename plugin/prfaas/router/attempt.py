@@ -173,9 +173,9 @@ class Attempt:
             while not decode.done():
                 left_s = end_s - self._clock()
                 if left_s <= 0:
-                    raise AttemptFailed(
-                        Side.PREFILL, FailureKind.TIMEOUT, f"no first token within {timeout_s:.1f} s"
-                    )
+                    # With prefill ended its bytes are across: who is awaited then is decode.
+                    side = Side.DECODE if self.prefill_ended_s is not None else Side.PREFILL
+                    raise AttemptFailed(side, FailureKind.TIMEOUT, f"no first token within {timeout_s:.1f} s")
                 done, _ = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 if self._prefill_task in done and not decode.done():
                     waiting.discard(self._prefill_task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,11 @@ from prfaas.model.observations import InstanceObservation, Role
 from prfaas.router.pool import K_CONNECT_S, K_KEEP_ALIVE_S, UpstreamPool
 from prfaas.router.queueing import PrefillQueue
 
+log = logging.getLogger("prfaas.router")
+
 _KEY = re.compile(r"[!-~]+")
+K_ERRORS_IN_A_ROW = 3
+"""Fewer may be one request's own fault, or chance."""
 K_TOKENS_PER_S = 5000.0
 """Speed of a server that has told of none."""
 
@@ -63,6 +68,10 @@ class ServerHandle:
     """Most prompts of one of its prefill steps; None: as many as fit, or it doesn't tell."""
     down_until_s: float = float("-inf")
     """Not to be used before, after a connection failed."""
+    errors: int = 0
+    """Requests in a row that it answered with an error of its own."""
+    rests_until_s: float = float("-inf")
+    """Not to be used before, after too many of them: that it tells its load says nothing of its engine."""
     misses: int = 0
     """Load polls in a row that brought nothing usable."""
     draining: bool = False
@@ -86,10 +95,24 @@ class ServerHandle:
         return not self.config.models or model in self.config.models
 
     def up(self, now: float) -> bool:
-        return not self.draining and now >= self.down_until_s
+        return not self.draining and now >= max(self.down_until_s, self.rests_until_s)
 
     def mark_down(self, now: float, cool_down_s: float) -> None:
         self.down_until_s = now + cool_down_s
+
+    def on_error(self, now: float, cool_down_s: float) -> None:
+        """It answered with an error of its own. After K_ERRORS_IN_A_ROW, and each one that follows them, it
+        rests.
+        """
+        self.errors += 1
+        if self.errors >= K_ERRORS_IN_A_ROW:
+            if now >= self.rests_until_s:
+                log.warning("%s rests for %g s: %d errors in a row", self.name, cool_down_s, self.errors)
+            self.rests_until_s = now + cool_down_s
+
+    def on_answered(self) -> None:
+        """It had part in an answer."""
+        self.errors, self.rests_until_s = 0, float("-inf")
 
     async def close(self) -> None:
         self.upstream.close()
@@ -130,7 +153,7 @@ class ServerHandle:
             free_tokens=free,
             total_tokens=self.reported.total_tokens,
             max_running=limit,
-            healthy=now >= self.down_until_s and not self.broken,
+            healthy=now >= max(self.down_until_s, self.rests_until_s) and not self.broken,
             draining=self.draining,
         )
 

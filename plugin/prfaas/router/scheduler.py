@@ -17,7 +17,8 @@ from prfaas.config.router import CostFile, RouterConfig
 from prfaas.model.decisions import Action, Decision
 from prfaas.model.ids import ModelId, SiteId
 from prfaas.model.observations import RequestView, SiteObservation, Snapshot
-from prfaas.router.attempt import AttemptFailed, FailureKind, Route, Side
+from prfaas.router.attempt import AttemptFailed, FailureKind, Route
+from prfaas.router.blame import blame_servers, clear_servers, is_decodes_alone, least_blamed, tells_of_link
 from prfaas.router.errors import NoPath, Overloaded
 from prfaas.router.fleet import ServerHandle, ServerPool, least_loaded, least_running
 from prfaas.router.holding import HoldingPen, Place
@@ -251,7 +252,7 @@ class Scheduler:
         prefill = next((one for one in prefills if one.name == wanted), None)
         if prefill is None and prefills:
             # Among a site's servers the longest prefix wins, then the shortest queue.
-            prefills = _least_blamed(ticket, prefills)
+            prefills = least_blamed(ticket, prefills)
             most = max(ticket.cached.get(one.name, 0) for one in prefills)
             best = [one for one in prefills if ticket.cached.get(one.name, 0) >= most]
             prefill = least_loaded(best, now, max_age_s)
@@ -265,7 +266,7 @@ class Scheduler:
         decodes = [one for one in decodes if one.role == "decode"]
         wanted = decision.decode_instance
         decode = next((one for one in decodes if one.name == wanted), None)
-        decode = decode or least_running(_least_blamed(ticket, decodes), now, max_age_s)
+        decode = decode or least_running(least_blamed(ticket, decodes), now, max_age_s)
         if decode is None:
             return None
         priority, prefill_s = self._priority(decision, ticket, now), decision.chosen.prefill_s
@@ -288,7 +289,7 @@ class Scheduler:
     def _dispatched(
         self, ticket: Ticket, view: RequestView, decision: Decision, route: Route, now: float
     ) -> None:
-        ticket.decision = decision
+        ticket.decision, ticket.route = decision, route
         self._under_policy(ticket)
         assert decision.chosen is not None
         ticket.link = decision.chosen.link
@@ -327,6 +328,7 @@ class Scheduler:
         if ticket.link is not None:
             self._links.on_succeeded(ticket.link)
             ticket.link = None
+        clear_servers(ticket.route)
         if ticket.policy is not None:
             ticket.policy.on_first_token(
                 request=ticket.request_id, now=self._clock(), cached_tokens=cached_tokens
@@ -336,21 +338,15 @@ class Scheduler:
         """An attempt brought no token: learn from it, and lead the next one elsewhere."""
         now, retry = self._clock(), self._config.retry
         prefill_site = route.prefill.site if route.prefill else route.decode.site
-        culprit = route.decode if failed.side is Side.DECODE or route.prefill is None else route.prefill
-        if failed.kind is FailureKind.CONNECT:
-            culprit.mark_down(now, retry.cool_down_s)
-        if failed.side is Side.DECODE and failed.kind in (FailureKind.CONNECT, FailureKind.REFUSED):
+        culprit = blame_servers(ticket, route, failed, self._servers, now, retry.cool_down_s)
+        if is_decodes_alone(failed):
             ticket.failed_servers.add(route.decode.name)
         elif ticket.link is not None:
             ticket.failed_sites.add(prefill_site)
-            if failed.kind in (FailureKind.SERVER, FailureKind.TIMEOUT):
+            if tells_of_link(failed):
                 self._links.on_failed(ticket.link, now, ticket.link_sent_s)
         elif failed.kind is not FailureKind.SERVER:
             ticket.failed_servers.add(culprit.name)
-        # Inside a site an error answer doesn't tell which of the two failed: both become second choice.
-        for one in (route.decode, route.prefill):
-            if one is not None:
-                ticket.blame[one.name] = ticket.blame.get(one.name, 0) + 1
         policy = ticket.policy
         if policy is not None and failed.kind is FailureKind.REFUSED:
             retry_after_s = failed.retry_after_s
@@ -388,11 +384,3 @@ def _order(decision: Decision, ticket: Ticket) -> float:
     if decision.order_s is not None:
         return decision.order_s
     return decision.deadline_s if decision.deadline_s is not None else ticket.arrived_s
-
-
-def _least_blamed(ticket: Ticket, handles: list[ServerHandle]) -> list[ServerHandle]:
-    """Those that had part in the fewest failed attempts of this request."""
-    if not ticket.blame or not handles:
-        return handles
-    least = min(ticket.blame.get(one.name, 0) for one in handles)
-    return [one for one in handles if ticket.blame.get(one.name, 0) == least]

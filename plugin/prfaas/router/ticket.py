@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from prfaas.model.decisions import Decision
 from prfaas.model.ids import LinkId, ModelId, SiteId, TenantId
+from prfaas.router.attempt import Route
 from prfaas.router.tokens import Prompt
 from prfaas.routing import Policy
 
@@ -33,6 +34,8 @@ class Ticket:
     blame: dict[str, int] = field(default_factory=dict)
     """Failed attempts by server that had part in them."""
     decision: Decision | None = None
+    route: Route | None = None
+    """The running attempt's, or the last one's."""
     policy: Policy | None = None
     """The policy that was told of its dispatch, and is told of its end, even if a reload has replaced it."""
     link: LinkId | None = None

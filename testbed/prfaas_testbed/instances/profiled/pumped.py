@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prfaas.config.loading import load
 from prfaas.config.pump import PumpConfig
 from prfaas.model.errors import ConfigError, PrfaasError
-from prfaas.model.transfer import LeaseGrant, TransferKind
+from prfaas.model.transfer import FailureReason, LeaseGrant, TransferKind
 from prfaas.pump_client import Lease, LocalPumpClient, Transfer
 from prfaas_testbed.instances.profiled.mover import Moved, MoveFailed, Receiver, Sender
 from prfaas_testbed.instances.profiled.settings import Settings
@@ -118,7 +118,7 @@ class Pumped:
                     await changed.wait()
                     changed.clear()
         except TimeoutError:
-            raise MoveFailed(f"not whole within {timeout_s:g} s") from None
+            raise MoveFailed(f"{FailureReason.DEADLINE}: not whole within {timeout_s:g} s") from None
         if lease.failure is not None:
             raise MoveFailed(f"{lease.failure.reason}: {lease.failure.detail}")
 
