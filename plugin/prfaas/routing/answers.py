@@ -165,14 +165,14 @@ def alike(one: PathPrediction, other: PathPrediction) -> bool:
 
 def why_won(chosen: PathPrediction, paths: Sequence[PathPrediction]) -> str:
     """What won, and over what."""
-    others = ", ".join(
-        [
-            "%s %.2f+%.2f" % (path.label, path.ttft_s, path.price)  # noqa: UP031 (half of an f-string's price)
-            if path.feasible
-            else f"{path.label} {path.why_not}"
-            for path in paths
-            if path is not chosen
-        ]
-    )
-    won = f"{chosen.label}: TTFT {chosen.ttft_s:.2f} s + price {chosen.price:.2f}"
-    return f"{won}, over {others}" if others else f"{won}, the only path"
+    # "%" takes half of an f-string's time for figures.
+    why = "%s: TTFT %.2f s + price %.2f" % (chosen.label, chosen.ttft_s, chosen.price)  # noqa: UP031
+    before = ", over "
+    for path in paths:
+        if path is not chosen:
+            if path.feasible:
+                why += "%s%s %.2f+%.2f" % (before, path.label, path.ttft_s, path.price)  # noqa: UP031
+            else:
+                why += f"{before}{path.label} {path.why_not}"
+            before = ", "
+    return why if before == ", " else f"{why}, the only path"

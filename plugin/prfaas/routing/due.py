@@ -86,7 +86,11 @@ class DueQueues:
         self._serial += 1
         entry = Waiting(order_s, self._serial, request, prefill_s, latest_s)
         queue = self.at(site)
-        insort(queue.entries, entry)
+        entries = queue.entries
+        if not entries or entries[-1].order_s <= order_s:
+            entries.append(entry)  # its serial is the highest
+        else:
+            insort(entries, entry)
         queue.total_s += prefill_s
         self._where[request] = (site, entry)
 

@@ -29,8 +29,11 @@ def begins_s(lane: Lane, order_s: float, now: float) -> float:
 
 def begins_behind_s(lane: Lane, order_s: float, now: float) -> float:
     """The same for one that is given up: behind all that isn't, and the given up that come before."""
+    behind = lane.behind
+    if not behind or behind[-1].order_s <= order_s:
+        return _hopeful_end_s(lane, now) + lane.behind_s
     before_s = 0.0
-    for one in lane.behind:
+    for one in behind:
         if one.order_s > order_s:
             break
         before_s += one.work_s

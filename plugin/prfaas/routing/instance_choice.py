@@ -129,8 +129,7 @@ class InstanceChooser:
                 backlog_s = one.prefill_backlog_s
                 if backlog_s is None:
                     backlog_s = one.waiting_uncached_tokens * costs.s_per_token
-                if backlog_s > K_FOREIGN_S or lane.foreign_s:
-                    lane.report(backlog_s, one.at_s, now)
+                if (backlog_s > K_FOREIGN_S or lane.foreign_s) and lane.report(backlog_s, one.at_s, now):
                     self.lanes.touch(lane)
             work_s = lane.ends_s - now
             if work_s <= 0.0:
@@ -282,18 +281,26 @@ class InstanceChooser:
         now: float,
     ) -> Choice | None:
         """The soonest behind everything else, where it delays nobody and pays no price."""
-        best: Choice | None = None
+        best: tuple[PathPrediction, InstanceId, float, float, int, float, float, float] | None = None
+        best_cost = math.inf
+        shared = bool(request.instance_cached_tokens)
         for path in paths:
             if not path.feasible:
                 continue
+            tokens, own_s, move_s = path.uncached_tokens, path.prefill_s, path.move_s
             for _, instance, lane in lanes[path.prefill_site]:
-                tokens, own_s = self._own(request, path, instance)
+                if shared:
+                    tokens, own_s = self._own(request, path, instance)
                 wait_s = lane.work_s(now)
+                cost = wait_s + own_s + move_s
+                if cost > best_cost:
+                    continue  # whatever its transfer takes
                 tail_s = self._tail_s(path, snapshot, wait_s, own_s, tokens)
-                cost = wait_s + own_s + path.move_s + tail_s
-                if best is None or cost <= best.cost:
-                    best = Choice(path, instance, wait_s, own_s, tokens, tail_s, 0.0, cost)
-        return best
+                cost += tail_s
+                if cost <= best_cost:
+                    best_cost = cost
+                    best = (path, instance, wait_s, own_s, tokens, tail_s, 0.0, cost)
+        return None if best is None else Choice(*best)
 
     def _own(self, request: RequestView, path: PathPrediction, instance: InstanceId) -> tuple[int, float]:
         """Tokens that the instance would have to prefill, and the seconds that takes it."""
@@ -331,7 +338,8 @@ def _likeliest_first(
         if path.feasible
     ]
     if planned is None:
-        asked.sort(key=_about)
+        if len(asked) > 1:
+            asked.sort(key=_about)
         return asked
     return [
         (path, price, [one]) for path, price, there in asked for one in there if one[2] is planned

@@ -11,10 +11,9 @@ door keeps for this instance has its place here as well; no step takes it before
 from __future__ import annotations
 
 import math
-from bisect import insort
 
 from prfaas.model.ids import RequestId
-from prfaas.routing.steps import Queued, Steps
+from prfaas.routing.steps import Queued, Steps, place_of
 
 K_FOREIGN_S = 0.5  # s by which a report must exceed what is known here for others' work to count
 K_UNHEARD_S = 60.0  # s after which an instance's last report says nothing
@@ -52,10 +51,10 @@ class Lane(Steps):
         self.advance(now)
         self._reckoned.pop(entry.request, None)  # of an earlier attempt
         if math.isinf(entry.latest_s):
-            insort(self.behind, entry)
+            self.behind.insert(place_of(self.behind, entry.order_s), entry)
             self.behind_s += entry.work_s
         else:
-            insort(self.hopeful, entry)
+            self.hopeful.insert(place_of(self.hopeful, entry.order_s), entry)
             self.hopeful_s += entry.work_s
         if self.ends_s <= now + self.early_s:
             self._start(now + self.early_s)
@@ -102,19 +101,23 @@ class Lane(Steps):
                     self._ends = None
                     return
 
-    def report(self, backlog_s: float, at_s: float, now: float) -> None:
-        """The instance had so much work at at_s, that of this account included."""
+    def report(self, backlog_s: float, at_s: float, now: float) -> bool:
+        """The instance had so much work at at_s, that of this account included. Whether that moves its steps:
+        where others' work is or was among it.
+        """
         if at_s <= self.reported_s:
-            return
+            return False
         self.reported_s = at_s
         if backlog_s <= K_FOREIGN_S and not self.foreign_s:
-            return
+            return False
         known_s = self.work_s(now) - self.foreign_s - self.held_s() + (now - at_s)
         foreign_s = backlog_s - known_s
         foreign_s = foreign_s if foreign_s > K_FOREIGN_S else 0.0
+        moves = foreign_s > 0.0 or self.foreign_s > 0.0
         if foreign_s != self.foreign_s:
             self.foreign_s = foreign_s
             self._ends = None
+        return moves
 
     def advance(self, now: float) -> None:
         """Steps that have ended by now."""

@@ -211,6 +211,7 @@ class PathFinder:
         """
         tokens, model = request.prompt_tokens, request.model
         sites, links, backlog_s = snapshot.sites, snapshot.links, self.book.backlog_s
+        costs_of = self._costs.get
         known, prefill_s, size, rate_bps = None, 0.0, 0.0, 0.0
         paths: list[PathPrediction] = []
         names, to_home = self._to(home, sites)
@@ -225,7 +226,7 @@ class PathFinder:
             if site is None or site.prefill_instances <= 0 or (link is not None and rate_bps <= 0):
                 paths.append(self.predict(request, snapshot, source, home, now))
                 continue
-            costs = self.costs(source, model)
+            costs = costs_of((source, model)) or self.costs(source, model)
             if costs is not known:
                 known = costs
                 prefill_s, size = costs.prefill_s(tokens, 0), costs.transfer_bytes(tokens, 0)

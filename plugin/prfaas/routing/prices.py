@@ -255,7 +255,10 @@ class PricesPolicy(BookingPolicy):
         left_s = deadline_s - now - K_STEPS_MARGIN_S + K_ROUNDING_S
         if request.instance_cached_tokens:
             return left_s < 0  # what an instance holds may leave it next to nothing to do
-        return not any(path.feasible and path.prefill_s <= left_s for path in paths)
+        for path in paths:  # noqa: SIM110 (a generator costs as much as all the rest)
+            if path.prefill_s <= left_s and path.feasible:
+                return False
+        return True
 
     def _lead_s(self, lane: Lane) -> float:
         """So long before its step begins a request is sent: the instance must never wait for it."""

@@ -47,6 +47,7 @@ class Resource:
         "capacity",
         "number",
         "price",
+        "shared",
     )
 
     def __init__(self, number: int, now: float) -> None:
@@ -54,7 +55,9 @@ class Resource:
         self.capacity = 0.0
         self.backlog_s = 0.0
         self.price = 0.0
-        """π of the last look, for logs."""
+        """π of the last look."""
+        self.shared = 0.0
+        """μ of the last look."""
         self._work_per_s = 0.0
         self._requests_per_s = 0.0
         self._as_of_s = now
@@ -166,46 +169,39 @@ class PriceList:
 
         `queues_s` are the sites' queues that matter to others, where not all that waits does.
         """
-        uses: list[tuple[tuple[int, float], ...]] = []
-        raw: dict[int, float] = {}
-        links, coming_bytes = snapshot.links, self._book.coming_bytes
+        used: list[Resource] = []
         for path, way in zip(paths, ways, strict=True):
             if way is None:
-                uses.append(())
                 continue
             site, link_id, link = way
-            at_site = site.number
-            if at_site not in raw:
-                queue_s = path.queue_s if queues_s is None else queues_s[path.prefill_site]
-                raw[at_site] = site.raw_price(queue_s, now)
+            if site not in used:
+                used.append(site)
+                site.raw_price(path.queue_s if queues_s is None else queues_s[path.prefill_site], now)
+            if link is not None and link_id is not None and link not in used:
+                used.append(link)
+                self._look_at(link, link_id, snapshot, now)
             move = path.cache_move
-            if link is None or link_id is None:
-                used: tuple[tuple[int, float], ...] = ((at_site, path.prefill_s / site.capacity),)
-            else:
-                number, capacity = link.number, link.capacity
-                if number not in raw:
-                    # Until it is free of what it has and of what prefill will hand it.
-                    waiting = links[link_id].backlog_bytes + coming_bytes(link_id, now)
-                    raw[number] = link.raw_price(waiting * 8 / capacity, now)
-                used = (
-                    (at_site, path.prefill_s / site.capacity),
-                    (number, path.transfer_bytes * 8 / capacity),
-                )
             if move is not None:
                 link_id = self._paths.link_id(move.source, move.target)
                 link = self._link(link_id, snapshot, now)
-                if link.number not in raw:
-                    waiting = links[link_id].backlog_bytes + coming_bytes(link_id, now)
-                    raw[link.number] = link.raw_price(waiting * 8 / link.capacity, now)
-                used += ((link.number, move.transfer_bytes * 8 / link.capacity),)
-            uses.append(used)
-        prices = self._shared_out(raw)
+                if link not in used:
+                    used.append(link)
+                    self._look_at(link, link_id, snapshot, now)
+        self._share_out(used)
         costs = []
-        for used in uses:
-            cost = 0.0
-            for number, work_s in used:
-                cost += prices[number] * work_s
-            costs.append(gain * cost if used else math.inf)
+        for path, way in zip(paths, ways, strict=True):
+            if way is None:
+                costs.append(math.inf)
+                continue
+            site, _, link = way
+            cost = site.shared * (path.prefill_s / site.capacity)
+            if link is not None:
+                cost += link.shared * (path.transfer_bytes * 8 / link.capacity)
+            move = path.cache_move
+            if move is not None:
+                link = self._resources[self._paths.link_id(move.source, move.target)]
+                cost += link.shared * (move.transfer_bytes * 8 / link.capacity)
+            costs.append(gain * cost)
         return costs
 
     def on_dispatch(self, path: PathPrediction, now: float) -> None:
@@ -253,18 +249,28 @@ class PriceList:
             return None
         return self._paths.link_id(path.prefill_site, path.decode_site)
 
-    def _shared_out(self, raw: dict[int, float]) -> dict[int, float]:
+    def _look_at(self, link: Resource, link_id: LinkId, snapshot: Snapshot, now: float) -> None:
+        """A link's π: its queue lasts until it is free of what it has and of what prefill will hand it."""
+        waiting = snapshot.links[link_id].backlog_bytes + self._book.coming_bytes(link_id, now)
+        link.raw_price(waiting * 8 / link.capacity, now)
+
+    def _share_out(self, used: Sequence[Resource]) -> None:
+        """μ of each, from their π."""
         multipliers = self._duals.multipliers
         known, weight, every = len(multipliers), 0.0, 0.0
-        for number, own in raw.items():
-            if number >= known:
-                return raw
-            weight += multipliers[number]
-            every += own
+        for one in used:
+            if one.number >= known:
+                weight = 0.0
+                break
+            weight += multipliers[one.number]
+            every += one.price
         if weight <= 0:
-            return raw
+            for one in used:
+                one.shared = one.price
+            return
         factor = (1 - K_OWN_SHARE) * every / weight
-        return {number: factor * multipliers[number] + K_OWN_SHARE * own for number, own in raw.items()}
+        for one in used:
+            one.shared = factor * multipliers[one.number] + K_OWN_SHARE * one.price
 
     def _way(self, path: PathPrediction, now: float) -> Way:
         """The site and the link that a path uses, seen for the first time."""
