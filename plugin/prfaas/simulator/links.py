@@ -69,7 +69,7 @@ class WatchedLink:
     def _tick(self, now: float) -> None:
         pipe, estimator = self.pipe, self.estimator
         self._network.settle(pipe, now)
-        sent, loss = pipe.sent_bytes, pipe.loss
+        sent, found = pipe.sent_bytes, self._network.seen(pipe, now)
         delivered = round(sent - self._sent_before) + self._probe_bytes
         self._sent_before, self._probe_bytes = sent, 0
         backlog = round(pipe.backlog_bytes)
@@ -80,8 +80,8 @@ class WatchedLink:
             K_OBSERVE_S,
             delivered,
             backlog,
-            self._network.rtt_s(pipe.source, pipe.target),
-            round(segments * loss) if loss else 0,
+            found.rtt_s,
+            round(segments * found.loss) if found.loss else 0,
             segments,
             sender="simulated",
         )
