@@ -7,12 +7,14 @@ lie close together, what lies between them is copied with them, and the pieces a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prfaas.transfer.segments import U64
+from prfaas.transfer.segments import U64, rows
+from prfaas.transfer.strides import Strides
 
 K_GAP_BYTES = 1024
 """Most between two pieces of one span: more takes longer to copy, there and back, than a piece of its own.
@@ -22,6 +24,11 @@ K_FEWER = 4
 """How many times fewer the spans must be than the pieces."""
 K_MOST_BYTES = 8 << 20
 """Of all spans together."""
+
+K_LARGE_BYTES = 16 * 1024
+"""A piece that is copied on its own."""
+K_SHARE_BYTES = 1 << 20
+"""Of spans of runs at a time: what stays in a core's own cache between its reading and its writing."""
 
 Bytes = NDArray[np.uint8]
 
@@ -88,6 +95,88 @@ class Spans:
         spans[self._at[0] :][:first] = pieces[:first]
         _anywhere(spans, inner)[self._at[1:-1]] = _items(pieces[first : pieces.size - last], inner)
         spans[self._at[-1] :][:last] = pieces[pieces.size - last :]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some of a block's runs: their spans, copied one after the other."""
+
+    rows: U64
+    """Rows (address, length) of the spans."""
+    runs: list[tuple[int, int, int]]
+    """Of each its step, size and count; none where the spans are the pieces."""
+    payload_bytes: int
+    span_bytes: int
+
+    def gather(self, spans: Bytes, pieces: Bytes) -> None:
+        """The pieces out of the spans, one after the other."""
+        for span, part, size, step in self._each(spans, pieces):
+            _items(part, size)[:] = _every(span, size, step)
+
+    def scatter(self, pieces: Bytes, spans: Bytes) -> None:
+        """The pieces into the spans; what lies between stays."""
+        for span, part, size, step in self._each(spans, pieces):
+            _every(span, size, step)[:] = _items(part, size)
+
+    def _each(self, spans: Bytes, pieces: Bytes) -> Iterator[tuple[Bytes, Bytes, int, int]]:
+        at = piece_at = 0
+        for step, size, count in self.runs:
+            end, piece_end = at + step * (count - 1) + size, piece_at + size * count
+            yield spans[at:end], pieces[piece_at:piece_end], size, step
+            at, piece_at = end, piece_end
+
+
+def shares(pieces: Strides) -> Iterator[Share]:
+    """A block's runs by how they are copied: as they are where their pieces follow on or lie far apart, else
+    by spans of at most K_SHARE_BYTES together.
+    """
+    plain: list[U64] = []
+    near: list[tuple[int, int, int, int]] = []
+    near_bytes = 0
+    for start, step, size, count in pieces.told():
+        if count == 1 or size > K_LARGE_BYTES or not size < step <= size + K_GAP_BYTES:
+            if near:
+                yield _near(near)
+                near, near_bytes = [], 0
+            plain.append(_plain(start, step, size, count))
+            continue
+        if plain:
+            yield _solid(plain)
+            plain = []
+        while count:
+            fit = (K_SHARE_BYTES - near_bytes - size) // step + 1
+            if fit <= 0:
+                yield _near(near)
+                near, near_bytes = [], 0
+                continue
+            n = min(fit, count)
+            near.append((start, step, size, n))
+            near_bytes += step * (n - 1) + size
+            start, count = start + step * n, count - n
+    if near:
+        yield _near(near)
+    if plain:
+        yield _solid(plain)
+
+
+def _near(runs: list[tuple[int, int, int, int]]) -> Share:
+    spans = [(start, step * (count - 1) + size) for start, step, size, count in runs]
+    payload_bytes = sum(size * count for _, _, size, count in runs)
+    span_bytes = sum(length for _, length in spans)
+    return Share(np.array(spans, dtype=np.uint64), [run[1:] for run in runs], payload_bytes, span_bytes)
+
+
+def _plain(start: int, step: int, size: int, count: int) -> U64:
+    if count == 1 or step == size:
+        return np.array([[start, size * count]], dtype=np.uint64)
+    each = np.uint64(start) + np.uint64(step) * np.arange(count, dtype=np.uint64)
+    return rows(each, np.full(count, size, dtype=np.uint64))
+
+
+def _solid(parts: list[U64]) -> Share:
+    pieces = np.concatenate(parts)
+    n_bytes = int(pieces[:, 1].sum())
+    return Share(pieces, [], n_bytes, n_bytes)
 
 
 def _items(data: Bytes, size: int) -> NDArray[np.void]:
