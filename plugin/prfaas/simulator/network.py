@@ -71,7 +71,7 @@ class Network:
             self.pipes[a, b] = Pipe(a, b, path, streams)
         self._active: dict[Pipe, None] = {}
         self.on_activity: Callable[[Pipe, float], None] | None = None
-        """Called when an idle pipe gets something to send."""
+        """Called when an idle pipe gets something to send, or any has lost a link."""
 
     def rtt_s(self, a: str, b: str) -> float:
         there = self.pipes[a, b]
@@ -266,6 +266,8 @@ class Network:
             under_way = pipe in self._active or now - pipe.idle_since_s < self.rtt_s(pipe.source, pipe.target)
             if pipe.silent_since_s is None and under_way:
                 pipe.silent_since_s = now
+            if self.on_activity is not None:
+                self.on_activity(pipe, now)  # a pump probes a link that rests
         elif pipe.silent_since_s is not None and pipe.resumes_s == math.inf:
             silent_s = now - pipe.silent_since_s
             after_s, anew = resumes_after_s(silent_s, self.rtt_s(pipe.source, pipe.target))

@@ -183,6 +183,17 @@ def test_what_is_under_way_waits_for_a_link_to_come_back_as_pumps_do() -> None:
     assert any(row["site"] == "east" for row in late)
 
 
+def test_a_link_that_dies_at_rest_is_found_dead_by_a_probe() -> None:
+    workload = experiment().workload.model_dump() | {"arrivals": {"process": "poisson", "rate_rps": 0.2}}
+    down = {"do": "set_link", "at_s": 0, "link": "east<->west", "set": {"down": True}}
+    world = simulation(router=policy("prices"), workload=workload | {"requests": 20}, timeline=[down])
+    record = world.run()
+    assert_whole(world, record, 20)
+    (at_s, _), *_ = [one for one in record.events if "east->west believed down" in one[1]]
+    assert 1.5 < at_s < 2.5  # probed after a second, silent for 0.8
+    assert {row["site"] for row in rows(record) if row["sent_s"] > 2.5} == {"west"}
+
+
 def test_a_door_gives_an_attempt_up_that_a_dead_link_keeps_waiting_and_tries_another_site() -> None:
     cut = [{"do": "set_link", "at_s": 20, "link": "east<->west", "set": {"down": True}}]
     world = simulation(router=policy("prices"), timeline=cut)
