@@ -145,7 +145,7 @@ def test_a_link_that_failed_rests_then_one_request_tries_it_and_the_rest_grows()
     links.on_given_up(K_LINK, probe=True)
     assert links.estimates(26.2)[K_LINK].up
     links.on_sent(K_LINK)
-    links.on_succeeded(K_LINK)
+    links.on_succeeded(K_LINK, 26.25)
     links.on_sent(K_LINK)
     assert links.estimates(26.3)[K_LINK].up
 
@@ -177,11 +177,23 @@ def test_a_link_that_carries_others_through_does_not_rest_for_one_that_failed() 
     links = book()
     links.on_failed(K_LINK, 10.0)
     assert not links.estimates(10.5)[K_LINK].up
-    links.on_succeeded(K_LINK)
+    links.on_succeeded(K_LINK, 10.5)
     assert links.estimates(10.5)[K_LINK].up
     links.on_failed(K_LINK, 11.0)
     assert not links.estimates(15.9)[K_LINK].up
     assert links.estimates(16.1)[K_LINK].up, "its rest is the first one's again"
+
+
+def test_silence_counts_against_a_link_unless_it_has_just_carried_another() -> None:
+    links = book()
+    links.on_succeeded(K_LINK, 10.0)
+    links.on_failed(K_LINK, 10.9, sent_s=5.0, silent=True)
+    assert links.estimates(10.9)[K_LINK].up, "who is silent is that request's server"
+    links.on_failed(K_LINK, 10.95, sent_s=5.0)
+    assert not links.estimates(11.0)[K_LINK].up, "what is told of the link counts at any time"
+    links.on_succeeded(K_LINK, 12.0)
+    links.on_failed(K_LINK, 13.1, sent_s=11.0, silent=True)
+    assert not links.estimates(13.1)[K_LINK].up, "nothing has come by way of it for a second"
 
 
 def test_who_waits_for_the_same_thing_keeps_its_order() -> None:
