@@ -82,6 +82,11 @@ def run(args: argparse.Namespace) -> int:
         lines = [*(outline(*one) for one in planned), "no fault found, nothing was started"]
         sys.stdout.write("\n".join(lines) + "\n")
         return EXIT_OK
+    # Not at the top: a dry run imports no emulator. Else each part of a set would say the same, and a page be
+    # drawn of nothing.
+    from prfaas_testbed.network.opening import check_machine
+
+    check_machine()
     stopped: list[str] = []
     with own(folder) as place:
         if isinstance(choice, ExperimentSet):
