@@ -278,7 +278,7 @@ class Network:
         """Its streams find the link back, unless that has died again meanwhile."""
         if pipe.silent_since_s is None or pipe.resumes_s != due_s:
             return
-        pipe.silent_since_s = None
+        pipe.silent_since_s, pipe.active_since_s = None, now
         if anew:
             # The others are dialled once the first has got through, and are behind it all the way.
             pipe.busy_since_s, pipe.cold_streams = now, 1

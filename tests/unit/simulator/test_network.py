@@ -271,6 +271,11 @@ def test_a_lone_answer_that_is_lost_comes_after_its_time_out_ever_later() -> Non
     assert answered_late_s(0.04, 0.01) == pytest.approx(0.01 * 0.24 + 0.0001 * 0.48, rel=1e-3)
 
 
+def test_an_answer_takes_a_round_trip_and_what_a_lost_one_waits_for() -> None:
+    _, network = world(delay_ms=20, loss_percent=1)
+    assert network.answer_s("a", "b", 0.0) == pytest.approx(0.04 + answered_late_s(0.04, 0.01))
+
+
 def test_bbr_s_streams_together_fill_a_buffer_and_lose_what_they_believe_in_beyond_the_link() -> None:
     rate, rtt_s = 25e6 / 8, 0.04  # 125 kB in a round trip
     assert standing_queue(rate, rtt_s, 1, 125e3, 9.0) == (0.0, 0.0)  # one alone knows what there is
