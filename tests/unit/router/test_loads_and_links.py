@@ -273,9 +273,10 @@ def page(**fields: Any) -> bytes:
 
 
 def test_a_pumps_page_tells_the_links_estimate_as_of_now() -> None:
-    found = read_status(page(backlog_bytes=11), K_LINK, 70.0)
+    found = read_status(page(backlog_bytes=11, reserved_bps=2e6, up=False), K_LINK, 70.0)
     assert found is not None
     assert (found.at_s, found.rate_bps, found.backlog_bytes) == (70.0, 5e6, 11)
+    assert (found.reserved_bps, found.up) == (2e6, False)
     assert read_status(page(), LinkId("a", "b"), 70.0) is None
     assert read_status(b'[{"link": "east>west", "estimate": null}]', K_LINK, 70.0) is None
 
