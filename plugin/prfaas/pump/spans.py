@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prfaas.transfer.plans import join_runs
 from prfaas.transfer.segments import U64, rows
 from prfaas.transfer.strides import Strides
 
@@ -97,32 +99,51 @@ class Spans:
         spans[self._at[-1] :][:last] = pieces[pieces.size - last :]
 
 
+class Alike(NamedTuple):
+    """So many runs of the same step, size and number of pieces."""
+
+    n_runs: int
+    step: int
+    size: int
+    n_pieces: int
+
+    @property
+    def extent(self) -> int:
+        """Of each, from its first byte to its last."""
+        return self.step * (self.n_pieces - 1) + self.size
+
+
 @dataclass(frozen=True)
 class Share:
     """Some of a block's runs: their spans, copied one after the other."""
 
     rows: U64
     """Rows (address, length) of the spans."""
-    runs: list[tuple[int, int, int]]
-    """Of each its step, size and count; none where the spans are the pieces."""
+    runs: list[Alike]
+    """What lies in the spans; nothing where they are the pieces."""
     payload_bytes: int
     span_bytes: int
 
     def gather(self, spans: Bytes, pieces: Bytes) -> None:
         """The pieces out of the spans, one after the other."""
-        for span, part, size, step in self._each(spans, pieces):
-            _items(part, size)[:] = _every(span, size, step)
+        for inside, items in self._each(spans, pieces):
+            items[:] = inside
 
     def scatter(self, pieces: Bytes, spans: Bytes) -> None:
         """The pieces into the spans; what lies between stays."""
-        for span, part, size, step in self._each(spans, pieces):
-            _every(span, size, step)[:] = _items(part, size)
+        for inside, items in self._each(spans, pieces):
+            inside[:] = items
 
-    def _each(self, spans: Bytes, pieces: Bytes) -> Iterator[tuple[Bytes, Bytes, int, int]]:
+    def _each(self, spans: Bytes, pieces: Bytes) -> Iterator[tuple[NDArray[np.void], NDArray[np.void]]]:
         at = piece_at = 0
-        for step, size, count in self.runs:
-            end, piece_end = at + step * (count - 1) + size, piece_at + size * count
-            yield spans[at:end], pieces[piece_at:piece_end], size, step
+        for run in self.runs:
+            n_runs, step, size, count = run
+            end, piece_end = at + n_runs * run.extent, piece_at + n_runs * count * size
+            inside = np.ndarray(
+                shape=(n_runs, count), dtype=np.dtype((np.void, size)), buffer=spans[at:end].data,
+                strides=(run.extent, step),
+            )  # fmt: skip
+            yield inside, _items(pieces[piece_at:piece_end], size).reshape(n_runs, count)
             at, piece_at = end, piece_end
 
 
@@ -131,9 +152,9 @@ def shares(pieces: Strides) -> Iterator[Share]:
     by spans of at most K_SHARE_BYTES together.
     """
     plain: list[U64] = []
-    near: list[tuple[int, int, int, int]] = []
+    near: list[tuple[U64, Alike]] = []
     near_bytes = 0
-    for start, step, size, count in pieces.told():
+    for start, step, size, count in _alike(pieces):
         if count == 1 or size > K_LARGE_BYTES or not size < step <= size + K_GAP_BYTES:
             if near:
                 yield _near(near)
@@ -143,38 +164,68 @@ def shares(pieces: Strides) -> Iterator[Share]:
         if plain:
             yield _solid(plain)
             plain = []
-        while count:
-            fit = (K_SHARE_BYTES - near_bytes - size) // step + 1
-            if fit <= 0:
-                yield _near(near)
-                near, near_bytes = [], 0
-                continue
-            n = min(fit, count)
-            near.append((start, step, size, n))
-            near_bytes += step * (n - 1) + size
-            start, count = start + step * n, count - n
+        for begin, n in _short(start, step, size, count):
+            extent, at = step * (n - 1) + size, 0
+            while at < begin.size:
+                fit = (K_SHARE_BYTES - near_bytes) // extent
+                if not fit:
+                    yield _near(near)
+                    near, near_bytes = [], 0
+                    continue
+                some = begin[at : at + fit]
+                near.append((some, Alike(some.size, step, size, n)))
+                near_bytes += extent * some.size
+                at += fit
     if near:
         yield _near(near)
     if plain:
         yield _solid(plain)
 
 
-def _near(runs: list[tuple[int, int, int, int]]) -> Share:
-    spans = [(start, step * (count - 1) + size) for start, step, size, count in runs]
-    payload_bytes = sum(size * count for _, _, size, count in runs)
-    span_bytes = sum(length for _, length in spans)
-    return Share(np.array(spans, dtype=np.uint64), [run[1:] for run in runs], payload_bytes, span_bytes)
+def _alike(pieces: Strides) -> Iterator[tuple[U64, int, int, int]]:
+    """Neighbours of the same step, size and count: where each begins, and these."""
+    columns = (pieces.step, pieces.size, pieces.count)
+    other = np.zeros(pieces.start.size - 1, dtype=bool)
+    for column in columns:
+        other |= column[1:] != column[:-1]
+    first = np.concatenate(([0], np.flatnonzero(other) + 1))
+    told = zip(first.tolist(), *(column[first].tolist() for column in columns), strict=True)
+    ends = [*first[1:].tolist(), pieces.start.size]
+    for (begin, step, size, count), end in zip(told, ends, strict=True):
+        yield pieces.start[begin:end], step, size, count
 
 
-def _plain(start: int, step: int, size: int, count: int) -> U64:
+def _short(start: U64, step: int, size: int, count: int) -> Iterator[tuple[U64, int]]:
+    """Runs as runs of spans of at most K_SHARE_BYTES: where they begin, and their count."""
+    most = (K_SHARE_BYTES - size) // step + 1
+    if count <= most:
+        yield start, count
+        return
+    whole, rest = divmod(count, most)
+    parts = np.uint64(step * most) * np.arange(whole, dtype=np.uint64)
+    for begin in start:
+        yield begin + parts, most
+        if rest:
+            yield np.array([begin + np.uint64(step * most * whole)], dtype=np.uint64), rest
+
+
+def _near(runs: list[tuple[U64, Alike]]) -> Share:
+    spans = [rows(at, np.full(at.size, x.extent, dtype=np.uint64)) for at, x in runs]
+    alike = [x for _, x in runs]
+    payload_bytes = sum(x.n_runs * x.n_pieces * x.size for x in alike)
+    every = np.concatenate(spans)
+    return Share(every, alike, payload_bytes, int(every[:, 1].sum()))
+
+
+def _plain(start: U64, step: int, size: int, count: int) -> U64:
     if count == 1 or step == size:
-        return np.array([[start, size * count]], dtype=np.uint64)
-    each = np.uint64(start) + np.uint64(step) * np.arange(count, dtype=np.uint64)
-    return rows(each, np.full(count, size, dtype=np.uint64))
+        return rows(start, np.full(start.size, size * count, dtype=np.uint64))
+    each = start[:, np.newaxis] + np.uint64(step) * np.arange(count, dtype=np.uint64)
+    return rows(each.reshape(-1), np.full(each.size, size, dtype=np.uint64))
 
 
 def _solid(parts: list[U64]) -> Share:
-    pieces = np.concatenate(parts)
+    pieces = join_runs(np.concatenate(parts))
     n_bytes = int(pieces[:, 1].sum())
     return Share(pieces, [], n_bytes, n_bytes)
 

@@ -17,7 +17,9 @@ from prfaas.model.errors import LocalProtocolError
 from prfaas.transfer.segments import K_TRANSFER_MAX_BYTES, U64, Ranges, as_u64, fault_of, rows
 
 K_LEAST_PIECES = 64
-"""In a run, on average, and in all: with fewer, rows are as good."""
+"""With fewer in all, rows are as good."""
+K_LEAST_MEAN_PIECES = 8
+"""With fewer in a run, too."""
 K_MOST_SIZE_BYTES = 4096
 """Of larger pieces rows cost little."""
 K_STEP_MAX = (1 << 32) - 1
@@ -52,11 +54,6 @@ class Strides:
     def rows(self) -> U64:
         """Each piece, (address, length)."""
         return rows(_each(self.start, self.step, self.count), np.repeat(self.size, self.count.view(np.int64)))
-
-    def told(self) -> list[tuple[int, int, int, int]]:
-        """Start, step, size and count of each run."""
-        columns = (self.start, self.step, self.size, self.count)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def fault(self, *, overlap_is_fault: bool) -> str | None:
         """What is wrong with the runs themselves. `overlap_is_fault`: runs through one another are one, too,
@@ -116,7 +113,7 @@ class StridedSegments:
             goes_on &= alike[1:] & alike[:-1]
         breaks = np.flatnonzero(~goes_on)
         # Between two runs lies a step of its own.
-        if (breaks.size + 1) * K_LEAST_PIECES > 2 * n:
+        if (breaks.size + 1) * K_LEAST_MEAN_PIECES > 2 * n:
             return None
         heads = _heads(np.concatenate(([0], breaks + 1)), np.append(breaks, n - 2))
         count = np.diff(np.append(heads, n)).astype(np.uint64)
