@@ -53,6 +53,8 @@ def _hopeful_end_s(lane: Lane, now: float) -> float:
 
 def first_due(lane: Lane, now: float) -> tuple[float, RequestId] | None:
     """Which of the lane's held requests is to be asked for next, and when."""
+    if not lane.held:
+        return None
     first: tuple[float, RequestId] | None = None
     for at, one in enumerate(lane.hopeful):
         if one.hold is not None:
@@ -114,6 +116,8 @@ def make_room(
 
 def longest_held(lane: Lane) -> tuple[float, float] | None:
     """Who would give way first there, as (what its being late costs, less its work)."""
+    if not lane.held:
+        return None
     return _first_to_yield(lane.hopeful)[1]
 
 

@@ -24,8 +24,9 @@ SortedLane: TypeAlias = tuple[float, InstanceId, Lane]
 SiteLanes: TypeAlias = dict[SiteId, list[SortedLane]]
 
 
-Asked: TypeAlias = tuple[PathPrediction, float, list[SortedLane]]
-"""A path, its price, and the instances that it is looked at for."""
+Asked: TypeAlias = tuple[float, int, PathPrediction, float, list[SortedLane]]
+"""What a path costs at the site's least busy instance, roughly, and its number; the path, its price, and the
+instances that it is looked at for."""
 
 
 @dataclass(slots=True)
@@ -85,14 +86,19 @@ class InstanceChooser:
             self.lanes.sweep(now)
         lanes: SiteLanes = {}
         for path in paths:
-            if path.prefill_site in lanes:
+            site = path.prefill_site
+            if site in lanes:
                 continue
             found: list[SortedLane] = []
             if path.feasible:
-                found = lanes[path.prefill_site] = self._lanes_at(request, path, snapshot, now)
+                found = lanes[site] = self._lanes_at(request, path, snapshot, now)
                 if not found:
                     return None
-            if self._watch(request, path, found, now):
+            if request.attempt:
+                continue  # one that failed somewhere doesn't see all that others do
+            known = self._usable.get((site, path.decode_site, request.model))
+            # One that goes as another comes is noticed when its turn would be.
+            if (known is None or len(known) != len(found)) and self._changed(request, path, found, now):
                 # What was held is without its place now.
                 return self.lanes_of(request, paths, snapshot, now)
         for site, found in lanes.items():
@@ -109,27 +115,32 @@ class InstanceChooser:
     ) -> list[SortedLane]:
         """Those of the path's site that take prefills, as they are listed."""
         site, known, decodes = path.prefill_site, self.lanes.lanes, Role.DECODE
+        lane_of = known.get
         found: list[SortedLane] = []
         early_s = K_GUARD_S
         if site != path.decode_site:
             early_s += snapshot.links[self._paths.link_id(site, path.decode_site)].rtt_s / 2
         costs = self._paths.costs(site, request.model)
+        s_per_token = costs.s_per_token
         for one in snapshot.sites[site].instances:
             if one.role is decodes or one.draining or not one.healthy:
                 continue
-            name, chunk_tokens, most = one.instance, one.chunk_tokens, one.prefill_requests
-            lane = known.get(name)
+            name, chunk_tokens = one.instance, one.chunk_tokens
+            lane = lane_of(name)
             if lane is None:
-                lane = known[name] = Lane(chunk_tokens or costs.chunk_tokens, most)
-            elif chunk_tokens and (chunk_tokens != lane.chunk_tokens or most != lane.prefill_requests):
-                lane.cut(chunk_tokens, most)  # it tells only now, or came back with others
+                lane = known[name] = Lane(chunk_tokens or costs.chunk_tokens, one.prefill_requests)
+            elif chunk_tokens and (
+                chunk_tokens != lane.chunk_tokens or one.prefill_requests != lane.prefill_requests
+            ):
+                lane.cut(chunk_tokens, one.prefill_requests)  # it tells only now, or came back with others
                 self.lanes.touch(lane)
             lane.early_s = early_s
             if one.at_s > lane.reported_s:
                 backlog_s = one.prefill_backlog_s
                 if backlog_s is None:
-                    backlog_s = one.waiting_uncached_tokens * costs.s_per_token
-                if (backlog_s > K_FOREIGN_S or lane.foreign_s) and lane.report(backlog_s, one.at_s, now):
+                    backlog_s = one.waiting_uncached_tokens * s_per_token
+                if backlog_s > K_FOREIGN_S or lane.foreign_s:
+                    lane.report(backlog_s, one.at_s, now)
                     self.lanes.touch(lane)
             work_s = lane.ends_s - now
             if work_s <= 0.0:
@@ -141,20 +152,14 @@ class InstanceChooser:
             found.append((work_s + lane.hopeful_s + lane.foreign_s, name, lane))
         return found
 
-    def _watch(
+    def _changed(
         self, request: RequestView, path: PathPrediction, found: Sequence[SortedLane], now: float
     ) -> bool:
         """What is held for an instance that can't be used any more is decided anew at once, and all that is
         held where there are more of them. True where something may have lost its place.
-
-        A request that failed somewhere doesn't see all that others do.
         """
-        if request.attempt:
-            return False
         key = (path.prefill_site, path.decode_site, request.model)
         known = self._usable.get(key)
-        if known is not None and len(known) == len(found):
-            return False  # one that goes as another comes is noticed when its turn would be
         self._usable[key] = names = frozenset(one[1] for one in found)
         if known is None:
             return False
@@ -183,9 +188,9 @@ class InstanceChooser:
         which wins where another costs the same. None where no path is feasible.
         """
         best: tuple[PathPrediction, InstanceId, float, float, int, float, float, float, bool] | None = None
-        best_cost = math.inf
+        best_cost = enough = math.inf
         shared = bool(request.instance_cached_tokens)
-        for path, price, there in _likeliest_first(paths, prices, lanes, planned):
+        for _, _, path, price, there in _likeliest_first(paths, prices, lanes, planned):
             site, tokens, own_s, tail_s = path.prefill_site, path.uncached_tokens, path.prefill_s, 0.0
             start_up_s = self._paths.costs(site, request.model).start_up_s
             link, rate_bps, least_s = None, 0.0, path.move_s
@@ -193,15 +198,17 @@ class InstanceChooser:
                 link = snapshot.links[self._paths.link_id(site, path.decode_site)]
                 rate_bps, least_s = link.usable_bps, least_s + link.rtt_s
             due_price, move_s = price, path.move_s
+            unheld_s = own_s + least_s + due_price
             for held_s, instance, lane in there:
                 if shared:
                     tokens, own_s = self._own(request, path, instance)
                     due_price = price * own_s / path.prefill_s if path.prefill_s > 0 else price
+                    unheld_s = own_s + least_s + due_price
                 # It can't cost less than this, or than the next: most lanes need no closer look.
                 hopeful = lane.hopeful
                 if hopeful and hopeful[-1].order_s > order_s:
                     held_s = lane.ends_s - now if lane.ends_s > now else 0.0
-                if held_s + own_s + least_s + due_price >= best_cost + K_ROUNDING_S:
+                if held_s + unheld_s >= enough:
                     continue
                 end_s = lane.end_s(order_s, tokens, own_s, now, start_up_s)
                 ttft_s = end_s - now + move_s
@@ -223,6 +230,7 @@ class InstanceChooser:
                     cost += miss_s
                 if cost < best_cost:
                     best_cost, misses = cost, late or delayed > 0
+                    enough = cost + K_ROUNDING_S
                     wait_s = end_s - now - own_s
                     best = (path, instance, wait_s, own_s, tokens, tail_s, due_price, cost, misses)
         return None if best is None else Choice(*best)
@@ -287,7 +295,11 @@ class InstanceChooser:
         for path in paths:
             if not path.feasible:
                 continue
-            tokens, own_s, move_s = path.uncached_tokens, path.prefill_s, path.move_s
+            tokens, own_s, move_s, tail_s = path.uncached_tokens, path.prefill_s, path.move_s, 0.0
+            link, rate_bps = None, 0.0
+            if path.prefill_site != path.decode_site:
+                link = snapshot.links[self._paths.link_id(path.prefill_site, path.decode_site)]
+                rate_bps = link.usable_bps
             for _, instance, lane in lanes[path.prefill_site]:
                 if shared:
                     tokens, own_s = self._own(request, path, instance)
@@ -295,8 +307,10 @@ class InstanceChooser:
                 cost = wait_s + own_s + move_s
                 if cost > best_cost:
                     continue  # whatever its transfer takes
-                tail_s = self._tail_s(path, snapshot, wait_s, own_s, tokens)
-                cost += tail_s
+                if link is not None:
+                    start_s = wait_s + move_s
+                    tail_s = transfer_tail_s(link, rate_bps, path.transfer_bytes, start_s, own_s, tokens)
+                    cost += tail_s
                 if cost <= best_cost:
                     best_cost = cost
                     best = (path, instance, wait_s, own_s, tokens, tail_s, 0.0, cost)
@@ -332,21 +346,14 @@ def _likeliest_first(
     paths: Sequence[PathPrediction], prices: Sequence[float], lanes: SiteLanes, planned: Lane | None
 ) -> list[Asked]:
     """The feasible paths, so that the best comes soon: what can't cost less needs no closer look."""
-    asked = [
-        (path, price, lanes[path.prefill_site])
-        for path, price in zip(paths, prices, strict=True)
-        if path.feasible
-    ]
+    asked: list[Asked] = []
+    for at, (path, price) in enumerate(zip(paths, prices, strict=True)):
+        if path.feasible:
+            there = lanes[path.prefill_site]
+            about_s = there[0][0] + path.ttft_s - path.queue_s + price
+            asked.append((about_s, at, path, price, there))
     if planned is None:
-        if len(asked) > 1:
-            asked.sort(key=_about)
+        asked.sort()  # nothing behind `at` is compared
         return asked
-    return [
-        (path, price, [one]) for path, price, there in asked for one in there if one[2] is planned
-    ] + asked
-
-
-def _about(asked: Asked) -> float:
-    """What a path costs at the site's least busy instance, roughly."""
-    path, price, there = asked
-    return there[0][0] + path.ttft_s - path.queue_s + price
+    first = [(*one[:4], [lane]) for one in asked for lane in one[4] if lane[2] is planned]
+    return first + asked

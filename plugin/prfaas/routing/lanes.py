@@ -27,6 +27,8 @@ class Lane(Steps):
         super().__init__(chunk_tokens, prefill_requests)
         self.step: list[Queued] = []
         """What the running step ends; what it only goes on with is queued still, for what will be left."""
+        self.held = 0
+        """How many of those queued are still at the door."""
         self._shift_s = 0.0
         """By how much this account was moved back."""
         self._idle_s = 0.0
@@ -50,6 +52,7 @@ class Lane(Steps):
     def add(self, entry: Queued, now: float) -> None:
         self.advance(now)
         self._reckoned.pop(entry.request, None)  # of an earlier attempt
+        self.held += entry.hold is not None
         if math.isinf(entry.latest_s):
             self.behind.insert(place_of(self.behind, entry.order_s), entry)
             self.behind_s += entry.work_s
@@ -97,57 +100,63 @@ class Lane(Steps):
             for place, entry in enumerate(entries):
                 if entry.request == request:
                     del entries[place]
+                    self.held -= entry.hold is not None
                     self._left(entries, entry.work_s)
                     self._ends = None
                     return
 
-    def report(self, backlog_s: float, at_s: float, now: float) -> bool:
-        """The instance had so much work at at_s, that of this account included. Whether that moves its steps:
-        where others' work is or was among it.
-        """
+    def report(self, backlog_s: float, at_s: float, now: float) -> None:
+        """The instance had so much work at at_s, that of this account included."""
         if at_s <= self.reported_s:
-            return False
+            return
         self.reported_s = at_s
         if backlog_s <= K_FOREIGN_S and not self.foreign_s:
-            return False
+            return
         known_s = self.work_s(now) - self.foreign_s - self.held_s() + (now - at_s)
         foreign_s = backlog_s - known_s
         foreign_s = foreign_s if foreign_s > K_FOREIGN_S else 0.0
-        moves = foreign_s > 0.0 or self.foreign_s > 0.0
         if foreign_s != self.foreign_s:
             self.foreign_s = foreign_s
             self._ends = None
-        return moves
 
     def advance(self, now: float) -> None:
         """Steps that have ended by now."""
-        while self.ends_s <= now + self.early_s and (self.step or self.hopeful or self.behind):
-            for entry in self.step:
-                if entry.request:  # else for nobody, and nobody will say that it is done
-                    self._reckoned[entry.request] = (self.ends_s, self._shift_s, self._idle_s)
-            while len(self._reckoned) > K_REMEMBERED:
-                del self._reckoned[next(iter(self._reckoned))]
-            self.step = []
-            if not self._start(self.ends_s):
+        until_s = now + self.early_s
+        while self.ends_s <= until_s and (self.step or self.hopeful or self.behind):
+            if self.step:
+                for entry in self.step:
+                    if entry.request:  # else for nobody, and nobody will say that it is done
+                        self._reckoned[entry.request] = (self.ends_s, self._shift_s, self._idle_s)
+                while len(self._reckoned) > K_REMEMBERED:
+                    del self._reckoned[next(iter(self._reckoned))]
+                self.step = []
+            first = self.hopeful[0] if self.hopeful else None
+            if first is not None and first.order_s == -math.inf and first.tokens > self.chunk_tokens:
+                self._go_on(first, until_s)
+            elif not self._start(self.ends_s):
                 return  # all that is left is still at the door
+
+    def _go_on(self, cut: Queued, until_s: float) -> None:
+        """Steps that begin by then with nothing in them but the prompt that was cut: most of long ones."""
+        chunk, tokens, work_s = float(self.chunk_tokens), cut.tokens, cut.work_s
+        while self.ends_s <= until_s and tokens > chunk:
+            took_s = work_s * chunk / tokens
+            tokens -= chunk
+            work_s -= took_s
+            self.hopeful_s -= took_s
+            self.ends_s += took_s
+        cut.tokens, cut.work_s = tokens, work_s
+        self._ends = None
 
     def _start(self, at_s: float) -> bool:
         """The next step, from at_s on; False where nothing is there for it."""
         left, took_s = float(self.chunk_tokens), 0.0
         self._ends = None
-        first = self.hopeful[0] if self.hopeful else None
-        if first is not None and first.order_s == -math.inf and first.tokens > left:
-            # Most steps of long prompts: the one that was cut, and nothing else.
-            took_s = first.work_s * left / first.tokens
-            first.tokens -= left
-            first.work_s -= took_s
-            self.hopeful_s -= took_s
-            self._begin(at_s, took_s)
-            return True
-        room = self.prefill_requests
+        sent = len(self.hopeful) + len(self.behind) - self.held
+        room = min(sent, self.prefill_requests)
         for entries in (self.hopeful, self.behind):
             at = 0
-            while at < len(entries) and left > 0 and room > 0:
+            while room > 0 and left > 0 and at < len(entries):
                 entry = entries[at]
                 if entry.hold is not None:
                     at += 1
@@ -191,6 +200,8 @@ class Lane(Steps):
     def held_s(self) -> float:
         """Work that is still at the door."""
         held_s = 0.0
+        if not self.held:
+            return held_s
         for entries in (self.hopeful, self.behind):
             for one in entries:
                 if one.hold is not None:

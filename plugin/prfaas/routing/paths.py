@@ -212,7 +212,8 @@ class PathFinder:
         tokens, model = request.prompt_tokens, request.model
         sites, links, backlog_s = snapshot.sites, snapshot.links, self.book.backlog_s
         costs_of = self._costs.get
-        known, prefill_s, size, rate_bps = None, 0.0, 0.0, 0.0
+        known, prefill_s, rate_bps = None, 0.0, 0.0
+        size: float | None = None  # looked up where something is to be sent
         paths: list[PathPrediction] = []
         names, to_home = self._to(home, sites)
         for source, link in zip(names, map(links.get, to_home), strict=True):
@@ -228,8 +229,7 @@ class PathFinder:
                 continue
             costs = costs_of((source, model)) or self.costs(source, model)
             if costs is not known:
-                known = costs
-                prefill_s, size = costs.prefill_s(tokens, 0), costs.transfer_bytes(tokens, 0)
+                known, prefill_s, size = costs, costs.prefill_s(tokens, 0), None
             queue_s = backlog_s(site, now)
             if site.waiting_uncached_tokens:
                 queue_s += site.waiting_uncached_tokens * costs.s_per_token
@@ -239,6 +239,8 @@ class PathFinder:
                     PathPrediction(source, home, queue_s + prefill_s, queue_s, prefill_s, 0.0, tokens, 0)
                 )
                 continue
+            if size is None:
+                size = costs.transfer_bytes(tokens, 0)
             tail_s = transfer_tail_s(link, rate_bps, size, queue_s, prefill_s, tokens)
             paths.append(
                 PathPrediction(

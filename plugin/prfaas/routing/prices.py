@@ -202,7 +202,9 @@ class PricesPolicy(BookingPolicy):
         late_binding = self.config.bind == "start"
         best: Choice | None = None
         if not late_binding or not self._too_late(request, paths, deadline_s, now):
-            hoped_s = {site: sum([one[0] for one in there]) / len(there) for site, there in lanes.items()}
+            hoped_s = {}
+            for site, there in lanes.items():
+                hoped_s[site] = sum([one[0] for one in there]) / len(there)
             prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
             for path, price in zip(paths, prices, strict=True):
                 if path.feasible:

@@ -27,11 +27,12 @@ from prfaas.routing import Fleet, create_policy
 from prfaas.routing import duals as duals_module
 from prfaas.routing.book import DispatchBook
 from prfaas.routing.duals import DualPrices
+from prfaas.routing.held import begins_behind_s
 from prfaas.routing.instance_choice import Choice
 from prfaas.routing.lanes import Lane
 from prfaas.routing.paths import PathFinder
 from prfaas.routing.prices import PricesPolicy
-from prfaas.routing.steps import K_STEPS_MARGIN_S, Queued
+from prfaas.routing.steps import K_STEPS_MARGIN_S, Hold, Queued
 
 K_PROFILE = Profile("unit", Curve.of([1000, 2000], [1.3, 2.3]), Curve.of([1000, 2000], [1e6, 2e6]))
 K_WEST_EAST = LinkId("east", "west")
@@ -112,6 +113,49 @@ def test_a_place_in_a_queue_is_what_all_steps_one_by_one_say(seed: int) -> None:
         plain_s, plainly_late = plain_place(lane, order_s, tokens, work_s, now)
         assert end_s == pytest.approx(plain_s, abs=1e-9)
         assert late == plainly_late
+
+
+@settings(max_examples=200)
+@given(seed=st.integers(0, 1 << 40))
+def test_what_a_lane_keeps_of_its_queue_is_what_counting_says(seed: int) -> None:
+    rng, now = Random(seed), 10.0
+    lane = Lane(rng.choice([300, 1000]), rng.choice([1, 2, math.inf]))
+    waiting: list[str] = []
+    for serial in range(40):
+        now += rng.expovariate(2)
+        if waiting and rng.random() < 0.4:
+            lane.drop(waiting.pop(rng.randrange(len(waiting))), now)
+        else:
+            order_s, tokens = rng.choice([1.0, 2.0, rng.random()]), rng.randrange(1, 4000)
+            latest_s = rng.choice([math.inf, math.inf, now + 2])
+            hold = rng.choice([None, Hold(0.02, 500.0, "west")])
+            entry = Queued(order_s, serial, str(serial), tokens, 0.1 + tokens / 1000, latest_s, 0.1, hold)
+            lane.add(entry, now)
+            waiting.append(entry.request)
+        lane.advance(now)
+        queued = [*lane.hopeful, *lane.behind]
+        assert lane.held == sum(one.hold is not None for one in queued)
+        assert lane.held_s() == pytest.approx(sum(one.work_s for one in queued if one.hold is not None))
+        assert lane.hopeful == sorted(lane.hopeful)
+        assert lane.behind == sorted(lane.behind)
+        hopeful_end_s = begins_behind_s(lane, -1.0, now)
+        for order_s in (0.5, 1.0, 3.0):
+            before_s = sum(one.work_s for one in lane.behind if one.order_s <= order_s)
+            assert begins_behind_s(lane, order_s, now) == pytest.approx(hopeful_end_s + before_s, abs=1e-9)
+
+
+@settings(max_examples=200)
+@given(seed=st.integers(0, 1 << 40))
+def test_a_lane_looked_at_seldom_stands_where_one_stands_that_is_looked_at_at_each_step(seed: int) -> None:
+    seldom, often = lane_of(Random(seed), 10.0), lane_of(Random(seed), 10.0)
+    until_s = 10.0 + Random(seed).uniform(0, 30)
+    seldom.advance(until_s)
+    while often.ends_s <= until_s and (often.step or often.hopeful or often.behind):
+        often.advance(often.ends_s)
+    for field in ("ends_s", "hopeful", "behind", "hopeful_s", "behind_s"):
+        assert getattr(seldom, field) == getattr(often, field)
+    assert [one.tokens for one in seldom.hopeful] == [one.tokens for one in often.hopeful]
+    assert [one.work_s for one in seldom.hopeful] == [one.work_s for one in often.hopeful]
 
 
 def plain_choice(policy: PricesPolicy, asked: tuple[Any, ...]) -> Choice | None:
