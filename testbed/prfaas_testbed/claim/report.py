@@ -41,6 +41,11 @@ that strikes one request in a thousand can have gone unseen.
 
 
 K_STEPS_SINCE = "2026-11-29T20:34:11Z"
+K_TERMS = (
+    'The report is "Prefill-as-a-Service: KVCache of next-generation models could go cross-datacenter" '
+    "(2026). Its policy sends what has more uncached tokens than a threshold to the other site; *ours* is "
+    "the policy `prices`, served by deadline where nothing else is said."
+)
 
 
 def write_report(folder: Path) -> tuple[Path, list[Goal]]:
@@ -68,6 +73,7 @@ def write_report(folder: Path) -> tuple[Path, list[Goal]]:
         "Written from the records beside it by `prfaas-testbed claim report`; every value of every "
         "repetition is in them, a row each. A figure is made again by the command under its section; a "
         "commit with a + had changes that were not committed yet.\n\n"
+        f"{K_TERMS}\n\n"
         f"{reached} of {len(judged)} goals are reached:\n\n"
         + "".join(
             f"- {'reached' if goal.reached else '**missed**'}: {goal.text}: {goal.found}\n"
