@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from prfaas.config.loading import load, read_yaml
+from prfaas.config.loading import load, not_a_mapping, read_yaml
 from prfaas.config.run import K_RUN_FILE, read_run
-from prfaas.model.errors import ConfigError, UsageError
+from prfaas.model.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def check_file(path: Path, kind_name: str | None = None) -> str:
         return "run"
     data = read_yaml(path)
     if not isinstance(data, dict):
-        raise ConfigError(str(path), "the file", type(data).__name__, "expected a mapping of fields")
+        raise not_a_mapping(data, str(path))
     kind, model = _named(kind_name) if kind_name else _guess({str(key) for key in data}, path)
     load(path, model)
     return kind.name

@@ -19,9 +19,8 @@ from prfaas.config.lengths import (
     UniformConfig,
     kind_of,
 )
-from prfaas.config.loading import Strict, check, read_yaml
+from prfaas.config.loading import Strict, check, not_a_mapping, read_yaml
 from prfaas.config.profile import CurvesConfig, DecodeConfig
-from prfaas.model.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -302,7 +301,7 @@ def load_case(path: Path | str) -> CaseConfig | SitesCaseConfig | TableCaseConfi
     """A case file of any form. Raises UsageError, ConfigError."""
     data = read_yaml(path)
     if not isinstance(data, Mapping):
-        raise ConfigError(str(path), "the file", type(data).__name__, "expected a mapping of fields")
+        raise not_a_mapping(data, str(path))
     if "models" in data:
         return check(data, TableCaseConfig, str(path))
     if "links" in data:

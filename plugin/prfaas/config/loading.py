@@ -41,6 +41,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 K_NUL = "a NUL character"
+K_YAML_KINDS: dict[type, str] = {str: "text", list: "a list", int: "a number", float: "a number"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,11 +105,16 @@ def load(path: Path | str, model: type[M]) -> M:
     return check(read_yaml(path), model, str(path))
 
 
+def not_a_mapping(data: object, file: str) -> ConfigError:
+    """Of a file whose YAML holds something else, or nothing."""
+    found = "nothing" if data is None else K_YAML_KINDS.get(type(data), type(data).__name__)
+    return ConfigError(file, "the file", found, "expected a mapping of fields")
+
+
 def check(data: object, model: type[M], file: str) -> M:
     """`data` as a `model`; `file` names its origin in errors. Raises ConfigError for the first fault."""
     if not isinstance(data, dict):
-        found = "nothing" if data is None else type(data).__name__
-        raise ConfigError(file, "the file", found, "expected a mapping of fields")
+        raise not_a_mapping(data, file)
     try:
         return model.model_validate(data)
     except ValidationError as error:

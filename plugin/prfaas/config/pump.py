@@ -159,7 +159,7 @@ class PumpConfig(Strict):
     """Endpoints at other sites for programs of this node, encrypted and authenticated on the way."""
     exposes: tuple[Address, ...] = ()
     """host:port of endpoints of this node that other sites may forward to; servers add their own."""
-    protocol_versions: tuple[int, int] = (1, 2)
+    protocol_versions: tuple[int, int] = (1, 3)
     """Oldest and newest protocol version spoken."""
     faults: FaultConfig | None = None
 

@@ -200,6 +200,11 @@ def read_run(path: Path) -> Run:
         raise UsageError(f"{file}: not a run: {error}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{file}: not a run: a {type(data).__name__}")
+    if "checks" in data and "emulation" not in data:
+        raise UsageError(
+            f"{file}: a record of `prfaas-testbed {data.get('experiment')}`, not of `run`: it was judged "
+            "when it was made, by its `checks`"
+        )
     files = data.get("files") or {}
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UsageError(f"{file}: files: expected names by field")

@@ -172,50 +172,13 @@ def plan_sites(
     lengths = [one.lengths.cells(cells) for one in locals_]
 
     equal, most = _Rows(), _Rows()
-    for i in range(len(locals_)):
-        for cell in range(cells):
-            terms = [(columns.local(i, cell), 1.0), (0, -shares[i] / cells)]
-            terms += [(columns.sent(k, cell), 1.0) for k, (_, target) in enumerate(ends) if target == i]
-            equal.add("all served", terms, 0.0)
-    for i, one in enumerate(locals_):
-        times = [(columns.local(i, cell), one.prefill(lengths[i][cell])) for cell in range(cells)]
-        most.add(f"prefill {one.name}", [*times, (columns.prefill(i), -1.0)], 0.0)
-        per_instance = decode_rps(1, one.decode.max_batch, one.decode.step_s(), one.output_tokens)
-        # In instances: λ w_i / d_i + n_i ≤ N_i.
-        most.add(
-            f"decode {one.name}", [(0, shares[i] / per_instance), (columns.prefill(i), 1.0)], one.instances
-        )
-    for j, cluster in enumerate(prfaas):
-        own = [(k, target) for k, (source, target) in enumerate(ends) if source == j]
-        times = [
-            (columns.sent(k, cell), cluster.prefill(lengths[target][cell]))
-            for k, target in own
-            for cell in range(cells)
-        ]
-        most.add(f"prfaas {cluster.name}", times, cluster.instances)
-        sizes = {
-            k: [
-                (columns.sent(k, cell), 8 * cluster.kv(lengths[target][cell]) / K_SCALE_BPS)
-                for cell in range(cells)
-            ]
-            for k, target in own
-        }
-        for k, terms in sizes.items():
-            most.add(f"link {links[k].source}>{links[k].target}", terms, links[k].rate_bps / K_SCALE_BPS)
-        if cluster.egress_bps is not None:
-            everything = [term for terms in sizes.values() for term in terms]
-            most.add(f"egress {cluster.name}", everything, cluster.egress_bps / K_SCALE_BPS)
+    _add_demand(equal, columns, shares)
+    _add_local_limits(most, columns, shares, lengths)
+    _add_far_limits(most, columns, lengths, prfaas, links)
 
     cost = np.zeros(columns.count)
     cost[0] = -1.0
-    low, high = np.zeros(columns.count), np.full(columns.count, np.inf)
-    whole = np.zeros(columns.count)
-    for i, one in enumerate(locals_):
-        whole[columns.prefill(i)] = 1
-        if one.prefill_instances is None:
-            high[columns.prefill(i)] = one.instances
-        else:
-            low[columns.prefill(i)] = high[columns.prefill(i)] = one.prefill_instances
+    whole, low, high = _roles(columns)
     equal_rows, most_rows = equal.matrix(columns.count), most.matrix(columns.count)
     found = milp(
         cost,
@@ -274,6 +237,75 @@ def plan_sites(
         },
         worth=worth,
     )
+
+
+def _roles(columns: _Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which variables are whole numbers (the n_i), and the bounds of all; a fixed role has one value."""
+    whole = np.zeros(columns.count)
+    low, high = np.zeros(columns.count), np.full(columns.count, np.inf)
+    for i, one in enumerate(columns.locals):
+        at = columns.prefill(i)
+        whole[at] = 1
+        if one.prefill_instances is None:
+            high[at] = one.instances
+        else:
+            low[at] = high[at] = one.prefill_instances
+    return whole, low, high
+
+
+def _add_demand(rows: _Rows, columns: _Columns, shares: np.ndarray) -> None:
+    """Each cell of each local cluster's requests is prefilled there, or sent for by one of its links."""
+    for i in range(len(columns.locals)):
+        for cell in range(columns.cells):
+            terms = [(columns.local(i, cell), 1.0), (0, -shares[i] / columns.cells)]
+            terms += [
+                (columns.sent(k, cell), 1.0) for k, (_, target) in enumerate(columns.links) if target == i
+            ]
+            rows.add("all served", terms, 0.0)
+
+
+def _add_local_limits(
+    rows: _Rows, columns: _Columns, shares: np.ndarray, lengths: Sequence[Sequence[float]]
+) -> None:
+    """Local prefill takes no more than n_i instances, decode no more than what is left of N_i."""
+    for i, one in enumerate(columns.locals):
+        times = [(columns.local(i, cell), one.prefill(lengths[i][cell])) for cell in range(columns.cells)]
+        rows.add(f"prefill {one.name}", [*times, (columns.prefill(i), -1.0)], 0.0)
+        per_instance = decode_rps(1, one.decode.max_batch, one.decode.step_s(), one.output_tokens)
+        # In instances: λ w_i / d_i + n_i ≤ N_i.
+        rows.add(
+            f"decode {one.name}", [(0, shares[i] / per_instance), (columns.prefill(i), 1.0)], one.instances
+        )
+
+
+def _add_far_limits(
+    rows: _Rows,
+    columns: _Columns,
+    lengths: Sequence[Sequence[float]],
+    prfaas: Sequence[PrfaasCluster],
+    links: Sequence[Link],
+) -> None:
+    """PrfaaS instances' seconds, and the Gbit/s of each link and of each cluster's way out."""
+    for j, cluster in enumerate(prfaas):
+        own = [(k, target) for k, (source, target) in enumerate(columns.links) if source == j]
+        times = [
+            (columns.sent(k, cell), cluster.prefill(lengths[target][cell]))
+            for k, target in own
+            for cell in range(columns.cells)
+        ]
+        rows.add(f"prfaas {cluster.name}", times, cluster.instances)
+        sizes = {
+            k: [
+                (columns.sent(k, cell), 8 * cluster.kv(lengths[target][cell]) / K_SCALE_BPS)
+                for cell in range(columns.cells)
+            ]
+            for k, target in own
+        }
+        for k, terms in sizes.items():
+            rows.add(f"link {links[k].source}>{links[k].target}", terms, links[k].rate_bps / K_SCALE_BPS)
+        if cluster.egress_bps is not None:
+            everything = [term for terms in sizes.values() for term in terms]
+            rows.add(f"egress {cluster.name}", everything, cluster.egress_bps / K_SCALE_BPS)
 
 
 def _bytes_sent(

@@ -23,7 +23,7 @@ from prfaas.transfer.frames import (
     message_frame,
 )
 from prfaas.transfer.receiving import Apply, Incoming, Known, Refused
-from prfaas.transfer.segments import decode_table
+from prfaas.transfer.tables import decode_table
 
 if TYPE_CHECKING:
     from prfaas.pump.server import Pump

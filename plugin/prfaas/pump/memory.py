@@ -19,9 +19,10 @@ from functools import cache
 
 import numpy as np
 
-from prfaas.pump.spans import K_MOST_BYTES, Bytes, Spans
+from prfaas.pump.spans import K_MOST_BYTES, Bytes, Spans, shares
 from prfaas.pump_client.guard import K_TABLE_BYTES, K_WORD
 from prfaas.transfer.segments import U64, Ranges
+from prfaas.transfer.strides import Pieces, Strides
 
 K_IOV_MAX = 1024
 K_WRITABLE = 0x200
@@ -94,10 +95,13 @@ class OwnerMemory:
             None if bytes(buffer.view[: len(expected)]) == expected else "another process answers at this id"
         )
 
-    def read(self, guard: tuple[int, int], pieces: U64, address: int) -> None:
+    def read(self, guard: tuple[int, int], pieces: Pieces, address: int) -> None:
         """Gather pieces of the server's memory to ours. Raises Withdrawn or Gone."""
         self._hold(guard)
         try:
+            if isinstance(pieces, Strides):
+                self._read_runs(pieces, address)
+                return
             spans = self._spans(pieces)
             if spans is None:
                 self._move(_readv, pieces, address)
@@ -106,13 +110,22 @@ class OwnerMemory:
         finally:
             self._release(guard)
 
-    def write(self, guard: tuple[int, int], pieces: U64, address: int, alone: Ranges | None = None) -> None:
+    def write(
+        self, guard: tuple[int, int], pieces: Pieces, address: int, alone: Ranges | None = None
+    ) -> None:
         """Scatter bytes of ours to pieces of the server's memory; `alone`: where nobody else writes
         meanwhile, so that what lies between pieces may be written as it was. Raises Withdrawn (none written)
         or Gone.
         """
+        if isinstance(pieces, Strides):
+            between = alone is not None and alone.holds(pieces.spans)
+            if not between or self._pause_copy_s:
+                pieces, alone = pieces.rows, None
         self._hold(guard)
         try:
+            if isinstance(pieces, Strides):
+                self._write_runs(pieces, address)
+                return
             spans = self._spans(pieces, alone) if alone is not None else None
             if self._pause_copy_s and pieces.shape[0] > 1:
                 half = pieces.shape[0] // 2
@@ -126,6 +139,25 @@ class OwnerMemory:
                 self._move(_writev, pieces, address)
         finally:
             self._release(guard)
+
+    def _read_runs(self, pieces: Strides, address: int) -> None:
+        for share in shares(pieces):
+            if share.runs:
+                self._move(_readv, share.rows, _spare().address)
+                share.gather(_spare().bytes[: share.span_bytes], _at(address, share.payload_bytes))
+            else:
+                self._move(_readv, share.rows, address)
+            address += share.payload_bytes
+
+    def _write_runs(self, pieces: Strides, address: int) -> None:
+        for share in shares(pieces):
+            if share.runs:
+                self._move(_readv, share.rows, _spare().address)
+                share.scatter(_at(address, share.payload_bytes), _spare().bytes[: share.span_bytes])
+                self._move(_writev, share.rows, _spare().address)
+            else:
+                self._move(_writev, share.rows, address)
+            address += share.payload_bytes
 
     def _spans(self, pieces: U64, within: Ranges | None = None) -> Spans | None:
         """Spans that hold the pieces, read to the spare buffer; None where they don't pay or aren't `within`.

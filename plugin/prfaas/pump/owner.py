@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
 from prfaas.model.decisions import Verdict
 from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason
 from prfaas.pump.memory import Gone, OwnerMemory
+from prfaas.pump.submitted import NotRegistered, planned, u64
 from prfaas.pump_client import messages as m
 from prfaas.transfer.frames import Forward, Open
 from prfaas.transfer.receiving import Lease
-from prfaas.transfer.segments import U64, Plan, Ranges, iov
+from prfaas.transfer.segments import U64, Ranges, iov
 from prfaas.transfer.sending import Completed, SendEvent
 
 if TYPE_CHECKING:
@@ -38,10 +38,6 @@ would take its place from others for as long as it lives.
 K_BACKLOG_MAX_BYTES = 64 << 20
 """A server that doesn't read what happened to its transfers is cut off at so much."""
 R, W = selectors.EVENT_READ, selectors.EVENT_WRITE
-
-
-def _u64(data: bytes) -> U64:
-    return np.frombuffer(data, dtype="<u8").astype(np.uint64, copy=False)
 
 
 @dataclass(slots=True)
@@ -153,7 +149,7 @@ class Owner:
             case m.Register():
                 self._answer(message.serial, lambda: self.registered.add(_rows(message)))
             case m.Deregister():
-                self._answer(message.serial, lambda: self.registered.remove(_u64(message.addresses).tolist()))
+                self._answer(message.serial, lambda: self.registered.remove(u64(message.addresses).tolist()))
             case m.Grant():
                 self._grant(message, now)
             case m.Revoke():
@@ -247,14 +243,9 @@ class Owner:
             message.room, message.generation, message.lease_id, message.token, message.kind, 0, 0,
             message.deadline_s, message.index, message.count, message.source,
         )  # fmt: skip
-        src, dst, length = _u64(message.sources), _u64(message.destinations), _u64(message.lengths)
         reason = FailureReason.BAD_REQUEST
         try:
-            if not src.shape == dst.shape == length.shape:
-                raise PrfaasError("arrays of different lengths")
-            if not self.registered.holds_columns(src, length):
-                reason = FailureReason.SOURCE_REFUSED
-                raise PrfaasError("a source that isn't registered")
+            plan_of = planned(message, self.registered)
             self.transfers[message.transfer_id] = message.address
             if message.offer:
                 self.promised[message.transfer_id] = message.offer
@@ -262,11 +253,13 @@ class Owner:
                     self.closing.add(message.transfer_id)
             self.pump.peer(message.address, now).submit(
                 message.site,
-                message.transfer_id, opening, lambda block_bytes: Plan(src, dst, length, block_bytes),
+                message.transfer_id, opening, plan_of,
                 message.window_bytes, now + message.deadline_s, self.memory,
                 (message.guard_slot, message.guard_word), self._ended, now,
             )  # fmt: skip
         except (PrfaasError, ValueError) as error:
+            if isinstance(error, NotRegistered):
+                reason = FailureReason.SOURCE_REFUSED
             self.transfers.pop(message.transfer_id, None)
             self.closing.discard(message.transfer_id)
             self._release(self.promised.pop(message.transfer_id, ""), now)
@@ -379,4 +372,4 @@ class Owner:
 
 
 def _rows(message: m.Register | m.Grant) -> U64:
-    return iov(_u64(message.addresses), _u64(message.lengths))
+    return iov(u64(message.addresses), u64(message.lengths))

@@ -8,8 +8,9 @@ from prfaas.config.pump import FaultConfig
 from prfaas.pump.memory import OwnerMemory
 from prfaas.pump.stream import Stream
 from prfaas.transfer.frames import K_HEADER_BYTES, FrameType, Header, Open, checksum, message_frame
-from prfaas.transfer.segments import Piece, encode_table
+from prfaas.transfer.plans import Piece
 from prfaas.transfer.sending import Draw
+from prfaas.transfer.tables import encode_table
 
 
 class Packer:
@@ -23,7 +24,9 @@ class Packer:
         self, stream: Stream, draw: Draw, opening: Open | None, piece: Piece, memory: OwnerMemory,
         guard: tuple[int, int],
     ) -> int:  # fmt: skip
-        """Put the block into stream.out_buffer; the bytes it takes there. Raises Withdrawn or Gone."""
+        """Put the block into stream.out_buffer; the bytes it takes there. Raises Withdrawn, Gone, or
+        LocalProtocolError where the stream's version can't carry it.
+        """
         table = encode_table(piece.destination, stream.version)
         buffer, at = stream.out_buffer, 0
         if opening is not None:

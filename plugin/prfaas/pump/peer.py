@@ -21,6 +21,7 @@ from prfaas.pump.peer_figures import PeerFigures
 from prfaas.pump.spreading import Spreading
 from prfaas.pump.stream import Stream, W
 from prfaas.transfer.frames import (
+    K_VERSION_OLDEST,
     FrameType,
     Header,
     Hello,
@@ -32,7 +33,7 @@ from prfaas.transfer.frames import (
     decode_message,
     message_frame,
 )
-from prfaas.transfer.segments import Plan
+from prfaas.transfer.plans import Blocks
 from prfaas.transfer.sending import Failed, SendEvent, Sending
 from prfaas.transfer.streams import StreamCount, block_bytes_for
 
@@ -60,6 +61,8 @@ class Peer(PeerFigures):
         super().__init__(Sending(pump.config.window_bytes), now)
         self.count = StreamCount(pump.config.min_streams, pump.config.max_streams)
         self.boot: bytes | None = None
+        self.version = K_VERSION_OLDEST
+        """Of the protocol, as last agreed on."""
         self._sources: dict[int, tuple[OwnerMemory, tuple[int, int], Callable[[SendEvent], None]]] = {}
         self._dialling = Dialling(pump.loop, pump.trust, pump.resolver, address, self, now)
         self._spreading = Spreading(pump.loop, self.kick)
@@ -73,11 +76,12 @@ class Peer(PeerFigures):
     # Asked by the pump
 
     def submit(
-        self, site: str, transfer_id: int, opening: Open, plan_of: Callable[[int], Plan], window_bytes: int,
-        deadline_s: float, memory: OwnerMemory, guard: tuple[int, int], on_event: Callable[[SendEvent], None],
-        now: float,
+        self, site: str, transfer_id: int, opening: Open, plan_of: Callable[[int, int], Blocks],
+        window_bytes: int, deadline_s: float, memory: OwnerMemory, guard: tuple[int, int],
+        on_event: Callable[[SendEvent], None], now: float,
     ) -> None:  # fmt: skip
-        """Begin a transfer to `site` (empty: whichever answers). `plan_of` makes its plan from a block size.
+        """Begin a transfer to `site` (empty: whichever answers). `plan_of` makes its plan from a block size
+        and a protocol version.
 
         Raises LocalProtocolError.
         """
@@ -89,7 +93,7 @@ class Peer(PeerFigures):
         most_bytes = self.pump.config.block_bytes
         if opening.lease_id:
             most_bytes = max(4096, min(most_bytes, window_bytes))
-        plan = plan_of(self.block_bytes(most_bytes))
+        plan = plan_of(self.block_bytes(most_bytes), self.version)
         opening.total_bytes, opening.n_blocks = plan.total_bytes, plan.n_blocks
         if not len(self.sending):
             self._spreading.begins(self._infos(), now)
@@ -184,7 +188,7 @@ class Peer(PeerFigures):
             raise RemoteProtocolError(stream.untrusted)
         if self.boot is not None and hello.boot != self.boot:
             self._restarted(stream)
-        self.boot, self.site = hello.boot, hello.site
+        self.boot, self.site, self.version = hello.boot, hello.site, version
         stream.peer_site = hello.site
         return version
 
@@ -264,6 +268,10 @@ class Peer(PeerFigures):
                 continue
             except Gone as error:
                 self.cancel(draw.transfer_id, FailureReason.SOURCE_GONE, str(error), now)
+                continue
+            except LocalProtocolError as error:
+                # A pump of an older version has taken the place of the one that this was planned for.
+                self.cancel(draw.transfer_id, FailureReason.VERSION, str(error), now)
                 continue
             if self._packer.cuts_here():
                 stream.cut(end // 2)

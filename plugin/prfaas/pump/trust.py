@@ -19,6 +19,9 @@ from prfaas.pump.tls import TlsContext
 
 log = logging.getLogger(__name__)
 
+K_WARNED_MOST = 1024
+"""Hosts whose plaintext was warned of, each once; any host may come."""
+
 
 class Trust:
     """The configuration's word on encryption and on sites. Raises UsageError at once for files that can't be
@@ -70,7 +73,7 @@ class Trust:
         """Whether traffic with `host` may go without TLS; said once in the log where it isn't loopback."""
         if is_loopback(host):
             return True
-        if self._config.allow_plaintext and host not in self._warned:
+        if self._config.allow_plaintext and host not in self._warned and len(self._warned) < K_WARNED_MOST:
             self._warned.add(host)
             log.warning("allow_plaintext: traffic with %s is neither encrypted nor authenticated", host)
         return self._config.allow_plaintext

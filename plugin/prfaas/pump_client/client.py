@@ -30,6 +30,7 @@ from prfaas.pump_client.joining import Joining
 from prfaas.pump_client.lease import LocalLease
 from prfaas.pump_client.standing import K_TOLD_AGAIN, Standing, register_message
 from prfaas.transfer.segments import Ranges, as_u64, iov
+from prfaas.transfer.strides import segments_told
 
 log = logging.getLogger(__name__)
 
@@ -180,12 +181,12 @@ class LocalPumpClient(PumpClient):
         kind: TransferKind, deadline_s: float, index: int, count: int, source: str, offer: str,
     ) -> Transfer:  # fmt: skip
         transfer = Transfer(next(self._ids))
-        src, dst, size = (as_u64(x).tobytes() for x in (sources, destinations, lengths))
+        src, dst, size, strides = segments_told(sources, destinations, lengths)
         slot, word = self._guards.take()
         message = m.Submit(
             transfer.transfer_id, grant.address, grant.room, grant.generation, grant.lease_id, grant.token,
             grant.window_bytes, kind.value, deadline_s, src, dst, size, slot, word, index, count, source,
-            grant.site, offer,
+            grant.site, offer, strides,
         )  # fmt: skip
         self._send_guarded(message)
         self._standing.add_transfer(transfer, message)
@@ -205,8 +206,7 @@ class LocalPumpClient(PumpClient):
 
     def offer(
         self, site: str, size_bytes: int, deadline_s: float, *,
-        first_in_s: float = 0.0, ready_in_s: float = 0.0,
-        may_queue: bool = True,
+        first_in_s: float = 0.0, ready_in_s: float = 0.0, may_queue: bool = True,
     ) -> Offer:  # fmt: skip
         with self._lock:
             offer = Offer(str(next(self._serials)), site)

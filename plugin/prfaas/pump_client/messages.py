@@ -1,7 +1,7 @@
 """Messages between a server's process and its pump, over a unix socket: a 4-byte length, then msgpack.
 
 Arrays of addresses and lengths travel as the bytes of little-endian uint64, so that 100,000 segments are one
-copy.
+copy; where many small ones lie at equal distances, as runs of them (transfer/strides.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from prfaas.model.errors import LocalProtocolError
 
 K_LENGTH = struct.Struct("<I")
 K_MESSAGE_MAX_BYTES = 256 << 20
-K_CONTROL_VERSION = 1
+K_CONTROL_VERSION = 2
 K_GUARD_SLOTS = 65536
 
 
@@ -86,6 +86,8 @@ class Submit(Message, tag="submit"):
     site: str = ""
     offer: str = ""
     """The offer that the ledger took, if any: its promise shrinks with what is acknowledged."""
+    strides: bytes = b""
+    """The segments as runs, instead of sources, destinations and lengths."""
 
 
 class Offer(Message, tag="offer"):

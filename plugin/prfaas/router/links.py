@@ -10,6 +10,9 @@ from prfaas.model.ids import LinkId
 from prfaas.model.observations import LinkEstimate
 
 K_MAX_COOL_DOWN_S = 60.0
+K_CARRIES_S = 1.0
+"""A link that brought a first token so lately isn't down: what a request waits for then is its own server. If
+the link is down after all, others' silence will say so."""
 
 
 @dataclass(slots=True)
@@ -24,6 +27,8 @@ class LinkState:
     """Attempts in a row that failed on it."""
     failed_at_s: float = float("-inf")
     """When the last of them did."""
+    carried_at_s: float = float("-inf")
+    """When a first token came by way of it last."""
     probing: int = 0
     """Requests on it since it was last down: until one succeeds, one at a time."""
 
@@ -93,11 +98,11 @@ class LinkBook:
         state.probing += 1
         return True
 
-    def on_succeeded(self, link: LinkId) -> None:
+    def on_succeeded(self, link: LinkId, now: float) -> None:
         """A first token by way of it: it carries, whatever became of others."""
         state = self._states.get(link)
         if state is not None:
-            state.failures = state.probing = 0
+            state.failures, state.probing, state.carried_at_s = 0, 0, now
             state.down_until_s = float("-inf")
 
     def on_given_up(self, link: LinkId, *, probe: bool) -> None:
@@ -108,12 +113,14 @@ class LinkBook:
         if state is not None and probe:
             state.probing = max(0, state.probing - 1)
 
-    def on_failed(self, link: LinkId, now: float, sent_s: float = float("inf")) -> None:
+    def on_failed(
+        self, link: LinkId, now: float, sent_s: float = float("inf"), *, silent: bool = False
+    ) -> None:
         """Leave it alone for a while, longer each time, then try one request. An attempt that was sent before
-        the last failure says nothing new, however late it fails.
+        the last failure says nothing new, however late it fails. `silent`: nothing came, and nobody said why.
         """
         state = self._states.get(link)
-        if state is None or sent_s < state.failed_at_s:
+        if state is None or sent_s < state.failed_at_s or (silent and now - state.carried_at_s < K_CARRIES_S):
             return
         state.probing = 0
         if now >= state.down_until_s:

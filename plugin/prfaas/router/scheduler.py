@@ -326,7 +326,7 @@ class Scheduler:
 
     def on_first_token(self, ticket: Ticket, cached_tokens: int | None) -> None:
         if ticket.link is not None:
-            self._links.on_succeeded(ticket.link)
+            self._links.on_succeeded(ticket.link, self._clock())
             ticket.link = None
         clear_servers(ticket.route)
         if ticket.policy is not None:
@@ -344,7 +344,8 @@ class Scheduler:
         elif ticket.link is not None:
             ticket.failed_sites.add(prefill_site)
             if tells_of_link(failed):
-                self._links.on_failed(ticket.link, now, ticket.link_sent_s)
+                silent = failed.kind is FailureKind.TIMEOUT
+                self._links.on_failed(ticket.link, now, ticket.link_sent_s, silent=silent)
         elif failed.kind is not FailureKind.SERVER:
             ticket.failed_servers.add(culprit.name)
         policy = ticket.policy

@@ -5,8 +5,8 @@ in a step is done at its end. A prompt that a step has cut goes on in the next b
 SGLang's chunked request does: nothing overtakes it, however urgent. A request that comes is read first,
 which takes the profile's latency and keeps nobody waiting. Decode is a batch of at most `max_batch`; all in
 it advance together, one token a step, a step's time a function of the batch's size, and stand still while
-the same engine prefills. Requests hold their pages from their reservation to their end; those that find no
-room wait in order.
+the same engine prefills; what has landed joins between two steps, as in SGLang's loop. Requests hold their
+pages from their reservation to their end; those that find no room wait in order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from prfaas.simulator.tally import Tally
 from prfaas.simulator.works import works_of
 
 Role = Literal["prefill", "decode", "collocated"]
+K_STEP_END = 1e-6  # of a decode step: what sums of its seconds may be off by
 
 
 class Engine:
@@ -124,18 +125,16 @@ class Engine:
             self.reserved_tokens = max(0, self.reserved_tokens - job.reserved)  # 0 after it was killed
             job.reserved = 0
             self.assigned = max(0, self.assigned - 1)
-            if self._unplaced:
-                self._place(now)
+            self._place(now)
             self._fill()
 
     # Prefill.
 
     def prefill(self, job: Job, now: float) -> None:
         """Read it, and queue it then. `on_chunk(job, now, final)` is called as its chunks end."""
-        latency_s = self.profile.latency_s
-        if latency_s > 0:
+        if self.profile.latency_s > 0:
             self._reading += 1
-            self._agenda.at(now + latency_s, lambda at_s: self._read(job, at_s))
+            self._agenda.at(now + self.profile.latency_s, lambda at_s: self._read(job, at_s))
         else:
             self._enqueue(job, now)
 
@@ -189,9 +188,8 @@ class Engine:
         for other, _, job in self._queue:
             if other <= key and not job.void:
                 ahead_s += job.whole_s
-        begun = self._begun
-        if begun is not None:
-            ahead_s += begun.whole_s - begun.taken_s
+        if self._begun is not None:
+            ahead_s += self._begun.whole_s - self._begun.taken_s
         return ahead_s
 
     def _taken_s(self, job: Job, reached: int) -> float:
@@ -241,8 +239,7 @@ class Engine:
         if decodes:
             self._steps_at_s = now  # no token was made while it prefilled
         self._current = None
-        left_s = self.backlog_s - took_s
-        self._set_backlog(left_s if left_s > 0.0 else 0.0)
+        self._set_backlog(max(0.0, self.backlog_s - took_s))
         for job, last in pieces:
             self.backlog_tokens -= last - job.done
             job.done = last
@@ -262,18 +259,23 @@ class Engine:
     # Decode.
 
     def decode(self, job: Job, now: float) -> None:
-        """Its KV is here: it joins the batch when there is a place (`on_join`), and ends (`on_done`)."""
+        """Its KV is here: it joins the batch between two steps (`on_join`), and ends (`on_done`)."""
         self._landed.append(job)
         self._fill_batch(now)
         self._fill()
         self._plan_decode(now)
 
     def _fill_batch(self, now: float) -> None:
+        """Those that have landed take the free places; where it only decodes, once a step has ended."""
+        self._catch_up(now)
+        if not self._running:
+            self._steps = float(round(self._steps))
+        elif self.role == "decode" and abs(self._steps - round(self._steps)) > K_STEP_END:
+            return
         while self._landed and len(self._running) < self.max_batch:
             job = self._landed.popleft()
             if job.void:
                 continue
-            self._catch_up(now)
             self._serial += 1
             # The first token came with its KV.
             heapq.heappush(self._running, (self._steps + max(0, job.output_tokens - 1), self._serial, job))
@@ -297,16 +299,17 @@ class Engine:
         self._decode_plan = plan = self._decode_plan + 1
         rate = self._rate()
         if rate > 0:
-            left = self._running[0][0] - self._steps
-            due_s = now + (left if left > 0.0 else 0.0) / rate
-            self._agenda.at(due_s, partial(self._end_decodes, plan))
+            until = self._running[0][0]
+            if self._landed and len(self._running) < self.max_batch:
+                until = min(until, math.floor(self._steps + K_STEP_END) + 1)
+            self._agenda.at(now + max(0.0, until - self._steps) / rate, partial(self._end_decodes, plan))
 
     def _end_decodes(self, plan: int, now: float) -> None:
         if plan != self._decode_plan:
             return
         self._catch_up(now)
         ended = []
-        while self._running and self._running[0][0] <= self._steps + 1e-6:
+        while self._running and self._running[0][0] <= self._steps + K_STEP_END:
             ended.append(heapq.heappop(self._running)[2])
         self._fill_batch(now)
         self._fill()
@@ -358,16 +361,14 @@ class Engine:
     def _set_backlog(self, backlog_s: float) -> None:
         self.backlog_s = backlog_s
         if self.keeps_backlog is not None:
-            kept, place = self.keeps_backlog
-            kept[place] = backlog_s
+            self.keeps_backlog[0][self.keeps_backlog[1]] = backlog_s
         if self.tally is not None and self.up and not self.draining:
-            tally, number = self.tally
-            tally.backlogs[number] = backlog_s
+            self.tally[0].backlogs[self.tally[1]] = backlog_s
 
     def _fill(self) -> None:
         """`fullness` anew, after anything that it counts."""
         if self.role != "prefill":
-            waiting = len(self._landed) + len(self._unplaced)
+            waiting = self.waiting
             if self.up and not self.draining:
                 self.fullness = (self.assigned + waiting) / self.max_batch
                 if self.tally is not None:
@@ -376,8 +377,7 @@ class Engine:
             else:
                 self.fullness = math.inf
         if self.keeps_fullness is not None:
-            kept, place = self.keeps_fullness
-            kept[place] = self.fullness
+            self.keeps_fullness[0][self.keeps_fullness[1]] = self.fullness
 
     def _able(self) -> None:
         """It takes other work than before, or none any more."""

@@ -44,6 +44,9 @@ class WatchedLink:
         self._told_bps = config.nominal_bps * (1 - config.headroom)
         self._sent_before = 0.0
         self._probe_bytes = 0
+        """Of a probe that has crossed."""
+        self._unanswered_bytes = 0
+        """Of one that was sent over a link that rested, and hasn't."""
 
     def offer(self, key: Hashable, prefill: Engine, prompt_tokens: int, now: float) -> AdmissionDecision:
         """Ask the ledger for the place of what a prompt's prefill there will send."""
@@ -60,7 +63,7 @@ class WatchedLink:
         )
 
     def wake(self, now: float) -> None:
-        """The pipe has something to send: report until it has not."""
+        """The pipe has something to send, or has lost a link: report until neither is so."""
         if not self._ticking:
             self._ticking = True
             self._sent_before = self.pipe.sent_bytes
@@ -69,10 +72,16 @@ class WatchedLink:
     def _tick(self, now: float) -> None:
         pipe, estimator = self.pipe, self.estimator
         self._network.settle(pipe, now)
-        sent, loss = pipe.sent_bytes, pipe.loss
+        sent, found = pipe.sent_bytes, self._network.seen(pipe, now)
         delivered = round(sent - self._sent_before) + self._probe_bytes
         self._sent_before, self._probe_bytes = sent, 0
-        backlog = round(pipe.backlog_bytes)
+        if pipe.carries:
+            self._unanswered_bytes = 0
+        elif not pipe.rates and self.estimate.up and now >= estimator.probe_at(now):
+            estimator.on_probe_sent(now)
+            self._unanswered_bytes = estimator.probe_bytes(now)
+            pipe.silent_since_s = pipe.silent_since_s or now
+        backlog = round(pipe.backlog_bytes) + self._unanswered_bytes
         segments = delivered // K_MSS_BYTES
         seen = LinkObservation(
             self.id,
@@ -80,8 +89,8 @@ class WatchedLink:
             K_OBSERVE_S,
             delivered,
             backlog,
-            self._network.rtt_s(pipe.source, pipe.target),
-            round(segments * loss) if loss else 0,
+            found.rtt_s,
+            round(segments * found.loss) if found.loss else 0,
             segments,
             sender="simulated",
         )
@@ -98,7 +107,7 @@ class WatchedLink:
             estimator.on_probe_sent(now)
             if pipe.carries:
                 self._probe_bytes = estimator.probe_bytes(now)
-        if backlog > 0 or pipe.transfers or not estimate.up:
+        if backlog > 0 or pipe.transfers or not (estimate.up and pipe.carries):
             self._agenda.at_in_background(now + K_OBSERVE_S, self._tick)
         else:
             self._ticking = False

@@ -16,16 +16,36 @@ from operator import attrgetter
 from typing import Literal
 
 from prfaas.config.topology import Topology
+from prfaas.model.values import value
 from prfaas.simulator.agenda import Agenda
-from prfaas.simulator.flows import payload_share, ramp_bps, repeated_late_s, stream_ceiling_bps
+from prfaas.simulator.flows import (
+    answered_late_s,
+    payload_share,
+    ramp_bps,
+    repeated_late_s,
+    standing_queue,
+    stream_ceiling_bps,
+)
 from prfaas.simulator.outages import resumes_after_s
 from prfaas.simulator.pipes import Link, Pipe, Transfer
+from prfaas.transfer.streams import K_FAR_RATE_DRIVEN
 
 K_STEP_S = 0.25  # shares are looked at again at least this often while several transfers compete
 K_COLD_AFTER_S = math.inf  # the engine keeps idle streams warm: only the first use is cold
 K_DONE_BYTES = 0.5  # a fluid leaves crumbs
 
-_serial = attrgetter("serial")
+K_FULL_SHARE = 0.9  # of a link that one pipe must have to itself for its queue to be this pipe's
+
+_serial, _rate_of = attrgetter("serial"), attrgetter("rate_bps")
+
+
+@value
+class Seen:
+    """Of a pipe, as its streams find it."""
+
+    rtt_s: float
+    loss: float
+    """Share of packets."""
 
 
 class Network:
@@ -37,7 +57,7 @@ class Network:
         agenda: Agenda,
         *,
         control: Literal["cubic", "bbr"] = "bbr",
-        streams: int = 8,
+        streams: int = K_FAR_RATE_DRIVEN,
         emulated: bool = False,
         pairs: Iterable[tuple[str, str]] | None = None,
     ) -> None:
@@ -51,13 +71,33 @@ class Network:
             self.pipes[a, b] = Pipe(a, b, path, streams)
         self._active: dict[Pipe, None] = {}
         self.on_activity: Callable[[Pipe, float], None] | None = None
-        """Called when an idle pipe gets something to send."""
+        """Called when an idle pipe gets something to send, or any has lost a link."""
 
     def rtt_s(self, a: str, b: str) -> float:
         there = self.pipes[a, b]
         if there.rtt_s is None:
             there.rtt_s = there.delay_s + self.pipes.get((b, a), there).delay_s
         return there.rtt_s
+
+    def seen(self, pipe: Pipe, now: float) -> Seen:
+        """What its streams measure now: with the queue that they make before the narrowest link."""
+        rtt_s, loss = self.rtt_s(pipe.source, pipe.target), pipe.loss
+        narrowest = min(pipe.links, key=_rate_of)
+        rate = narrowest.rate_bps / 8
+        limited = self.control == "bbr" and pipe in self._active and rtt_s > 0 and rate < math.inf
+        if limited and pipe.capacity > K_FULL_SHARE * rate * payload_share() > 0:
+            busy_s = now - pipe.active_since_s
+            queue_bytes, dropped = standing_queue(
+                rate, rtt_s, pipe.streams, narrowest.state.buffer_bytes, busy_s
+            )
+            rtt_s += queue_bytes / rate
+            loss = 1 - (1 - loss) * (1 - dropped)
+        return Seen(rtt_s, loss)
+
+    def answer_s(self, source: str, target: str, now: float) -> float:
+        """Until `target` has the sender's answer, once the last byte is there and the sender heard that."""
+        seen = self.seen(self.pipes[source, target], now)
+        return seen.rtt_s + answered_late_s(seen.rtt_s, seen.loss)
 
     # Transfers.
 
@@ -213,7 +253,7 @@ class Network:
         if pipe.busy_since_s is not None:
             ramp = ramp_bps(self.rtt_s(pipe.source, pipe.target), pipe.cold_streams, now - pipe.busy_since_s)
             if ramp >= ceiling:
-                pipe.busy_since_s = None
+                pipe.busy_since_s, pipe.active_since_s = None, now
             else:
                 ceiling = ramp
         return ceiling
@@ -226,6 +266,8 @@ class Network:
             under_way = pipe in self._active or now - pipe.idle_since_s < self.rtt_s(pipe.source, pipe.target)
             if pipe.silent_since_s is None and under_way:
                 pipe.silent_since_s = now
+            if self.on_activity is not None:
+                self.on_activity(pipe, now)  # a pump probes a link that rests
         elif pipe.silent_since_s is not None and pipe.resumes_s == math.inf:
             silent_s = now - pipe.silent_since_s
             after_s, anew = resumes_after_s(silent_s, self.rtt_s(pipe.source, pipe.target))
@@ -236,7 +278,7 @@ class Network:
         """Its streams find the link back, unless that has died again meanwhile."""
         if pipe.silent_since_s is None or pipe.resumes_s != due_s:
             return
-        pipe.silent_since_s = None
+        pipe.silent_since_s, pipe.active_since_s = None, now
         if anew:
             # The others are dialled once the first has got through, and are behind it all the way.
             pipe.busy_since_s, pipe.cold_streams = now, 1
@@ -245,6 +287,7 @@ class Network:
 
     def _activate(self, pipe: Pipe) -> None:
         self._active[pipe] = None
+        pipe.active_since_s = self._agenda.now
         for link in pipe.links:
             link.users[pipe] = None
 
@@ -337,8 +380,8 @@ class Network:
 
     def _land(self, pipe: Pipe, transfer: Transfer, now: float) -> None:
         pipe.leave(transfer)
+        seen = self.seen(pipe, now)
         on_its_way_s = pipe.delay_s
-        if pipe.loss > 0:
-            rtt_s = self.rtt_s(pipe.source, pipe.target)
-            on_its_way_s += repeated_late_s(rtt_s, pipe.loss, transfer.total_bytes, pipe.capacity)
+        if seen.loss > 0:
+            on_its_way_s += repeated_late_s(seen.rtt_s, seen.loss, transfer.total_bytes, pipe.capacity)
         self._agenda.at(now + on_its_way_s, transfer.on_landed)

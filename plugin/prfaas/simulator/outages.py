@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator
 
 from prfaas.config.pump import PumpConfig
+from prfaas.simulator.flows import rto_s
 
-K_RTO_MIN_S = 0.2  # Linux's TCP_RTO_MIN, beyond the smoothed round trip
 K_STALL_S: float = PumpConfig.model_fields["stall_s"].default
 K_STALL_RTTS = 8  # as the pump's
 K_LOOK_S = 0.05  # on average, until the pump next looks at its streams, ten times a second
@@ -24,11 +24,6 @@ K_SYN_LINEAR = 4  # does so after equal times at first (tcp_syn_linear_timeouts,
 K_CONNECT_S = 3.0  # as the pump's: then it dials anew
 K_PAUSE_S = (0.1, 1.0)  # after a pause, doubled each time up to the second, as the pump's
 K_OPENING_RTTS = 3  # TCP, TLS 1.3 and the pumps' own greeting
-
-
-def rto_s(rtt_s: float) -> float:
-    """A stream's retransmission time-out on a path whose round trips are steady."""
-    return rtt_s + K_RTO_MIN_S
 
 
 def repeats_s(rtt_s: float, *, opening: bool) -> Iterator[float]:

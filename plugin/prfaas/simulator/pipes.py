@@ -67,6 +67,8 @@ class Pipe:
         """Bytes a second of payload that all its transfers get together."""
         self.plan = 0
         self.busy_since_s: float | None = None
+        self.active_since_s = 0.0
+        """Since when it has had something to send without a break, and the speed for it."""
         self.idle_since_s = -math.inf
         self.silent_since_s: float | None = None
         """Since when its streams have been sending into a dead link, or have yet to find that it is back."""

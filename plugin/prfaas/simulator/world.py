@@ -297,7 +297,7 @@ class World:
             # tail off, as the router does, and so is wrong by as much as that was.
             tail_s = live.decision.tail_s if isinstance(live.decision, Sent) else 0.0
             answered = partial(self._on_answer, live, live.attempt, tail_s)
-            self.agenda.at(now + self.network.rtt_s(*live.link), answered)
+            self.agenda.at(now + self.network.answer_s(*live.link, now), answered)
         assert live.decode is not None
         assert live.decode_job is not None
         live.decode.decode(live.decode_job, now)

@@ -19,7 +19,8 @@ from prfaas.model.errors import LocalProtocolError
 from prfaas.model.transfer import FailureReason
 from prfaas.transfer.frames import Open
 from prfaas.transfer.remembered import Remembered
-from prfaas.transfer.segments import U64, Ranges
+from prfaas.transfer.segments import Ranges
+from prfaas.transfer.strides import Pieces, holds, payload_bytes
 
 K_TRANSFERS_PER_LEASE = 4096
 K_REMEMBERED = 8192
@@ -257,7 +258,7 @@ class Receiving:
         return None
 
     def on_block(
-        self, peer: Hashable, transfer_id: int, block_id: int, pieces: U64
+        self, peer: Hashable, transfer_id: int, block_id: int, pieces: Pieces
     ) -> Apply | Known | Refused:
         """A checked block has arrived, for these pieces of the owner's memory."""
         incoming = self._open.get(transfer_id)
@@ -270,12 +271,11 @@ class Receiving:
             return Refused(FailureReason.LEASE_MISMATCH, "another peer's transfer")
         if block_id in incoming.applied:
             return Known()
-        payload_bytes = int(pieces[:, 1].sum())
         if not 0 <= block_id < incoming.opening.n_blocks:
             return Refused(FailureReason.BAD_REQUEST, f"block {block_id} of {incoming.opening.n_blocks}")
-        if incoming.applied_bytes + payload_bytes > incoming.opening.total_bytes:
+        if incoming.applied_bytes + payload_bytes(pieces) > incoming.opening.total_bytes:
             return Refused(FailureReason.BAD_REQUEST, "more bytes than the transfer said")
-        if not incoming.ranges.holds(pieces):
+        if not holds(incoming.ranges, pieces):
             return Refused(
                 FailureReason.ADDRESS_REFUSED, "outside of the lease" if incoming.lease else "not registered"
             )

@@ -27,7 +27,7 @@ from prfaas.transfer.frames import K_BLOCK_MAX_BYTES, Open
 from prfaas.transfer.hedging import HedgeBudget
 from prfaas.transfer.line import Line
 from prfaas.transfer.order import SendOrder
-from prfaas.transfer.segments import Plan
+from prfaas.transfer.plans import Blocks
 
 K_NACKS_MAX = 16
 """A block refused as corrupt so often fails its transfer: something corrupts it every time."""
@@ -71,7 +71,7 @@ class Draw:
 class _Transfer:
     transfer_id: int
     opening: Open
-    plan: Plan
+    plan: Blocks
     deadline_s: float
     started_s: float
     fresh: int = 0
@@ -154,7 +154,7 @@ class Sending:
         t = self._transfers.get(transfer_id)
         return t.acked_bytes if t is not None else 0
 
-    def plan(self, transfer_id: int) -> Plan:
+    def plan(self, transfer_id: int) -> Blocks:
         return self._transfers[transfer_id].plan
 
     def opening(self, transfer_id: int, now: float) -> Open:
@@ -164,7 +164,7 @@ class Sending:
         return t.opening
 
     def submit(
-        self, transfer_id: int, opening: Open, plan: Plan, window_bytes: int, deadline_s: float, now: float
+        self, transfer_id: int, opening: Open, plan: Blocks, window_bytes: int, deadline_s: float, now: float
     ) -> None:
         """Take a transfer. `deadline_s` is on `now`'s clock. Raises LocalProtocolError if its id is taken."""
         if transfer_id in self._transfers:

@@ -146,9 +146,9 @@ class Cell:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def _within(what: str, value: float | None, least: float, most: float) -> None:
+def _within(what: str, value: float | None, least: int, most: int) -> None:
     if value is not None and not least <= value <= most:
-        raise UsageError(f"{what}: found {value:g}; {least:g} to {most:g} are allowed")
+        raise UsageError(f"{what}: found {value}; {least} to {most} are allowed")
 
 
 def _wan(name: str, rtt_ms: float, rate_mbps: float, loss: str, congestion_control: str) -> Cell:

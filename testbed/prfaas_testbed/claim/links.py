@@ -162,9 +162,16 @@ up, 2 s down). First tokens a second at {K_LOADS["beyond"]:g}, requests within t
 {K_LOADS["within"]:g} of what the plan says with a clean link. *Best other* is, for each condition and seed,
 the best of the report's policy at thresholds of 19.6K and 40K: nobody could choose it beforehand. Bursty loss
 isn't told from random loss by the simulator's links, and isn't played. The
-rate is judged in order of arrival, as the thresholds are. Loss is a ceiling on what eight streams reach here,
-and at a transfer's end the mean wait for what is lost of its last round trip, and nothing else; cross-traffic
-takes half the link; in *three-sites* the nearer PrfaaS site has H20 and the farther one H200.
+rate is judged in order of arrival, as the thresholds are. Loss is a ceiling on what four streams reach here,
+and at a transfer's end the mean wait for what is lost of its last round trip, of that which their queue drops
+as well; cross-traffic takes half the link; in *three-sites* the nearer PrfaaS site has H20 and the farther
+one H200.
+
+While the link is down what is under way waits, as pumps do: streams find it back with their next
+retransmission, or are replaced after 1.5 s, and the door gives an attempt up after 10 s or four times what it
+predicted. Held against the six outages of the testbed's matrix (1 and 2 s, three networks, 30 requests each,
+no router): all are answered in both worlds; the simulator's TTFT mean is off by -27 to +15%, by 6% or less
+in three of them, and its P90 by 4% or less in four, and by a third up and down in two.
 """
     )
 

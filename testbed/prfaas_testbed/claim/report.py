@@ -16,8 +16,9 @@ K_WORLD = """\
 Unless a section says where else it ran, it ran in the project's simulator, at scale 1, on virtual time: the
 policies, the link estimator, the ledger and the order of sending are the very objects that the router and the
 pump run; instances, engines' queues and links are models. Prefill takes a profile's time and whole chunks,
-decode a time a step by batch size, a link is a fluid with a round trip, a start-up, a ceiling by loss and a
-mean wait for what is lost last. The local cluster's profile and the decode batch are solved back from the
+decode a time a step by batch size, a link is a fluid with a round trip, a start-up, a ceiling by loss, a
+mean wait for what is lost last, the queue that BBR's streams make when they fill it, and outages that are
+waited for as TCP and the pumps do. The local cluster's profile and the decode batch are solved back from the
 report's own table 6, so that the plan's agreement with the published throughput is partly circular; the
 TTFTs, the shares and all that happens in queues are not.
 

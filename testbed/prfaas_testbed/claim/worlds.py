@@ -26,6 +26,7 @@ from prfaas_testbed.claim.runs import (
 from prfaas_testbed.experiment.view import View, field, number
 
 K_SKIP = 0.2  # of the arrivals, at the beginning: the system fills
+K_LATE_S = 0.003  # nine in ten of the testbed's requests are sent within it
 K_COLUMNS = ("sent_s", "ttft_s", "e2e_s", "prompt_tokens", "cached_tokens", "wan_bytes", "failed")
 K_COST_ROLES = ("router", "pump", "prefill", "decode", "collocated")
 
@@ -121,6 +122,15 @@ def simulated(
     columns = {name: np.asarray(values, dtype=float)[order] for name, values in raw.items()}
     columns["failed"] = (np.asarray(record.error) != 0)[order].astype(float)
     return Played(columns, tuple(record.names[record.site[i]] for i in order))
+
+
+def sent_late(requests: Sequence[TimedRequest], index: int) -> list[TimedRequest]:
+    """The requests as a client sends them, another way for each index: by up to K_LATE_S late, 0 on time."""
+    if not index:
+        return list(requests)
+    drawn = Random(index)
+    late = [replace(one, arrival_s=one.arrival_s + drawn.uniform(0, K_LATE_S)) for one in requests]
+    return sorted(late, key=lambda one: one.arrival_s)
 
 
 def on_testbed(run: Run, part: str | None) -> Iterator[tuple[int, Played]]:

@@ -16,6 +16,8 @@ from prfaas_testbed.experiment.machine import K_RESULTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+K_MOST_REQUESTS = 100_000_000  # seven hours of one core
+
 
 def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = actions.add_parser("simulate", help="CPU time and memory of a simulation, by its length")
@@ -66,8 +68,10 @@ def _sizes(text: str) -> list[int]:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         sizes = []
-    if not sizes or min(sizes) < 1:
-        raise UsageError(f"--requests: found {text!r}; expected whole numbers above 0, as 10000,100000")
+    if not sizes or min(sizes) < 1 or max(sizes) > K_MOST_REQUESTS:
+        raise UsageError(
+            f"--requests: found {text!r}; expected whole numbers from 1 to {K_MOST_REQUESTS}, as 10000,100000"
+        )
     return sizes
 
 

@@ -24,6 +24,8 @@ from prfaas_testbed.experiment.runner import Results, Runner
 from prfaas_testbed.experiment.table import check_lines, summary_lines
 from prfaas_testbed.experiment.timeline import steps_of
 
+K_MOST_REPETITIONS = 100  # as a file may say
+
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("run", help="run an experiment", allow_abbrev=False)
@@ -60,8 +62,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     choice = load_experiment(args.experiment, K_TOPOLOGIES)
-    if args.repetitions is not None and args.repetitions < 1:
-        raise UsageError(f"--repetitions {args.repetitions}: at least 1")
+    if args.repetitions is not None and not 1 <= args.repetitions <= K_MOST_REPETITIONS:
+        raise UsageError(f"--repetitions {args.repetitions}: 1 to {K_MOST_REPETITIONS} are allowed")
     if args.parts is not None:
         choice = with_parts(choice, args.parts)
     if not isinstance(choice, ExperimentSet) and (args.resume or args.for_s is not None):
@@ -80,6 +82,11 @@ def run(args: argparse.Namespace) -> int:
         lines = [*(outline(*one) for one in planned), "no fault found, nothing was started"]
         sys.stdout.write("\n".join(lines) + "\n")
         return EXIT_OK
+    # Not at the top: a dry run imports no emulator. Else each part of a set would say the same, and a page be
+    # drawn of nothing.
+    from prfaas_testbed.network.opening import check_machine
+
+    check_machine()
     stopped: list[str] = []
     with own(folder) as place:
         if isinstance(choice, ExperimentSet):

@@ -38,8 +38,9 @@ K_RTM_GETQDISC, K_RTM_NEWQDISC, K_NLMSG_DONE, K_NLMSG_ERROR = 38, 36, 3, 2
 K_PROBE_ETHERTYPE = 0x88B5  # for local experiments
 K_PROBE_DELAY_S, K_PROBE_EVERY_S = 0.010, 0.050
 K_STALL_S = 0.015  # longer than packets keep a process waiting, which the kernel bounds at a tick
-K_SO_TIMESTAMPNS, K_SO_TIMESTAMPING = 35, 37
-K_STAMP_AT_QUEUE = 1 << 8 | 1 << 4  # SOF_TIMESTAMPING_TX_SCHED, of the software's clock
+K_SO_TIMESTAMPING = 37
+# SOF_TIMESTAMPING_TX_SCHED, RX_SOFTWARE. SO_TIMESTAMPNS gives what arrives unstamped its reading's time.
+K_STAMP_AT_QUEUE, K_STAMP_ARRIVAL = 1 << 8 | 1 << 4, 1 << 3 | 1 << 4
 K_KEPT_ANSWERS = 32
 K_CHANGE_S = 20.0
 K_NOISE = re.compile(r"Command failed|Warning|Object \"end-of-change-|\s*$")
@@ -219,7 +220,7 @@ class LagProbe:
         ether = socket.htons(K_PROBE_ETHERTYPE)
         self.receiver = socket.socket(socket.AF_PACKET, kind, ether)
         self.receiver.bind(("lag1", K_PROBE_ETHERTYPE))
-        self.receiver.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPNS, 1)
+        self.receiver.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPING, K_STAMP_ARRIVAL)
         self.head = b"\xff" * 6 + b"\x02\x72\0\0\0\1" + struct.pack("!H", K_PROBE_ETHERTYPE)
         self.on_way: dict[int, tuple[int, int]] = {}
         self.lags_us: list[int] = []
@@ -232,7 +233,7 @@ class LagProbe:
         self.sender.send(self.head + struct.pack("=Q", number) + bytes(38))
 
     def receive(self) -> None:
-        """Of those that arrived; one that didn't is left in a few bytes."""
+        """Of those that arrived and were stamped; the others are left in a few bytes."""
         for number, entered_ns in stamped(self.sender, socket.MSG_ERRQUEUE):
             if number in self.on_way:
                 self.on_way[number] = entered_ns, self.on_way[number][1]
@@ -251,7 +252,7 @@ def stamped(sock: socket.socket, flags: int) -> Iterator[tuple[int, int]]:
         except BlockingIOError:
             return
         for level, kind, value in notes:
-            if level == socket.SOL_SOCKET and kind in (K_SO_TIMESTAMPNS, K_SO_TIMESTAMPING):
+            if level == socket.SOL_SOCKET and kind == K_SO_TIMESTAMPING:
                 seconds, rest_ns = struct.unpack_from("=qq", value)
                 yield struct.unpack_from("=Q", frame, 14)[0], seconds * 1_000_000_000 + rest_ns
 

@@ -21,6 +21,7 @@ from prfaas.config.pump import split_address
 from prfaas.model.transfer import FailureReason, LeaseGrant, TransferKind
 
 K_WAIT_S = 40
+K_SLICE_BYTES = 64
 
 K_SERVER = """
 import sys, numpy as np
@@ -43,6 +44,15 @@ def send_all(client, grant, src, dst, *, deadline_s=30.0):
     return client.submit(
         grant, [src.ctypes.data, src.ctypes.data + half], [dst.ctypes.data + half, dst.ctypes.data],
         [half, half], kind=TransferKind.KV, deadline_s=deadline_s, last=True,
+    )  # fmt: skip
+
+
+def send_slices(client, grant, src, dst, *, deadline_s=30.0):
+    """All of src, a slice at the beginning of each place of two."""
+    at = np.arange(len(src) // K_SLICE_BYTES, dtype=np.uint64) * np.uint64(K_SLICE_BYTES)
+    return client.submit(
+        grant, at + np.uint64(src.ctypes.data), at * np.uint64(2) + np.uint64(dst.ctypes.data),
+        np.full(len(at), K_SLICE_BYTES), kind=TransferKind.KV, deadline_s=deadline_s, last=True,
     )  # fmt: skip
 
 
@@ -324,7 +334,36 @@ def test_versions_n_and_n_minus_1_interoperate(pumps):
         src, dst = pumps.memory(a, 1 << 20), pumps.memory(b, 1 << 20, fill=0)
         assert send_all(a, lease_on(b, dst).grant, src, dst).wait(K_WAIT_S).ok
         assert landed(src, dst)
-    future = pumps.client(pumps.start("future", protocol_versions=(3, 4)))
+    before = pumps.client(pumps.start("before", protocol_versions=(1, 2)))
+    for a, b in ((before, new), (new, before), (new, old)):
+        src, dst = pumps.memory(a, 1 << 20), pumps.memory(b, 2 << 20, fill=0)
+        assert send_slices(a, lease_on(b, dst).grant, src, dst).wait(K_WAIT_S).ok
+        assert np.array_equal(dst.reshape(-1, 2, K_SLICE_BYTES)[:, 0].reshape(-1), src)
+    future = pumps.client(pumps.start("future", protocol_versions=(4, 5)))
     dst = pumps.memory(future, 1 << 20, fill=0)
     src = pumps.memory(new, 1 << 20)
     assert not send_all(new, lease_on(future, dst).grant, src, dst, deadline_s=1.0).wait(K_WAIT_S).ok
+
+
+@pytest.mark.parametrize("block_bytes", [64 << 10, 2 << 20])
+def test_slices_that_an_older_pump_goes_on_with_arrive_or_fail_for_its_version(pumps, block_bytes):
+    """It takes the place of a newer one; and it can't take blocks of so many pieces."""
+    east = pumps.client(pumps.start("east", block_bytes=block_bytes))
+    config = pumps.start("west", block_bytes=block_bytes)
+    west = pumps.client(config, start=False)
+    src, dst = pumps.memory(east, 1 << 20), pumps.memory(west, 2 << 20, fill=0)
+    lease = lease_on(west, dst)
+    assert send_slices(east, lease.grant, src, dst).wait(K_WAIT_S).ok  # the newer one's version is known
+    dst[:] = 0
+    os.kill(pumps.pid("west"), signal.SIGSTOP)
+    transfer = send_slices(east, lease.grant, src, dst)
+    time.sleep(0.2)
+    pumps.kill("west")
+    pumps.start("west", listen=west.address, block_bytes=block_bytes, protocol_versions=(1, 2))
+    outcome = transfer.wait(K_WAIT_S)
+    if block_bytes == 64 << 10:
+        assert outcome.ok
+        assert np.array_equal(dst.reshape(-1, 2, K_SLICE_BYTES)[:, 0].reshape(-1), src)
+    else:
+        assert (outcome.ok, outcome.reason) == (False, FailureReason.VERSION)
+        assert "16384 pieces" in outcome.detail

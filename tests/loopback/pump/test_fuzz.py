@@ -26,14 +26,16 @@ from prfaas.pump.peer import Peer
 from prfaas.pump.server import Pump
 from prfaas.pump_client import LocalPumpClient
 from prfaas.transfer import frames as f
-from prfaas.transfer.segments import encode_table, iov
+from prfaas.transfer.segments import iov
+from prfaas.transfer.tables import K_STRIDES, K_STRIDES_ROW, K_STRIDES_TABLE, encode_table
 
 K_FRAMES = 1_000_000 if os.environ.get("PRFAAS_LONG_TESTS") else 8000
 K_BATCH = 64
 K_GROWTH_BYTES = 64 << 20
 K_MEMORY_BYTES = 1 << 16
 K_MOST_TRANSFERS = 4
-K_HELLO = f.Hello(1, 2, b"fuzzed-by-a-test", "elsewhere", "127.0.0.1:1", 0)
+K_VERSION = f.K_VERSION_NEWEST
+K_HELLO = f.Hello(1, K_VERSION, b"fuzzed-by-a-test", "elsewhere", "127.0.0.1:1", 0)
 
 
 def resident_bytes() -> int:
@@ -59,16 +61,16 @@ class Fuzzer:
         rng = self.rng
         kind = rng.randrange(7)
         if kind == 0:
-            return f.message_frame(2, f.FrameType.OPEN, self._open(), any_word(rng, 64))
+            return f.message_frame(K_VERSION, f.FrameType.OPEN, self._open(), any_word(rng, 64))
         if kind == 1:
             return f.message_frame(
-                2, f.FrameType.CANCEL, f.Refuse("x" * rng.randrange(300)), any_word(rng, 64)
+                K_VERSION, f.FrameType.CANCEL, f.Refuse("x" * rng.randrange(300)), any_word(rng, 64)
             )
         if kind == 2:
-            return f.control_frame(2, f.FrameType.PING, any_bytes(rng, 4096))
+            return f.control_frame(K_VERSION, f.FrameType.PING, any_bytes(rng, 4096))
         if kind == 3:
             message = f.LedgerMessage("no-such-link", True, any_word(rng, 31), {"op": "offer", "key": "x"})
-            return f.message_frame(2, f.FrameType.LEDGER, message)
+            return f.message_frame(K_VERSION, f.FrameType.LEDGER, message)
         return self._block(sound=kind != 4)
 
     def _open(self) -> f.Open:
@@ -89,19 +91,34 @@ class Fuzzer:
         n = rng.randrange(1, 5)
         outside = (self._address - 5, self._address + K_MEMORY_BYTES - 3, 8, 1 << 40, (1 << 64) - 5000)
         start = rng.choice(outside)
-        pieces = iov([start + 16 * i for i in range(n)], [8] * n)
-        table, payload = encode_table(pieces, 2), rng.randbytes(8 * n)
+        if rng.random() < 0.5:
+            table = encode_table(iov([start + 16 * i for i in range(n)], [8] * n), K_VERSION)
+        else:
+            row = np.array((start, 16, 8, n), K_STRIDES_ROW)
+            table = K_STRIDES_TABLE.pack(K_STRIDES, 1) + row.tobytes()
+        payload = rng.randbytes(8 * n)
         body = table + payload
         crc = f.checksum(body) ^ (0 if sound else 1 + rng.getrandbits(16))
         header = f.Header(
-            2, f.FrameType.BLOCK, 0, len(body), len(table), any_word(rng, 64), any_word(rng, 32), crc
+            K_VERSION, f.FrameType.BLOCK, 0, len(body), len(table), any_word(rng, 64), any_word(rng, 32), crc
         )
+        return header.to_bytes() + body
+
+    def _block_of_any_runs(self) -> bytes:
+        rng, n = self.rng, self.rng.randrange(5)
+        runs = [(self._address + any_word(rng, 64) & (1 << 64) - 1, *(any_word(rng, 32) for _ in range(3)))
+                for _ in range(n)]  # fmt: skip
+        table = K_STRIDES_TABLE.pack(K_STRIDES, rng.choice((n, n, n, any_word(rng, 32))))
+        table += np.array(runs, K_STRIDES_ROW).tobytes()
+        told = sum(size * count for _, _, size, count in runs)
+        body = table + rng.randbytes(told if 0 < told < 4096 else rng.randrange(1, 64))
+        header = f.Header(K_VERSION, f.FrameType.BLOCK, 0, len(body), len(table), 1, 1, f.checksum(body))
         return header.to_bytes() + body
 
     def deadly(self) -> bytes:
         """A frame that most often ends the stream: garbage at some depth."""
         rng = self.rng
-        kind = rng.randrange(6)
+        kind = rng.randrange(7)
         if kind == 0:
             return rng.randbytes(f.K_HEADER_BYTES)
         frame = bytearray(self.survivable())
@@ -112,17 +129,19 @@ class Fuzzer:
             # Headers that are sound and lengths that aren't.
             numbers = [any_word(rng, 32), any_word(rng, 32), any_word(rng, 64), any_word(rng, 32)]
             kinds = (rng.choice(list(f.FrameType)), rng.randrange(256))
-            packed = f.K_HEADER.pack(f.K_MAGIC, rng.choice((1, 2, 3)), rng.choice(kinds), 0, *numbers, 0)
+            packed = f.K_HEADER.pack(f.K_MAGIC, rng.choice((1, 2, 3, 4)), rng.choice(kinds), 0, *numbers, 0)
             return packed + struct.pack("<I", f.checksum(packed))
         types = list(f.FrameType)
         if kind == 3:
-            return f.control_frame(2, rng.choice(types), any_bytes(rng, 2000), any_word(rng, 64))
+            return f.control_frame(K_VERSION, rng.choice(types), any_bytes(rng, 2000), any_word(rng, 64))
         if kind == 4:
             fields = {"room": -1, "lease_id": "x", "token": any_bytes(rng, 9), "reason": [], "link": {}, 7: 7}
-            return f.control_frame(2, rng.choice(types), msgspec.msgpack.encode(fields))
+            return f.control_frame(K_VERSION, rng.choice(types), msgspec.msgpack.encode(fields))
+        if kind == 5:
+            return self._block_of_any_runs()
         body = any_bytes(rng, 300) or b"x"
         table = rng.randrange(1, len(body) + 1)
-        header = f.Header(2, f.FrameType.BLOCK, 0, len(body), table, 1, 1, f.checksum(body))
+        header = f.Header(K_VERSION, f.FrameType.BLOCK, 0, len(body), table, 1, 1, f.checksum(body))
         return header.to_bytes() + body
 
 
@@ -241,7 +260,7 @@ def test_whatever_a_peer_sends_the_pump_lives_keeps_its_size_and_writes_nothing(
 class Unconnected:
     """What a peer asks of the stream that a frame came on."""
 
-    index, version, ready, waiting_to_write, peer_site, session = 0, 2, False, False, "west", None
+    index, version, ready, waiting_to_write, peer_site, session = 0, K_VERSION, False, False, "west", None
 
     def __init__(self) -> None:
         self.counters = Counters()
@@ -260,7 +279,7 @@ def test_whatever_a_receiver_answers_the_sender_lives(pump):
         body = rng.choice((any_bytes(rng, 200), fuzzer.survivable()[f.K_HEADER_BYTES :]))
         if kind is f.FrameType.ACK and rng.random() < 0.5:
             body = f.ack_body([(any_word(rng, 64), any_word(rng, 32)) for _ in range(3)])
-        header = f.Header(2, kind, 0, len(body), 0, any_word(rng, 64), any_word(rng, 32), 0)
+        header = f.Header(K_VERSION, kind, 0, len(body), 0, any_word(rng, 64), any_word(rng, 32), 0)
         try:
             peer.on_frame(Unconnected(), header, memoryview(body), now)
         except RemoteProtocolError:

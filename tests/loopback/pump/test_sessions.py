@@ -13,7 +13,8 @@ from prfaas.model.transfer import FailureReason
 from prfaas.pump.server import Pump
 from prfaas.transfer import frames as f
 from prfaas.transfer.receiving import Lease
-from prfaas.transfer.segments import Ranges, encode_table
+from prfaas.transfer.segments import Ranges
+from prfaas.transfer.tables import encode_table
 
 K_TOKEN = b"t" * 16
 K_REGION = Ranges(np.array([[1 << 20, 4096]], dtype=np.uint64))

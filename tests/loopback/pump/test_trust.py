@@ -11,9 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from prfaas.config.pump import split_address
+from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump import keys
+from prfaas.pump.trust import Trust
 
 K_WAIT_S = 40
 K_NOW = datetime.datetime.now(datetime.UTC)
@@ -172,3 +173,12 @@ def test_plaintext_off_loopback_needs_the_explicit_flag(pumps):
     open_pump = Pump(pumps.config("west", listen="0.0.0.0:0", advertise="127.0.0.1", allow_plaintext=True))
     assert open_pump.address == f"127.0.0.1:{open_pump._listener.getsockname()[1]}"
     open_pump.close()
+
+
+def test_plaintext_is_warned_of_once_a_host_and_not_for_every_host_there_is(caplog):
+    trust = Trust(PumpConfig(site="east", allow_plaintext=True))
+    for _ in range(2):
+        for number in range(3000):
+            assert trust.plaintext_allowed(f"10.1.{number >> 8}.{number & 255}")
+    assert len(caplog.messages) == 1024
+    assert len(set(caplog.messages)) == 1024

@@ -84,6 +84,36 @@ def test_decode_that_hangs_when_prefill_has_ended_leaves_the_link_to_others(
     asyncio.run(main())
 
 
+def test_a_far_server_that_hangs_leaves_the_link_to_its_neighbour(stand: Any, long_text: str) -> None:
+    async def main() -> None:
+        patience = {"first_token_min_s": 0.5, "first_token_factor": 0.01}
+        roles = {"west-p": "prefill", "west-d": "decode", "east-p": "prefill", "east-q": "prefill"}
+        async with stand(roles, retry={**K_RETRY, **patience}, loads=K_QUIET) as s:
+            s.servers["east-p"].fault = hang
+            asked = []
+            for _ in range(30):
+                asked.append(asyncio.create_task(ask(s, long_text)))
+                await asyncio.sleep(0.05)
+            ways = await asyncio.gather(*asked)
+            assert ("west", "2") in ways, "some met the one that hangs"
+            assert {site for site, attempts in ways if attempts == "1"} == {"east"}
+            s.servers["east-p"].fault = None
+            assert await ask(s, long_text) == ("east", "1")
+
+    asyncio.run(main())
+
+
+def test_a_far_site_that_is_silent_keeps_others_off_the_link(stand: Any, long_text: str) -> None:
+    async def main() -> None:
+        patience = {"first_token_min_s": 0.2, "first_token_factor": 0.01}
+        async with stand(retry={**K_RETRY, **patience}, loads=K_QUIET) as s:
+            s.servers["east-p"].fault = hang
+            assert await ask(s, long_text) == ("west", "2")
+            assert await ask(s, long_text) == ("west", "1")
+
+    asyncio.run(main())
+
+
 def test_a_server_that_brings_nothing_but_errors_rests_and_its_neighbour_serves(
     stand: Any, long_text: str
 ) -> None:

@@ -16,6 +16,13 @@ def run(argv):
     return {{"rc": 0 if argv[0] == "tc" else subprocess.run(argv).returncode, "err": argv[0]}}
 
 probe = agent.LagProbe(run)
+for _ in range(100):  # until the kernel has begun to stamp
+    probe.send(0.0)
+    time.sleep(0.02)
+    probe.receive()
+    if probe.lags_us:
+        break
+probe.on_way, probe.lags_us = {{}}, []
 clock = time.clock_gettime_ns
 for held_up_ns in (0, {K_HELD_UP_NS}):
     agent.time = SimpleNamespace(

@@ -42,6 +42,13 @@ def estimator() -> LinkEstimator:
     return LinkEstimator(LINK, LinkAdmission(nominal_bps=10e9), now=0.0)
 
 
+def test_a_link_that_nothing_was_measured_of_may_have_half_of_what_is_configured_or_half_more(
+    estimator: LinkEstimator,
+) -> None:
+    found = estimator.estimate(0.0)
+    assert (found.low_bps, found.rate_bps, found.high_bps) == (5e9, 10e9, 15e9)
+
+
 def test_a_fall_is_believed_within_a_second(estimator: LinkEstimator) -> None:
     run(estimator, 0, 20, 10e9, noise=0.15)
     events = run(estimator, 20, 1, 1e9)

@@ -113,3 +113,9 @@ def test_cells_are_chosen_by_name_by_pattern_and_all_together_and_unknown_ones_a
     assert some[-1].name == "wan-clean"
     with pytest.raises(UsageError, match="wam"):
         choose("wan-clean,wam")
+
+
+@pytest.mark.parametrize("field", ["streams", "segment_bytes", "total_bytes"])
+def test_a_number_beyond_any_float_is_refused_like_any_other_that_is_too_large(field: str) -> None:
+    with pytest.raises(UsageError, match=rf"{field.replace('_', '-')}: found 9+; .* are allowed"):
+        Cell(**{field: int("9" * 400)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,25 @@ def test_what_a_later_run_has_no_part_of_can_be_kept(tmp_path: Path) -> None:
     fresh = pieces.gather("testbed", [tmp_path / "one"], lambda line: None)
     whole = pieces.kept(fresh, before)
     assert {run["part"] for run in whole["runs"]} == set(K_PARTS)
-    assert [row["part"] for row in whole["rows"]] == [part for part in K_PARTS for _ in range(2)]
-    assert whole["rows"][2:] == fresh["rows"]
+    each = 1 + testbed.K_SIMULATED
+    assert [row["part"] for row in whole["rows"]] == [part for part in K_PARTS for _ in range(each)]
+    assert whole["rows"][each:] == fresh["rows"]
     with pytest.raises(UsageError, match="no parts to keep"):
         pieces.kept({"piece": "x", "rows": [{"a": 1}], "runs": []}, before)
+
+
+def test_requests_are_sent_some_milliseconds_late_another_way_each_time_and_stay_the_same() -> None:
+    requests = worlds.requests_of_testbed(short()[K_PARTS[0]])
+    assert worlds.sent_late(requests, 0) == requests
+    first, again, other = (worlds.sent_late(requests, index) for index in (1, 1, 2))
+    assert first == again != other
+    assert [one.arrival_s for one in first] == sorted(one.arrival_s for one in first)
+    by_index = {one.index: one for one in first}
+    assert len(by_index) == len(requests)
+    for one in requests:
+        late = by_index[one.index]
+        assert 0 <= late.arrival_s - one.arrival_s <= worlds.K_LATE_S
+        assert replace(late, arrival_s=one.arrival_s) == one
 
 
 def test_the_simulator_s_side_is_made_anew_where_the_file_still_draws_the_same_requests(

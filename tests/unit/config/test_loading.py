@@ -32,7 +32,7 @@ K_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("home: &a [*a]\n", "models: found None; this field is required"),
         (K_BOMB + "home: *i\n", "unknown field|this field is required"),
         ("models: " + "y" * 100_000, r"models: found 'y{197}\.\.\.'"),
-        ("- a\n", "expected a mapping of fields"),
+        ("- a\n", "found 'a list'; expected a mapping of fields"),
         ("", "expected a mapping of fields"),
     ],
 )

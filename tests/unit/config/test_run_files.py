@@ -99,6 +99,9 @@ def test_what_is_not_a_run_is_said_to_be_none(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UsageError, match=r"run\.json: (not a run|files)"):
             read_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"experiment": "prefixes", "checks": [], "rows": []}')
+    with pytest.raises(UsageError, match="a record of `prfaas-testbed prefixes`, not of `run`"):
+        read_run(tmp_path)
     (tmp_path / "run.json").write_text('{"experiment": "t"}')
     with pytest.raises(ConfigError, match="commit"):
         read_run(tmp_path)

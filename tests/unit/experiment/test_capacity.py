@@ -76,3 +76,11 @@ def test_on_and_off_are_raised_alike_and_a_backlog_has_no_rate() -> None:
     backlog = workload.model_copy(update={"arrivals": AtOnce(process="at_once")})
     with pytest.raises(UsageError, match="a backlog has none"):
         rate_of(backlog)
+
+
+def test_a_rate_that_held_by_luck_above_one_that_broke_does_not_count_as_held() -> None:
+    search = Search(1.0, Capacity())
+    search.tell(1.0, 1.0)
+    search.tell(2.0, 0.0)
+    search.tell(3.0, 1.0)
+    assert (search.held_rps, search.broken_rps) == (1.0, 2.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import prfaas_testbed.cli.run as run_module
+import prfaas_testbed.network.opening as opening
 from prfaas.config.run import CalibrationRow, EventRow, RequestRow, read_run
 from prfaas.model.errors import MachineError, PrfaasError
 from prfaas_testbed.cli.main import main
@@ -38,6 +40,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
                 raise errors.pop(0)
 
     monkeypatch.setattr(run_module, "Runner", Fake)
+    monkeypatch.setattr(opening, "check_machine", lambda: None)
     monkeypatch.setattr(run_module, "draw", lambda folder: None)
     return errors
 
@@ -68,6 +71,17 @@ def test_a_run_that_is_stopped_says_why_once_and_keeps_what_it_has(
     assert len(record.repetitions[0].requests) == 1
     assert said in (record.model_extra or {})["stopped"]
     assert [path.name for path in only(tmp_path).iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("experiment", ["hello", "matrix"])
+def test_what_the_machine_lacks_is_said_once_before_anything_is_made(
+    experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(["run", experiment, "--out", str(tmp_path / "out")]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs root" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_set_is_gone_on_with_by_one_run_at_a_time(

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from prfaas.config.topology import Impairments
@@ -63,6 +65,15 @@ def test_ecn_marks_in_a_red_queue_within_the_limit() -> None:
     line = words(Impairments(delay_ms=15, rate_mbps=10, queue_bytes=200_000, ecn=True), 2)
     assert "red limit 200000b min 50000b max 150000b" in line
     assert line.endswith("ecn")
+
+
+def test_red_of_a_queue_of_few_frames_has_room_between_its_thresholds() -> None:
+    line = words(Impairments(delay_ms=15, rate_mbps=10, queue_bytes=2_000, ecn=True), 2)
+    found = re.search(r"red limit (\d+)b min (\d+)b max (\d+)b", line)
+    assert found is not None
+    limit, low, high = map(int, found.groups())
+    assert low >= 1514  # a full frame
+    assert 2 * low <= high <= limit
 
 
 def test_a_change_addresses_the_same_disciplines() -> None:

@@ -8,13 +8,25 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from prfaas.pump.memory import Buffer, OwnerMemory
-from prfaas.pump.spans import K_FEWER, K_GAP_BYTES, K_LEAST_PIECES, K_MOST_BYTES, Bytes, Spans
+from prfaas.pump.spans import (
+    K_FEWER,
+    K_GAP_BYTES,
+    K_LARGE_BYTES,
+    K_LEAST_PIECES,
+    K_MOST_BYTES,
+    K_SHARE_BYTES,
+    Bytes,
+    Spans,
+    shares,
+)
 from prfaas.pump_client.guard import GuardTable
 from prfaas.transfer.segments import U64, Ranges
+from prfaas.transfer.strides import Strides
 
 
 def rows(starts: list[int], lengths: list[int], base: int = 0) -> U64:
@@ -136,4 +148,104 @@ def test_only_where_nobody_else_writes_is_what_lies_between_written_back(
     owner.write(guard, cut, out.address)
     assert written == [1 << 15] * 2
     owner.write(guard, cut, out.address, Ranges([(pool.address, 1 << 16)]))
+    assert written[2:] == [(1 << 16) - 128] * 2
+
+
+K_POOL_BYTES = 4 << 20
+Runs = list[tuple[int, int, int, int]]
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Runs:
+    """(start, step, size, count) of runs in a pool, rising."""
+    found: Runs = []
+    at = 0
+    for _ in range(draw(st.integers(1, 6))):
+        size = draw(st.sampled_from([1, 64, 100, 1000, K_LARGE_BYTES + 1, K_SHARE_BYTES + 1]))
+        step = size + draw(st.sampled_from([0, 1, 64, K_GAP_BYTES, K_GAP_BYTES + 1, 5000]))
+        count = draw(st.sampled_from([1, 2, 17, 300, 2000]))
+        at += draw(st.integers(0, 9000))
+        if at + step * count > K_POOL_BYTES:
+            break
+        again = draw(st.sampled_from([1, 1, 2, 30]))  # as pages of tokens are
+        gap = draw(st.integers(0, 3000))
+        for _ in range(again if at + again * (step * count + gap) <= K_POOL_BYTES else 1):
+            found.append((at, step, size, count))
+            at += step * count + gap
+    return found or [(5, 128, 64, 20)]
+
+
+def strides(found: Runs, base: int = 0) -> Strides:
+    start, *others = np.array(found, dtype=np.uint64).T
+    return Strides(start + np.uint64(base), *others)
+
+
+@given(runs())
+def test_shares_of_runs_are_the_pieces_in_their_order_a_cacheful_of_spans_at_a_time(found: Runs) -> None:
+    at: list[NDArray[np.int64]] = []
+    for share in shares(strides(found)):
+        assert share.span_bytes == int(share.rows[:, 1].sum())
+        spans = np.concatenate([np.arange(a, a + n) for a, n in share.rows.tolist()])
+        if not share.runs:
+            assert share.span_bytes == share.payload_bytes
+            at.append(spans)
+            continue
+        assert share.span_bytes <= K_SHARE_BYTES
+        inside = [
+            np.tile(np.arange(run.step * (run.n_pieces - 1) + run.size) % run.step < run.size, run.n_runs)
+            for run in share.runs
+        ]
+        at.append(spans[np.concatenate(inside)])
+        assert at[-1].size == share.payload_bytes
+    wanted = [np.arange(a, a + n) for a, n in strides(found).rows.tolist()]
+    assert (np.concatenate(at) == np.concatenate(wanted)).all()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(found=runs())
+def test_runs_are_read_and_written_in_place_and_what_lies_between_stays(
+    memory: tuple[OwnerMemory, tuple[int, int]], pool: tuple[Buffer, Buffer], found: Runs
+) -> None:
+    owner, guard = memory
+    held, out = pool
+    cut = strides(found, held.address)
+    held.bytes[:] = noise(K_POOL_BYTES)
+    inside = np.zeros(K_POOL_BYTES, dtype=bool)
+    for start, step, size, count in found:
+        for i in range(count):
+            inside[start + step * i :][:size] = True
+    wanted = np.where(inside, held.bytes ^ 0xFF, held.bytes)
+    owner.read(guard, cut, out.address)
+    assert (out.bytes[: cut.total_bytes] == held.bytes[inside]).all()
+    before = held.bytes.copy()
+    out.bytes[: cut.total_bytes] ^= 0xFF
+    for alone in (None, Ranges([(held.address, K_POOL_BYTES)]), Ranges(cut.rows)):
+        held.bytes[:] = before
+        owner.write(guard, cut, out.address, alone)
+        assert (held.bytes == wanted).all()
+
+
+@pytest.fixture(scope="module")
+def pool() -> tuple[Buffer, Buffer]:
+    return Buffer(K_POOL_BYTES), Buffer(K_POOL_BYTES)
+
+
+def test_what_lies_between_a_runs_pieces_is_written_only_where_nobody_else_writes(
+    memory: tuple[OwnerMemory, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, guard = memory
+    held, out = Buffer(1 << 16), Buffer(1 << 16)
+    cut = strides([(0, 256, 128, 256)], held.address)
+    written: list[int] = []
+    move = owner._move
+
+    def seen(call: object, pieces: U64, address: int) -> None:
+        written.append(int(pieces[:, 1].sum()))
+        move(call, pieces, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(owner, "_move", seen)
+    owner.write(guard, cut, out.address, Ranges(cut.rows))
+    owner.write(guard, cut, out.address)
+    assert written == [1 << 15] * 2
+    owner.write(guard, cut, out.address, Ranges([(held.address, 1 << 16)]))
     assert written[2:] == [(1 << 16) - 128] * 2

@@ -145,7 +145,7 @@ def test_a_link_that_failed_rests_then_one_request_tries_it_and_the_rest_grows()
     links.on_given_up(K_LINK, probe=True)
     assert links.estimates(26.2)[K_LINK].up
     links.on_sent(K_LINK)
-    links.on_succeeded(K_LINK)
+    links.on_succeeded(K_LINK, 26.25)
     links.on_sent(K_LINK)
     assert links.estimates(26.3)[K_LINK].up
 
@@ -177,11 +177,23 @@ def test_a_link_that_carries_others_through_does_not_rest_for_one_that_failed() 
     links = book()
     links.on_failed(K_LINK, 10.0)
     assert not links.estimates(10.5)[K_LINK].up
-    links.on_succeeded(K_LINK)
+    links.on_succeeded(K_LINK, 10.5)
     assert links.estimates(10.5)[K_LINK].up
     links.on_failed(K_LINK, 11.0)
     assert not links.estimates(15.9)[K_LINK].up
     assert links.estimates(16.1)[K_LINK].up, "its rest is the first one's again"
+
+
+def test_silence_counts_against_a_link_unless_it_has_just_carried_another() -> None:
+    links = book()
+    links.on_succeeded(K_LINK, 10.0)
+    links.on_failed(K_LINK, 10.9, sent_s=5.0, silent=True)
+    assert links.estimates(10.9)[K_LINK].up, "who is silent is that request's server"
+    links.on_failed(K_LINK, 10.95, sent_s=5.0)
+    assert not links.estimates(11.0)[K_LINK].up, "what is told of the link counts at any time"
+    links.on_succeeded(K_LINK, 12.0)
+    links.on_failed(K_LINK, 13.1, sent_s=11.0, silent=True)
+    assert not links.estimates(13.1)[K_LINK].up, "nothing has come by way of it for a second"
 
 
 def test_who_waits_for_the_same_thing_keeps_its_order() -> None:
@@ -261,9 +273,10 @@ def page(**fields: Any) -> bytes:
 
 
 def test_a_pumps_page_tells_the_links_estimate_as_of_now() -> None:
-    found = read_status(page(backlog_bytes=11), K_LINK, 70.0)
+    found = read_status(page(backlog_bytes=11, reserved_bps=2e6, up=False), K_LINK, 70.0)
     assert found is not None
     assert (found.at_s, found.rate_bps, found.backlog_bytes) == (70.0, 5e6, 11)
+    assert (found.reserved_bps, found.up) == (2e6, False)
     assert read_status(page(), LinkId("a", "b"), 70.0) is None
     assert read_status(b'[{"link": "east>west", "estimate": null}]', K_LINK, 70.0) is None
 

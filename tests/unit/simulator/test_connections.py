@@ -58,7 +58,7 @@ def test_a_prompt_over_a_link_that_loses_packets_waits_for_about_what_was_measur
 
 def test_a_short_prompt_waits_for_little_more_than_what_of_it_is_lost_on_average() -> None:
     wait_s, _ = Connections().send(8 * 1448, 0.0, K_RTT_S, 0.01)
-    assert wait_s == pytest.approx((1 - 0.99**8) * K_RTT_S)
+    assert wait_s == pytest.approx((1 - 0.99**8) * K_RTT_S, rel=0.02)  # and seldom twice
 
 
 @given(

@@ -130,6 +130,33 @@ def test_a_full_batch_makes_the_next_wait_and_all_in_it_advance_together() -> No
     assert done == {"a": pytest.approx(1.0), "b": pytest.approx(2.0), "c": pytest.approx(2.0)}
 
 
+def test_what_lands_in_mid_step_joins_the_batch_at_that_step_s_end() -> None:
+    agenda, joined, ended = Agenda(), {}, {}
+    one = engine("decode", agenda)
+
+    def land(name: str, at_s: float, tokens: int) -> None:
+        job = Job(
+            name, 10, tokens,
+            on_join=lambda job, now: joined.__setitem__(job.payload, now),
+            on_done=lambda job, now: ended.__setitem__(job.payload, now),
+        )  # fmt: skip
+        agenda.at(at_s, lambda now: one.decode(job, now))
+
+    land("alone", 0.05, 11)  # at once: no step runs
+    land("between", 0.37, 5)
+    land("at the end", 0.75, 3)  # of a step of 0.1 s; no place until `between` has ended
+    land("after", 3.0, 2)
+    agenda.run()
+    assert joined == {
+        "alone": 0.05, "between": pytest.approx(0.45),
+        "at the end": pytest.approx(0.85), "after": 3.0,
+    }  # fmt: skip
+    assert ended == {
+        "alone": pytest.approx(1.05), "between": pytest.approx(0.85),
+        "at the end": pytest.approx(1.05), "after": pytest.approx(3.1),
+    }  # fmt: skip
+
+
 def test_a_collocated_engine_makes_no_token_while_it_prefills() -> None:
     agenda, done = Agenda(), []
     one = engine("collocated", agenda)

@@ -51,4 +51,4 @@ def in_time(bind: str, repetition: int) -> int:
 
 def test_what_is_held_is_in_time_more_often_and_no_instance_waits_for_it() -> None:
     start, arrival = (sum(in_time(bind, one) for one in range(3)) for bind in ("start", "arrival"))
-    assert start > 1.02 * arrival  # one run's bursts say little
+    assert start > 1.01 * arrival  # one run's bursts say little

@@ -12,6 +12,7 @@ import prfaas.routing
 from prfaas.config.experiment import Experiment
 from prfaas.config.topology import Topology
 from prfaas.model.errors import UsageError
+from prfaas.model.ids import LinkId
 from prfaas.simulator.build import Simulation, simulation_of
 from prfaas.simulator.coverage import extrapolations
 from prfaas.simulator.engine import Engine
@@ -181,6 +182,31 @@ def test_what_is_under_way_waits_for_a_link_to_come_back_as_pumps_do() -> None:
     assert not failed
     late = [row for row in rows(record) if row["sent_s"] < 20.5 < 23 < row["sent_s"] + row["ttft_s"]]
     assert any(row["site"] == "east" for row in late)
+
+
+def test_a_door_hears_that_a_link_is_back_once_its_streams_have_found_that_out() -> None:
+    down = {"do": "link_down", "at_s": 20, "link": "east<->west", "for_s": 2}
+    world = simulation(router=policy("prices"), timeline=[down])
+    believed = {}
+
+    def look(now: float) -> None:
+        believed[round(now, 1)] = world.world.links[LinkId("east", "west")].estimate.up
+
+    for at_s in (19.9, 21.9, 22.4, 23.0):  # the streams are replaced after 1.5 s, and asked for twice
+        world.world.agenda.at(at_s, look)
+    world.run()
+    assert believed == {19.9: True, 21.9: False, 22.4: False, 23.0: True}
+
+
+def test_a_link_that_dies_at_rest_is_found_dead_by_a_probe() -> None:
+    workload = experiment().workload.model_dump() | {"arrivals": {"process": "poisson", "rate_rps": 0.2}}
+    down = {"do": "set_link", "at_s": 0, "link": "east<->west", "set": {"down": True}}
+    world = simulation(router=policy("prices"), workload=workload | {"requests": 20}, timeline=[down])
+    record = world.run()
+    assert_whole(world, record, 20)
+    (at_s, _), *_ = [one for one in record.events if "east->west believed down" in one[1]]
+    assert 1.5 < at_s < 2.5  # probed after a second, silent for 0.8
+    assert {row["site"] for row in rows(record) if row["sent_s"] > 2.5} == {"west"}
 
 
 def test_a_door_gives_an_attempt_up_that_a_dead_link_keeps_waiting_and_tries_another_site() -> None:

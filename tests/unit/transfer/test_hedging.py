@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prfaas.transfer.frames import Open
 from prfaas.transfer.hedging import K_BURST_BYTES, K_SHARE, HedgeBudget
-from prfaas.transfer.segments import Plan
+from prfaas.transfer.plans import Plan
 from prfaas.transfer.sending import Sending
 
 BLOCK = 256 * 1024

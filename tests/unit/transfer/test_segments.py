@@ -8,15 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
-from prfaas.transfer.segments import (
-    K_RUNS_MAX,
-    Plan,
-    Ranges,
-    decode_table,
-    encode_table,
-    fault_of_iov,
-    iov,
-)
+from prfaas.transfer.plans import K_RUNS_MAX, Plan
+from prfaas.transfer.segments import Ranges, fault_of_iov, iov
+from prfaas.transfer.tables import decode_table, encode_table
 
 K_TOP = 1 << 64
 

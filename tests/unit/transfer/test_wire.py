@@ -12,28 +12,39 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prfaas.model.transfer import FailureReason
 from prfaas.transfer import frames as f
+from prfaas.transfer.plans import Blocks, Plan, StridedPlan
 from prfaas.transfer.receiving import Apply, Broken, Known, Lease, Received, Receiving
-from prfaas.transfer.segments import Plan, Ranges, decode_table, encode_table
+from prfaas.transfer.segments import Ranges
 from prfaas.transfer.sending import Completed, Failed, Sending
+from prfaas.transfer.strides import Pieces, StridedSegments, Strides
+from prfaas.transfer.tables import decode_table, encode_table
 
 K_LEASE_BYTES = 4096
 K_BLOCK = 512
 K_WINDOW = 2 * K_BLOCK
 K_BASE = 1 << 40
 K_STREAMS = 3
+K_VERSION = f.K_VERSION_NEWEST
+
+
+def each(pieces: Pieces) -> list[list[int]]:
+    rows: list[list[int]] = (pieces.rows if isinstance(pieces, Strides) else pieces).tolist()
+    return rows
 
 
 @dataclass
 class Transferring:
     transfer_id: int
     lease_id: int
-    plan: Plan
+    plan: Blocks
+    segments: list[tuple[int, ...]]
     opening: f.Open
     deadline_s: float
     ended: list[object] = field(default_factory=list)
@@ -98,7 +109,17 @@ class Wire(RuleBasedStateMachine):
         at = (lease_id - 1) * K_LEASE_BYTES
         places = self.random.sample(range(K_LEASE_BYTES // 682), n)
         offsets = [p * 682 for p in places]
-        plan = Plan([at + o for o in offsets], [K_BASE + at + o for o in offsets], [size] * n, K_BLOCK)
+        plan: Blocks
+        if data.draw(st.booleans(), "a slice of each token"):
+            step, count = size % 50 + 1, 20 + size % 20
+            row = [at + step, K_BASE + at + step, 2 * step, 2 * step, step, count]
+            runs = StridedSegments(np.array([row], dtype=np.uint64))
+            plan, columns = StridedPlan(runs, K_BLOCK), runs.columns()
+        else:
+            here = np.array(offsets) + at
+            columns = here, here + K_BASE, np.full(n, size)
+            plan = Plan(*columns, K_BLOCK)
+        segments = [tuple(map(int, row)) for row in zip(*columns, strict=True)]
         opening = f.Open(
             lease_id,
             7,
@@ -110,7 +131,9 @@ class Wire(RuleBasedStateMachine):
             0.0,
             transfer_id,
         )
-        self.transfers[transfer_id] = Transferring(transfer_id, lease_id, plan, opening, self.now + deadline)
+        self.transfers[transfer_id] = Transferring(
+            transfer_id, lease_id, plan, segments, opening, self.now + deadline
+        )
         self.sending.submit(transfer_id, opening, plan, K_WINDOW, self.now + deadline, self.now)
 
     @precondition(lambda self: any(x not in self.frozen for x in self.leases))
@@ -142,13 +165,20 @@ class Wire(RuleBasedStateMachine):
             return
         if draw.open_first:
             opening = self.sending.opening(draw.transfer_id, self.now)
-            self.out[slot].append(f.message_frame(2, f.FrameType.OPEN, opening, draw.transfer_id))
+            self.out[slot].append(f.message_frame(K_VERSION, f.FrameType.OPEN, opening, draw.transfer_id))
         piece = self.sending.plan(draw.transfer_id).block(draw.block_id)
-        payload = b"".join(bytes(self.source[int(a) : int(a) + int(n)]) for a, n in piece.source)
-        table = encode_table(piece.destination, 2)
+        payload = b"".join(bytes(self.source[int(a) : int(a) + int(n)]) for a, n in each(piece.source))
+        table = encode_table(piece.destination, K_VERSION)
         body = table + payload
         header = f.Header(
-            2, f.FrameType.BLOCK, 0, len(body), len(table), draw.transfer_id, draw.block_id, f.checksum(body)
+            K_VERSION,
+            f.FrameType.BLOCK,
+            0,
+            len(body),
+            len(table),
+            draw.transfer_id,
+            draw.block_id,
+            f.checksum(body),
         )
         if corrupt:
             body = body[:-1] + bytes([body[-1] ^ 1])
@@ -163,7 +193,10 @@ class Wire(RuleBasedStateMachine):
     def answer(self, slot, n) -> None:
         for _ in range(min(n, len(self.back[slot]))):
             frame = self.back[slot].popleft()
-            header, body = f.Header.from_bytes(frame[: f.K_HEADER_BYTES], 2), frame[f.K_HEADER_BYTES :]
+            header, body = (
+                f.Header.from_bytes(frame[: f.K_HEADER_BYTES], K_VERSION),
+                frame[f.K_HEADER_BYTES :],
+            )
             if header.type is f.FrameType.ACK:
                 for transfer_id, block_id in f.decode_acks(body):
                     self.ended(self.sending.on_ack(transfer_id, block_id))
@@ -198,7 +231,7 @@ class Wire(RuleBasedStateMachine):
         self.sending.on_peer_restarted()
 
     def arrive(self, slot: int | None, frame: bytes) -> None:
-        header, body = f.Header.from_bytes(frame[: f.K_HEADER_BYTES], 2), frame[f.K_HEADER_BYTES :]
+        header, body = f.Header.from_bytes(frame[: f.K_HEADER_BYTES], K_VERSION), frame[f.K_HEADER_BYTES :]
         back = self.back[slot] if slot is not None else deque()
         if header.type is f.FrameType.OPEN:
             opening = f.decode_message(body, f.Open)
@@ -207,26 +240,30 @@ class Wire(RuleBasedStateMachine):
                 self.refuse(back, header.transfer_id, refused.reason)
             return
         if f.checksum(body) != header.body_crc:
-            back.append(f.control_frame(2, f.FrameType.NACK, b"", header.transfer_id, header.block_id))
+            back.append(
+                f.control_frame(K_VERSION, f.FrameType.NACK, b"", header.transfer_id, header.block_id)
+            )
             return
-        pieces = decode_table(body[: header.table_bytes], 2, header.body_bytes - header.table_bytes)
+        pieces = decode_table(body[: header.table_bytes], K_VERSION, header.body_bytes - header.table_bytes)
         answer = self.receiving.on_block("peer", header.transfer_id, header.block_id, pieces)
         if isinstance(answer, Apply):
             at = header.table_bytes
-            for address, length in pieces.tolist():
+            for address, length in each(pieces):
                 self.pages[address - K_BASE : address - K_BASE + length] = body[at : at + length]
                 at += length
             event = self.receiving.applied(answer.incoming, header.block_id, len(body) - header.table_bytes)
             self.receiver_says([event] if event is not None else [])
         if isinstance(answer, Apply | Known):
             back.append(
-                f.control_frame(2, f.FrameType.ACK, f.ack_body([(header.transfer_id, header.block_id)]))
+                f.control_frame(
+                    K_VERSION, f.FrameType.ACK, f.ack_body([(header.transfer_id, header.block_id)])
+                )
             )
         else:
             self.refuse(back, header.transfer_id, answer.reason)
 
     def refuse(self, back: deque[bytes], transfer_id: int, reason: FailureReason) -> None:
-        back.append(f.message_frame(2, f.FrameType.REFUSE, f.Refuse(reason.value), transfer_id))
+        back.append(f.message_frame(K_VERSION, f.FrameType.REFUSE, f.Refuse(reason.value), transfer_id))
 
     def receiver_says(self, events) -> None:
         for event in events:
@@ -247,8 +284,7 @@ class Wire(RuleBasedStateMachine):
 
     def landed(self, transfer: Transferring) -> bool:
         return all(
-            self.pages[int(d) - K_BASE : int(d) - K_BASE + int(n)] == self.source[int(s) : int(s) + int(n)]
-            for (s, n), (d, _) in zip(transfer.plan.source, transfer.plan.destination, strict=True)
+            self.pages[d - K_BASE : d - K_BASE + n] == self.source[s : s + n] for s, d, n in transfer.segments
         )
 
     def lease_bytes(self, lease_id: int) -> bytes:
