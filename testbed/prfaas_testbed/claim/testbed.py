@@ -254,10 +254,11 @@ by some percents either way, and the testbed's as well. *Answered*: between the 
 the arrivals. *Load*: of what the plan says a system carries.
 
 Where the worlds are known to differ: a request's way through client, router and instances is some
-milliseconds of one processor, which others use as well, and which make ours, where requests wait at the door
-for an instance, wait 0.2 s longer (of the table) with loss and without. What is lost at a transfer's end
-takes its own number of round trips, where the simulator adds the mean. With 1% loss BBR's four streams fill
-the queue before the link, which then drops 13% more (here; 15% in the simulator, from BBR's own gains).
+milliseconds of one processor, which others use as well. Served by deadline, requests wait at the door for
+their instance 0.3 to 0.4 s (of the table) longer on the testbed than in the simulator, in bursts and with
+loss; which of those milliseconds does it isn't known. What is lost at a transfer's end takes its own number
+of round trips, where the simulator adds the mean. With 1% loss BBR's four streams fill the queue before the
+link, which then drops 13% more (15% in the simulator, from BBR's own gains).
 
 """
 K_ONCE = """\
