@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -85,3 +86,11 @@ def test_twenty_losses_are_waited_for_as_far_as_time_allows() -> None:
 def test_losses_of_a_path_multiply_and_corruption_counts_as_loss() -> None:
     path = [Impairments(loss_percent=10), Impairments(loss_percent=20), Impairments(corrupt_percent=10)]
     assert survival(path, 600) == pytest.approx(0.9 * 0.8 * (1 - 0.1 * 594 / 600))
+
+
+def test_bursts_make_the_share_lost_vary_as_the_sum_of_all_covariances_says() -> None:
+    chain = Chain(enter=0.01, leave=0.25, good=0.0, bad=0.8)
+    packets = 5_000
+    variance = chain.mean * (1 - chain.mean) / packets
+    variance += 2 * sum((packets - lag) * chain.covariance(lag) for lag in range(1, packets)) / packets**2
+    assert chain.mean_deviation(packets) == pytest.approx(math.sqrt(variance), rel=0.01)
