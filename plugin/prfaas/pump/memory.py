@@ -19,7 +19,7 @@ from functools import cache
 
 import numpy as np
 
-from prfaas.pump.spans import K_MOST_BYTES, Bytes, Spans, shares
+from prfaas.pump.spans import K_MOST_BYTES, Bytes, Spans, pays, shares
 from prfaas.pump_client.guard import K_TABLE_BYTES, K_WORD
 from prfaas.transfer.segments import U64, Ranges
 from prfaas.transfer.strides import Pieces, Strides
@@ -97,6 +97,8 @@ class OwnerMemory:
 
     def read(self, guard: tuple[int, int], pieces: Pieces, address: int) -> None:
         """Gather pieces of the server's memory to ours. Raises Withdrawn or Gone."""
+        if isinstance(pieces, Strides) and not pays(pieces):
+            pieces = pieces.rows
         self._hold(guard)
         try:
             if isinstance(pieces, Strides):
@@ -119,8 +121,8 @@ class OwnerMemory:
         """
         if isinstance(pieces, Strides):
             between = alone is not None and alone.holds(pieces.spans)
-            if not between or self._pause_copy_s:
-                pieces, alone = pieces.rows, None
+            if not between or self._pause_copy_s or not pays(pieces):
+                pieces, alone = pieces.rows, alone if between else None
         self._hold(guard)
         try:
             if isinstance(pieces, Strides):

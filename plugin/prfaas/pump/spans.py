@@ -29,6 +29,7 @@ K_MOST_BYTES = 8 << 20
 
 K_LARGE_BYTES = 16 * 1024
 """A piece that is copied on its own."""
+K_PIECES_A_CHANGE = 64
 K_SHARE_BYTES = 1 << 20
 """Of spans of runs at a time: what stays in a core's own cache between its reading and its writing."""
 
@@ -151,6 +152,9 @@ def shares(pieces: Strides) -> Iterator[Share]:
     """A block's runs by how they are copied: as they are where their pieces follow on or lie far apart, else
     by spans of at most K_SHARE_BYTES together.
     """
+    if _is_close(pieces):
+        yield _solid([rows(pieces.start, pieces.size * pieces.count)])
+        return
     plain: list[U64] = []
     near: list[tuple[U64, Alike]] = []
     near_bytes = 0
@@ -182,13 +186,28 @@ def shares(pieces: Strides) -> Iterator[Share]:
         yield _solid(plain)
 
 
+def pays(pieces: Strides) -> bool:
+    """Whether copying by shares does: each change from run to run costs as much as some dozens of pieces."""
+    return _is_close(pieces) or (_changes(pieces).size + 1) * K_PIECES_A_CHANGE <= pieces.n_pieces
+
+
+def _is_close(pieces: Strides) -> bool:
+    """Whether each run's pieces follow on."""
+    return bool(((pieces.step == pieces.size) | (pieces.count == 1)).all())
+
+
+def _changes(pieces: Strides) -> NDArray[np.int64]:
+    """Runs that aren't like the one before."""
+    other = np.zeros(pieces.start.size - 1, dtype=bool)
+    for column in (pieces.step, pieces.size, pieces.count):
+        other |= column[1:] != column[:-1]
+    return np.flatnonzero(other) + 1
+
+
 def _alike(pieces: Strides) -> Iterator[tuple[U64, int, int, int]]:
     """Neighbours of the same step, size and count: where each begins, and these."""
     columns = (pieces.step, pieces.size, pieces.count)
-    other = np.zeros(pieces.start.size - 1, dtype=bool)
-    for column in columns:
-        other |= column[1:] != column[:-1]
-    first = np.concatenate(([0], np.flatnonzero(other) + 1))
+    first = np.concatenate(([0], _changes(pieces)))
     told = zip(first.tolist(), *(column[first].tolist() for column in columns), strict=True)
     ends = [*first[1:].tolist(), pieces.start.size]
     for (begin, step, size, count), end in zip(told, ends, strict=True):

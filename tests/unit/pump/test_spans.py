@@ -22,6 +22,7 @@ from prfaas.pump.spans import (
     K_SHARE_BYTES,
     Bytes,
     Spans,
+    pays,
     shares,
 )
 from prfaas.pump_client.guard import GuardTable
@@ -249,3 +250,13 @@ def test_what_lies_between_a_runs_pieces_is_written_only_where_nobody_else_write
     assert written == [1 << 15] * 2
     owner.write(guard, cut, out.address, Ranges([(held.address, 1 << 16)]))
     assert written[2:] == [(1 << 16) - 128] * 2
+
+
+def test_runs_that_each_differ_from_the_one_before_are_copied_piece_by_piece_if_short() -> None:
+    def many(mean: int, step: int) -> Strides:
+        return strides([(1 << 20 | i << 14, step, 64, mean + i % 2) for i in range(50)])
+
+    assert pays(many(70, 128))
+    assert not pays(many(20, 128))
+    assert pays(many(20, 64))  # one stretch each
+    assert pays(strides([(1 << 20 | i << 14, 128, 64, 20) for i in range(50)]))
