@@ -22,6 +22,8 @@ from prfaas_testbed.instances.sglang_client import Answer, generate, get, loads,
 K_LOGPROB_BOUND = 0.05
 K_OUTPUT_TOKENS = 16
 K_LENGTHS = (20, 512, 2048, 4700)
+K_PAUSED_TOKENS = 320
+"""Two seconds and more: a server's word on what it runs may be a second old."""
 K_AUX_BYTES = 1600
 K_CHUNK_TOKENS = 4096
 """SGLang's own on a CPU."""
@@ -168,6 +170,54 @@ def test_requests_whose_pages_decode_took_back_each_end_with_their_own_answer(se
     eight_at_once_each_get_their_own_answer(servers)
     retracted = re.findall(r"Testing retraction. #retracted_reqs: (\d+)", servers.decode.log_path.read_text())
     assert sum(map(int, retracted)) > 0
+
+
+def logprobs_of(url: str, prompt: list[int], answer: list[int]) -> list[float]:
+    """What a server gives an answer that it is shown as part of its prompt."""
+    body = {
+        "input_ids": [*prompt, *answer],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 1},
+        "return_logprob": True,
+        "logprob_start_len": len(prompt) - 1,
+    }
+    status, said = post(f"{url}/generate", body, 60.0)
+    assert status == 200, said
+    return [row[0] for row in said["meta_info"]["input_token_logprobs"][-len(answer) :]]
+
+
+def test_what_a_pause_takes_back_goes_through_prefill_again_and_ends_right(servers: Any) -> None:
+    """SGLang's pause for a change of weights: decode gives up the pages of what it runs, and asks prefill for
+    them anew, in the same room. What was computed step by step is then computed at once, and bfloat16 rounds
+    otherwise: 0.05 to 0.55 on a plain server that nobody paused. By as much may an answer differ, up to where
+    it takes another turn.
+    """
+    prompts = [prompt_of(150 + 70 * i, 700 + i) for i in range(3)]
+    asked_before = servers.prefill.log_path.read_text().count("POST /generate")
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        asked = [pool.submit(servers.pair.generate, prompt, K_PAUSED_TOKENS) for prompt in prompts]
+        assert eventually(lambda: loads(servers.decode.url)["num_running_reqs"] == len(prompts))
+        assert post(f"{servers.decode.url}/pause_generation", {"mode": "retract"})[0] == 200
+        assert not any(one.done() for one in asked)
+        assert post(f"{servers.decode.url}/continue_generation", {})[0] == 200
+        answers = [one.result(timeout=120)[1] for one in asked]
+        plain = servers.plain.url
+        references = list(pool.map(lambda prompt: generate(plain, prompt, K_PAUSED_TOKENS), prompts))
+    assert servers.prefill.log_path.read_text().count("POST /generate") - asked_before == 2 * len(prompts)
+    rounding = max(
+        apart(reference.logprobs, logprobs_of(plain, prompt, reference.tokens))
+        for prompt, reference in zip(prompts, references, strict=True)
+    )
+    for answer, reference in zip(answers, references, strict=True):
+        assert answer.error is None
+        assert len(answer.tokens) == len(answer.logprobs) == K_PAUSED_TOKENS
+        turns = [i for i, (a, b) in enumerate(zip(answer.tokens, reference.tokens, strict=True)) if a != b]
+        until = turns[0] + 1 if turns else K_PAUSED_TOKENS
+        # The turn too: the likeliest token, by either rounding.
+        assert apart(answer.logprobs[:until], reference.logprobs[:until]) <= rounding + K_LOGPROB_BOUND
+
+
+def apart(some: Sequence[float], others: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(some, others, strict=True))
 
 
 def test_bootstrap_and_control_pass_by_the_pump_alone(servers: Any) -> None:
