@@ -15,22 +15,9 @@ from pathlib import Path
 
 import psutil
 
-# What the testbed runs, and the Debian package that has it.
-K_PROGRAMS = {
-    "mnexec": "mininet",
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "ss": "iproute2",
-    "ethtool": "ethtool",
-    "nft": "nftables",
-    "iperf3": "iperf3",
-    "ping": "iputils-ping",
-    "tcpdump": "tcpdump",
-    "unshare": "util-linux",
-    "findmnt": "util-linux",
-    "mount": "mount",
-    "modprobe": "kmod",
-}
+from prfaas.model.programs import K_NETWORK_PROGRAMS
+
+K_PROGRAMS = {**K_NETWORK_PROGRAMS, "modprobe": "kmod"}
 K_PROBE_S = 30.0  # asking another interpreter for its packages, on a slow disk
 
 _ASK_SGLANG = """

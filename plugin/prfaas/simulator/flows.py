@@ -12,10 +12,7 @@ K_BBR_LOSS_LIMIT = 0.15  # beyond this loss BBR's model of the path breaks down
 K_BBR_PROBE, K_BBR_CYCLE = 1.25, 8  # of its estimate, in one of so many round trips
 K_BBR_WINDOW = 2.0  # of what its estimate carries in a round trip
 K_RTO_MIN_S = 0.2  # Linux's TCP_RTO_MIN, beyond the smoothed round trip
-K_LEAST_LOSS, K_MOST_LOSS = (
-    1e-9,
-    0.4,
-)  # of a packet: smaller is none; with more, nothing that is said here holds
+K_LEAST_LOSS, K_MOST_LOSS = 1e-9, 0.4  # less is none; with more, nothing that is said here holds
 
 
 def stream_ceiling_bps(

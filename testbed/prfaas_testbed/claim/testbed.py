@@ -24,9 +24,8 @@ K_TIME_SCALE = 2.0  # there, a second of profiles, arrivals and round trip stand
 K_SYSTEMS = ("homogeneous", "naive", "paper", "prices")
 K_LOADS = ("0.9", "1.2")
 K_AGREE = 0.10
-K_SIMULATED = (
-    8  # runs a part: where requests choose by each other's queues, milliseconds change which go where
-)
+K_SIMULATED = 8
+"""Runs a part: where requests choose by each other's queues, milliseconds change which go where."""
 K_COMPARED = {
     "answered_rps": "answered, req/s",
     "ttft_mean_s": "TTFT mean, s",

@@ -41,7 +41,7 @@ K_STALL_S = 0.015  # longer than packets keep a process waiting, which the kerne
 K_SO_TIMESTAMPING = 37
 # SOF_TIMESTAMPING_TX_SCHED, RX_SOFTWARE. SO_TIMESTAMPNS gives what arrives unstamped its reading's time.
 K_STAMP_AT_QUEUE, K_STAMP_ARRIVAL = 1 << 8 | 1 << 4, 1 << 3 | 1 << 4
-K_KEPT_ANSWERS = 32
+K_KEPT_ANSWERS, K_KEPT_PROBES = 32, 100
 K_CHANGE_S = 20.0
 K_NOISE = re.compile(r"Command failed|Warning|Object \"end-of-change-|\s*$")
 
@@ -121,8 +121,7 @@ def done(rc: int, out: str, err: str, began_s: float) -> dict[str, Any]:
 class Commands:
     def __init__(self, namespaces: Namespaces) -> None:
         self.namespaces = namespaces
-        self.standing: dict[str, StandingTc] = {}
-        """By node."""
+        self.standing: dict[str, StandingTc] = {}  # by node
 
     def run(self, node: str | None, argv: list[str], text: str | None) -> dict[str, Any]:
         def start() -> subprocess.Popen[str]:
@@ -233,7 +232,6 @@ class LagProbe:
         self.sender.send(self.head + struct.pack("=Q", number) + bytes(38))
 
     def receive(self) -> None:
-        """Of those that arrived and were stamped; the others are left in a few bytes."""
         for number, entered_ns in stamped(self.sender, socket.MSG_ERRQUEUE):
             if number in self.on_way:
                 self.on_way[number] = entered_ns, self.on_way[number][1]
@@ -242,6 +240,7 @@ class LagProbe:
                 entered_ns, late_ns = self.on_way.pop(number)
                 lag_ns = arrived_ns - entered_ns + late_ns - round(K_PROBE_DELAY_S * 1e9)
                 self.lags_us.append(lag_ns // 1000)
+        self.on_way = dict(list(self.on_way.items())[-K_KEPT_PROBES:])  # some never arrive, or unstamped
 
 
 def stamped(sock: socket.socket, flags: int) -> Iterator[tuple[int, int]]:

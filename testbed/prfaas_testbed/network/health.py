@@ -19,6 +19,7 @@ K_LAG_P99_MS = 2.0
 K_DROPS_PER_PACKET = 1e-5
 K_SILENCE_S = 2.0  # without a sample for so long the emulator stood still, and its lag went unseen
 K_FEWEST_LAGS = 20
+K_LAGS_S = 4.0  # in which four times as many probes are sent
 K_WAITING_BYTES = (
     100_000  # some 2 ms of work for the appliance: 40 full frames, as sockets count their memory
 )
@@ -98,8 +99,8 @@ def judge(
     packets: int,
     drops: Mapping[str, int],
 ) -> Health:
-    """Lag above 2 ms at p99, unplanned drops above one in 100,000 packets, or silence: spoilt. Pure but for
-    the machine's load, which is only told.
+    """Lag above 2 ms at p99 or hardly seen, unplanned drops above one in 100,000 packets, or silence: spoilt.
+    Pure but for the machine's load, which is only told.
     """
     lags = sorted(lag for sample in samples for lag in sample.lags_ms)
     drops = {name: count for name, count in drops.items() if count > 0}
@@ -117,6 +118,8 @@ def judge(
     if lost > max(0, packets) * K_DROPS_PER_PACKET:
         where = ", ".join(f"{name} {count}" for name, count in drops.items())
         reasons.append(f"{lost} unplanned drops in {packets} packets ({where})")
+    if seconds >= K_LAGS_S and len(lags) < K_FEWEST_LAGS:
+        reasons.append(f"only {len(lags)} lags of the emulator's timers were seen in {seconds:.1f} s")
     times = [began_s, *(sample.at_s for sample in samples), ended_s]
     silence_s = max(after - before for before, after in itertools.pairwise(times))
     if silence_s > K_SILENCE_S:

@@ -15,31 +15,17 @@ from types import FrameType
 
 from prfaas.config.topology import Topology
 from prfaas.model.errors import MachineError
+from prfaas.model.programs import K_NETWORK_PROGRAMS
 from prfaas_testbed.network.disk import mount_disk
 from prfaas_testbed.network.network import Network, Progress
 from prfaas_testbed.network.state import K_TMP_PREFIX, Lock, Record, clean_up, state_file
-
-K_NEEDED = {
-    "mnexec": "mininet",
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "ss": "iproute2",
-    "ethtool": "ethtool",
-    "nft": "nftables",
-    "iperf3": "iperf3",
-    "ping": "iputils-ping",
-    "tcpdump": "tcpdump",
-    "unshare": "util-linux",
-    "findmnt": "util-linux",
-    "mount": "mount",
-}
 
 
 def check_machine() -> None:
     """Raises MachineError for what this machine lacks: root, or a program, with the package that has it."""
     if os.geteuid() != 0:
         raise MachineError("an emulated network needs root: run it with sudo")
-    for program, package in K_NEEDED.items():
+    for program, package in K_NETWORK_PROGRAMS.items():
         if shutil.which(program) is None:
             raise MachineError(
                 f"{program} is missing; install Debian's package {package}, or run `make setup`"

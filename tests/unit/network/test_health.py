@@ -30,7 +30,15 @@ def test_one_unplanned_drop_in_a_hundred_thousand_is_forgiven_and_more_is_not() 
 
 
 def test_a_silent_emulator_spoils_even_though_no_lag_was_seen() -> None:
-    assert "no counters for" in health([]).reasons[0]
+    assert "no counters for" in health([]).reasons[-1]
+
+
+def test_an_emulator_whose_lag_was_hardly_seen_spoils_unless_the_time_was_short() -> None:
+    """A kernel that stamps no probe, or one too busy to send them, isn't one whose timers are on time."""
+    rows = [Sample(0.1 * n, {}, (), {}, 0) for n in range(1, 50)]
+    assert health(rows).reasons == ["only 0 lags of the emulator's timers were seen in 5.0 s"]
+    short = judge(seconds=2, samples=rows[:19], began_s=0, ended_s=2, cpu_s=1, packets=1, drops={})
+    assert not short.spoilt
 
 
 def test_packets_that_wait_for_the_emulator_spoil() -> None:

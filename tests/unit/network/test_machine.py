@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from prfaas.cli._facts import K_PROGRAMS
 from prfaas.config.topology import Impairments
 from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.network import appliance, base
 from prfaas_testbed.network.appliance import Appliance
 from prfaas_testbed.network.native import Native
-from prfaas_testbed.network.opening import K_NEEDED, check_machine
+from prfaas_testbed.network.opening import check_machine
 
 
 def test_without_root_the_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +71,3 @@ def test_what_the_machine_refuses_the_appliance_is_told_with_its_reason(
         "frames handed over together": "refused for east-wan",
         "a processor's time of its own": "Device or resource busy",
     }
-
-
-def test_doctor_looks_for_every_program_that_a_network_needs_and_names_the_same_package() -> None:
-    assert K_NEEDED.items() <= K_PROGRAMS.items()
