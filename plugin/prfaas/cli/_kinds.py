@@ -57,7 +57,7 @@ def check_file(path: Path, kind_name: str | None = None) -> str:
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise not_a_mapping(data, str(path))
-    kind, model = _named(kind_name) if kind_name else _guess({str(key) for key in data}, path)
+    kind, model = named(kind_name) if kind_name else _guess({str(key) for key in data}, path)
     load(path, model)
     return kind.name
 
@@ -67,7 +67,7 @@ def known_kinds() -> dict[str, tuple[Kind, type[BaseModel]]]:
     return {kind.name: (kind, model) for kind in KINDS if (model := kind.model()) is not None}
 
 
-def _named(name: str) -> tuple[Kind, type[BaseModel]]:
+def named(name: str) -> tuple[Kind, type[BaseModel]]:
     known = known_kinds()
     if name not in known:
         raise UsageError(f"kind: found {name!r}; known: {', '.join(known)}")

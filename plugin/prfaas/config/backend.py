@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from prfaas.config.loading import Strict, check, load, read_yaml
+from prfaas.config.located import located
 from prfaas.config.pump import Address, PumpConfig
 
 K_ENVIRONMENT = "PRFAAS_CONFIG"
@@ -149,9 +150,9 @@ def load_backend_config(path: Path | str | None) -> BackendConfig:
         return BackendConfig.model_validate({})
     config = load(path, BackendConfig)
     if config.pump_file is None:
-        return config.model_copy(update={"pump": _located(config.pump, path)})
+        return config.model_copy(update={"pump": located(config.pump, path)})
     pump_path = Path(path).parent / config.pump_file
-    pump = _located(load(pump_path, PumpConfig), pump_path)
+    pump = located(load(pump_path, PumpConfig), pump_path)
     return config.model_copy(update={"pump": pump, "pump_file": pump_path})
 
 
@@ -162,18 +163,4 @@ def load_pump_config(path: Path | str) -> PumpConfig:
     data = read_yaml(path)
     if isinstance(data, dict) and not data.keys().isdisjoint(("pump", "pump_file")):
         return load_backend_config(path).pump
-    return _located(check(data, PumpConfig, str(path)), path)
-
-
-def _located(config: PumpConfig, path: Path | str) -> PumpConfig:
-    """With absolute paths: a pump that a server starts works in another folder than whoever wrote them."""
-    folder = Path(path).resolve().parent
-    found: dict[str, object] = {}
-    if config.control_socket is not None:
-        found["control_socket"] = folder / config.control_socket
-    if (tls := config.tls) is not None:
-        authorities = tuple(folder / one for one in tls.authorities)
-        found["tls"] = tls.model_copy(
-            update={"site_file": folder / tls.site_file, "authorities": authorities}
-        )
-    return config.model_copy(update=found)
+    return located(check(data, PumpConfig, str(path)), path)

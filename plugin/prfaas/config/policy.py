@@ -37,7 +37,9 @@ class PolicyConfig(Strict):
     raise_factor: float = Field(default=1.0, ge=1)
     """`paper`: t is multiplied by up to this as egress nears its limit; 1 is the fixed threshold."""
     classes: dict[str, SloClass] = Field(default_factory=lambda: {"default": SloClass()})
+    """By name: how soon first tokens are due."""
     default_class: str = "default"
+    """Of requests that name none and whose key has none."""
     tenant_weights: dict[str, float] = Field(default_factory=dict)
     """`prices`: share of the system a tenant may take under overload, relative to 1 for those not named."""
     shed: bool = False
@@ -111,6 +113,7 @@ class SlowLoopConfig(Strict):
     dry_run: bool = True
     """Say what would be done, and do nothing."""
     look_every_s: float = Field(default=30.0, gt=0)
+    """Between two looks at the traffic."""
     patience: int = Field(default=3, ge=1)
     """Looks in a row that must ask for the same change."""
     least_gain: float = Field(default=0.05, ge=0)

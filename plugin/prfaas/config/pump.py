@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from prfaas.config.addresses import host_name
 from prfaas.config.loading import Strict
+from prfaas.config.located import FilePath
 from prfaas.config.policy import LinkAdmission
 
 K_LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
@@ -64,9 +65,9 @@ OptionalAddress = Annotated[str, AfterValidator(lambda value: value and _sound_a
 class TlsConfig(Strict):
     """Mutual TLS 1.3. Files as `prfaas keys create` writes them; read again when they change."""
 
-    site_file: Path
+    site_file: FilePath
     """This site's private key and certificate (site.pem)."""
-    authorities: tuple[Path, ...] = Field(min_length=1)
+    authorities: tuple[FilePath, ...] = Field(min_length=1)
     """Authorities of the sites that may connect, and are connected to (trusted.crt, or each authority.crt).
     """
     sites: tuple[str, ...] = ()
@@ -122,13 +123,14 @@ class PumpConfig(Strict):
     """One pump: a process that owns a node's sockets to other sites."""
 
     site: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    """This site's name, as its certificate has it."""
     listen: Address = "127.0.0.1:0"
     """host:port to bind; port 0 takes a free one."""
     advertise: Annotated[str, AfterValidator(_sound_host)] = ""
     """host:port that peers dial, if it isn't the bound one: behind NAT, and where `listen` is every address
     of the node (0.0.0.0). "host" alone keeps the bound port.
     """
-    control_socket: Path | None = None
+    control_socket: FilePath | None = None
     """Unix socket for the node's servers; default: $XDG_RUNTIME_DIR or /tmp, by user and site."""
     tls: TlsConfig | None = None
     allow_plaintext: bool = False
@@ -136,6 +138,7 @@ class PumpConfig(Strict):
     block_bytes: int = Field(2 << 20, ge=4096, le=4 << 20)
     """Most payload in one block."""
     min_streams: int = Field(2, ge=1, le=64)
+    """TCP connections that are kept to each peer."""
     max_streams: int = Field(64, ge=1, le=256)
     """TCP connections to one peer: opened at first use, and more while loss asks for it."""
     congestion_control: Literal["auto", "bbr", "cubic", "reno"] = "auto"
@@ -151,6 +154,7 @@ class PumpConfig(Strict):
     idle_exit_s: float = Field(60.0, gt=0, allow_inf_nan=False)
     """A pump that a server started ends after so long without clients."""
     max_transfers: int = Field(65536, ge=1, le=1 << 24)
+    """Transfers that may come in at once; beyond, they are refused."""
     metrics: OptionalAddress = ""
     """host:port of /metrics, /links and /stats over HTTP; empty: none."""
     links: tuple[LinkConfig, ...] = ()

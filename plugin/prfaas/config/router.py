@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from prfaas.config.addresses import HostName, HttpPage, HttpServer, ZmqEndpoint
 from prfaas.config.loading import Strict, load
+from prfaas.config.located import FileName, located
 from prfaas.config.policy import PolicyConfig, SlowLoopConfig
 from prfaas.config.pump import is_loopback
 
@@ -23,9 +24,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Tls(Strict):
     """Serve HTTPS; the files are read again at every reload."""
 
-    certificate: str
-    key: str
-    client_ca: str | None = None
+    certificate: FileName
+    """PEM, the server's own first."""
+    key: FileName
+    """PEM, without a passphrase."""
+    client_ca: FileName | None = None
     """Demand a client certificate signed by this authority."""
 
 
@@ -33,10 +36,12 @@ class Listen(Strict):
     """Where clients connect. A reload reads certificates again; changing anything else needs a restart."""
 
     host: HostName = "127.0.0.1"
+    """An address of this machine; 0.0.0.0 is all of them."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0: any free port, told on stderr."""
     tls: Tls | None = None
     backlog: Annotated[int, Field(ge=1)] = 1024
+    """Connections that the kernel keeps until they are accepted."""
     reuse_port: bool = False
     """Several router processes on one port of one machine (SO_REUSEPORT)."""
 
@@ -45,12 +50,15 @@ class ApiKey(Strict):
     """One client. A file of the key's SHA-256 in hex keeps the key itself out of the configuration."""
 
     tenant: Name
+    """Who is told apart by it, in shares, logs and /decisions; several keys may have the same."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """printf %s KEY | sha256sum"""
     slo_class: str = ""
     """Class of its requests that name none; empty: the policy's default."""
     classes: tuple[str, ...] = ()
     """Classes it may ask for by the x-prfaas-class header; empty: any."""
     max_in_flight: Annotated[int, Field(ge=1)] | None = None
+    """Requests of this key being served; beyond, 429. None: limits.max_in_flight alone."""
     admin: bool = False
     """May read /decisions and post /reload."""
 
@@ -58,12 +66,14 @@ class ApiKey(Strict):
 class CostFile(Strict):
     """What a site's instance takes for a prompt: a profile file, or two straight lines."""
 
-    profile: str | None = None
+    profile: FileName | None = None
     """A profile file (`prfaas-testbed profile` writes one); then the rest is unused."""
     base_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     """Seconds any prompt takes."""
     prefill_tokens_per_s: Positive = 5000.0
+    """Beyond base_s."""
     kv_bytes_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 32768.0
+    """What crosses a link for each token that decode lacks (plugin/prfaas/sglang has a table)."""
     state_bytes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Recurrent or window state, whatever the length."""
 
@@ -74,10 +84,11 @@ class Model(Strict):
     name: str = Field(min_length=1, max_length=256)
     """As clients name it and as the servers serve it."""
     aliases: tuple[str, ...] = ()
-    tokenizer: str | None = None
+    """Other names that clients may use."""
+    tokenizer: FileName | None = None
     """Folder with tokenizer.json (and tokenizer_config.json, chat_template.jinja), as for the servers.
     None: only prompts given as token ids are known exactly, others are estimated from their size."""
-    chat_template: str | None = None
+    chat_template: FileName | None = None
     """A file that replaces the folder's template, as SGLang's --chat-template."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Defaults of the template's variables, as the servers are started with."""
@@ -93,19 +104,26 @@ class KvEvents(Strict):
     """The server's --kv-events-config, seen from the router."""
 
     endpoint: ZmqEndpoint
+    """tcp://HOST:PORT, as the router reaches it."""
     replay_endpoint: ZmqEndpoint | None = None
+    """The same for what was missed; None: a gap empties what is known of the server."""
     topic: str = ""
+    """As the server's; empty: all."""
 
 
 class Server(Strict):
     """One SGLang server (or a profiled instance, which answers alike)."""
 
     name: Name
+    """As logs, metrics and /decisions call it; its own in the whole file."""
     role: Literal["prefill", "decode", "collocated"]
+    """Its --disaggregation-mode; collocated: a plain server that does both."""
     url: HttpServer
+    """http://HOST:PORT, as the router reaches it."""
     bootstrap_host: HostName | None = None
     """What decode servers dial; None: the url's host."""
     bootstrap_port: Port | None = None
+    """A prefill server's --disaggregation-bootstrap-port."""
     models: tuple[str, ...] = ()
     """Models it serves; empty: all of them."""
     kv_events: KvEvents | None = None
@@ -114,7 +132,7 @@ class Server(Strict):
     way; None: not limited."""
     max_running: Annotated[int, Field(ge=1)] | None = None
     """Batch limit of a decode server; None: what it reports."""
-    key_file: str | None = None
+    key_file: FileName | None = None
     """The server's --api-key, if it has one."""
     convertible: bool = False
     """The slow loop may change its role: it was started with --enable-pd-role-switch, and with a bootstrap
@@ -122,7 +140,7 @@ class Server(Strict):
     ordered: bool = False
     """It was started with --enable-priority-scheduling, and serves what waits by the order that the router
     decided on: each request takes that along as its `priority`, a client's own being replaced."""
-    admin_key_file: str | None = None
+    admin_key_file: FileName | None = None
     """The server's --admin-api-key, if it has one: a change of role asks for it."""
 
     @model_validator(mode="after")
@@ -147,6 +165,7 @@ class Site(Strict):
     """One data centre. A site with decode servers is a local PD cluster, one without a PrfaaS cluster."""
 
     name: Name
+    """As in certificates and pumps' files."""
     servers: tuple[Server, ...] = ()
     cost: CostFile = CostFile()
     costs: dict[str, CostFile] = Field(default_factory=dict)
@@ -157,16 +176,19 @@ class Link(Strict):
     """One direction between two sites."""
 
     source: Name
+    """The site that prefills."""
     target: Name
+    """The site that decodes."""
     rate_mbps: Positive = 1000.0
     """Believed until something better is known."""
     rtt_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 40.0
+    """The same: a round trip without load."""
     reserved_mbps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Left to other traffic."""
     status_url: HttpPage | None = None
     """Page of the pump that hosts the link's ledger (http://HOST:PORT/links, its `metrics:` address);
     None: the figures above."""
-    status_ca: str | None = None
+    status_ca: FileName | None = None
     """Authority of that pump's certificate, where the url is https."""
 
 
@@ -174,13 +196,17 @@ class Limits(Strict):
     """What one client, or all together, may take."""
 
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
+    """Unpacked; beyond, 413."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 1 << 20
+    """Beyond, 400."""
     max_in_flight: Annotated[int, Field(ge=1)] = 4096
     """Requests being served; beyond, 429."""
     max_held: Annotated[int, Field(ge=0)] = 1024
     """Requests that the policy keeps waiting at the door; beyond, 429."""
     max_connections: Annotated[int, Field(ge=1)] = 8192
+    """Beyond, a connection is closed at once."""
     max_header_bytes: Annotated[int, Field(ge=1024)] = 16384
+    """Of one header or the request line."""
     body_timeout_s: Positive = 30.0
     """A request's body must have arrived by then."""
     client_stall_s: Positive = 60.0
@@ -192,6 +218,7 @@ class Limits(Strict):
     inline_bytes: Annotated[int, Field(ge=0)] = 8192
     """Bodies up to this size are read and tokenised on the event loop, longer ones off it."""
     tokenise_threads: Annotated[int, Field(ge=1, le=64)] = 2
+    """For those off it."""
 
 
 class Retry(Strict):
@@ -220,7 +247,9 @@ class Loads(Strict):
     """How servers are asked for their load (/v1/loads)."""
 
     interval_s: Positive = 0.5
+    """Between two questions, give or take a quarter."""
     timeout_s: Positive = 2.0
+    """Three answers in a row later than this, or none: the server isn't used until it answers."""
     max_age_s: Positive = 5.0
     """An older figure counts as none."""
 
@@ -228,7 +257,7 @@ class Loads(Strict):
 class Logs(Strict):
     """What is kept of decisions."""
 
-    events: str | None = None
+    events: FileName | None = None
     """JSON lines, one a decision and one an outcome; None: none."""
     max_bytes: Annotated[int, Field(ge=1 << 16)] = 256 << 20
     """The file is turned over at this size; one former file is kept."""
@@ -340,60 +369,4 @@ class RouterConfig(Strict):
 
 def load_router_config(path: Path | str) -> RouterConfig:
     """The file, with relative paths taken from its folder. Raises UsageError or ConfigError."""
-    config = load(path, RouterConfig)
-    folder = Path(path).resolve().parent
-
-    def at(name: str) -> str:
-        return str(folder / name)
-
-    def optional(name: str | None) -> str | None:
-        return None if name is None else at(name)
-
-    def cost(found: CostFile) -> CostFile:
-        return found.model_copy(update={"profile": optional(found.profile)})
-
-    tls = config.listen.tls
-    if tls is not None:
-        tls = tls.model_copy(
-            update={
-                "certificate": at(tls.certificate),
-                "key": at(tls.key),
-                "client_ca": optional(tls.client_ca),
-            }
-        )
-    return config.model_copy(
-        update={
-            "listen": config.listen.model_copy(update={"tls": tls}),
-            "models": tuple(
-                model.model_copy(
-                    update={
-                        "tokenizer": optional(model.tokenizer),
-                        "chat_template": optional(model.chat_template),
-                    }
-                )
-                for model in config.models
-            ),
-            "sites": tuple(
-                site.model_copy(
-                    update={
-                        "cost": cost(site.cost),
-                        "costs": {name: cost(one) for name, one in site.costs.items()},
-                        "servers": tuple(
-                            server.model_copy(
-                                update={
-                                    "key_file": optional(server.key_file),
-                                    "admin_key_file": optional(server.admin_key_file),
-                                }
-                            )
-                            for server in site.servers
-                        ),
-                    }
-                )
-                for site in config.sites
-            ),
-            "links": tuple(
-                link.model_copy(update={"status_ca": optional(link.status_ca)}) for link in config.links
-            ),
-            "logs": config.logs.model_copy(update={"events": optional(config.logs.events)}),
-        }
-    )
+    return located(load(path, RouterConfig), path)

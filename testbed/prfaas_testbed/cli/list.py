@@ -7,12 +7,20 @@ import sys
 from pathlib import Path
 
 import yaml
+from pydantic import BaseModel
 
+from prfaas.config.experiment import Experiment, ExperimentSet
+from prfaas.config.fields import field_lines
+from prfaas.config.profile import ProfileConfig
+from prfaas.config.topology import Topology
 from prfaas.model.errors import EXIT_OK
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.metrics import K_METRICS
 
 K_KINDS = ("experiments", "networks", "profiles", "traces", "metrics", "fields")
+K_FILES: dict[str, type[BaseModel]] = {
+    "network": Topology, "experiment": Experiment, "set": ExperimentSet, "profile": ProfileConfig,
+}  # fmt: skip
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,9 +31,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     if args.kind == "fields":
-        from prfaas_testbed.cli._fields import field_lines
-
-        sys.stdout.write("".join(f"{line}\n" for line in field_lines()))
+        sys.stdout.write("".join(f"{line}\n" for line in field_lines(K_FILES)))
         return EXIT_OK
     for name, text in entries(args.kind):
         sys.stdout.write(f"{name:<24} {text}\n")

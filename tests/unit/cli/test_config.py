@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,37 @@ def test_a_kind_can_be_said_and_an_unknown_one_lists_what_is_known(
     assert main(["config", "check", "--kind", "cake", str(file)]) == 2
     said = capsys.readouterr().err
     assert all(kind in said for kind in known_kinds())
+
+
+def test_fields_tells_every_field_of_what_an_operator_writes_with_its_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config", "fields"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "  window_bytes: integer >= 4096 <= 1099511627776; default 67108864",
+        "  protocol_versions: list of integer, integer; default 1, 3",
+        "  overlap: layer | chunk | end; default chunk",
+        "  role: prefill | decode | collocated; needed",
+    ):
+        assert line in lines
+    schemas = {line.partition(":")[0] for line in lines if line[:1].isalpha()}
+    untold = [
+        line
+        for line, after in itertools.pairwise(lines)
+        if line.startswith("  ")
+        and line[2] != " "
+        and not after.startswith("      ")
+        # A section's meaning stands at its own heading.
+        and not any(name in line for name in schemas)
+    ]
+    assert untold == []
+
+
+def test_fields_of_one_kind_alone_and_of_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "fields", "profile"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("== a file of the kind profile")
+    assert "RouterConfig" not in told
+    assert main(["config", "fields", "cake"]) == 2
+    assert "known: network" in capsys.readouterr().err

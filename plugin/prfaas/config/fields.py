@@ -1,4 +1,4 @@
-"""What the fields of network and experiment files are, by the schemas themselves: `list fields` prints it."""
+"""What the fields of files are, by the schemas themselves: no page of text beside them can fall behind."""
 
 from __future__ import annotations
 
@@ -12,20 +12,13 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from prfaas.config.experiment import Experiment, ExperimentSet
-from prfaas.config.profile import ProfileConfig
-from prfaas.config.topology import Topology
-
-K_FILES: dict[str, type[BaseModel]] = {
-    "network": Topology, "experiment": Experiment, "set": ExperimentSet, "profile": ProfileConfig,
-}  # fmt: skip
 K_BOUNDS = (("minimum", ">= "), ("exclusiveMinimum", "> "), ("maximum", "<= "), ("exclusiveMaximum", "< "))
 
 
-def field_lines() -> Iterator[str]:
-    """All files' fields, each schema once."""
+def field_lines(files: Mapping[str, type[BaseModel]]) -> Iterator[str]:
+    """The fields of these kinds of files, each schema once."""
     told: set[type[BaseModel]] = set()
-    for name, root in K_FILES.items():
+    for name, root in files.items():
         yield f"== a file of the kind {name}"
         waiting = [root]
         while waiting:
@@ -78,7 +71,7 @@ def _docs(model: type[BaseModel]) -> dict[str, str]:
 
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
-    return "as it is" if isinstance(value, BaseModel) else _value(value)
+    return "its fields' own" if isinstance(value, BaseModel) else _value(value)
 
 
 def _type(schema: Mapping[str, Any]) -> str:
@@ -95,15 +88,19 @@ def _type(schema: Mapping[str, Any]) -> str:
         return f"list of {', '.join(within)}"
     if kind == "object" and isinstance(schema.get("additionalProperties"), Mapping):
         return f"map of names to {_type(schema['additionalProperties'])}"
-    bounds = [sign + f"{schema[name]:.12g}" for name, sign in K_BOUNDS if name in schema]
+    bounds = [sign + _value(schema[name]) for name, sign in K_BOUNDS if name in schema]
     return " ".join([{"object": "map", "number": "number", "string": "text"}.get(kind, kind), *bounds])
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int | float):
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, tuple) and value:
+        return ", ".join(map(_value, value))
     if isinstance(value, str):
         return value or '""'
     return str(value) if value else "none"
