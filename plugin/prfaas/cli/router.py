@@ -11,7 +11,7 @@ import sys
 
 from prfaas.config.router import load_router_config
 from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_OK
-from prfaas.telemetry.log_lines import log_to_stderr
+from prfaas.telemetry.log_lines import K_LOG_LEVELS, log_to_stderr
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,8 +21,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="SIGHUP (or POST /reload) reads the file again; SIGTERM lets running requests end, "
         "a second one ends at once.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see the README")
-    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML; `prfaas config fields router` tells its fields"
+    )
+    parser.add_argument(
+        "--log-level", default="info", choices=K_LOG_LEVELS, help="of the log on stderr (info)"
+    )
     parser.add_argument(
         "--check", action="store_true", help="read the file, say whether it is sound, and end"
     )
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from prfaas.router.service import Router, serve
 
-    log_to_stderr("%(asctime)s %(name)s %(levelname)s %(message)s", args.log_level.upper())
+    log_to_stderr(args.log_level.upper())
     # A batch of one prompt gains nothing from the tokenizer's own threads, and forks would warn.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config = load_router_config(args.config)

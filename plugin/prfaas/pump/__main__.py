@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import resource
 import signal
@@ -20,9 +19,9 @@ from prfaas.pump.server import Pump
 from prfaas.telemetry.log_lines import log_to_stderr
 
 
-def run(config: PumpConfig, *, persistent: bool) -> int:
+def run(config: PumpConfig, *, persistent: bool, log_level: str = "info") -> int:
     """Serve until SIGTERM or SIGINT; unless `persistent`, end after a while without clients."""
-    log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s", logging.INFO)
+    log_to_stderr(log_level.upper())
     _take_descriptors()
     try:
         # The bytes of all servers wait for this process, and it never works for long at a time.
@@ -32,6 +31,9 @@ def run(config: PumpConfig, *, persistent: bool) -> int:
     pump = Pump(config, persistent=persistent)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: pump.stop())
+    # Sent by whoever turns logs over or thinks of a reload: no reason to end. Certificates are looked at for
+    # every connection; nothing else of the file can change under streams that stand.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     pump.run()
     return 0
 

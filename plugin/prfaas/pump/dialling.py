@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import socket
 
 from prfaas.config.pump import split_address
@@ -20,6 +21,8 @@ from prfaas.pump.resolving import Address, Resolver
 from prfaas.pump.stream import Stream
 from prfaas.pump.tls import TlsContext
 from prfaas.pump.trust import Trust
+
+log = logging.getLogger(__name__)
 
 K_REFUSED_S = 10.0
 K_UNTRUSTED_TRIES = 3
@@ -42,6 +45,7 @@ class Dialling:
         self, loop: Loop, trust: Trust, resolver: Resolver, address: str, handler: Handler, now: float
     ) -> None:
         self._loop, self._trust, self._resolver, self._handler = loop, trust, resolver, handler
+        self._address = address
         self._host, self._port = split_address(address)
         self._backoff = Backoff(now)
         self._untrusted = 0
@@ -94,10 +98,14 @@ class Dialling:
     def failed(self, reason: str, *, refused: bool, now: float) -> None:
         """A try came to nothing. `refused`: somebody was there, and said no."""
         self.last_error = reason
+        if not self._backoff.failures:
+            log.warning("peer %s: not connected: %s; it is tried while it is wanted", self._address, reason)
         self._backoff.failed(now, refused=refused)
 
     def succeeded(self, now: float) -> None:
         self._untrusted = 0
+        if failures := self._backoff.failures:
+            log.info("peer %s: connected, after %d tries in vain", self._address, failures)
         self._backoff.succeeded(now)
 
     def lost(self, reason: str, *, last: bool, now: float) -> None:

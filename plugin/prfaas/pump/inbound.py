@@ -12,6 +12,7 @@ from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.memory import Gone, Withdrawn
 from prfaas.pump.sessions import Session, Sessions
 from prfaas.pump.stream import K_FORWARD_DEAD_S, Stream, W
+from prfaas.telemetry.log_lines import Burst
 from prfaas.transfer.frames import (
     FrameType,
     Header,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 K_HANDSHAKE_S = 5.0
+K_LOG_QUIET_S = 5.0
 K_FORWARDED_STREAMS = 1024
 K_UNKNOWN_STREAMS = 256
 """Most connections that haven't said HELLO yet."""
@@ -44,6 +46,8 @@ class Inbound(Handler):
         self.streams: set[Stream] = set()
         self.counters = Counters()
         self.refusals: dict[str, int] = {}
+        self._ends: dict[str, Burst] = {}
+        """By the site that was proved."""
         self._serial = 0
         self._sessions: Sessions[Stream] = Sessions()
 
@@ -111,9 +115,17 @@ class Inbound(Handler):
         self._sessions.leave(stream.session, stream)
         if stream.session is None:
             self.count_refusal("untrusted" if stream.untrusted else "handshake")
-        # Each forwarded connection ends one; those that carry data stand for hours.
-        level = logging.DEBUG if stream.forwarding else logging.INFO
-        log.log(level, "a stream from %s ended: %s", stream.peer_site or "an unknown peer", reason)
+        self._log_end(stream, reason, now)
+
+    def _log_end(self, stream: Stream, reason: str, now: float) -> None:
+        who = f"{stream.peer_site or 'an unknown peer'} at {stream.dialled_from}"
+        if stream.forwarding:  # each forwarded connection ends one; those that carry data stand for hours
+            log.debug("a stream from %s ended: %s", who, reason)
+            return
+        # By the certificate: sites that have one are few, names that others give themselves aren't.
+        rest = self._ends.setdefault(stream.proved_site, Burst(K_LOG_QUIET_S)).words(now)
+        if rest is not None:
+            log.info("a stream from %s ended: %s%s", who, reason, rest)
 
     def any_stream(self, peer: object) -> Stream | None:
         """An open stream of the peer, to tell it something."""

@@ -20,6 +20,7 @@ from prfaas.pump.packing import Packer
 from prfaas.pump.peer_figures import PeerFigures
 from prfaas.pump.spreading import Spreading
 from prfaas.pump.stream import Stream, W
+from prfaas.telemetry.log_lines import Burst
 from prfaas.transfer.frames import (
     K_VERSION_OLDEST,
     FrameType,
@@ -48,6 +49,7 @@ K_HANDSHAKE_S = 5.0
 K_UNSENT_S = 0.06
 K_CUT_S = 0.02
 K_HEDGE_S = 0.1
+K_LOG_QUIET_S = 5.0
 K_FORGET_S = 60.0
 """A peer that went for good is forgotten: where servers come and go there are new addresses every day."""
 
@@ -68,6 +70,7 @@ class Peer(PeerFigures):
         self._spreading = Spreading(pump.loop, self.kick)
         self._keep_warm = self._paced = self._resolving = False
         self._packer = Packer(pump.config.faults)
+        self._losses = Burst(K_LOG_QUIET_S)
         loop = pump.loop
         loop.call_at(now + K_TICK_S, self._tick)
         self._used_s = now
@@ -291,7 +294,8 @@ class Peer(PeerFigures):
             self._fail_all(FailureReason.PEER_UNTRUSTED, stream.untrusted, now)
         if was_ready:
             self._used_s = now
-            log.info("peer %s: a stream was lost: %s", self.address, reason)
+            if (rest := self._losses.words(now)) is not None:
+                log.info("peer %s: a stream was lost: %s%s", self.address, reason, rest)
             self._dialling.lost(reason, last=not self.n_ready, now=now)
         else:
             self._dialling.failed(reason, refused=stream.answered or "refused" in reason, now=now)

@@ -159,6 +159,7 @@ class Pump:
         sock.setblocking(False)
         tcpinfo.prepare(sock, K_UNSENT_FIRST_BYTES)
         stream = Stream(self.loop, sock, self.inbound, 0, dialled=False, tls=tls, now=now)
+        stream.dialled_from = host
         self.inbound.accept(stream)
         stream.on_ready(0, now)
 

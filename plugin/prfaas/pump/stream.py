@@ -72,7 +72,7 @@ class Stream(Measured):
         self.state = State.CONNECTING if dialled else (State.TLS if tls else State.HELLO)
         self.version = K_HELLO_VERSION
         super().__init__(sock, now)
-        self.peer_site = ""
+        self.peer_site = self.dialled_from = ""
         self.proved_site = ""
         """The site of the peer's certificate; empty without TLS."""
         self.untrusted = ""

@@ -94,7 +94,7 @@ def blame_servers(
     """
     culprit = route.decode if failed.side is Side.DECODE or route.prefill is None else route.prefill
     if failed.kind is FailureKind.CONNECT:
-        culprit.mark_down(now, cool_down_s)
+        culprit.mark_down(now, cool_down_s, f"{culprit.url}: {failed.message}")
     elif is_own_error(failed) and culprit.name not in ticket.blame:
         # What one request fails by may be its own fault: it counts once. And who is alone goes on trying.
         unlike = "prefill" if culprit.role == "decode" else "decode"

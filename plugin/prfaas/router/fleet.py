@@ -74,6 +74,8 @@ class ServerHandle:
     """Not to be used before, after too many of them: that it tells its load says nothing of its engine."""
     misses: int = 0
     """Load polls in a row that brought nothing usable."""
+    said_silent: bool = False
+    """Whether the log says last that it doesn't answer."""
     draining: bool = False
     """Left the configuration, or about to change role."""
     converting: bool = False
@@ -97,8 +99,18 @@ class ServerHandle:
     def up(self, now: float) -> bool:
         return not self.draining and now >= max(self.down_until_s, self.rests_until_s)
 
-    def mark_down(self, now: float, cool_down_s: float) -> None:
+    def mark_down(self, now: float, cool_down_s: float, why: str) -> None:
         self.down_until_s = now + cool_down_s
+        if not self.said_silent:
+            self.said_silent = True
+            log.warning("%s of %s isn't used until it answers: %s", self.name, self.site, why)
+
+    def on_heard(self) -> None:
+        """It told its load, whatever had been thought of it."""
+        self.down_until_s, self.misses = float("-inf"), 0
+        if self.said_silent:
+            self.said_silent = False
+            log.info("%s of %s answers again", self.name, self.site)
 
     def on_error(self, now: float, cool_down_s: float) -> None:
         """It answered with an error of its own. After K_ERRORS_IN_A_ROW, and each one that follows them, it

@@ -7,6 +7,7 @@ asked, or tells what can't be, is counted; then the configured figures hold.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 import ssl
@@ -21,6 +22,8 @@ from prfaas.model.ids import LinkId
 from prfaas.model.observations import LinkEstimate
 from prfaas.router.links import LinkBook
 from prfaas.telemetry.router_metrics import RouterMetrics
+
+log = logging.getLogger("prfaas.router")
 
 K_INTERVAL_S = 0.5
 K_TIMEOUT_S = 2.0
@@ -94,6 +97,7 @@ class LinkWatcher:
         self._config, self._book, self._metrics = config, book, metrics
         self._rng, self._clock = rng, clock
         self._link = LinkId(config.source, config.target)
+        self._trouble: str | None = None
 
     async def run(self) -> None:
         assert self._config.status_url is not None
@@ -127,3 +131,12 @@ class LinkWatcher:
                     self._book.tell(estimate)
         if cause is not None:
             self._metrics.refused_input.labels("link_status", cause).inc()
+        self._note(cause, url)
+
+    def _note(self, cause: str | None, url: str) -> None:
+        """A line in the log where it has become another."""
+        if cause is not None and cause != self._trouble:
+            log.warning("link %s: %s: %s; the file's figures hold", self._link, url, cause)
+        elif cause is None and self._trouble is not None:
+            log.info("link %s: %s answers again", self._link, url)
+        self._trouble = cause

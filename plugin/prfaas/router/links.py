@@ -3,11 +3,14 @@ requests' failures, which it learns of before anybody's estimate can."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from prfaas.config.router import Link
 from prfaas.model.ids import LinkId
 from prfaas.model.observations import LinkEstimate
+
+log = logging.getLogger("prfaas.router")
 
 K_MAX_COOL_DOWN_S = 60.0
 K_CARRIES_S = 1.0
@@ -63,6 +66,9 @@ class LinkBook:
         """What a pump says; False: of a link that isn't configured."""
         state = self._states.get(estimate.link)
         if state is not None:
+            if estimate.up is not (state.told is None or state.told.up):
+                level = logging.INFO if estimate.up else logging.WARNING
+                log.log(level, "link %s is %s, by its ledger", state.link, "up" if estimate.up else "down")
             state.told = estimate
         return state is not None
 
@@ -102,6 +108,8 @@ class LinkBook:
         """A first token by way of it: it carries, whatever became of others."""
         state = self._states.get(link)
         if state is not None:
+            if state.failures:
+                log.info("link %s carries again", state.link)
             state.failures, state.probing, state.carried_at_s = 0, 0, now
             state.down_until_s = float("-inf")
 
@@ -127,3 +135,4 @@ class LinkBook:
             pause_s = min(K_MAX_COOL_DOWN_S, self._cool_down_s * 2**state.failures)
             state.down_until_s, state.failed_at_s = now + pause_s, now
             state.failures += 1
+            log.warning("link %s rests for %g s: %d in a row failed on it", link, pause_s, state.failures)

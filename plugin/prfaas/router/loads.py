@@ -8,6 +8,7 @@ itself has sent it counts. Several misses in a row take a server out of use unti
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 import time
@@ -20,6 +21,8 @@ from prfaas.config.router import Loads
 from prfaas.model.observations import Role
 from prfaas.router.fleet import Reported, ServerHandle
 from prfaas.telemetry.router_metrics import RouterMetrics
+
+log = logging.getLogger("prfaas.router")
 
 K_PATH = "/v1/loads?include=core,disagg,queues"
 K_SETTINGS_PATH = "/server_info"
@@ -193,10 +196,10 @@ class LoadPoller:
                 cause = "garbage"
         if cause is None:
             handle.told_tokens = handle.pending_tokens
-            handle.misses = 0
+            was_down = handle.down_until_s > self._clock()
+            handle.on_heard()
             self._follow_role()
-            if handle.down_until_s > self._clock():
-                handle.down_until_s = -math.inf
+            if was_down:
                 self._on_news()
             if self._clock() >= self._settings_due_s:
                 await self._ask_settings(settings.timeout_s)
@@ -209,8 +212,15 @@ class LoadPoller:
             if handle.broken:
                 handle.broken, handle.draining = "", False
         # Silence means down; a server that answers nonsense may still serve, and its requests will tell.
-        if cause in ("timeout", "connection") and handle.misses >= K_MISSES_DOWN:
-            handle.mark_down(self._clock(), self._cool_down_s())
+        if cause in ("timeout", "connection"):
+            if handle.misses >= K_MISSES_DOWN:
+                why = f"{handle.url}{K_PATH}: {cause}, {handle.misses} times in a row"
+                handle.mark_down(self._clock(), self._cool_down_s(), why)
+        elif handle.misses == K_MISSES_DOWN:
+            log.warning(
+                "%s of %s tells no load (%s%s: %s): only what this router sent it counts",
+                handle.name, handle.site, handle.url, K_PATH, cause,
+            )  # fmt: skip
 
     async def _ask_settings(self, timeout_s: float) -> None:
         """What it doesn't tell is asked again, but not soon; what it told stands until it is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+K_LOG_LEVELS = ("debug", "info", "warning", "error")
 K_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
 _ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in K_CONTROLS}
 """Of what ends a line or steers a terminal: an entry that a peer makes up, or a colour, is neither."""
@@ -17,8 +18,28 @@ class OneLine(logging.Formatter):
         return super().formatMessage(record).translate(_ESCAPES)
 
 
-def log_to_stderr(form: str, level: int | str) -> None:
+class Burst:
+    """Of like entries that come many at once the first is for the log, and their number for the one after
+    them: a peer with 64 streams that goes, or a scanner, fills no disk. Clock-free.
+    """
+
+    def __init__(self, quiet_s: float) -> None:
+        self._quiet_s = quiet_s
+        self._until_s = float("-inf")
+        self._left_out = 0
+
+    def words(self, now: float) -> str | None:
+        """What to end the entry with: how many were left out before it. None: leave this one out too."""
+        if now < self._until_s:
+            self._left_out += 1
+            return None
+        left_out, self._left_out = self._left_out, 0
+        self._until_s = now + self._quiet_s
+        return f" ({left_out} like it before)" if left_out else ""
+
+
+def log_to_stderr(level: int | str) -> None:
     """For a process that is only started once; does nothing where a log is set up already."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine(form))
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])

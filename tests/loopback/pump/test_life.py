@@ -120,6 +120,42 @@ def test_the_page_shows_peers_streams_links_and_refusals(pumps):
         get("/nothing")
 
 
+def test_a_hang_up_which_tools_send_for_a_reload_ends_no_pump(pumps):
+    config = pumps.start("west")
+    os.kill(pumps.pid("west"), signal.SIGHUP)
+    time.sleep(0.3)
+    assert pumps.client(config).stats()["site"] == "west"
+
+
+def test_the_log_tells_once_that_a_peer_cannot_be_reached_and_once_that_it_is_back(pumps):
+    east = pumps.client(pumps.start("east"))
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    east.prepare(address)
+    pumps.until(lambda: "not connected" in pumps.log("east"))
+    west = pumps.start("west", listen=address)
+    pumps.until(lambda: "connected, after" in pumps.log("east"))
+    lines = [line.partition("prfaas.pump.dialling: ")[2] for line in pumps.log("east").splitlines()]
+    told = [line for line in lines if line.startswith(f"peer {address}: ")]
+    assert len(told) == 2, told
+    assert "Connection refused" in told[0]
+    assert west.site == "west"
+
+
+def test_many_strangers_are_a_line_that_names_an_address(pumps):
+    config = pumps.start("west", listen="127.0.0.1:0")
+    host, port = split_address(pumps.client(config).address)
+    for _ in range(20):
+        with socket.create_connection((host, port)) as one:
+            one.sendall(b"GET / HTTP/1.1\r\n\r\n" * 8)
+            with contextlib.suppress(ConnectionError):
+                one.recv(1)
+    pumps.until(lambda: pumps.client(config).stats()["inbound"]["refusals"].get("handshake") == 20)
+    told = [line for line in pumps.log("west").splitlines() if "an unknown peer at 127.0.0.1" in line]
+    assert 1 <= len(told) <= 3, told
+
+
 def test_a_peer_that_went_for_good_is_forgotten_and_one_that_answers_is_not(pumps, tmp_path):
     west = pumps.start("west")
     there = pumps.client(west).address

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,6 +183,26 @@ def test_a_link_that_carries_others_through_does_not_rest_for_one_that_failed() 
     links.on_failed(K_LINK, 11.0)
     assert not links.estimates(15.9)[K_LINK].up
     assert links.estimates(16.1)[K_LINK].up, "its rest is the first one's again"
+
+
+def test_the_log_tells_when_a_link_rests_carries_again_and_what_its_ledger_thinks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    links = book()
+    down = LinkEstimate(link=K_LINK, at_s=1.0, rate_bps=5e6, low_bps=0, high_bps=9e6, rtt_s=0.1, up=False)
+    with caplog.at_level("INFO", "prfaas.router"):
+        for at_s in (10.0, 10.1):
+            links.on_failed(K_LINK, at_s)
+        for _ in range(2):
+            links.on_succeeded(K_LINK, 16.0)
+        for told in (down, down, replace(down, up=True)):
+            links.tell(told)
+    assert [record.getMessage() for record in caplog.records] == [
+        "link east>west rests for 5 s: 1 in a row failed on it",
+        "link east>west carries again",
+        "link east>west is down, by its ledger",
+        "link east>west is up, by its ledger",
+    ]
 
 
 def test_silence_counts_against_a_link_unless_it_has_just_carried_another() -> None:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from prfaas.telemetry.log_lines import OneLine
+from prfaas.telemetry.log_lines import Burst, OneLine
 
 
 def written(message: str, *args: object, error: BaseException | None = None) -> str:
@@ -33,3 +33,15 @@ def test_a_traceback_keeps_its_lines() -> None:
     with pytest.raises(ValueError, match="why") as caught:
         raise ValueError("why")
     assert written("a fault", error=caught.value).splitlines()[-1] == "ValueError: why"
+
+
+def test_of_like_entries_that_come_at_once_the_first_is_told_and_the_number_of_the_others_later() -> None:
+    burst = Burst(quiet_s=5.0)
+    assert [burst.words(now) for now in (0.0, 0.1, 4.9)] == ["", None, None]
+    assert burst.words(5.0) == " (2 like it before)"
+    assert burst.words(60.0) == ""
+
+
+def test_what_comes_seldom_is_told_whole() -> None:
+    burst = Burst(quiet_s=5.0)
+    assert [burst.words(10.0 * n) for n in range(3)] == ["", "", ""]
