@@ -174,6 +174,9 @@ def _trust(args: argparse.Namespace, host: str, findings: list[Finding]) -> tupl
     state: State = "ok" if days > K_WARN_DAYS else "warn" if days > 0 else "lacking"
     mend = "" if state == "ok" else f"prfaas keys rotate --out {tls.site_file.parent}"
     findings.append(Finding("our key", state, f"site {identity.site}, {days:.0f} days left", mend))
+    if keys.is_open_to_others(tls.site_file):
+        detail = f"{tls.site_file} holds a private key and is open to others"
+        findings.append(Finding("our key", "warn", detail, f"chmod 600 {tls.site_file}"))
     return keys.tls_context(server=False, site_file=tls.site_file, authorities=tls.authorities), identity.site
 
 

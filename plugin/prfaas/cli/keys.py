@@ -7,7 +7,7 @@ import datetime
 import sys
 from pathlib import Path
 
-from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK
+from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, EXIT_USAGE, UsageError
 from prfaas.pump import keys
 
 K_CERTIFICATE_DAYS = 90.0
@@ -75,17 +75,23 @@ def run_trust(args: argparse.Namespace) -> int:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Exit 1 when one of the files has run out."""
+    """Every file is told of. Exit 2 when one holds no certificate, else 1 when one has run out."""
     status, now = EXIT_OK, _now()
     for file in args.files:
-        identity = keys.read_identity(file)
-        days = identity.days_left(now)
-        life = f"{days:.1f} days left" if days > 0 else f"expired {-days:.1f} days ago"
-        sys.stdout.write(
-            f"{file}: site {identity.site}, {identity.kind}, "
-            f"until {identity.not_after:%Y-%m-%d %H:%M} UTC ({life}), sha256 {identity.fingerprint_sha256}\n"
-        )
-        status = status if days > 0 else EXIT_FELL_SHORT
+        try:
+            identities = keys.read_identities(file)
+        except UsageError as error:
+            sys.stderr.write(f"prfaas keys show: {error}\n")
+            status = EXIT_USAGE
+            continue
+        for identity in identities:
+            days = identity.days_left(now)
+            life = f"{days:.1f} days left" if days > 0 else f"expired {-days:.1f} days ago"
+            sys.stdout.write(
+                f"{file}: site {identity.site}, {identity.kind}, until {identity.not_after:%Y-%m-%d %H:%M} "
+                f"UTC ({life}), sha256 {identity.fingerprint_sha256}\n"
+            )
+            status = max(status, EXIT_OK if days > 0 else EXIT_FELL_SHORT)
     return status
 
 

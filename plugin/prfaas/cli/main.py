@@ -20,6 +20,7 @@ from types import ModuleType
 
 import prfaas.cli
 from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_USAGE, PrfaasError
+from prfaas.telemetry.package import K_PACKAGE_VERSION
 
 K_FROM_TESTBED = ("bench",)
 K_STATUSES = (
@@ -59,6 +60,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         epilog=K_STATUSES,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"prfaas {K_PACKAGE_VERSION}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     modules = command_modules(prfaas.cli, argv)
     for module in modules:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -140,6 +139,19 @@ def read_identity(path: Path) -> Identity:
     return identity_of(_load_certificate(path), path)
 
 
+def read_identities(path: Path) -> list[Identity]:
+    """What each certificate in `path` says: trusted.crt holds one for each site. Raises UsageError for a file
+    that is missing or holds none, or one that isn't ours.
+    """
+    content = _read(path)
+    try:
+        return [identity_of(one, path) for one in x509.load_pem_x509_certificates(content)]
+    except ValueError:
+        if b"PRIVATE KEY-----" in content:
+            raise UsageError(f"{path}: a private key and no certificate") from None
+        raise UsageError(f"{path}: holds no PEM certificate") from None
+
+
 def identity_of(certificate: x509.Certificate, origin: object) -> Identity:
     """Site and lifetime of a certificate made here. Raises UsageError for one that names no site."""
     try:
@@ -170,35 +182,9 @@ def identity_of(certificate: x509.Certificate, origin: object) -> Identity:
     )
 
 
-def check_pair(site_file: Path, authority_file: Path, now: datetime.datetime) -> Identity:
-    """The identity in `site_file`, if `authority_file` signed it, it is in force, and its key is there and
-    private.
-
-    Raises UsageError with the first fault.
-    """
-    certificate, authority = _load_certificate(site_file), _load_certificate(authority_file)
-    identity = identity_of(certificate, site_file)
-    _load_key(site_file)
-    mode = site_file.stat().st_mode & 0o777
-    if mode & 0o077:
-        raise UsageError(
-            f"{site_file}: holds a private key and is open to others (mode {mode:04o}); chmod 600 it"
-        )
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (InvalidSignature, ValueError, TypeError):
-        raise UsageError(f"{site_file}: not signed by {authority_file}") from None
-    for what, one in ((site_file, certificate), (authority_file, authority)):
-        if now > one.not_valid_after_utc:
-            raise UsageError(
-                f"{what}: expired {one.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; "
-                "`prfaas keys rotate` makes a new one"
-            )
-        if now < one.not_valid_before_utc:
-            raise UsageError(
-                f"{what}: not valid before {one.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; look at the clock"
-            )
-    return identity
+def is_open_to_others(site_file: Path) -> bool:
+    """Whether anybody but its owner may read the private key in it."""
+    return bool(site_file.stat().st_mode & 0o077)
 
 
 def site_dns_name(site: str) -> str:

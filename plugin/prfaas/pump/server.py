@@ -28,6 +28,7 @@ from prfaas.pump.resolving import Resolver
 from prfaas.pump.stream import Stream
 from prfaas.pump.trust import Trust
 from prfaas.pump_client import messages as m
+from prfaas.telemetry.package import K_PACKAGE_VERSION
 from prfaas.transfer.frames import FrameType, Hello, LedgerMessage, decode_message, message_frame
 from prfaas.transfer.receiving import Broken, ReceiveEvent, Receiving
 from prfaas.transfer.sending import Completed, SendEvent
@@ -303,6 +304,11 @@ class Pump:
         cpu = os.times()
         return {
             "address": self.address, "site": self.config.site, "pid": os.getpid(), "peers": peers,
+            "version": K_PACKAGE_VERSION, "protocol_versions": self.config.protocol_versions,
+            "certificates": [
+                {"file": file, "site": site, "kind": kind, "ends_unix_s": ends_unix_s}
+                for (file, site, kind), ends_unix_s in self.trust.ends_unix_s.items()
+            ],
             "inbound": {**inbound, **total}, "ended": dict(self.ended), "leases": self.receiving.n_leases,
             "incoming": self.receiving.n_transfers, "clients": len(self._owners),
             "links": [d.status(now) for d in self.desks.values()],

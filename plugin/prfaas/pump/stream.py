@@ -192,12 +192,6 @@ class Stream(Measured):
         self._interest(R | W)
         return True
 
-    def peer_host(self) -> str:
-        try:
-            return str(self._sock.getpeername()[0])
-        except OSError:
-            return ""
-
     def _send_hello(self) -> None:
         self.send_control(message_frame(K_HELLO_VERSION, FrameType.HELLO, self.handler.our_hello(self)))
 

@@ -7,14 +7,15 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from prfaas.config.pump import PumpConfig, is_loopback
 from prfaas.model.errors import RemoteProtocolError, UsageError
 from prfaas.pump import openssl
-from prfaas.pump.keys import site_in_names
+from prfaas.pump.keys import read_identities, site_in_names
 from prfaas.pump.tls import TlsContext
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Trust:
         self._config = config
         self._contexts: dict[bool, tuple[tuple[object, ...], TlsContext]] = {}
         self._warned: set[str] = set()
+        self.ends_unix_s: dict[tuple[str, str, str], float] = {}
+        """When certificates end, by file, site and kind; of several alike the last, which does for all."""
         if config.tls is not None:
             self._load(server=True)
             self._load(server=False)
@@ -62,6 +65,7 @@ class Trust:
         assert tls is not None
         marks = self._marks()
         context = TlsContext(server=server, site_file=tls.site_file, authorities=tls.authorities)
+        self.ends_unix_s = _ends((tls.site_file, *tls.authorities))
         self._contexts[server] = (marks, context)
 
     def _marks(self) -> tuple[object, ...]:
@@ -95,6 +99,17 @@ class Trust:
         if tls.sites and site not in tls.sites:
             raise RemoteProtocolError(f"site {site!r} is not among those that may connect")
         return site
+
+
+def _ends(files: Iterable[Path]) -> dict[tuple[str, str, str], float]:
+    found: dict[tuple[str, str, str], float] = {}
+    for file in files:
+        # An authority of somebody else's making may vouch for our names and say nothing of them itself.
+        with contextlib.suppress(UsageError):
+            for identity in read_identities(file):
+                name = (str(file), identity.site, identity.kind)
+                found[name] = max(found.get(name, 0.0), identity.not_after.timestamp())
+    return found
 
 
 def _mark(path: Path) -> object:

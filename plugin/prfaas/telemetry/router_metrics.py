@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from prfaas.telemetry.package import K_PACKAGE_VERSION
 
 K_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 K_MILLIS = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -17,6 +19,9 @@ class RouterMetrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        about = Gauge("prfaas_router_info", "Which router this is; always 1.", ["version"], registry=registry)
+        about.labels(K_PACKAGE_VERSION).set(1)
         self.requests = Counter(
             "prfaas_router_requests",
             "Requests answered, by endpoint and HTTP status (499: the client left).",
@@ -121,7 +126,10 @@ class RouterMetrics:
             "prfaas_router_link_rate_bps", "Believed rate of a link.", ["link"], registry=registry
         )
         self.policy_figures = Gauge(
-            "prfaas_router_policy", "The policy's inner figures.", ["figure"], registry=registry
+            "prfaas_router_policy",
+            "The policy's inner figures, as its own page names them.",
+            ["figure"],
+            registry=registry,
         )
         self.reloads = Counter(
             "prfaas_router_reloads", "Configuration reloads, by outcome.", ["outcome"], registry=registry

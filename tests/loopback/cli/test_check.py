@@ -76,6 +76,18 @@ def test_a_fit_way_is_measured_by_streams_and_congestion_control(
     assert {"our key", "reach", "peer", "rtt", "loss", "rate", "tcp_wmem"} <= names
 
 
+def test_a_private_key_that_others_may_read_is_told(
+    peer: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, folder = peer
+    (folder / "east" / "site.pem").chmod(0o640)
+    try:
+        main(["check", "--peer", address, "--keys", str(folder / "east"), "--streams", "1"])
+    finally:
+        (folder / "east" / "site.pem").chmod(0o600)
+    assert f"chmod 600 {folder / 'east' / 'site.pem'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("site", "more", "says"),
     [

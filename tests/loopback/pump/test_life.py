@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from datetime import UTC
+from importlib.metadata import version
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,6 +24,7 @@ from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.errors import MachineError
 from prfaas.model.observations import LinkObservation
 from prfaas.model.transfer import FailureReason, TransferKind
+from prfaas.pump import keys
 from prfaas.pump.server import Pump
 from prfaas.pump_client import LocalPumpClient
 
@@ -83,13 +87,19 @@ def test_a_pump_that_ends_late_leaves_another_pumps_control_socket_alone(pumps):
     assert not config.control_path.exists()
 
 
-def test_the_page_shows_peers_streams_links_and_refusals(pumps):
+def test_the_page_shows_peers_streams_links_and_refusals_as_prometheus_wants_them(
+    pumps, metric_faults, tmp_path
+):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     link = {"peer_site": "west", "admission": {"nominal_bps": 1e9}}
-    east = pumps.client(pumps.start("east", metrics=f"127.0.0.1:{port}", links=[link]))
-    west = pumps.client(pumps.start("west"))
+    for site in ("east", "west"):
+        keys.create_site(tmp_path / site, site, days=9, authority_days=99, now=datetime.datetime.now(UTC))
+    tls = {"site_file": tmp_path / "east/site.pem", "authorities": [tmp_path / "west/authority.crt"]}
+    east = pumps.client(pumps.start("east", metrics=f"127.0.0.1:{port}", links=[link], tls=tls))
+    tls = {"site_file": tmp_path / "west/site.pem", "authorities": [tmp_path / "east/authority.crt"]}
+    west = pumps.client(pumps.start("west", tls=tls))
     src, dst = pumps.memory(east, 1 << 20), pumps.memory(west, 1 << 20, fill=0)
     lease = west.grant_lease(1, 0, [(dst.ctypes.data, len(dst))], 30)
     sent = east.submit(
@@ -108,12 +118,20 @@ def test_the_page_shows_peers_streams_links_and_refusals(pumps):
             body: bytes = response.read()
             return body
 
-    families = {f.name: f for f in text_string_to_metric_families(get("/metrics").decode())}
+    page = get("/metrics").decode()
+    assert metric_faults(page) == []
+    families = {f.name: f for f in text_string_to_metric_families(page)}
     payload = families["prfaas_pump_peer_payload_bytes_sent"].samples
     assert [(s.labels["site"], s.value) for s in payload] == [("west", len(src))]
     assert families["prfaas_pump_transfers_ended"].samples[0].value == 1
-    assert families["prfaas_pump_stream_rtt_s"].samples
+    assert families["prfaas_pump_stream_rtt_seconds"].samples
+    (about,) = families["prfaas_pump_info"].samples
+    assert about.labels["version"] == version("prfaas")
+    assert families["process_start_time_seconds"].samples
     assert families["prfaas_link_estimate_rate_bps"].samples[0].labels == {"link": "east>west"}
+    ends = families["prfaas_pump_certificate_expiry_timestamp_seconds"].samples
+    days = {(s.labels["site"], s.labels["kind"]): (s.value - time.time()) / 86400 for s in ends}
+    assert days == pytest.approx({("east", "certificate"): 9, ("west", "authority"): 99}, abs=0.1)
     assert json.loads(get("/links"))[0]["link"] == "east>west"
     assert json.loads(get("/stats"))["site"] == "east"
     with pytest.raises(urllib.error.HTTPError):

@@ -1,5 +1,6 @@
 import argparse
 import errno
+import importlib.metadata
 import subprocess
 import sys
 
@@ -23,6 +24,13 @@ def test_an_unknown_command_is_bad_usage_and_names_what_there_is(capsys) -> None
         main(["nonsense"])
     assert ended.value.code == 2
     assert "simulate" in capsys.readouterr().err
+
+
+def test_it_says_which_version_it_is(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"prfaas {importlib.metadata.version('prfaas')}\n"
 
 
 def test_the_words_are_those_of_the_command_line_unless_given(monkeypatch, capsys) -> None:

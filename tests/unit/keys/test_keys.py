@@ -10,6 +10,7 @@ import ssl
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from prfaas.cli.main import main
@@ -158,7 +159,9 @@ def test_rotation_works_with_the_authority_kept_elsewhere(east: Path, tmp_path: 
     with pytest.raises(UsageError, match=r"authority.crt: no such file"):
         keys.rotate_site(east, days=20, now=NOW)
     keys.rotate_site(east, days=20, now=NOW, authority_folder=offline)
-    assert keys.check_pair(east / "site.pem", offline / "authority.crt", NOW).site == "east"
+    certificate = x509.load_pem_x509_certificate((east / "site.pem").read_bytes())
+    authority = x509.load_pem_x509_certificate((offline / "authority.crt").read_bytes())
+    certificate.verify_directly_issued_by(authority)
 
 
 def test_a_certificate_never_outlives_its_authority(tmp_path: Path, east: Path) -> None:
@@ -188,19 +191,6 @@ def test_an_impossible_lifetime_is_refused(days: float, tmp_path: Path) -> None:
         make_site(tmp_path / "new", "east", days=days)
 
 
-def test_check_pair_tells_each_fault(east: Path, west: Path) -> None:
-    assert keys.check_pair(east / "site.pem", east / "authority.crt", NOW).site == "east"
-    with pytest.raises(UsageError, match="not signed by"):
-        keys.check_pair(east / "site.pem", west / "authority.crt", NOW)
-    with pytest.raises(UsageError, match="expired"):
-        keys.check_pair(east / "site.pem", east / "authority.crt", NOW + datetime.timedelta(days=31))
-    with pytest.raises(UsageError, match="look at the clock"):
-        keys.check_pair(east / "site.pem", east / "authority.crt", NOW - datetime.timedelta(days=1))
-    (east / "site.pem").chmod(0o640)
-    with pytest.raises(UsageError, match="chmod 600"):
-        keys.check_pair(east / "site.pem", east / "authority.crt", NOW)
-
-
 def test_files_that_hold_something_else_are_named(east: Path, tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("no certificate")
@@ -226,6 +216,20 @@ def test_the_command_creates_rotates_and_shows(tmp_path: Path, capsys: pytest.Ca
     assert "site east, authority" in lines[1]
     assert main(["keys", "create", "--site", "east", "--out", str(folder)]) == 2
     assert "nothing was overwritten" in capsys.readouterr().err
+
+
+def test_showing_tells_of_every_certificate_of_a_bundle_and_passes_over_no_file(
+    tmp_path: Path, east: Path, west: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for site in (east, west):
+        keys.trust(tmp_path, site / "authority.crt")
+    files = (east / "authority.key", tmp_path / "trusted.crt", west / "site.pem")
+    assert main(["keys", "show", *map(str, files)]) == 2
+    said = capsys.readouterr()
+    assert [line.partition(": ")[2].partition(", until")[0] for line in said.out.splitlines()] == [
+        "site east, authority", "site west, authority", "site west, certificate",
+    ]  # fmt: skip
+    assert said.err == f"prfaas keys show: {east / 'authority.key'}: a private key and no certificate\n"
 
 
 def test_showing_an_expired_certificate_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

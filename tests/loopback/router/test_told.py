@@ -1,5 +1,5 @@
-"""What the router's log says of servers and links that go and come back: enough for whoever looks for the
-cause, and a line each time, not one for each request or question.
+"""What the router tells operators: its log, of servers and links that go and come back (a line each time, not
+one for each request or question), and its metrics.
 """
 
 from __future__ import annotations
@@ -64,3 +64,13 @@ def test_a_links_page_that_cannot_be_read_is_a_line(stand: Any, caplog: pytest.L
 
     with caplog.at_level(logging.INFO, "prfaas.router"):
         asyncio.run(main())
+
+
+def test_the_metrics_page_is_as_prometheus_wants_it(stand: Any, metric_faults: Any) -> None:
+    async def main() -> None:
+        async with stand() as s:
+            await s.post(model="m")
+            async with s.session.get(s.url + "/metrics") as response:
+                assert metric_faults(await response.text()) == []
+
+    asyncio.run(main())
