@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import aiohttp
 
 from prfaas.config.router import RouterConfig, Server
 from prfaas.model.errors import ConfigError
-from prfaas.model.ids import ModelId, SiteId
+from prfaas.model.ids import InstanceId, ModelId, SiteId
 from prfaas.model.observations import InstanceObservation, Role
 from prfaas.router.pool import K_CONNECT_S, K_KEEP_ALIVE_S, UpstreamPool
 from prfaas.router.queueing import PrefillQueue
@@ -23,11 +23,13 @@ log = logging.getLogger("prfaas.router")
 _KEY = re.compile(r"[!-~]+")
 K_ERRORS_IN_A_ROW = 3
 """Fewer may be one request's own fault, or chance."""
+K_INSTANT_S = 1e-6
+"""Before a report is too old: sums of the same times in another order may differ by less."""
 K_TOKENS_PER_S = 5000.0
 """Speed of a server that has told of none."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Reported:
     """A server's own figures, checked; `at_s` on the router's clock."""
 
@@ -41,6 +43,23 @@ class Reported:
     prefill_tokens_per_s: float | None = None
     role: Role | None = None
     """What it says it is; None where it doesn't say."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What an observation of a server says, but for how far its prefills are."""
+
+    until_s: float
+    """From then on it may be another, though nothing was told: a report is too old, a rest is over."""
+    max_age_s: float
+    before: tuple[InstanceId, SiteId, Role, float, ModelId, int, int, int]
+    """The fields before prefill_backlog_s."""
+    others_s: float | None
+    """Seconds of others' prefills; None where they are known in tokens alone."""
+    behind: tuple[int | None, float, float | None, int | None, int | None, int | None, bool, bool]
+    """The fields after it."""
+    idle: InstanceObservation
+    """It, while nothing of ours is in prefill there."""
 
 
 @dataclass(eq=False)
@@ -84,6 +103,12 @@ class ServerHandle:
     """Why it can't serve until it has been restarted."""
     role: Role = Role.PREFILL
     headers: dict[str, str] = field(default_factory=dict)
+    _seen: _Seen | None = field(default=None, init=False, repr=False)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """What was observed holds until something of it changes."""
+        object.__setattr__(self, name, value)
+        object.__setattr__(self, "_seen", None)
 
     @property
     def name(self) -> str:
@@ -136,7 +161,18 @@ class ServerHandle:
         A server that reports too little gains nothing by it: our own requests on it still count. What they
         take is known in seconds, as predicted when they were sent; others' tokens become seconds where the
         server's speed is known, else all of it is told in tokens.
+
+        Each decision asks this of every server, and for most nothing has changed but how far they are.
         """
+        seen = self._seen
+        if seen is None or now >= seen.until_s or max_age_s != seen.max_age_s:
+            seen = self._look(now, max_age_s)
+            object.__setattr__(self, "_seen", seen)
+        if seen.others_s is None or not self.prefilling.jobs:
+            return seen.idle
+        return InstanceObservation(*seen.before, self.prefilling.backlog_s(now) + seen.others_s, *seen.behind)
+
+    def _look(self, now: float, max_age_s: float) -> _Seen:
         fresh = now - self.reported.at_s <= max_age_s
         said = self.reported if fresh else Reported(max_running=self.reported.max_running)
         decodes = self.role is Role.DECODE
@@ -147,26 +183,40 @@ class ServerHandle:
         ours = max(0, self.in_flight - said.waiting) if decodes else 0
         others_tokens = max(0, said.waiting_uncached_tokens - self.told_tokens)
         speed = self.reported.prefill_tokens_per_s
-        backlog_s = None
+        others_s = None
         if not others_tokens or speed:
-            backlog_s = self.prefilling.backlog_s(now) + (others_tokens / speed if speed else 0.0)
-        return InstanceObservation(
-            instance=self.name,
-            site=self.site,
-            role=self.role,
-            at_s=max(self.reported.at_s, 0.0),
-            running=max(said.running, ours),
-            waiting=said.waiting,
-            waiting_uncached_tokens=others_tokens + self.pending_tokens,
-            prefill_backlog_s=backlog_s,
-            chunk_tokens=self.chunk_tokens,
-            prefill_requests=self.prefill_requests or math.inf,
-            prefill_tokens_per_s=speed,
-            free_tokens=free,
-            total_tokens=self.reported.total_tokens,
-            max_running=limit,
-            healthy=now >= max(self.down_until_s, self.rests_until_s) and not self.broken,
-            draining=self.draining,
+            others_s = others_tokens / speed if speed else 0.0
+        back_s = max(self.down_until_s, self.rests_until_s)
+        before = (
+            self.name,
+            self.site,
+            self.role,
+            max(self.reported.at_s, 0.0),
+            "",
+            max(said.running, ours),
+            said.waiting,
+            others_tokens + self.pending_tokens,
+        )
+        behind = (
+            self.chunk_tokens,
+            self.prefill_requests or math.inf,
+            speed,
+            free,
+            self.reported.total_tokens,
+            limit,
+            now >= back_s and not self.broken,
+            self.draining,
+        )
+        return _Seen(
+            until_s=min(
+                self.reported.at_s + max_age_s - K_INSTANT_S if fresh else math.inf,
+                back_s if now < back_s else math.inf,
+            ),
+            max_age_s=max_age_s,
+            before=before,
+            others_s=others_s,
+            behind=behind,
+            idle=InstanceObservation(*before, others_s, *behind),
         )
 
 
@@ -176,12 +226,25 @@ class ServerPool:
     def __init__(self) -> None:
         self._handles: dict[str, ServerHandle] = {}
         self._leaving: list[ServerHandle] = []
+        self._sites: list[SiteId] = []
+        self._serving: dict[ModelId, Sequence[tuple[SiteId, Sequence[ServerHandle]]]] = {}
+        """What `serving` found; none of it after a change."""
 
     def __iter__(self) -> Iterator[ServerHandle]:
         return iter(self._handles.values())
 
     def get(self, name: str) -> ServerHandle | None:
         return self._handles.get(name)
+
+    def serving(self, model: ModelId) -> Sequence[tuple[SiteId, Sequence[ServerHandle]]]:
+        """Every site, with its servers of the model, a model of the configuration; in the file's order."""
+        found = self._serving.get(model)
+        if found is None:
+            here = [handle for handle in self if handle.serves(model)]
+            found = self._serving[model] = [
+                (site, [handle for handle in here if handle.site == site]) for site in self._sites
+            ]
+        return found
 
     def apply(
         self, config: RouterConfig, keys: Mapping[str, str]
@@ -208,6 +271,8 @@ class ServerPool:
             if name not in self._handles:
                 self._handles[name] = _open(site, server, keys.get(name))
                 came.append(self._handles[name])
+        self._sites = [site.name for site in config.sites]
+        self._serving.clear()
         # Keep the file's order: it is the order of preference among equals.
         self._handles = {name: self._handles[name] for name in wanted}
         return came, left

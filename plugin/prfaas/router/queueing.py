@@ -12,34 +12,41 @@ class PrefillQueue:
     """`now` never goes back."""
 
     def __init__(self) -> None:
-        self._jobs: dict[int, float] = {}
+        self.jobs: dict[int, float] = {}
+        """Seconds of each; to be looked at only."""
         self._serial = 0
-        self._total_s = 0.0
+        self._total_s = self._longest_s = 0.0
         self._since_s = 0.0
         """When the server began to work on what it has."""
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self.jobs)
 
     def add(self, prefill_s: float, now: float) -> int:
         """One more of `prefill_s` seconds; a key for `remove`."""
-        if not self._jobs:
-            self._since_s, self._total_s = now, 0.0
+        if not self.jobs:
+            self._since_s, self._total_s, self._longest_s = now, 0.0, 0.0
         self._serial += 1
-        self._jobs[self._serial] = prefill_s
+        self.jobs[self._serial] = prefill_s
         self._total_s += prefill_s
+        self._longest_s = max(self._longest_s, prefill_s)
         return self._serial
 
     def remove(self, key: int, now: float) -> None:
         """It is through, or given up. Harmless when it isn't here."""
-        prefill_s = self._jobs.pop(key, None)
+        prefill_s = self.jobs.pop(key, None)
         if prefill_s is not None:
             self._total_s -= prefill_s
             self._since_s = now
+            if prefill_s >= self._longest_s:
+                self._longest_s = max(self.jobs.values(), default=0.0)
 
     def backlog_s(self, now: float) -> float:
         """Seconds of prefill that are left, by prediction."""
-        if not self._jobs:
+        if not self.jobs:
             return 0.0
-        done_s = min(max(0.0, now - self._since_s), max(self._jobs.values()))
-        return max(0.0, self._total_s - done_s)
+        done_s = now - self._since_s
+        if done_s > self._longest_s:
+            done_s = self._longest_s
+        left_s = self._total_s - done_s if done_s > 0.0 else self._total_s
+        return left_s if left_s > 0.0 else 0.0

@@ -106,14 +106,10 @@ class Scheduler:
     def snapshot(self, model: ModelId, without: Collection[str], now: float) -> Snapshot:
         """What is known now, of servers that serve `model` and aren't among `without`."""
         max_age_s = self._config.loads.max_age_s
-        by_site: dict[str, list[ServerHandle]] = {site.name: [] for site in self._config.sites}
-        for handle in self._servers:
-            if handle.name not in without and handle.serves(model):
-                by_site[handle.site].append(handle)
-        sites = {
-            site: SiteObservation.of(site, [one.observe(now, max_age_s) for one in handles], now)
-            for site, handles in by_site.items()
-        }
+        sites = {}
+        for site, handles in self._servers.serving(model):
+            seen = [one.observe(now, max_age_s) for one in handles if one.name not in without]
+            sites[site] = SiteObservation.of(site, seen, now)
         return Snapshot(now=now, sites=sites, links=self._links.estimates(now))
 
     async def route(self, ticket: Ticket) -> Route:

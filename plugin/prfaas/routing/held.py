@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from prfaas.model.ids import InstanceId, RequestId, SiteId
 from prfaas.routing.lanes import K_UNHEARD_S, Lane
-from prfaas.routing.steps import K_ROUNDING_S, K_STEPS_MARGIN_S, Hold, Queued, place_of, spoils
+from prfaas.routing.steps import K_ROUNDING_S, K_STEPS_MARGIN_S, Hold, Queued, place_of, spoils, work_of
 
 K_YIELDS = 3  # times that a request gives way: without a limit two could take turns for ever
 K_MOST_YIELD = 2  # held requests that give way to one
@@ -32,12 +33,7 @@ def begins_behind_s(lane: Lane, order_s: float, now: float) -> float:
     behind = lane.behind
     if not behind or behind[-1].order_s <= order_s:
         return _hopeful_end_s(lane, now) + lane.behind_s
-    before_s = 0.0
-    for one in behind:
-        if one.order_s > order_s:
-            break
-        before_s += one.work_s
-    return _hopeful_end_s(lane, now) + before_s
+    return _hopeful_end_s(lane, now) + sum(map(work_of, islice(behind, place_of(behind, order_s))), 0.0)
 
 
 def _step_s(lane: Lane, at: int) -> float:

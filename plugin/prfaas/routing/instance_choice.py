@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from prfaas.model.decisions import PathPrediction
 from prfaas.model.ids import InstanceId, ModelId, RequestId, SiteId
-from prfaas.model.observations import RequestView, Role, Snapshot
+from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.held import Lanes, longest_held, make_room
 from prfaas.routing.lanes import K_FOREIGN_S, Lane
 from prfaas.routing.paths import PathFinder, transfer_tail_s
@@ -114,7 +114,7 @@ class InstanceChooser:
         self, request: RequestView, path: PathPrediction, snapshot: Snapshot, now: float
     ) -> list[SortedLane]:
         """Those of the path's site that take prefills, as they are listed."""
-        site, known, decodes = path.prefill_site, self.lanes.lanes, Role.DECODE
+        site, known = path.prefill_site, self.lanes.lanes
         lane_of = known.get
         found: list[SortedLane] = []
         early_s = K_GUARD_S
@@ -122,9 +122,7 @@ class InstanceChooser:
             early_s += snapshot.links[self._paths.link_id(site, path.decode_site)].rtt_s / 2
         costs = self._paths.costs(site, request.model)
         s_per_token = costs.s_per_token
-        for one in snapshot.sites[site].instances:
-            if one.role is decodes or one.draining or not one.healthy:
-                continue
+        for one in snapshot.sites[site].prefills:
             name, chunk_tokens = one.instance, one.chunk_tokens
             lane = lane_of(name)
             if lane is None:
@@ -303,7 +301,10 @@ class InstanceChooser:
             for _, instance, lane in lanes[path.prefill_site]:
                 if shared:
                     tokens, own_s = self._own(request, path, instance)
-                wait_s = lane.work_s(now)
+                running_s = lane.ends_s - now  # as lane.work_s, at half its price
+                wait_s = (
+                    (running_s if running_s > 0 else 0.0) + lane.foreign_s + lane.hopeful_s + lane.behind_s
+                )
                 cost = wait_s + own_s + move_s
                 if cost > best_cost:
                     continue  # whatever its transfer takes

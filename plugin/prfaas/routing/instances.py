@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prfaas.model.decisions import PathPrediction
 from prfaas.model.ids import InstanceId
-from prfaas.model.observations import RequestView, Role, Snapshot
+from prfaas.model.observations import RequestView, Snapshot
 from prfaas.routing.paths import Costs
 
 
@@ -15,9 +15,7 @@ def prefill_instance(
     site = snapshot.sites.get(path.prefill_site)
     best: InstanceId | None = None
     best_s = float("inf")
-    for one in site.instances if site is not None else ():
-        if not one.takes_prefill:
-            continue
+    for one in site.prefills if site is not None else ():
         backlog_s = one.prefill_backlog_s
         if backlog_s is None:
             backlog_s = one.waiting_uncached_tokens * costs.s_per_token
@@ -33,10 +31,7 @@ def decode_instance(snapshot: Snapshot, path: PathPrediction) -> InstanceId | No
     site = snapshot.sites.get(path.decode_site)
     best: InstanceId | None = None
     least, least_used = float("inf"), 0
-    prefills = Role.PREFILL
-    for one in site.instances if site is not None else ():
-        if one.role is prefills or one.draining or not one.healthy:  # as takes_decode, at half its price
-            continue
+    for one in site.decodes if site is not None else ():
         used, limit = one.running + one.waiting, one.max_running
         share = used / limit if limit else float(used)
         if best is None or share < least or (share == least and used < least_used):

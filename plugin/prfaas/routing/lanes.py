@@ -11,13 +11,17 @@ door keeps for this instance has its place here as well; no step takes it before
 from __future__ import annotations
 
 import math
+from itertools import chain
+from operator import attrgetter
 
 from prfaas.model.ids import RequestId
-from prfaas.routing.steps import Queued, Steps, place_of
+from prfaas.routing.steps import K_ROUNDING_S, Queued, Steps, place_of, work_of
 
 K_FOREIGN_S = 0.5  # s by which a report must exceed what is known here for others' work to count
 K_UNHEARD_S = 60.0  # s after which an instance's last report says nothing
 K_REMEMBERED = 64  # requests reckoned done and not yet said to be
+
+_hold_of = attrgetter("hold")
 
 
 class Lane(Steps):
@@ -112,6 +116,9 @@ class Lane(Steps):
         self.reported_s = at_s
         if backlog_s <= K_FOREIGN_S and not self.foreign_s:
             return
+        running_s = self.ends_s - now
+        if not self.foreign_s and backlog_s <= K_FOREIGN_S - K_ROUNDING_S + max(0.0, running_s) + now - at_s:
+            return  # the running step explains it, whatever is queued
         known_s = self.work_s(now) - self.foreign_s - self.held_s() + (now - at_s)
         foreign_s = backlog_s - known_s
         foreign_s = foreign_s if foreign_s > K_FOREIGN_S else 0.0
@@ -199,11 +206,6 @@ class Lane(Steps):
 
     def held_s(self) -> float:
         """Work that is still at the door."""
-        held_s = 0.0
         if not self.held:
-            return held_s
-        for entries in (self.hopeful, self.behind):
-            for one in entries:
-                if one.hold is not None:
-                    held_s += one.work_s
-        return held_s
+            return 0.0
+        return sum(map(work_of, filter(_hold_of, chain(self.hopeful, self.behind))), 0.0)

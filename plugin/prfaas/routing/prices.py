@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 from prfaas.config.policy import PolicyConfig
 from prfaas.model.decisions import Action, Decision, PathPrediction
@@ -36,6 +37,8 @@ K_BEHIND_S = 600.0  # s: what can't be in time is served as if it were due so mu
 K_TURN_S = 1e-6  # s by which a request's place moves forward each time that it is held
 K_MISS_S = 500.0  # s: what one more request too late costs, relative to delay
 K_MARGIN_S = 0.2  # s by which a prediction must keep a deadline
+
+_hoped_of = itemgetter(0)  # of a SortedLane
 
 
 @register_policy("prices")
@@ -204,7 +207,7 @@ class PricesPolicy(BookingPolicy):
         if not late_binding or not self._too_late(request, paths, deadline_s, now):
             hoped_s = {}
             for site, there in lanes.items():
-                hoped_s[site] = sum([one[0] for one in there]) / len(there)
+                hoped_s[site] = sum(map(_hoped_of, there)) / len(there)
             prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
             for path, price in zip(paths, prices, strict=True):
                 if path.feasible:

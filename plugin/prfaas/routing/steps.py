@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TypeAlias
 
 from prfaas.model.ids import RequestId, SiteId
@@ -53,6 +54,10 @@ class Queued:
     """Part of the work that comes with its first tokens, however few: T(0) of the profile."""
     hold: Hold | None = field(compare=False, default=None)
     """None: it was sent."""
+
+
+work_of = attrgetter("work_s")
+_order_of = attrgetter("order_s")
 
 
 class Steps:
@@ -270,10 +275,6 @@ def place_of(entries: Sequence[Queued], order_s: float) -> int:
     if not entries or entries[-1].order_s <= order_s:
         return len(entries)
     return bisect_right(entries, order_s, key=_order_of)
-
-
-def _order_of(entry: Queued) -> float:
-    return entry.order_s
 
 
 def spoils(before_s: float, after_s: float, latest_s: float) -> bool:

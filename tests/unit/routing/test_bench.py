@@ -15,6 +15,7 @@ def test_the_bench_measures_decisions_of_each_kind_and_look_ups() -> None:
     done = subprocess.run([sys.executable, str(K_SCRIPT), *words], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert set(found["decision"]) == {"homogeneous", "naive", "paper", "prices"}
-    for one in (*found["decision"].values(), found["decision_by_deadline"]):
+    parts = (found["decision_by_deadline"], found["decision_as_held"], found["look_at_servers"])
+    for one in (*found["decision"].values(), *parts):
         assert 0 < one["p50_us"] <= one["p99_us"]
     assert found["look_up_dense"]["blocks"] >= 2000
