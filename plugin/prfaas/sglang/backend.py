@@ -192,7 +192,14 @@ class PrfaasKVManager(DecodeSide, LayerSide):
 
         def read() -> Any:
             message = receive()
-            return message if message is None else self._take_frames(message)
+            if message is None:
+                return None
+            try:
+                return self._take_frames(message)
+            except Exception as error:
+                # SGLang's thread that reads would end with it, and the server would hear nobody any more.
+                logger.warning("prfaas: a message that can't be read is dropped: %r: %r", error, message[:1])
+                return None
 
         return read
 
@@ -202,6 +209,8 @@ class PrfaasKVManager(DecodeSide, LayerSide):
             self.near.close()
         super().teardown()
         self.pump.close()
+        if self.staging is not None:
+            self.staging.close()
 
 
 def _aborted(room: int, reason: str | None) -> str:

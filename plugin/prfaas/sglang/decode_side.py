@@ -12,6 +12,7 @@ from prfaas.model.errors import PrfaasError
 from prfaas.sglang import compat, layout
 from prfaas.sglang.control import K_GRANT_TAG, K_NO_GRANT
 from prfaas.sglang.near import NearTier, ReachedServers
+from prfaas.sglang.refusal import K_RETRY_AFTER_S, Refusal
 from prfaas.sglang.rooms import LeasedRoom, describe
 from prfaas.sglang.staging import Places
 
@@ -101,16 +102,16 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
             staging, total = self.staging, int(pages[:, 1].sum())
             address = staging.take(total)
             if address is None:
-                raise PrfaasError(
-                    f"decode server: no {total} bytes of staging free; {staging.free_bytes} are"
-                )
+                # It comes free with the requests that hold it: to be asked again, as a link that is full.
+                full = f"decode server: no {total} bytes of staging free, {staging.free_bytes} are"
+                raise PrfaasError(Refusal(full, K_RETRY_AFTER_S).text)
             places, release = Places.laid_out(pages, address), lambda: staging.give(address)
             pages = np.array([[address, total]], dtype=np.uint64)
         senders = max(1, self.required_prefill_response_num_table.get(room, 1))
         share_bytes = int(size_bytes) // senders
         generation = self.leased.next_generation()
-        self.verification.leased(room, generation, kv_indices, aux_index, state_indices)
         try:
+            self.verification.leased(room, generation, kv_indices, aux_index, state_indices)
             lease = self.pump.grant_lease(
                 room,
                 generation,
@@ -118,7 +119,7 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
                 self.deadline_s,
                 expected_sources=senders,
             )
-        except PrfaasError:
+        except BaseException:
             release()
             raise
         leased = LeasedRoom(room, generation, lease, places, release, share_bytes, aux_index)
@@ -133,8 +134,19 @@ class DecodeSide(compat.MooncakeKVManager):  # type: ignore[misc]
             if self.leased.find(room) is leased:
                 self.record_failure(room, describe(broken.kind, broken.reason, broken.detail))
                 self.update_status(room, compat.KVPoll.Failed)
-        elif leased.lease.complete and self.leased.land(leased, lambda: self._settle(leased)):
-            self.update_status(room, compat.KVPoll.Success)
+        elif leased.lease.complete:
+            try:
+                landed = self.leased.land(leased, lambda: self._settle(leased))
+            except Exception as error:
+                # A GPU that fails the copy, say: known now, and nobody else would tell the request.
+                logger.exception("prfaas: room %s", room)
+                self.record_failure(
+                    room, f"KV transfer aborted: what landed can't be put into its pages: {error}"
+                )
+                self.update_status(room, compat.KVPoll.Failed)
+                return
+            if landed:
+                self.update_status(room, compat.KVPoll.Success)
 
     def _settle(self, leased: LeasedRoom) -> None:
         """The lease has ended and nobody uses the pages yet."""

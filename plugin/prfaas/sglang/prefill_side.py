@@ -214,7 +214,12 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
             address = staging.take(some.total_bytes, self.deadline_s)
             if address is None:
                 raise PrfaasError(f"prefill server: no {some.total_bytes} bytes of staging came free in time")
-            yield Part(session, kind, staging.copy_out(some, address), partial(staging.give, address))
+            try:
+                copied = staging.copy_out(some, address)
+            except BaseException:
+                staging.give(address)
+                raise
+            yield Part(session, kind, copied, partial(staging.give, address))
 
     def _plan(
         self, chunk: Any, request: Any, executor: InlineExecutor

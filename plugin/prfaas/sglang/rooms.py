@@ -103,22 +103,26 @@ class SendingRooms:
         full = [part for part in parts if len(part.segments)]
         last_of = {part.session: i for i, part in enumerate(full)}
         started: list[tuple[Part, Transfer]] = []
-        with self._lock:
-            room = self._rooms.get(room_id)
-            if room is not None and under is not None:
-                room = room if all(room.grants.get(part.session) is under for part in parts) else None
-            if room is not None:
-                for i, part in enumerate(full):
-                    is_last = last and last_of[part.session] == i
-                    started.append((part, self._submit(room, part, is_last, deadline_s)))
-                room.all_handed_over = last
-        for part in parts if room is None else [part for part in parts if not len(part.segments)]:
-            part.release()
-        if room is None:
-            return False
-        for part, transfer in started:
-            transfer.add_done_callback(lambda ended, part=part: self._done(room, part, ended))  # type: ignore[misc]
-        return True
+        room: SendingRoom | None = None
+        try:
+            with self._lock:
+                room = self._rooms.get(room_id)
+                if room is not None and under is not None:
+                    room = room if all(room.grants.get(part.session) is under for part in parts) else None
+                if room is not None:
+                    for i, part in enumerate(full):
+                        is_last = last and last_of[part.session] == i
+                        started.append((part, self._submit(room, part, is_last, deadline_s)))
+                    room.all_handed_over = last
+        finally:
+            # Also where the pump could take some of them only: nothing stays taken for the others.
+            sent = {id(part) for part, _ in started}
+            for part in parts:
+                if id(part) not in sent:
+                    part.release()
+            for part, transfer in started:
+                transfer.add_done_callback(lambda ended, part=part: self._done(room, part, ended))  # type: ignore[misc]
+        return room is not None
 
     def _submit(self, room: SendingRoom, part: Part, last: bool, deadline_s: float) -> Transfer:
         transfer = self._pump.submit(
@@ -231,8 +235,8 @@ class LeasedRooms:
             if self._rooms.get(leased.room) is not leased or leased.landing is not None:
                 return False
             leased.landing = threading.Event()
-        leased.lease.revoke()
         try:
+            leased.lease.revoke()
             finish()
         finally:
             with self._lock:

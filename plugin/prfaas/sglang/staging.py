@@ -109,6 +109,10 @@ class Memory(ABC):
         """Make host memory fit for fast copies."""
 
     @abstractmethod
+    def abandon(self, address: int) -> None:
+        """What `adopt` did is undone: the memory may go, and other memory may be adopted where it was."""
+
+    @abstractmethod
     def copy_out(self, pages: U64, lengths: U64, host: U64) -> None:
         """From pages to host memory; returns when it is there, after all that has been queued to write the
         pages.
@@ -123,6 +127,9 @@ class HostMemory(Memory):
     """Pages in this process's own memory: staging isn't needed, and used only where it is asked for."""
 
     def adopt(self, address: int, size_bytes: int) -> None:
+        pass
+
+    def abandon(self, address: int) -> None:
         pass
 
     def copy_out(self, pages: U64, lengths: U64, host: U64) -> None:
@@ -170,6 +177,9 @@ class CudaMemory(Memory):
         array = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
         self._host, self._host_address = self._torch.from_numpy(array), address
 
+    def abandon(self, address: int) -> None:
+        self._torch.cuda.cudart().cudaHostUnregister(address)
+
     def copy_out(self, pages: U64, lengths: U64, host: U64) -> None:
         self._copy(pages, lengths, host, out=True)
 
@@ -211,6 +221,11 @@ class Staging:
         self._free: list[tuple[int, int]] = [(0, size_bytes)]
         self._taken: dict[int, int] = {}
         self._changed = threading.Condition()
+
+    def close(self) -> None:
+        """Nothing is copied from here on. The region itself stays as long as this object: whoever may still
+        hold an address of it reads memory that is there."""
+        self.memory.abandon(self.address)
 
     @property
     def free_bytes(self) -> int:

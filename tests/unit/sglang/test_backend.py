@@ -20,6 +20,7 @@ from prfaas.model.decisions import Verdict
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome
 from prfaas.pump_client import Arrival, Offer, Transfer
 from prfaas.sglang import compat, passage
+from prfaas.sglang.refusal import Refusal
 
 
 class KVPoll(IntEnum):
@@ -222,6 +223,8 @@ class FakePump:
         return threading.current_thread() is self.hearing
 
     def register(self, regions: Any) -> None: ...
+
+    def close(self) -> None: ...
 
     def grant_lease(
         self, room: int, generation: int, regions: Any, deadline_s: float, **more: Any
@@ -695,6 +698,111 @@ def test_a_failure_without_a_reason_is_told_as_what_it_most_likely_is(decode: An
     decode.apply_prefill_status(bootstrap_room=7, status=KVPoll.Failed, prefill_rank=0)
     assert decode.request_status[7] == KVPoll.Failed
     assert "doesn't run prfaas" in decode.failure_records[7]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        [b"7", b"127.0.0.1", b"port", b"s:1", b"indices", b"0", b"", b"1", b"0", b""],
+        [b"7", b"\xff", b"1", b"s:1", b"indices", b"0", b"", b"1", b"0", b""],
+        [*[b"7"] * 3, b"\xff\xfe", *[b""] * 6, b"PRFAAS1", b"x"],
+        [b"None", *[b""] * 2, b"\xff", *[b""] * 16, b"PRFAAS1", b"layout"],
+    ],
+    ids=["port", "host", "session", "registration"],
+)
+def test_a_message_that_cannot_be_read_is_dropped_and_the_next_one_is_heard(
+    prefill: Any, decode: Any, garbage: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert hear(prefill, garbage) is None
+    assert "can't be read is dropped" in caplog.text
+    message = metadata(decode, 8)
+    assert hear(prefill, message) == message[:10]
+    assert len(prefill.sending) == 1
+
+
+# Staged pages, as on a GPU
+
+
+K_STAGED_BYTES = 1 << 20
+
+
+@pytest.fixture
+def staged(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Makes managers whose pages are staged."""
+    file = tmp_path / "staged.yaml"
+    file.write_text(f"pump: {{site: west}}\nstaging: always\nstaging_bytes: {K_STAGED_BYTES}\n")
+    monkeypatch.setenv("PRFAAS_CONFIG", str(file))
+    return lambda mode: backend.PrfaasKVManager(kv_args(), mode)
+
+
+def test_what_landed_and_cannot_be_put_into_its_pages_fails_its_request_at_once(
+    staged: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode = staged(Mode.DECODE)
+    decode.update_status(7, KVPoll.Bootstrapping)
+    metadata(decode, 7)
+
+    def fail(places: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(decode.staging, "copy_in", fail)
+    decode.pump.leases[0].land()
+    assert decode.request_status[7] == KVPoll.Failed
+    assert "can't be put into its pages: CUDA error" in decode.failure_records[7]
+    assert (len(decode.leased), decode.staging.free_bytes) == (0, K_STAGED_BYTES)
+
+
+def test_a_decode_server_whose_staging_is_full_refuses_as_a_link_does(prefill: Any, staged: Any) -> None:
+    decode = staged(Mode.DECODE)
+    taken = decode.staging.take(K_STAGED_BYTES)
+    prefill.update_status(7, KVPoll.Bootstrapping)
+    hear(prefill, metadata(decode, 7))
+    assert prefill.request_status[7] == KVPoll.Failed
+    refusal = Refusal.found_in(prefill.failure_records[7])
+    assert refusal is not None
+    assert refusal.reason == "decode server: no 64 bytes of staging free, 0 are"
+    decode.staging.give(taken)
+    prefill.update_status(8, KVPoll.Bootstrapping)
+    hear(prefill, metadata(decode, 8))
+    assert (prefill.request_status[8], len(prefill.sending)) == (KVPoll.Bootstrapping, 1)
+
+
+def test_a_lease_that_cannot_be_made_gives_its_staging_back(
+    staged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = staged(Mode.DECODE)
+
+    def fail(*args: Any, **more: Any) -> None:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(decode.pump, "grant_lease", fail)
+    with pytest.raises(OSError, match="too many"):
+        metadata(decode, 7)
+    assert decode.staging.free_bytes == K_STAGED_BYTES
+
+
+def test_a_chunk_that_cannot_be_copied_out_gives_its_staging_back(
+    decode: Any, staged: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill = staged(Mode.PREFILL)
+    ready(prefill, decode, 7)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(prefill.staging, "copy_out", fail)
+    work(prefill, chunk(7))
+    assert "out of memory" in prefill.failure_records[7]
+    assert prefill.staging.free_bytes == K_STAGED_BYTES
+
+
+def test_a_change_of_roles_closes_pump_and_staging(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill = staged(Mode.PREFILL)
+    order: list[str] = []
+    monkeypatch.setattr(prefill.pump, "close", lambda: order.append("pump"))
+    monkeypatch.setattr(prefill.staging.memory, "abandon", lambda address: order.append("staging"))
+    prefill.teardown()
+    assert (prefill.recomputed, order) == (["torn down"], ["pump", "staging"])
 
 
 # Two tiers

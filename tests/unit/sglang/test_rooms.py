@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
 from prfaas.pump_client import Transfer
 from prfaas.sglang import rooms as rooms_module
@@ -186,6 +187,26 @@ def test_part_that_ended_before_the_next_was_handed_over_still_counts(prefill: P
     assert len(prefill.pump.submitted) == 1
 
 
+def test_what_the_pump_cannot_take_leaves_nothing_taken_for_it(
+    prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill.rooms.granted("s", grant(7))
+    submit = prefill.pump.submit
+
+    def take_one(*args: Any, **how: Any) -> Transfer:
+        if prefill.pump.submitted:
+            raise PrfaasError("no guard is free")
+        return submit(*args, **how)
+
+    monkeypatch.setattr(prefill.pump, "submit", take_one)
+    with pytest.raises(PrfaasError, match="no guard"):
+        prefill.send(7, [("s", TransferKind.KV, n) for n in (50, 60, 70)], True)
+    assert prefill.released == [60, 70]
+    # The one that is under way ends with its room.
+    prefill.rooms.cancel(7, "can't be sent")
+    assert prefill.released == [60, 70, 50]
+
+
 class FakeLease:
     def __init__(self) -> None:
         self.revoked = 0
@@ -243,6 +264,23 @@ def test_end_waits_for_what_landed_to_be_in_its_place() -> None:
     landing.join(10)
     assert not ending.is_alive()
     assert (lease.revoked, released) == (1, ["x"])
+
+
+def test_a_landing_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise PrfaasError("the pump client is closed")
+
+    for of_the_lease in (True, False):
+        rooms, released = LeasedRooms(), []  # type: tuple[LeasedRooms, list[str]]
+        leased, lease = held(rooms, released)
+        monkeypatch.setattr(lease, "revoke", fail if of_the_lease else lambda: None)
+        with pytest.raises(PrfaasError):
+            rooms.land(leased, (lambda: None) if of_the_lease else fail)
+        ending = threading.Thread(target=rooms.end, args=(7,), daemon=True)
+        ending.start()
+        ending.join(10)
+        assert not ending.is_alive()
+        assert (released, len(rooms)) == (["x"], 0)
 
 
 def test_generations_of_a_room_differ() -> None:

@@ -83,6 +83,29 @@ def test_taking_waits_for_memory_and_says_when_there_never_is_so_much() -> None:
     giving.join()
 
 
+def test_a_closed_region_is_unpinned_so_that_the_next_one_may_lie_there() -> None:
+    class Pinned(HostMemory):
+        """As CUDA: what is pinned already can't be pinned."""
+
+        def __init__(self, at: set[int]) -> None:
+            self.at = at
+
+        def adopt(self, address: int, size_bytes: int) -> None:
+            assert address not in self.at
+            self.at.add(address)
+
+        def abandon(self, address: int) -> None:
+            self.at.remove(address)
+
+    at: set[int] = set()
+    for _ in range(3):
+        staging = Staging(K_POOL_BYTES, Pinned(at))
+        assert len(at) == 1
+        staging.close()
+        del staging
+    assert at == set()
+
+
 pieces_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
