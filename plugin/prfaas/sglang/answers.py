@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
-from prfaas.sglang import compat
+from prfaas.sglang import compat, touch_points
 from prfaas.sglang.refusal import K_CODE, K_STATUS, Refusal
 
 Message = MutableMapping[str, Any]
@@ -29,12 +29,12 @@ _noted: ContextVar[list[Refusal] | None] = ContextVar("prfaas_refused", default=
 
 
 def register_in_scheduler() -> None:
-    compat.HookRegistry.register(compat.K_PREPARE_ABORT, abort_refused, compat.HookType.AROUND)
+    compat.HookRegistry.register(touch_points.K_PREPARE_ABORT, abort_refused, compat.HookType.AROUND)
 
 
 def register_in_http_process() -> None:
-    compat.HookRegistry.register(compat.K_HANDLE_ABORT, note_refused, compat.HookType.BEFORE)
-    compat.HookRegistry.register(compat.K_SERVE_HTTP, add_middleware, compat.HookType.BEFORE)
+    compat.HookRegistry.register(touch_points.K_HANDLE_ABORT, note_refused, compat.HookType.BEFORE)
+    compat.HookRegistry.register(touch_points.K_SERVE_HTTP, add_middleware, compat.HookType.BEFORE)
 
 
 def abort_refused(original: Any, req: Any, error_message: str, status_code: Any = None) -> None:

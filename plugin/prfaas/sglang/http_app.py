@@ -1,7 +1,7 @@
 """SGLang's HTTP application for servers with several HTTP workers (`--tokenizer-worker-num` above 1).
 
 SGLang loads no plugins in those workers: each imports the application by the name in its own environment
-variable, `compat.K_APP_PATH`. The plugin puts this module there, which loads the plugins before the
+variable, `touch_points.K_APP_PATH`. The plugin puts this module there, which loads the plugins before the
 application, so that workers know the backend and answer refusals as one process does.
 """
 

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from prfaas.sglang import compat
+from prfaas.sglang import compat, touch_points
 from prfaas.sglang.ahead import Forward, RoomAhead, Written
 
 logger = logging.getLogger(__name__)
@@ -124,10 +124,10 @@ def use(watch: LayerWatch | None) -> None:
 
 def register_in_scheduler() -> None:
     around, after = compat.HookType.AROUND, compat.HookType.AFTER
-    compat.HookRegistry.register(compat.K_RUN_BATCH, run_batch, around)
-    compat.HookRegistry.register(compat.K_MHA_WRITE, mha_wrote, after)
-    compat.HookRegistry.register(compat.K_MLA_WRITE, mla_wrote, after)
-    compat.HookRegistry.register(compat.K_MLA_WRITE_PARTS, mla_wrote, after)
+    compat.HookRegistry.register(touch_points.K_RUN_BATCH, run_batch, around)
+    compat.HookRegistry.register(touch_points.K_MHA_WRITE, mha_wrote, after)
+    compat.HookRegistry.register(touch_points.K_MLA_WRITE, mla_wrote, after)
+    compat.HookRegistry.register(touch_points.K_MLA_WRITE_PARTS, mla_wrote, after)
 
 
 def run_batch(original: Any, scheduler: Any, batch: Any, *arguments: Any, **more: Any) -> Any:

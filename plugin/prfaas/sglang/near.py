@@ -16,7 +16,7 @@ from typing import Any
 from prfaas.config.backend import NearConfig
 from prfaas.config.pump import split_address
 from prfaas.model.errors import MachineError, PrfaasError
-from prfaas.sglang import compat
+from prfaas.sglang import compat, touch_points
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def check_installed() -> None:
             "near: Mooncake's package isn't installed: pip install mooncake-transfer-engine, "
             "or mooncake-transfer-engine-non-cuda on a machine without CUDA"
         )
-    compat.check(compat.K_NEAR_POINTS)
+    compat.check(touch_points.K_NEAR_POINTS)
 
 
 class NearTier:

@@ -19,7 +19,7 @@ from typing import Any
 from prfaas.config.pump import split_address
 from prfaas.model.errors import PrfaasError
 from prfaas.pump_client import PumpClient
-from prfaas.sglang import compat
+from prfaas.sglang import compat, touch_points
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def here(endpoint: str) -> str:
 
 
 def register_in_scheduler() -> None:
-    compat.HookRegistry.register(compat.K_BOOTSTRAP_ADDRESS, bootstrap_address, compat.HookType.AROUND)
+    compat.HookRegistry.register(touch_points.K_BOOTSTRAP_ADDRESS, bootstrap_address, compat.HookType.AROUND)
 
 
 def bootstrap_address(original: Any, req: Any) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prfaas.model.errors import PrfaasError
-from prfaas.sglang import command_line, compat
+from prfaas.sglang import command_line, compat, touch_points
 
 if TYPE_CHECKING:
     from prfaas.config.backend import BackendConfig
@@ -106,7 +106,7 @@ def complete(config: BackendConfig, prefills: bool) -> None:
 
 def backend_asked_for(argv: Sequence[str]) -> bool:
     """Whether the command line names this backend; spawned children inherit their parent's."""
-    return command_line.value_of(argv, K_BACKEND_FLAG) == compat.K_BACKEND
+    return command_line.value_of(argv, K_BACKEND_FLAG) == touch_points.K_BACKEND
 
 
 def _register_answers(serves_http: bool) -> None:
@@ -124,12 +124,12 @@ def _register_answers(serves_http: bool) -> None:
 
 def _name_application() -> None:
     """What several HTTP workers import, should there be any: ours, which loads plugins first."""
-    named = os.environ.setdefault(compat.K_APP_PATH, K_APPLICATION)
+    named = os.environ.setdefault(touch_points.K_APP_PATH, K_APPLICATION)
     if named != K_APPLICATION:
         logger.warning(
             "prfaas: %s names %s: with --tokenizer-worker-num above 1 that must import %s first, or the "
             "workers don't know the backend",
-            compat.K_APP_PATH,
+            touch_points.K_APP_PATH,
             named,
             K_APPLICATION.partition(":")[0],
         )
@@ -141,7 +141,7 @@ def serve_http_in_worker() -> None:
         return
     from prfaas.sglang import answers
 
-    compat.check(compat.K_HTTP_POINTS)
+    compat.check(touch_points.K_HTTP_POINTS)
     answers.register_in_http_process()
     compat.HookRegistry.apply_hooks()
     answers.add_middleware()
@@ -173,20 +173,20 @@ def register(with_classes: bool) -> None:
     """
     global _registered, _hooked
     if not _registered:
-        compat.check(compat.K_ENTRANCE)
-        if compat.K_BACKEND not in compat.DISAGG_TRANSFER_BACKEND_CHOICES:
-            compat.add_disagg_transfer_backend_choices([compat.K_BACKEND])
+        compat.check(touch_points.K_ENTRANCE)
+        if touch_points.K_BACKEND not in compat.DISAGG_TRANSFER_BACKEND_CHOICES:
+            compat.add_disagg_transfer_backend_choices([touch_points.K_BACKEND])
         _registered = True
     if with_classes and not _hooked:
-        compat.check(compat.K_ENTRANCE_UTILS)
+        compat.check(touch_points.K_ENTRANCE_UTILS)
         compat.add_backend_member()
-        compat.HookRegistry.register(compat.K_GET_KV_CLASS, choose_class, compat.HookType.AROUND)
+        compat.HookRegistry.register(touch_points.K_GET_KV_CLASS, choose_class, compat.HookType.AROUND)
         _hooked = True
 
 
 def choose_class(original: Any, transfer_backend: Any, class_type: Any) -> Any:
     """SGLang's get_kv_class, with ours for our member."""
-    if getattr(transfer_backend, "value", None) != compat.K_BACKEND:
+    if getattr(transfer_backend, "value", None) != touch_points.K_BACKEND:
         return original(transfer_backend, class_type)
     kinds = compat.KVClassType
     if class_type == kinds.KVARGS:

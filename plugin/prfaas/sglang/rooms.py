@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 from prfaas.model.transfer import LeaseGrant, TransferKind
 from prfaas.pump_client import Lease, Offer, PumpClient, Transfer
@@ -121,7 +122,7 @@ class SendingRooms:
                 if id(part) not in sent:
                     part.release()
             for part, transfer in started:
-                transfer.add_done_callback(lambda ended, part=part: self._done(room, part, ended))  # type: ignore[misc]
+                transfer.add_done_callback(partial(self._done, room, part))
         return room is not None
 
     def _submit(self, room: SendingRoom, part: Part, last: bool, deadline_s: float) -> Transfer:
@@ -140,9 +141,10 @@ class SendingRooms:
         room.bytes_by_kind[part.kind] = room.bytes_by_kind.get(part.kind, 0) + part.segments.total_bytes
         return transfer
 
-    def _done(self, room: SendingRoom, part: Part, transfer: Transfer) -> None:
+    def _done(self, room: SendingRoom | None, part: Part, transfer: Transfer) -> None:
         outcome = transfer.outcome
         assert outcome is not None
+        assert room is not None
         part.release()
         others: list[Transfer] = []
         with self._lock:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prfaas.sglang import compat
+from prfaas.sglang import touch_points
 from prfaas_testbed.instances.models import K_MODELS
 from prfaas_testbed.instances.sglang_server import (
     K_CHECKOUT,
@@ -96,7 +96,7 @@ def hooks_of_ours():
     hooks = {t: [getattr(h, "__module__", "") for _, h, _ in found] for t, found in registry._hooks.items()}
     return {t: ours for t, all in hooks.items() if (ours := [m for m in all if m.startswith("prfaas.")])}
 """
-K_HANDS_ON = {compat.K_GET_KV_CLASS: ["prfaas.sglang.plugin"]}
+K_HANDS_ON = {touch_points.K_GET_KV_CLASS: ["prfaas.sglang.plugin"]}
 
 K_LOAD = """
 import json, sys
@@ -120,7 +120,7 @@ print(json.dumps(hooks_of_ours()))
 def test_plugin_loads_once_however_often_and_leaves_other_backends_alone(found: list[str]) -> None:
     classes, hooks = found[-2:]
     assert classes.split() == ["prfaas.sglang.backend", "sglang.srt.disaggregation.mooncake.conn"]
-    answering = (compat.K_PREPARE_ABORT, compat.K_HANDLE_ABORT, compat.K_SERVE_HTTP)
+    answering = (touch_points.K_PREPARE_ABORT, touch_points.K_HANDLE_ABORT, touch_points.K_SERVE_HTTP)
     assert json.loads(hooks) == K_HANDS_ON | {name: ["prfaas.sglang.answers"] for name in answering}
 
 
@@ -153,7 +153,7 @@ def start_worker(_: Path) -> list[str]:
 def test_each_of_several_http_workers_knows_the_backend_and_answers_refusals(found: list[str]) -> None:
     knows, hooks = found[-2:]
     assert knows.startswith("prfaas ['RefusalAnswers'")  # around all others
-    assert json.loads(hooks)[compat.K_HANDLE_ABORT] == ["prfaas.sglang.answers"]
+    assert json.loads(hooks)[touch_points.K_HANDLE_ABORT] == ["prfaas.sglang.answers"]
 
 
 K_WITHOUT = """
@@ -176,7 +176,9 @@ def test_server_without_the_backend_imports_none_of_it_and_has_one_hook_that_han
         "prfaas.sglang",
         "prfaas.sglang.command_line",
         "prfaas.sglang.compat",
+        "prfaas.sglang.control",
         "prfaas.sglang.plugin",
+        "prfaas.sglang.touch_points",
     ]
     assert hooks == K_HANDS_ON
 
@@ -209,7 +211,7 @@ def look_and_map(_: Path) -> list[str]:
 
 @finds(look_and_map)
 def test_every_touch_point_is_in_the_pinned_version(found: list[str]) -> None:
-    assert found[-3] == compat.K_VERSION
+    assert found[-3] == touch_points.K_VERSION
 
 
 @finds(look_and_map)
@@ -270,7 +272,7 @@ def launch_doctored(folder: Path) -> str:
 @finds(launch_doctored)
 def test_launch_on_an_sglang_that_moved_fails_at_once_and_says_what_was_expected(found: str) -> None:
     assert "MooncakeKVManager: expected a method maybe_send_extra, found NoneType" in found
-    assert f"made for SGLang {compat.K_VERSION}" in found
+    assert f"made for SGLang {touch_points.K_VERSION}" in found
 
 
 def launch_with_a_wrong_file(folder: Path) -> str:

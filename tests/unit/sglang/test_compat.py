@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from prfaas.config.backend import BackendConfig
-from prfaas.sglang import command_line, compat, plugin
+from prfaas.sglang import command_line, compat, plugin, touch_points
 from prfaas.sglang.compat import SglangMoved, TouchPoint
 
 K_MODULE = """
@@ -20,8 +20,13 @@ from dataclasses import dataclass
 
 class Manager:
     limit = 3
+    rooms: dict
+    def __init__(self): self.port, self.socket = 1, 2
     def send(self, session, blocks): return self.engine.transfer(session, blocks)
     def probe(self): return self.engine.send_probe()
+    def message(self, room):
+        told = [room]
+        return [str(told), b"host", b"port"]
 
 @dataclass
 class Chunk:
@@ -36,7 +41,9 @@ K_POINTS = (
         "little_sglang",
         "Manager",
         members=("limit",),
+        attributes=("rooms", "port", "limit"),
         methods={"send": ("session", "blocks")},
+        frames={"message": 3},
         engine_calls=frozenset({"transfer", "send_probe"}),
     ),
     TouchPoint("little_sglang", "Chunk", fields=("room", "pages")),
@@ -68,6 +75,10 @@ def test_the_sglang_it_is_made_for_passes(sources: Path) -> None:
         ("limit = 3", "pass", "Manager: expected a member limit, found none"),
         ("def send(self, session, blocks)", "def push(self, session, blocks)", "expected a method send"),
         ("send(self, session, blocks):", "send(self, blocks):", "send: expected parameters session"),
+        ("rooms: dict", "pass", "Manager: expected an attribute rooms, found none"),
+        ("self.port, self", "self.address, self", "Manager: expected an attribute port, found none"),
+        ('b"host", b"port"', 'b"host"', "message: expected a message of 3 parts, found 2"),
+        ('[str(told), b"host", b"port"]', "told", "message: expected a message of 3 parts, found none"),
         ("engine.send_probe()", "engine.ping()", "expected it to ask its engine for send_probe, transfer"),
         ("pages: list", "tokens: list", "expected fields pages, found room, tokens"),
         ("def choose(backend, kind)", "def choose(backend)", "expected parameters kind, found (backend)"),
@@ -82,7 +93,7 @@ def test_one_that_moved_is_named_with_what_was_expected_and_found(
     with pytest.raises(SglangMoved) as caught:
         compat.check(K_POINTS, "9.9")
     assert says in str(caught.value)
-    assert f"made for SGLang {compat.K_VERSION}, this is 9.9" in str(caught.value)
+    assert f"made for SGLang {touch_points.K_VERSION}, this is 9.9" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -159,8 +170,13 @@ def test_a_scheduler_without_a_command_line_gets_the_hooks_that_its_file_asks_fo
         monkeypatch.setattr(plugin, flag, False)
     config = BackendConfig.model_validate({"overlap": "layer", "control": {}})
     plugin.complete(config, prefills=True)
-    wanted = [compat.K_PREPARE_ABORT, compat.K_BOOTSTRAP_ADDRESS, compat.K_RUN_BATCH, compat.K_MHA_WRITE]
-    assert hooked == [*wanted, compat.K_MLA_WRITE, compat.K_MLA_WRITE_PARTS, "checked", "applied"]
+    wanted = [
+        touch_points.K_PREPARE_ABORT,
+        touch_points.K_BOOTSTRAP_ADDRESS,
+        touch_points.K_RUN_BATCH,
+        touch_points.K_MHA_WRITE,
+    ]
+    assert hooked == [*wanted, touch_points.K_MLA_WRITE, touch_points.K_MLA_WRITE_PARTS, "checked", "applied"]
     plugin.complete(config, prefills=True)
     assert len(hooked) == 8
 
@@ -188,16 +204,16 @@ def test_a_moved_sglang_leaves_other_launches_alone(
 def test_http_workers_are_given_an_application_that_loads_plugins_unless_another_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(compat.K_APP_PATH, "theirs:app")
+    monkeypatch.setenv(touch_points.K_APP_PATH, "theirs:app")
     plugin._name_application()
-    assert os.environ[compat.K_APP_PATH] == "theirs:app"
+    assert os.environ[touch_points.K_APP_PATH] == "theirs:app"
     assert (
         "names theirs:app: with --tokenizer-worker-num above 1 that must import prfaas.sglang.http_app first"
         in (caplog.text)
     )
     caplog.clear()
-    monkeypatch.delenv(compat.K_APP_PATH)
+    monkeypatch.delenv(touch_points.K_APP_PATH)
     plugin._name_application()
-    assert os.environ[compat.K_APP_PATH] == "prfaas.sglang.http_app:app"
+    assert os.environ[touch_points.K_APP_PATH] == "prfaas.sglang.http_app:app"
     plugin._name_application()
     assert not caplog.text

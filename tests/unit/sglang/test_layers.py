@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome, TransferKind
 from prfaas.pump_client import Transfer
-from prfaas.sglang import compat, layers
+from prfaas.sglang import compat, layers, touch_points
 from prfaas.sglang.ahead import Ahead, Forward, Piece, Written
 from prfaas.sglang.planning import InlineExecutor, RecordingEngine, Segments
 from prfaas.sglang.rooms import SendingRoom, SendingRooms
@@ -530,10 +530,10 @@ def test_the_hooks_are_on_the_scheduler_and_on_both_kinds_of_pool(monkeypatch: p
     monkeypatch.setitem(vars(compat), "HookType", SimpleNamespace(AROUND="around", AFTER="after"))
     layers.register_in_scheduler()
     assert hooked == [
-        (compat.K_RUN_BATCH, "around"),
-        (compat.K_MHA_WRITE, "after"),
-        (compat.K_MLA_WRITE, "after"),
-        (compat.K_MLA_WRITE_PARTS, "after"),
+        (touch_points.K_RUN_BATCH, "around"),
+        (touch_points.K_MHA_WRITE, "after"),
+        (touch_points.K_MLA_WRITE, "after"),
+        (touch_points.K_MLA_WRITE_PARTS, "after"),
     ]
 
 
