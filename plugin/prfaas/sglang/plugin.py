@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prfaas.model.errors import PrfaasError
 from prfaas.sglang import command_line, compat, touch_points
@@ -28,11 +28,9 @@ K_BACKEND_FLAG = "--disaggregation-transfer-backend"
 K_MODE, K_SWITCH = "--disaggregation-mode", "--enable-pd-role-switch"
 K_APPLICATION = "prfaas.sglang.http_app:app"
 
-_registered = False
-_hooked = False
-_answering = False
-_passing = False
-_watching = False
+Part = Literal["flag", "classes", "answers", "passage", "layers"]
+_registered: set[Part] = set()
+"""Of this process: each part once, however often SGLang loads its plugins and whoever is the first to ask."""
 _pump: socket.socket | None = None
 """Of the process that serves HTTP: what keeps the node's pump waiting for its schedulers."""
 
@@ -93,13 +91,13 @@ def complete(config: BackendConfig, prefills: bool) -> None:
     """In a scheduler that uses the backend: what its command line would have had registered, had it one; an
     engine that was made in Python hasn't. Raises SglangMoved.
     """
-    before = _answering, _passing, _watching
+    before = set(_registered)
     _register_answers(serves_http=False)
     if config.control is not None:
         _register_passage()
     if config.overlap == "layer" and prefills:
         _register_layers()
-    if before != (_answering, _passing, _watching):
+    if before != _registered:
         compat.check_backend(with_http=False)
         compat.HookRegistry.apply_hooks()
 
@@ -109,12 +107,17 @@ def backend_asked_for(argv: Sequence[str]) -> bool:
     return command_line.value_of(argv, K_BACKEND_FLAG) == touch_points.K_BACKEND
 
 
+def _first(part: Part) -> bool:
+    """Whether it is for the caller to register that part."""
+    before = part in _registered
+    _registered.add(part)
+    return not before
+
+
 def _register_answers(serves_http: bool) -> None:
     """The hooks by which a refusal reaches its client."""
-    global _answering
-    if _answering:
+    if not _first("answers"):
         return
-    _answering = True
     from prfaas.sglang import answers
 
     answers.register_in_scheduler()
@@ -149,9 +152,7 @@ def serve_http_in_worker() -> None:
 
 def _register_passage() -> None:
     """The hook by which SGLang's bootstrap is reached through the pumps."""
-    global _passing
-    if not _passing:
-        _passing = True
+    if _first("passage"):
         from prfaas.sglang import passage
 
         passage.register_in_scheduler()
@@ -159,9 +160,7 @@ def _register_passage() -> None:
 
 def _register_layers() -> None:
     """The hooks by which a prefill server's layers are seen as they finish."""
-    global _watching
-    if not _watching:
-        _watching = True
+    if _first("layers"):
         from prfaas.sglang import layers
 
         layers.register_in_scheduler()
@@ -171,17 +170,16 @@ def register(with_classes: bool) -> None:
     """Make the flag legal; `with_classes`: also the enum member and the hook, which need SGLang's heavier
     module.
     """
-    global _registered, _hooked
-    if not _registered:
+    if "flag" not in _registered:
         compat.check(touch_points.K_ENTRANCE)
         if touch_points.K_BACKEND not in compat.DISAGG_TRANSFER_BACKEND_CHOICES:
             compat.add_disagg_transfer_backend_choices([touch_points.K_BACKEND])
-        _registered = True
-    if with_classes and not _hooked:
+        _registered.add("flag")
+    if with_classes and "classes" not in _registered:
         compat.check(touch_points.K_ENTRANCE_UTILS)
         compat.add_backend_member()
         compat.HookRegistry.register(touch_points.K_GET_KV_CLASS, choose_class, compat.HookType.AROUND)
-        _hooked = True
+        _registered.add("classes")
 
 
 def choose_class(original: Any, transfer_backend: Any, class_type: Any) -> Any:

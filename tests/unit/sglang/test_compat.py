@@ -166,8 +166,7 @@ def test_a_scheduler_without_a_command_line_gets_the_hooks_that_its_file_asks_fo
     kinds = SimpleNamespace(AROUND=1, AFTER=2, BEFORE=3)
     monkeypatch.setitem(vars(compat), "HookType", kinds)
     monkeypatch.setattr(compat, "check_backend", lambda with_http: hooked.append("checked"))
-    for flag in ("_answering", "_passing", "_watching"):
-        monkeypatch.setattr(plugin, flag, False)
+    monkeypatch.setattr(plugin, "_registered", set())
     config = BackendConfig.model_validate({"overlap": "layer", "control": {}})
     plugin.complete(config, prefills=True)
     wanted = [
