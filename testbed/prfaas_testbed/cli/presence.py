@@ -27,6 +27,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"starts of both servers (default {K_BLOCKS}), some 2 minutes each",
     )  # fmt: skip
     parser.add_argument(
+        "--control", action="store_true", help="neither server has it: what two starts of one differ by"
+    )
+    parser.add_argument(
         "--out", type=Path, default=K_RESULTS, metavar="DIR", help="where presence/STAMP/ goes"
     )
     parser.set_defaults(run=run)
@@ -40,15 +43,17 @@ def run(args: argparse.Namespace) -> int:
     record = {
         "experiment": "presence", "commit": commit(), "started": started.isoformat(timespec="seconds"),
         "versions": versions(K_CHECKOUT / ".venv-sglang"), "machine": machine(), "model": K_MODEL,
+        "control": args.control,
     }  # fmt: skip
     with own(folder) as place, place.watched():
-        found = presence.measure(K_MODELS[K_MODEL], folder / "work", tell, args.blocks)
+        found = presence.measure(K_MODELS[K_MODEL], folder / "work", tell, args.blocks, args.control)
         rows = presence.checks(found)
         path = write_json(folder / "run.json", {**record, "checks": rows, **vars(found)})
     for row in rows:
         error = f" +- {row['error']:.3f}" if row.get("error") is not None else ""
-        line = f"{row['name']:24} {row['value']:.3f}{error:9}  (wanted {row['wanted']}) {row['outcome']}\n"
-        sys.stdout.write(line)
+        blocks = ", ".join(f"{value:.3f}" for value in row.get("by_block", ()))
+        line = f"{row['name']:24} {row['value']:.3f}{error:9}  (wanted {row['wanted']}) {row['outcome']}"
+        sys.stdout.write(f"{line}  {blocks}".rstrip() + "\n")
     failed = [row for row in rows if row["outcome"] == "failed"]
     sys.stdout.write(f"{len(rows) - len(failed)} of {len(rows)} checks passed; raw values: {path}\n")
     return EXIT_FELL_SHORT if failed else EXIT_OK

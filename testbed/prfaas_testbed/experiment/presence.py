@@ -2,7 +2,8 @@
 
 Two plain servers of one model, alike but that one loads no plugin of ours (SGLANG_PLUGINS names the testbed's
 own for CPU servers alone). Each block starts one, then the other, and times it; then asks both in turns:
-single requests by length, then bursts. The next block has them the other way round.
+single requests by length, then bursts. The next block has them the other way round. As a control neither has
+the plugin: what two starts of one server differ by, which no number of requests to them averages out.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ class Found:
     """`block`, `tokens`, and whether token ids and log probabilities are `equal`, bit by bit."""
 
 
-def measure(model: TinyModel, folder: Path, tell: Progress, blocks: int) -> Found:
-    """Raises PrfaasError where a server dies or doesn't answer."""
+def measure(model: TinyModel, folder: Path, tell: Progress, blocks: int, control: bool = False) -> Found:
+    """`control`: the arm "with" is without, too. Raises PrfaasError where a server dies or doesn't answer."""
     found = Found()
     with undisturbed(tell):
         for block in range(blocks):
             arms = K_ARMS if block % 2 == 0 else K_ARMS[::-1]
             ports = dict(zip(arms, free_ports(2), strict=True))
-            servers = {arm: _server(model, arm, ports[arm], folder, block) for arm in arms}
+            servers = {arm: _server(model, arm, ports[arm], folder, block, control) for arm in arms}
             try:
                 for arm in arms:
                     servers[arm].start()
@@ -112,10 +113,10 @@ def ran_s(server: SglangServer) -> float:
     return total_ns / 1e9
 
 
-def _server(model: TinyModel, arm: str, port: int, folder: Path, block: int) -> SglangServer:
+def _server(model: TinyModel, arm: str, port: int, folder: Path, block: int, control: bool) -> SglangServer:
     spec = ServerSpec(
         role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=port,
-        extra_args=K_SAME_CHUNKS, extra_env={} if arm == "with" else {"SGLANG_PLUGINS": K_CPU_PLUGIN},
+        extra_args=K_SAME_CHUNKS, extra_env={} if arm == "with" and not control else {"SGLANG_PLUGINS": K_CPU_PLUGIN},
     )  # fmt: skip
     return SglangServer(spec, folder / f"{block}-{arm}.log")
 
@@ -176,7 +177,10 @@ class Ratio:
 
     value: float
     error: float | None = None
-    """How far off it may well be: the standard error of a median of pairs. None: there were no pairs."""
+    """How far off it may well be, of these two starts: the standard error of a median of pairs. None: there
+    were no pairs."""
+    by_block: tuple[float, ...] = ()
+    """Of each block's pairs alone: another start of both may differ by as much."""
 
 
 def ratios(found: Found) -> dict[str, Ratio]:
@@ -208,14 +212,18 @@ def _paired(rows: Sequence[dict[str, Any]], what: str) -> Ratio:
     found = [pair["with"] / pair["without"] for pair in pairs.values()]
     quarters = statistics.quantiles(found, n=4)
     error = K_MEDIAN_ERROR * (quarters[2] - quarters[0]) / math.sqrt(len(found))
-    return Ratio(round(statistics.median(found), 4), round(error, 4))
+    blocks: dict[int, list[float]] = {}
+    for (block, _), ratio in zip(pairs, found, strict=True):
+        blocks.setdefault(block, []).append(ratio)
+    by_block = tuple(round(statistics.median(some), 4) for some in blocks.values())
+    return Ratio(round(statistics.median(found), 4), round(error, 4), by_block)
 
 
 def checks(found: Found) -> list[dict[str, Any]]:
     rows = [
         {
             "name": f"ratio/{name}", "outcome": "passed" if ratio.value <= K_MOST_RATIO else "failed",
-            "value": ratio.value, "wanted": K_MOST_RATIO, "error": ratio.error,
+            "value": ratio.value, "wanted": K_MOST_RATIO, "error": ratio.error, "by_block": list(ratio.by_block),
         }
         for name, ratio in ratios(found).items()
     ]  # fmt: skip

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 
 from prfaas_testbed.experiment import presence
+from prfaas_testbed.instances.models import K_MODELS
 
 
 def found_of(with_over_without: float, equal: bool = True) -> presence.Found:
@@ -53,3 +55,25 @@ def test_a_median_of_pairs_says_how_far_off_it_may_well_be() -> None:
         errors.append(found.error)
         medians.append(found.value)
     assert statistics.mean(errors) == pytest.approx(statistics.stdev(medians), rel=0.15)
+
+
+def test_what_each_start_of_both_came_to_is_told_apart() -> None:
+    """Two starts of one server can differ by more than requests to them do."""
+    rows = [
+        {"block": block, "round": i, "arm": arm, "s": ratio if arm == "with" else 1.0}
+        for block, ratio in enumerate((0.98, 1.04))
+        for i in range(4)
+        for arm in presence.K_ARMS
+    ]
+    found = presence._paired(rows, "s")
+    assert (found.value, found.by_block) == (1.01, (0.98, 1.04))
+
+
+def test_as_a_control_neither_server_loads_the_plugin(tmp_path: Path) -> None:
+    for control, loads in (
+        (False, {"with": True, "without": False}),
+        (True, {"with": False, "without": False}),
+    ):
+        for arm in presence.K_ARMS:
+            server = presence._server(K_MODELS["dense"], arm, 1, tmp_path, 0, control)
+            assert ("SGLANG_PLUGINS" not in server.spec.extra_env) is loads[arm]
