@@ -157,6 +157,27 @@ def test_a_prompt_that_prefill_computes_again_for_want_of_a_state_crosses_once(s
         assert once <= payload_sent(servers) - before < 1.5 * once
 
 
+@pytest.mark.parametrize("servers", ["dense", "hybrid"], indirect=True)
+def test_each_turn_of_a_session_sends_its_new_part_alone(servers: Any) -> None:
+    """Decode keeps what it was sent and what it said itself; of a hybrid model, with the state after its last
+    token but one."""
+    model, history, known = servers.model, prompt_of(600, 90), 0
+    for turn in range(4):
+        room = new_room()
+        _, answer = servers.pair.generate(history, K_OUTPUT_TOKENS, room)
+        assert answer.error is None
+        assert answer.tokens == generate(servers.plain.url, history, K_OUTPUT_TOKENS).tokens
+        assert verdict(servers, room) == "equal"
+        assert answer.cached_tokens == known
+        assert bytes_of(servers, room) == {
+            "kv": (len(history) - known) * model.kv_bytes_per_token,
+            "state": model.state_bytes,
+            "aux": K_AUX_BYTES,
+        }
+        known = len(history) + K_OUTPUT_TOKENS - 1
+        history = [*history, *answer.tokens, *prompt_of(90 + 10 * turn, 91 + turn)]
+
+
 def payload_sent(servers: Any) -> int:
     """Bytes of KV, state and auxiliary data that the pump has sent, repeats included."""
     config = load_backend_config(servers.prefill.spec.config_path)
