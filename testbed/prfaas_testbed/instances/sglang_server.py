@@ -1,4 +1,5 @@
-"""A real SGLang server on this machine's CPU: its command and environment, its start, its readiness, its end.
+"""A real SGLang server on this machine's CPU (or its GPU): its command and environment, its start, its
+readiness, its end.
 
 How a server is used:
 
@@ -53,6 +54,12 @@ K_CPU_ARGS = (
     "--disable-overlap-schedule", "--sleep-on-idle", "--skip-server-warmup", "--mem-fraction-static", "0.4",
     "--max-running-requests", "8", "--dtype", "bfloat16",
 )  # fmt: skip
+K_CUDA_ARGS = (
+    "--device", "cuda", "--attention-backend", "triton", "--sampling-backend", "pytorch",
+    "--disable-cuda-graph", "--skip-server-warmup", "--mem-fraction-static", "0.2",
+    "--max-running-requests", "8", "--dtype", "bfloat16",
+)  # fmt: skip
+"""Three servers share a GPU. With SGLang's overlap of scheduler and GPU, which the CPU has none of."""
 K_SAME_CHUNKS = ("--prefill-max-requests", "1")
 """One prompt a prefill batch: else arrivals decide where a prompt is cut into chunks, bfloat16 rounds
 otherwise for each cut, and two right servers can disagree about a token. For all that are compared."""
@@ -95,6 +102,7 @@ class ServerSpec:
     context_tokens: int = 16384
     pool_tokens: int = 65536
     """KV pool of the server, shared by its running requests."""
+    device: Literal["cpu", "cuda"] = "cpu"
     extra_args: Sequence[str] = ()
     """Later flags win, so these override everything."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
@@ -123,9 +131,10 @@ def sglang_python() -> Path:
 
 def build_command(spec: ServerSpec, python: Path) -> list[str]:
     """The launch line. Pure."""
+    of_device = K_CPU_ARGS if spec.device == "cpu" else K_CUDA_ARGS
     words = [
         str(python), "-m", "sglang.launch_server", "--model-path", str(spec.model_dir), "--host", spec.host,
-        "--port", str(spec.port), *K_CPU_ARGS, "--context-length", str(spec.context_tokens),
+        "--port", str(spec.port), *of_device, "--context-length", str(spec.context_tokens),
         "--max-total-tokens", str(spec.pool_tokens), *spec.model.server_args,
     ]  # fmt: skip
     if spec.role != "plain":
@@ -134,8 +143,10 @@ def build_command(spec: ServerSpec, python: Path) -> list[str]:
             "--disaggregation-bootstrap-port", str(spec.bootstrap_port),
         ]  # fmt: skip
     if spec.role == "decode":
-        # Retraction's default backup asks for CUDA and ends the server.
-        words += ["--disaggregation-decode-retraction-backup", "cpu_tensor", *spec.model.decode_args]
+        if spec.device == "cpu":
+            # Retraction's default backup asks for CUDA and ends the server.
+            words += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+        words += spec.model.decode_args
     return [*words, *spec.extra_args]
 
 
@@ -144,8 +155,11 @@ def build_environment(spec: ServerSpec, inherited: Mapping[str, str]) -> dict[st
     everything anew.
     """
     env = {name: value for name, value in inherited.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    env |= K_CPU_ENV | {"SGLANG_HOST_IP": spec.host, "PYTHONPATH": K_PYTHONPATH}
-    env |= dict(spec.model.server_env)
+    env |= {"SGLANG_HOST_IP": spec.host}
+    if spec.device == "cpu":
+        env |= K_CPU_ENV | {"PYTHONPATH": K_PYTHONPATH} | dict(spec.model.server_env)
+    else:
+        env |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(K_CHECKOUT / "plugin")}
     if spec.config_path is not None:
         env["PRFAAS_CONFIG"] = str(spec.config_path)
     return env | dict(spec.extra_env)

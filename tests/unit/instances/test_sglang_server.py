@@ -16,6 +16,7 @@ from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.instances import sglang_server
 from prfaas_testbed.instances.models import K_MODELS
 from prfaas_testbed.instances.sglang_server import (
+    K_CHECKOUT,
     ServerDied,
     ServerSpec,
     SglangServer,
@@ -54,6 +55,16 @@ def test_decode_server_names_backend_mode_and_a_backup_that_a_cpu_has() -> None:
     assert value_of(words, "--disaggregation-transfer-backend") == "prfaas"
     assert value_of(words, "--disaggregation-decode-retraction-backup") == "cpu_tensor"
     assert value_of(words, "--max-mamba-cache-size") == "64"
+
+
+def test_a_server_on_a_gpu_has_nothing_of_a_cpus(tmp_path: Path) -> None:
+    words = build_command(spec(device="cuda"), Path("python"))
+    assert value_of(words, "--device") == "cuda"
+    assert value_of(words, "--max-mamba-cache-size") == "64"
+    assert not {"--disaggregation-decode-retraction-backup", "--disable-overlap-schedule"} & set(words)
+    env = build_environment(spec(device="cuda"), {})
+    assert env["PYTHONPATH"] == str(K_CHECKOUT / "plugin")
+    assert "SGLANG_USE_CPU_ENGINE" not in env
 
 
 def test_extra_flags_come_last_and_win() -> None:
