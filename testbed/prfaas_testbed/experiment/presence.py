@@ -114,9 +114,10 @@ def ran_s(server: SglangServer) -> float:
 
 
 def _server(model: TinyModel, arm: str, port: int, folder: Path, block: int, control: bool) -> SglangServer:
+    loads = arm == "with" and not control
     spec = ServerSpec(
         role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=port,
-        extra_args=K_SAME_CHUNKS, extra_env={} if arm == "with" and not control else {"SGLANG_PLUGINS": K_CPU_PLUGIN},
+        extra_args=K_SAME_CHUNKS, extra_env={} if loads else {"SGLANG_PLUGINS": K_CPU_PLUGIN},
     )  # fmt: skip
     return SglangServer(spec, folder / f"{block}-{arm}.log")
 
@@ -223,7 +224,8 @@ def checks(found: Found) -> list[dict[str, Any]]:
     rows = [
         {
             "name": f"ratio/{name}", "outcome": "passed" if ratio.value <= K_MOST_RATIO else "failed",
-            "value": ratio.value, "wanted": K_MOST_RATIO, "error": ratio.error, "by_block": list(ratio.by_block),
+            "value": ratio.value, "wanted": K_MOST_RATIO, "error": ratio.error,
+            "by_block": list(ratio.by_block),
         }
         for name, ratio in ratios(found).items()
     ]  # fmt: skip
