@@ -151,6 +151,9 @@ class PumpConfig(Strict):
     """A stream that delivers nothing for this long (or 8 RTT, if longer) is replaced."""
     nice: int = Field(-10, ge=-20, le=19)
     """Scheduling priority asked for; below 0 it takes a privilege, without which it stays as it is."""
+    started_by: Literal["servers", "operator"] = "servers"
+    """servers: one that finds no pump starts it, and it ends after them. operator: it is a service (`prfaas
+    pump`); servers wait for it and start none, which would take its place while it is started again."""
     idle_exit_s: float = Field(60.0, gt=0, allow_inf_nan=False)
     """A pump that a server started ends after so long without clients."""
     max_transfers: int = Field(65536, ge=1, le=1 << 24)

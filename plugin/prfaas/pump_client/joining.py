@@ -23,13 +23,14 @@ class Joining:
 
     def __init__(self, config: PumpConfig, name: str, *, start: bool) -> None:
         self._config, self._name, self._may_start = config, name, start
+        self._patience_s = launch.K_START_S
         self.token = secrets.token_bytes(16)
         self._probe = ctypes.create_string_buffer(secrets.token_bytes(16), 16)
 
     def join(self, guards_fd: int) -> tuple[socket.socket, m.Attached]:
         """A pump's connection, which doesn't block, and its answer. Raises MachineError."""
         sock = (
-            launch.connect_or_start(self._config)
+            launch.connect_or_start(self._config, patience_s=self._patience_s)
             if self._may_start
             else launch.connect(self._config.control_path)
         )
@@ -44,6 +45,7 @@ class Joining:
             sock.close()
             raise MachineError(answer.error if isinstance(answer, m.Refused) else "the pump answers nonsense")
         sock.setblocking(False)
+        self._patience_s = 0.0  # whoever joins again has deadlines to keep meanwhile
         return sock, answer
 
     def _attach(self, sock: socket.socket, guards_fd: int) -> m.ToServer:

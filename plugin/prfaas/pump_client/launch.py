@@ -18,6 +18,7 @@ from prfaas.config.pump import PumpConfig
 from prfaas.model.errors import MachineError
 
 K_START_S = 20.0
+K_LOOK_S = 0.1
 
 
 def connect(path: Path) -> socket.socket | None:
@@ -52,12 +53,16 @@ def peer_of(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def connect_or_start(config: PumpConfig) -> socket.socket:
-    """Raises MachineError when a pump neither answers nor starts; the message ends with what it logged."""
+def connect_or_start(config: PumpConfig, *, patience_s: float = K_START_S) -> socket.socket:
+    """Raises MachineError when a pump neither answers nor starts; the message ends with what it logged. One
+    that an operator starts is waited for, for `patience_s`.
+    """
     path = config.control_path
     sock = connect(path)
     if sock is not None:
         return sock
+    if config.started_by == "operator":
+        return _await(path, patience_s)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,6 +74,17 @@ def connect_or_start(config: PumpConfig) -> socket.socket:
         return sock if sock is not None else _start(config, path)
     finally:
         os.close(lock)
+
+
+def _await(path: Path, patience_s: float) -> socket.socket:
+    end_s = time.monotonic() + patience_s
+    while time.monotonic() < end_s:
+        time.sleep(K_LOOK_S)
+        if (sock := connect(path)) is not None:
+            return sock
+    raise MachineError(
+        f"{path}: no pump answers; by `started_by: operator` it is a service of its own (prfaas pump)"
+    )
 
 
 def _start(config: PumpConfig, path: Path) -> socket.socket:

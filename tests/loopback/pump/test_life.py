@@ -12,10 +12,12 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from datetime import UTC
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,7 +28,7 @@ from prfaas.model.observations import LinkObservation
 from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump import keys
 from prfaas.pump.server import Pump
-from prfaas.pump_client import LocalPumpClient
+from prfaas.pump_client import LocalPumpClient, launch
 
 from_start = {"idle_exit_s": 0.5}
 
@@ -65,6 +67,31 @@ def test_a_pump_that_cannot_start_says_why(pumps, tmp_path):
         LocalPumpClient.open(config)
     with pytest.raises(MachineError, match="no pump answers"):
         LocalPumpClient.open(pumps.config("nobody"), start=False)
+
+
+def test_servers_of_a_pump_that_is_a_service_wait_for_it_and_start_none_in_its_place(pumps):
+    config = pumps.config("west", started_by="operator")
+    opened = []
+    waiting = threading.Thread(target=lambda: opened.append(pumps.client(config, start=True)))
+    waiting.start()
+    time.sleep(0.5)
+    assert not opened
+    pumps.start("west", started_by="operator")
+    waiting.join(20)
+    (client,) = opened
+    assert client.pump_pid == pumps.pid("west")
+    pumps.kill("west")
+    time.sleep(1.5)  # long enough for another to be started
+    assert not Path(f"{config.control_path}.log").exists(), "a server started one"
+    pumps.start("west", started_by="operator")
+    pumps.until(lambda: client.pump_pid == pumps.pid("west"))
+    assert client.stats()["clients"] == 1
+
+
+def test_a_pump_that_is_a_service_and_is_not_there_is_told_as_such(pumps, monkeypatch):
+    monkeypatch.setattr(launch, "K_START_S", 0.3)
+    with pytest.raises(MachineError, match=r"nobody.sock: no pump answers; by `started_by: operator`"):
+        LocalPumpClient.open(pumps.config("nobody", started_by="operator"))
 
 
 def test_a_second_pump_at_the_same_control_socket_is_refused(pumps):
