@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prfaas.config.backend import BackendConfig
+from prfaas.config.backend import BackendConfig, load_backend_config
 from prfaas.config.loading import Strict, check
 from prfaas.config.pump import PumpConfig
-from prfaas.config.router import RouterConfig
+from prfaas.config.router import RouterConfig, load_router_config
+from prfaas.telemetry.pump_metrics import K_INBOUND_COUNTERS, PumpMetrics
+from prfaas.telemetry.router_metrics import RouterMetrics
 
 K_ROOT = Path(__file__).parents[3]
 K_BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -35,6 +37,52 @@ def test_what_a_page_shows_is_taken(page: str, text: str) -> None:
     fields = yaml.safe_load(text)
     pump = {"pump": {"site": "west"}} if "models" not in fields and "pump" not in fields else {}
     check(fields | pump, kind_of(fields), page)
+
+
+def test_examples_are_taken_and_find_each_other() -> None:
+    at_east, at_west = (
+        load_backend_config(K_ROOT / "examples" / f"{site}.yaml") for site in ("east", "west")
+    )
+    router = load_router_config(K_ROOT / "examples/router.yaml")
+    assert at_west.control
+    assert set(at_west.control.pumps.values()) == {at_east.pump.advertise}
+    assert {forward.pump for forward in at_west.pump.forwards} == {at_east.pump.advertise}
+    forwarded = {forward.listen: forward.to for forward in at_west.pump.forwards}
+    prefill = next(server for _, server in router.servers() if server.role == "prefill")
+    assert forwarded[prefill.url.removeprefix("http://")].startswith(f"{prefill.bootstrap_host}:")
+    assert prefill.kv_events
+    for endpoint in (prefill.kv_events.endpoint, prefill.kv_events.replay_endpoint or ""):
+        assert forwarded[endpoint.removeprefix("tcp://")] in at_east.pump.exposes
+    page = (router.links[0].status_url or "").removeprefix("http://").removesuffix("/links")
+    assert forwarded[page] == at_east.pump.metrics
+    assert at_east.pump.metrics in at_east.pump.exposes
+    assert [f"{at_east.pump.site}>{link.peer_site}" for link in at_east.pump.links] == [
+        f"{link.source}>{link.target}" for link in router.links
+    ]
+
+
+def test_what_rules_and_the_page_ask_prometheus_for_is_there() -> None:
+    """Names of metrics in the examples' rules and in OPERATING.md, of which some stand as `a_{b,c}`."""
+    inbound = dict.fromkeys((*K_INBOUND_COUNTERS, "streams"), 0) | {"refusals": {}}
+    forwards = {"connections": 0, "opened": 0, "failed": 0}
+    stats = {
+        "site": "", "address": "", "version": "", "protocol_versions": (1, 1), "certificates": [],
+        "peers": [],
+        "inbound": inbound, "forwards": forwards, "forwarded_in": 0, "links": [], "ended": {}, "leases": 0,
+        "incoming": 0, "clients": 0, "cpu_user_s": 0.0, "cpu_system_s": 0.0,
+    }  # fmt: skip
+    pages = PumpMetrics().page(stats) + RouterMetrics().page()
+    there = set(re.findall(r"^# HELP (\S+) ", pages.decode(), re.M))
+    rules = yaml.safe_load((K_ROOT / "examples/alerts.yaml").read_text())["groups"][0]["rules"]
+    text = " ".join(rule["expr"] for rule in rules) + (K_ROOT / "OPERATING.md").read_text()
+    spread = re.sub(
+        r"(prfaas_\w+_)\{([a-z_,]+)\}",
+        lambda found: " ".join(found[1] + end for end in found[2].split(",")),
+        text,
+    )
+    asked = set(re.findall(r"\b(?:prfaas_(?:pump|link|router)_\w+|process_\w+)", spread))
+    assert len(asked) > 20
+    assert {name.removesuffix("_bucket") for name in asked} - there == set()
 
 
 def test_two_sites_of_the_readme_find_each_other() -> None:
