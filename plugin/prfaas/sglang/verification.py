@@ -12,6 +12,7 @@ from prfaas.config.backend import BackendConfig
 from prfaas.model.transfer import TransferKind
 from prfaas.sglang import layout
 from prfaas.sglang.planning import Segments
+from prfaas.sglang.rooms import K_REMEMBERED_ROOMS
 from prfaas.sglang.verify import KvFault, Rows, digest_buffers, poison
 
 
@@ -32,6 +33,12 @@ class _Leased:
     aux_index: int | None
     state_indices: list[Any] | None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _keep(rooms: dict[int, Any], most: int) -> None:
+    """The latest: of those that were aborted nobody asks any more."""
+    while len(rooms) > most:
+        del rooms[next(iter(rooms))]
 
 
 class Verification:
@@ -61,6 +68,7 @@ class Verification:
         args = self._args
         with self._lock:
             sent = self._sent.setdefault(chunk.room, _Sent([0] * len(args.kv_data_ptrs)))
+            _keep(self._sent, K_REMEMBERED_ROOMS)
         sent.kv = digest_buffers(args.kv_data_ptrs, args.kv_item_lens, chunk.prefill_kv_indices, sent.kv)
         sent.pages += len(chunk.prefill_kv_indices)
         sent.n_chunks += 1
@@ -106,6 +114,7 @@ class Verification:
             poison(layout.leased_pieces(self._args, kv_indices, None, state_indices))
         with self._lock:
             self._leased[room] = _Leased(generation, kv_indices, aux_index, state_indices)
+            _keep(self._leased, K_REMEMBERED_ROOMS)
 
     def landed(self, room: int, generation: int) -> None:
         """After the lease has ended, before the pages are used: digest what is there."""

@@ -344,6 +344,21 @@ def test_a_kimi_linear_models_tokens_and_logprobs_equal_a_plain_servers(servers:
     equals_plain_cold_and_warm(servers, length)
 
 
+@pytest.mark.parametrize("servers", ["kda"], indirect=True)
+def test_sglangs_own_checksum_refuses_what_was_damaged_on_the_way_and_takes_the_next_one(
+    servers: Any,
+) -> None:
+    for room in (K_ZERO_ROOM, K_DROP_ROOM):
+        _, answer = servers.pair.generate(prompt_of(512, room % 10), K_OUTPUT_TOKENS, room)
+        assert answer.status == 500
+        assert "KV checksum mismatch" in (answer.error or "")
+    assert servers.decode.log_path.read_text(errors="replace").count("KV checksum mismatch req=") == 2
+    assert eventually(lambda: idle(servers))
+    prompt = prompt_of(512, 8)
+    _, answer = servers.pair.generate(prompt, K_OUTPUT_TOKENS)
+    assert_equal(answer, generate(servers.plain.url, prompt, K_OUTPUT_TOKENS))
+
+
 # Last, so that its servers don't come between another model's tests. SGLang's windowed attention on CPU takes
 # prompts of one chunk: the last would be the case before again.
 @pytest.mark.parametrize("length", K_LENGTHS[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from prfaas.config.backend import BackendConfig
 from prfaas.model.transfer import TransferKind
+from prfaas.sglang import verification
 from prfaas.sglang.planning import Segments
 from prfaas.sglang.verify import (
     K_POISON,
@@ -133,3 +136,16 @@ def test_a_row_that_finds_no_room_is_left_out_and_the_next_one_is_whole(
     # Said once for one, two, four … of them.
     assert len(caplog.records) == 2
     assert "No space left" in caplog.text
+
+
+def test_rooms_that_were_aborted_are_forgotten_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "K_REMEMBERED_ROOMS", 2)
+    config = BackendConfig.model_validate({"verify": {"directory": str(tmp_path), "poison": False}})
+    args = SimpleNamespace(kv_data_ptrs=[], kv_item_lens=[])
+    found = verification.Verification(config, args, "decode")
+    for room in range(5):
+        found.leased(room, 1, np.array([], dtype=np.int32), None, None)
+        found.sending(SimpleNamespace(room=room, prefill_kv_indices=[], is_last_chunk=False))
+    assert (list(found._leased), list(found._sent)) == ([3, 4], [3, 4])

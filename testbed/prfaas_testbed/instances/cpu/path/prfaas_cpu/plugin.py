@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from prfaas_cpu import checksum
 from prfaas_cpu.owner import end_with_owner
 
 K_KDA = "PRFAAS_CPU_KDA"
@@ -76,6 +77,7 @@ def _register_hooks() -> None:
         HookType.BEFORE,
     )
     HookRegistry.register(f"{K_SCHEDULER}.Scheduler.on_idle", rest, HookType.AFTER)
+    checksum.register(HookRegistry, HookType.REPLACE)
     if os.environ.get(K_KDA):
         from prfaas_cpu import kda
 
