@@ -27,7 +27,7 @@ from prfaas.config.backend import K_ENVIRONMENT, BackendConfig, load_backend_con
 from prfaas.config.pump import split_address
 from prfaas.model.errors import PrfaasError
 from prfaas.pump_client import LocalPumpClient
-from prfaas.sglang import compat, passage, plugin
+from prfaas.sglang import compat, layout, passage, plugin
 from prfaas.sglang.asking import AskedRooms
 from prfaas.sglang.decode_side import DecodeSide
 from prfaas.sglang.layer_side import LayerSide
@@ -135,6 +135,13 @@ class PrfaasKVManager(DecodeSide, LayerSide):
             staging = Staging(config.staging_bytes, HostMemory())
         else:
             return None
+        if self.disaggregation_mode == compat.DisaggregationMode.DECODE and (
+            kinds := layout.whole_regions(self.kv_args)
+        ):
+            staging.close()
+            raise PrfaasError(
+                f"a decode server whose caches are staged can't take state of {', '.join(kinds)}"
+            )
         self.pump.register([(staging.address, staging.size_bytes)])
         return staging
 

@@ -96,6 +96,14 @@ def _last_word(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2]
 
 
+def whole_regions(args: Any) -> list[str]:
+    """Kinds of this server's state that can't be staged: copied into its pages, a lease's memory would be
+    everybody's.
+    """
+    kinds = {str(getattr(kind, "value", kind)) for kind in args.state_types}
+    return sorted(kinds & set(K_WHOLE_REGION_STATES))
+
+
 def leased_pieces(
     args: Any, kv_indices: Any, aux_index: int | None, state_indices: list[Any] | None
 ) -> NDArray[np.uint64]:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from prfaas.model.decisions import Verdict
+from prfaas.model.errors import PrfaasError
 from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome
 from prfaas.pump_client import Arrival, Offer, Transfer
 from prfaas.sglang import compat, passage
@@ -732,7 +733,7 @@ def staged(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     file = tmp_path / "staged.yaml"
     file.write_text(f"pump: {{site: west}}\nstaging: always\nstaging_bytes: {K_STAGED_BYTES}\n")
     monkeypatch.setenv("PRFAAS_CONFIG", str(file))
-    return lambda mode: backend.PrfaasKVManager(kv_args(), mode)
+    return lambda mode, **changes: backend.PrfaasKVManager(kv_args(**changes), mode)
 
 
 def test_what_landed_and_cannot_be_put_into_its_pages_fails_its_request_at_once(
@@ -794,6 +795,14 @@ def test_a_chunk_that_cannot_be_copied_out_gives_its_staging_back(
     work(prefill, chunk(7))
     assert "out of memory" in prefill.failure_records[7]
     assert prefill.staging.free_bytes == K_STAGED_BYTES
+
+
+def test_state_whose_lease_is_everybodys_memory_is_not_staged_by_a_decode_server(staged: Any) -> None:
+    """Copied in, it would take other requests' state back to what staging held."""
+    with pytest.raises(PrfaasError, match="can't take state of dsa_tail, swa_ring"):
+        staged(Mode.DECODE, state_types=["swa_ring", "mamba", "dsa_tail"])
+    assert staged(Mode.DECODE, state_types=["mamba"]).staging is not None
+    assert staged(Mode.PREFILL, state_types=["swa_ring"]).staging is not None
 
 
 def test_a_change_of_roles_closes_pump_and_staging(staged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
