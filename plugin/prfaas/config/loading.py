@@ -42,6 +42,14 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 K_NUL = "a NUL character"
 K_YAML_KINDS: dict[type, str] = {str: "text", list: "a list", int: "a number", float: "a number"}
+K_NEAR = 0.7  # of a misspelt name to the one that was meant; `rate_mbps` is 0.62 from `at_s`
+_KINDS = {  # in YAML's words, by pydantic's name of the fault
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "string_type": "text",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -135,7 +143,12 @@ def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> Co
         path, here = _follow(model, fault["loc"])
     field = ".".join(str(part) for part in path) or "the file"
     found: object = fault["input"]
-    allowed = str(fault["msg"]).removeprefix("Value error, ")
+    allowed = str(fault["msg"]).removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    if fault["type"] in _KINDS:
+        allowed = f"expected {_KINDS[fault['type']]}"
+    elif fault["type"] in ("too_short", "too_long"):
+        least, most = fault["ctx"].get("min_length"), fault["ctx"].get("max_length")
+        allowed = f"expected at least {least}" if least is not None else f"expected at most {most}"
     if fault["type"] == "extra_forbidden":
         known = sorted({field.alias or name for one in here for name, field in one.model_fields.items()})
         near = _nearest(str(fault["loc"][-1]), known)
@@ -165,7 +178,9 @@ def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> Co
 
 def _nearest(name: str, known: list[str]) -> str:
     """A guess at the field that was meant, for an error: `, perhaps …`, or nothing."""
-    near = [one for one in known if one.startswith(f"{name}_")] or difflib.get_close_matches(name, known, 1)
+    near = [one for one in known if one.startswith(f"{name}_")] or difflib.get_close_matches(
+        name, known, 1, K_NEAR
+    )
     return f", perhaps {near[0]}" if near else ""
 
 

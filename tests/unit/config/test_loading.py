@@ -45,6 +45,27 @@ def test_a_bad_file_is_told_in_a_short_line(text: str, says: str, tmp_path: Path
     assert len(str(caught.value)) < len(str(path)) + 1500
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"sites": {"a": 1}}, "sites.a: found 1; expected a mapping"),
+        ({"sites": ["a"]}, r"sites: found \['a'\]; expected a mapping"),
+        ({"hubs": {"h": {}}}, r"hubs: found {'h': {}}; expected a list"),
+        ({"name": 1}, "name: found 1; expected text"),
+        ({"sites": {"a": {}}}, r"sites: found {'a': {}}; expected at least 2"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_yaml_s_words(fields: dict[str, object], says: str) -> None:
+    whole = {"name": "n", "text": "t", "sites": {"a": {}, "b": {}}, "links": [], **fields}
+    with pytest.raises(ConfigError, match=says):
+        check(whole, Topology, "f.yaml")
+
+
+def test_a_field_like_no_other_is_told_without_a_guess() -> None:
+    with pytest.raises(ConfigError, match="unknown field; known here"):
+        check({"do": "flap", "at_s": 1, "rate_mbps": 10}, Flap, "f.yaml")
+
+
 def test_an_object_that_aliases_make_huge_is_not_written_out(tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
     path.write_text(K_BOMB.replace("i: &i", "name: &i"))
