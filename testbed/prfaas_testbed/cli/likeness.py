@@ -20,7 +20,7 @@ from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.cli._waiting import add_wait
 from prfaas_testbed.experiment.likeness import K_ROUNDS
 from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, commit, machine, versions
-from prfaas_testbed.experiment.pairs import K_EXPERIMENT, compared, pair_set, tell_compared
+from prfaas_testbed.experiment.pairs import K_EXPERIMENT, at_its_pace, compared, pair_set, tell_compared
 from prfaas_testbed.experiment.place import own
 from prfaas_testbed.experiment.profiling import measure, undisturbed
 from prfaas_testbed.experiment.served import against_simulator, rounds_of_record
@@ -29,6 +29,7 @@ from prfaas_testbed.instances.models import K_MODELS
 
 K_WITHIN = 0.10
 K_FILE = "likeness.json"
+K_THERE = "profile-there.yaml"
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -83,10 +84,15 @@ def run(args: argparse.Namespace) -> int:
             # Not before: it needs mininet.
             from prfaas_testbed.experiment.sets import SetRun, real_conduct
 
-            choice, parts = pair_set(args.model, profile, args.turns)
+            there = write_json(folder / K_THERE, found.profile)
+            choice, parts = pair_set(args.model, there, args.turns)
             whole = SetRun(choice, parts, folder, tell, (), place.keep)
+            paces: list[float] = []
+            each = real_conduct(place, tell, args.wait_s)
             with undisturbed(tell):
-                record["between_sites"] = compared(whole.go(real_conduct(place, tell, args.wait_s)))
+                run = whole.go(at_its_pace(each, folder, found.profile, there, paces))
+            record["between_sites"], record["slowness_there"] = compared(run), paces
+            tell(f"there the real prefill server took {paces} of its time alone, profiled instances with it")
             tell_compared(record["between_sites"], tell)
             ratios |= {
                 f"profiled, between sites, {name}": row["ratio"]

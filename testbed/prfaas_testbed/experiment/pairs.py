@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prfaas.config.experiment import (
     Experiment,
@@ -14,11 +14,19 @@ from prfaas.config.experiment import (
     Part,
     load_experiment,
 )
+from prfaas.config.loading import check
+from prfaas.config.profile import ProfileConfig
 from prfaas.config.run import Run
 from prfaas.model.errors import PrfaasError
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.metrics import K_METRICS
+from prfaas_testbed.experiment.pace import as_slow, slowness
+from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.experiment.view import View
+
+if TYPE_CHECKING:
+    from prfaas_testbed.experiment.runner import Results
+    from prfaas_testbed.experiment.sets import Conduct
 
 K_EXPERIMENT = "likeness"
 K_SIDES = ("real", "profiled")
@@ -53,6 +61,26 @@ def one_side(base: Experiment, side: str, model: str, profile: Path) -> Experime
         ],
     }
     return base.model_copy(update=update)
+
+
+def at_its_pace(
+    conduct: Conduct, folder: Path, profile: dict[str, Any], file: Path, paces: list[float]
+) -> Conduct:
+    """Parts as by `conduct`; after each of the real servers' `file` is the profile of a server as slow as
+    theirs was there, for the parts to come, and `paces` has how slow."""
+    alone = check(profile, ProfileConfig, str(file)).profile()
+
+    def conducted(name: str, experiment: Experiment, results: Results) -> None:
+        conduct(name, experiment, results)
+        if not name.startswith("real-"):
+            return
+        (model,) = experiment.models
+        log = (folder / name / "work" / model.name / "prefill.log").read_text(errors="replace")
+        prompts = [row.prompt_tokens for row in next(iter(results.repetitions.values())).requests]
+        paces.append(round(slowness(log, prompts, alone), 4))
+        write_json(file, as_slow(profile, paces[-1]))
+
+    return conducted
 
 
 def compared(run: Run) -> dict[str, dict[str, Any]]:
