@@ -36,13 +36,12 @@ K_CLONE_NEWNET, K_POWER_OFF = 0x40000000, 0x4321FEDC
 K_TCA_STATS2, K_STATS_BASIC, K_STATS_QUEUE = 7, 1, 3
 K_RTM_GETQDISC, K_RTM_NEWQDISC, K_NLMSG_DONE, K_NLMSG_ERROR = 38, 36, 3, 2
 K_PROBE_ETHERTYPE = 0x88B5  # for local experiments
-K_PROBE_DELAY_S, K_PROBE_EVERY_S = 0.010, 0.050
-K_STALL_S = 0.015  # longer than packets keep a process waiting, which the kernel bounds at a tick
+K_PROBE_BYTES_PER_S, K_PROBES_AHEAD_NS = 6000, 1_000_000_000
+K_PROBE_LEAST_BYTES, K_PROBE_LENGTHS = 60, 121  # due 10 to 30 ms after the one before
 K_SO_TIMESTAMPING = 37
 # SOF_TIMESTAMPING_TX_SCHED, RX_SOFTWARE. SO_TIMESTAMPNS gives what arrives unstamped its reading's time.
 K_STAMP_AT_QUEUE, K_STAMP_ARRIVAL = 1 << 8 | 1 << 4, 1 << 3 | 1 << 4
-K_KEPT_ANSWERS, K_KEPT_PROBES = 32, 100
-K_CHANGE_S = 20.0
+K_KEPT_ANSWERS, K_CHANGE_S = 32, 20.0
 K_NOISE = re.compile(r"Command failed|Warning|Object \"end-of-change-|\s*$")
 
 Counters = tuple[int, int, int, int, int]  # bytes, packets, drops, backlog bytes, queued packets
@@ -196,10 +195,12 @@ class QdiscReader:
 
 
 class LagProbe:
-    """How late this kernel's netem lets packets go: frames over a cable of its own with a known delay.
+    """How late this kernel's netem lets packets go: frames that wait in line on a cable of its own.
 
-    The kernel stamps a frame as it enters the queue and as it arrives, so that neither end waits for this
-    process: between its look at the clock and the queue, packets of sites held it up for 20 ms, and passed.
+    Its netem is so slow that each is due some 20 ms after the one before, and a second's are sent ahead: they
+    leave by the kernel's timers alone, whether this process runs or not (at full rate it doesn't for 50 ms,
+    and packets pass), and while the whole router stands still all that are due come late. The kernel stamps
+    both ends, for the same reason.
     """
 
     def __init__(self, run: Callable[[list[str]], dict[str, Any]]) -> None:
@@ -207,40 +208,46 @@ class LagProbe:
             "ip link add lag0 type veth peer name lag1",
             "ip link set lag0 up",
             "ip link set lag1 up",
-            f"tc qdisc add dev lag0 root netem limit 1000 delay {round(K_PROBE_DELAY_S * 1e6)}us",
+            f"tc qdisc add dev lag0 root netem limit 1000 rate {K_PROBE_BYTES_PER_S * 8}bit",
         ):
-            answer = run(words.split())
-            if answer["rc"]:
+            if (answer := run(words.split()))["rc"]:
                 raise OSError(answer["err"])
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self.sender = socket.socket(socket.AF_PACKET, kind, 0)
         self.sender.bind(("lag0", 0))
         self.sender.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPING, K_STAMP_AT_QUEUE)
-        ether = socket.htons(K_PROBE_ETHERTYPE)
-        self.receiver = socket.socket(socket.AF_PACKET, kind, ether)
+        self.receiver = socket.socket(socket.AF_PACKET, kind, socket.htons(K_PROBE_ETHERTYPE))
         self.receiver.bind(("lag1", K_PROBE_ETHERTYPE))
         self.receiver.setsockopt(socket.SOL_SOCKET, K_SO_TIMESTAMPING, K_STAMP_ARRIVAL)
         self.head = b"\xff" * 6 + b"\x02\x72\0\0\0\1" + struct.pack("!H", K_PROBE_ETHERTYPE)
-        self.on_way: dict[int, tuple[int, int]] = {}
+        self.number = self.planned_ns = self.due_ns = 0
+        self.on_way: dict[int, list[int]] = {}  # number: when it entered the queue, how long it takes there
         self.lags_us: list[int] = []
 
-    def send(self, late_s: float) -> None:
-        """`late_s`: after its time. While the whole router stood still, no packet passed: that counts."""
-        late_ns = round(late_s * 1e9) if late_s > K_STALL_S else 0
-        number = time.clock_gettime_ns(time.CLOCK_REALTIME)
-        self.on_way[number] = number, late_ns  # this time must do if the kernel gives none
-        self.sender.send(self.head + struct.pack("=Q", number) + bytes(38))
+    def send(self) -> None:
+        """Fill the line up."""
+        now_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)
+        self.planned_ns = max(self.planned_ns, now_ns)
+        while self.planned_ns < now_ns + K_PROBES_AHEAD_NS:
+            # Of mixed lengths: not in step with anything.
+            self.number += 1
+            length = K_PROBE_LEAST_BYTES + self.number * 47 % K_PROBE_LENGTHS
+            takes_ns = length * 1_000_000_000 // K_PROBE_BYTES_PER_S
+            self.on_way[self.number] = [now_ns, takes_ns]  # this time must do if the kernel stamps none
+            self.planned_ns += takes_ns
+            self.sender.send((self.head + struct.pack("=Q", self.number)).ljust(length, b"\0"))
 
     def receive(self) -> None:
         for number, entered_ns in stamped(self.sender, socket.MSG_ERRQUEUE):
             if number in self.on_way:
-                self.on_way[number] = entered_ns, self.on_way[number][1]
+                self.on_way[number][0] = entered_ns
         for number, arrived_ns in stamped(self.receiver, 0):
-            if number in self.on_way:
-                entered_ns, late_ns = self.on_way.pop(number)
-                lag_ns = arrived_ns - entered_ns + late_ns - round(K_PROBE_DELAY_S * 1e9)
-                self.lags_us.append(lag_ns // 1000)
-        self.on_way = dict(list(self.on_way.items())[-K_KEPT_PROBES:])  # some never arrive, or unstamped
+            if number not in self.on_way:
+                continue
+            for each in [each for each in self.on_way if each <= number]:
+                entered_ns, takes_ns = self.on_way.pop(each)
+                self.due_ns = max(self.due_ns, entered_ns) + takes_ns  # as netem reckons
+            self.lags_us.append((arrived_ns - self.due_ns) // 1000)
 
 
 def stamped(sock: socket.socket, flags: int) -> Iterator[tuple[int, int]]:
@@ -289,6 +296,8 @@ class Observer:
         if self.count % 10 == 0:
             self.accidents = self._accidents(stats)
         self.count += 1
+        self.probe.receive()
+        self.probe.send()
         lags_us, self.probe.lags_us = self.probe.lags_us, []
         return {"at_s": at_s, "links": rows, "lags_us": lags_us, "accidents": self.accidents}
 
@@ -330,22 +339,13 @@ class Agent:
 
     def loop(self) -> None:
         self.say({"ready": os.getpid(), "now_s": time.monotonic()})
-        next_sample_s = next_probe_s = 0.0
+        next_sample_s = 0.0
         while self.going:
-            asleep_s = time.monotonic()
-            wait_s = max(0.0, min(next_sample_s, next_probe_s) - asleep_s) if self.observer else None
+            wait_s = max(0.0, next_sample_s - time.monotonic()) if self.observer else None
             ready, _, _ = select.select([self.source], [], [], wait_s)
-            if self.observer and self.probe:
-                now = time.monotonic()
-                if now >= next_probe_s:
-                    # The frame before has long arrived, stamped; a wake-up of its own would only cost.
-                    self.probe.receive()
-                    self.probe.send(now - max(next_probe_s, asleep_s))
-                    # Not in step with anything: a stall once a second hid between probes that were.
-                    next_probe_s = now + K_PROBE_EVERY_S * (0.5 + time.monotonic_ns() % 997 / 997)
-                if now >= next_sample_s:
-                    self.say({"sample": self.observer.sample()})
-                    next_sample_s = max(next_sample_s + self.observer.every_s, now)
+            if self.observer and (now := time.monotonic()) >= next_sample_s:
+                self.say({"sample": self.observer.sample()})
+                next_sample_s = max(next_sample_s + self.observer.every_s, now)
             if self.source in ready:
                 self._take()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from prfaas_testbed.network.realtime import K_SCHED_DEADLINE
 from prfaas_testbed.network.router import RouterError
 from prfaas_testbed.network.state import in_namespace
 from prfaas_testbed.network.traffic import Kind
+
+K_STOPPED_S = 0.4
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,15 @@ def rtt_ms(net: Network) -> float:
     return sorted(map(float, times))[len(times) // 2]
 
 
+def guests() -> list[int]:
+    """The appliance's kernel and its processes."""
+    return [
+        pid
+        for pid in in_namespace(K_PIN_PREFIX + K_WAN)
+        if Path(f"/proc/{pid}/cmdline").read_text().startswith("linux.uml")
+    ]
+
+
 def test_calibration_finds_the_network_as_it_was_asked_for(net: Network) -> None:
     rows = net.calibrate()
     assert verdict(rows) == []
@@ -59,12 +71,7 @@ def test_the_guest_has_a_processor_s_time_reserved_and_its_processes_real_time_p
     if net.emulation != "appliance":
         pytest.skip("native: the kernel's own netem needs no process")
     net.prepare_changes(["west->east"])
-    guests = [
-        pid
-        for pid in in_namespace(K_PIN_PREFIX + K_WAN)
-        if Path(f"/proc/{pid}/cmdline").read_text().startswith("linux.uml")
-    ]
-    policies = [os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK for pid in guests]
+    policies = [os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK for pid in guests()]
     assert policies.count(K_SCHED_DEADLINE) == 1
     assert policies.count(os.SCHED_FIFO) == len(policies) - 1, policies
     assert net.does_without == {}
@@ -334,6 +341,31 @@ def test_the_watch_has_figures_for_the_time_it_watched(net: Network) -> None:
     assert health.packets >= 9
     assert health.cpu_share > 0
     assert json.dumps(health.as_row())
+
+
+def test_a_stop_of_the_whole_router_is_lag_and_what_holds_up_only_its_agent_is_none(net: Network) -> None:
+    if net.emulation != "appliance":
+        pytest.skip("native: a kernel that stands still stops this test as well")
+    guest = next(pid for pid in guests() if os.sched_getscheduler(pid) & K_SCHED_DEADLINE == K_SCHED_DEADLINE)
+
+    def stop_the_guest() -> None:
+        os.kill(guest, signal.SIGSTOP)
+        time.sleep(K_STOPPED_S)
+        os.kill(guest, signal.SIGCONT)
+
+    def lags_ms(hold_up: Callable[[], object]) -> list[float]:
+        time.sleep(0.3)
+        began_s = time.monotonic()
+        hold_up()
+        time.sleep(1.5)
+        return [lag for sample in net.samples(began_s, time.monotonic()) for lag in sample.lags_ms]
+
+    agent_only = lags_ms(lambda: net.agent.run(None, ["sleep", str(K_STOPPED_S)]))
+    whole = lags_ms(stop_the_guest)
+    assert min(len(agent_only), len(whole)) > 60  # due while it stood still as well
+    assert sum(lag > 100 for lag in agent_only) == 0
+    assert 5 < sum(lag > 100 for lag in whole) < 25  # those due in its first 0.3 s
+    assert max(whole) > 0.8 * K_STOPPED_S * 1000
 
 
 def test_a_capture_at_the_wan_holds_the_packets(net: Network) -> None:
