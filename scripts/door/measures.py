@@ -8,6 +8,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from stage import Stage, Watch, say
 
 def latency(args: argparse.Namespace) -> dict[str, Any]:
     """Rounds alternate between all ways, so that a busy spell of the machine meets them all."""
-    stage = Stage(args.tokens, args.beside)
+    stage = Stage(args.tokens, args.beside, work_s=args.work_ms / 1e3)
+    counted: dict[str, dict[str, float]] = {}
     rows: dict[str, dict[str, Any]] = {}
     try:
         stage.settle()
@@ -31,7 +33,8 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
                 "raw_ttft_ms": [],
                 "beside": [],
             }
-        uvloop.run(Load(50, 0).run(ways["prfaas"], 2))
+        for name in own_names(ways):
+            uvloop.run(Load(50, 0).run(ways[name], 2))
         for number in range(args.rounds):
             # There and back again, so that nothing always comes after the same.
             for name, ports in list(ways.items())[:: -1 if number % 2 else 1]:
@@ -54,6 +57,7 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
                 )
                 if errors:
                     say(f"  first error: {errors[0][:300]}")
+        counted = {name: stage.counted(name) for name in own_names(ways)}
     finally:
         stage.close()
     for name, row in rows.items():
@@ -67,10 +71,16 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
         "rate_rps": args.rate,
         "seconds": args.seconds,
         "tokens": args.tokens,
+        "work_ms": args.work_ms,
         "quantiles": [0.5, 0.9, 0.99],
         "load_average": os.getloadavg()[0],
         "ways": rows,
+        "counted": counted,
     }
+
+
+def own_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("prfaas")]
 
 
 def p99_of_all(row: dict[str, Any]) -> float:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,10 @@ from stand_ins import stand_in
 K_HERE = Path(__file__).resolve().parents[2]
 K_STEP_S = 0.020  # between tokens
 K_SETTLE_S = 60.0
+K_PROMPT_TOKENS = 512
+K_COUNTED = tuple(
+    f"prfaas_router_{one}" for one in ("decisions", "decide_seconds_", "held_seconds_", "requests")
+)
 K_IDLE_CPU_S = 0.06  # in 2 s, all routers together: an idle one polls its servers
 
 
@@ -85,14 +90,15 @@ def tokenizer(folder: Path) -> None:
 class Stage:
     """Stand-ins, the router, and what stands beside it; all ended by `close`."""
 
-    def __init__(self, tokens: int, beside: list[str], step_s: float = K_STEP_S) -> None:
+    def __init__(self, tokens: int, beside: list[str], step_s: float = K_STEP_S, work_s: float = 0.0) -> None:
+        """`work_s`: prompts wait for one another, so long each; a router by deadline stands there as well."""
         self.folder = tempfile.TemporaryDirectory()
         folder = Path(self.folder.name)
         tokenizer(folder)
         self.prefill, self.decode, self.router = free_port(), free_port(), free_port()
         spawn = multiprocessing.get_context("spawn")
         self.workers = [
-            spawn.Process(target=stand_in, args=(role, port, tokens, step_s), daemon=True)
+            spawn.Process(target=stand_in, args=(role, port, tokens, step_s, work_s), daemon=True)
             for role, port in (("prefill", self.prefill), ("decode", self.decode))
         ]
         for worker in self.workers:
@@ -106,7 +112,15 @@ class Stage:
             "models": [{"name": "m", "tokenizer": str(folder)}],
             "sites": [{"name": "west", "servers": servers}],
         }
-        (folder / "router.yaml").write_text(yaml.safe_dump(config))
+        configs = {"prfaas": config}
+        if work_s:
+            cost = {"base_s": 0.0, "prefill_tokens_per_s": K_PROMPT_TOKENS / work_s}
+            ordered = [servers[0] | {"ordered": True}, servers[1]]
+            configs["prfaas-by-deadline"] = config | {
+                "listen": {"port": free_port()},
+                "sites": [{"name": "west", "cost": cost, "servers": ordered}],
+                "policy": {"name": "prices", "service": "deadline"},
+            }
         # Routers share the last core, everything else the others: "on one core" is meant, and a load that
         # competes with what it measures measures itself. Threads keep the core that their process began on.
         cores = sorted(os.sched_getaffinity(0))
@@ -114,9 +128,13 @@ class Stage:
             for worker in self.workers:
                 psutil.Process(worker.pid).cpu_affinity(cores[:-1])
             os.sched_setaffinity(0, cores[-1:])
-        command = [str(K_HERE / ".venv/bin/prfaas"), "router", "--config", str(folder / "router.yaml")]
-        self.ports = {"prfaas": self.router}
-        self.processes = {"prfaas": subprocess.Popen([*command, "--log-level", "warning"])}
+        self.ports, self.processes = {}, {}
+        for name, one in configs.items():
+            file = folder / f"{name}.yaml"
+            file.write_text(yaml.safe_dump(one))
+            command = [str(K_HERE / ".venv/bin/prfaas"), "router", "--config", str(file)]
+            self.ports[name] = one["listen"]["port"]
+            self.processes[name] = subprocess.Popen([*command, "--log-level", "warning"])
         for entry in beside:
             name, _, text = entry.partition("=")
             port = free_port()
@@ -184,6 +202,13 @@ class Stage:
             time.sleep(2)
             if sum(map(self.cpu_s, self.processes)) - before < K_IDLE_CPU_S:
                 return
+
+    def counted(self, name: str) -> dict[str, float]:
+        """What a router of ours has counted of decisions, and of what it held."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[name]}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        rows = [line.rpartition(" ") for line in lines if line.startswith(K_COUNTED)]
+        return {key: float(value) for key, _, value in rows if "_created" not in key and "_bucket" not in key}
 
     def rss_mib(self, name: str) -> float:
         return psutil.Process(self.processes[name].pid).memory_info().rss / (1 << 20)

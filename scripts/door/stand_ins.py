@@ -18,6 +18,7 @@ K_LOADS = {"status": "ok", "loads": [{"num_running_reqs": 0}]}
 # What routers ask an SGLang server for, to know it as one and what it serves.
 K_INFO = {"model_path": "m", "served_model_name": "m", "tokenizer_path": "m", "is_generation": True}
 K_SERVER = {**K_INFO, "version": "0.5.23", "tp_size": 1, "dp_size": 1, "max_running_requests": 4096}
+K_SERVER |= {"chunked_prefill_size": 8192, "prefill_max_requests": 1}
 K_PAGES: dict[str, Any] = {
     "/v1/models": {
         "object": "list",
@@ -30,11 +31,26 @@ K_PAGES: dict[str, Any] = {
 }
 
 
+class Prefills:
+    """A queue that prompts pass one by one, `work_s` each; 0: none waits for another. Both servers of a pair
+    have the same one, as they get the same requests.
+    """
+
+    def __init__(self, work_s: float) -> None:
+        self.work_s, self.ends_s = work_s, 0.0
+
+    def first_s(self, now: float) -> float:
+        """When a prompt that comes now has its first token."""
+        self.ends_s = max(self.ends_s, now) + self.work_s
+        return self.ends_s + K_FIRST_S
+
+
 class StandIn(asyncio.Protocol):
     """One connection to a stand-in server."""
 
-    def __init__(self, role: str, tokens: int, step_s: float) -> None:
+    def __init__(self, role: str, tokens: int, step_s: float, prefills: Prefills) -> None:
         self.role, self.tokens, self.step_s, self.buffer = role, tokens, step_s, b""
+        self.prefills = prefills
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -55,7 +71,8 @@ class StandIn(asyncio.Protocol):
                 return
             self.buffer = rest[size:]
             if head.startswith(b"POST /v1/chat"):
-                asyncio.get_running_loop().call_later(K_FIRST_S, self.first)
+                loop = asyncio.get_running_loop()
+                loop.call_at(self.prefills.first_s(loop.time()), self.first)
             else:
                 words = head.split(b" ", 2)
                 if len(words) < 3:  # the second half of a preface of HTTP/2
@@ -86,11 +103,11 @@ class StandIn(asyncio.Protocol):
             asyncio.get_running_loop().call_later(self.step_s, self.next)
 
 
-def stand_in(role: str, port: int, tokens: int, step_s: float) -> None:
+def stand_in(role: str, port: int, tokens: int, step_s: float, work_s: float) -> None:
     async def main() -> None:
-        loop = asyncio.get_running_loop()
+        loop, prefills = asyncio.get_running_loop(), Prefills(work_s)
         server = await loop.create_server(
-            lambda: StandIn(role, tokens, step_s), "127.0.0.1", port, backlog=4096
+            lambda: StandIn(role, tokens, step_s, prefills), "127.0.0.1", port, backlog=4096
         )
         await server.serve_forever()
 
