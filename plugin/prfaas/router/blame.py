@@ -3,16 +3,19 @@ of one server or one request.
 
 SGLang tells a failed transfer by status 500 and a text, and most else that goes wrong by status 500 as well.
 Of the link speak those texts alone that say that bytes, or an answer, didn't come across: ours by the reason
-that our pumps give (sglang/rooms.py), and those of SGLang 0.5.23's own engines. Any other error is the
-server's: one that brings nothing but errors rests by itself.
+that our pumps give (sglang/rooms.py), and those of SGLang 0.5.23's own engines. Any other error may be the
+server's or the request's. It was the server's if another one then serves the very request, and only then does
+it count: whoever knows how to make servers fail can't take them from others by it, for such a request fails
+at the next one as well. A server that brings nothing but errors so rests by itself, once others have served
+what it failed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from prfaas.model.observations import Role
 from prfaas.model.transfer import FailureReason
 from prfaas.router.attempt import AttemptFailed, FailureKind, Route, Side
 from prfaas.router.fleet import ServerHandle
@@ -86,23 +89,16 @@ def is_decodes_alone(failed: AttemptFailed) -> bool:
 
 
 def blame_servers(
-    ticket: Ticket, route: Route, failed: AttemptFailed, all_servers: Iterable[ServerHandle],
-    now: float, cool_down_s: float,
-) -> ServerHandle:  # fmt: skip
-    """Have the servers of a failed attempt rest, or be second choice for this request; the one that failed
-    it, as far as that can be told.
+    ticket: Ticket, route: Route, failed: AttemptFailed, now: float, cool_down_s: float
+) -> ServerHandle:
+    """Have the servers of a failed attempt be second choice for this request, and one that isn't there rest;
+    the one that failed it, as far as that can be told.
     """
     culprit = route.decode if failed.side is Side.DECODE or route.prefill is None else route.prefill
     if failed.kind is FailureKind.CONNECT:
         culprit.mark_down(now, cool_down_s, f"{culprit.url}: {failed.message}")
-    elif is_own_error(failed) and culprit.name not in ticket.blame:
-        # What one request fails by may be its own fault: it counts once. And who is alone goes on trying.
-        unlike = "prefill" if culprit.role == "decode" else "decode"
-        if any(
-            one is not culprit and one.role != unlike and one.serves(ticket.model) and one.up(now)
-            for one in all_servers
-        ):
-            culprit.on_error(now, cool_down_s)
+    elif is_own_error(failed):
+        ticket.suspects[culprit.name] = culprit
     # Inside a site an error answer doesn't tell which of the two failed: both become second choice.
     for one in (route.decode, route.prefill):
         if one is not None:
@@ -110,11 +106,19 @@ def blame_servers(
     return culprit
 
 
-def clear_servers(route: Route | None) -> None:
-    """The attempt has its first token."""
-    for one in (route.decode, route.prefill) if route is not None else ():
-        if one is not None:
-            one.on_answered()
+def judge_servers(ticket: Ticket, now: float, cool_down_s: float) -> None:
+    """The attempt has its first token. Its servers are well, and who failed the request before did so by
+    itself, unless two of a kind did.
+    """
+    route = ticket.route
+    served = [one for one in (route.decode, route.prefill) if one is not None] if route is not None else []
+    for one in served:
+        one.on_answered()
+    for decodes in (False, True):
+        failed = [one for one in ticket.suspects.values() if (one.role is Role.DECODE) is decodes]
+        if len(failed) == 1 and failed[0] not in served:
+            failed[0].on_error(now, cool_down_s)
+    ticket.suspects.clear()
 
 
 def least_blamed(ticket: Ticket, handles: list[ServerHandle]) -> list[ServerHandle]:

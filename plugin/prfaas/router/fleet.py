@@ -22,7 +22,7 @@ log = logging.getLogger("prfaas.router")
 
 _KEY = re.compile(r"[!-~]+")
 K_ERRORS_IN_A_ROW = 3
-"""Fewer may be one request's own fault, or chance."""
+"""Fewer may be chance."""
 K_INSTANT_S = 1e-6
 """Before a report is too old: sums of the same times in another order may differ by less."""
 K_TOKENS_PER_S = 5000.0
@@ -88,7 +88,7 @@ class ServerHandle:
     down_until_s: float = float("-inf")
     """Not to be used before, after a connection failed."""
     errors: int = 0
-    """Requests in a row that it answered with an error of its own."""
+    """Requests in a row that it answered with an error and that another then served."""
     rests_until_s: float = float("-inf")
     """Not to be used before, after too many of them: that it tells its load says nothing of its engine."""
     misses: int = 0
@@ -138,8 +138,8 @@ class ServerHandle:
             log.info("%s of %s answers again", self.name, self.site)
 
     def on_error(self, now: float, cool_down_s: float) -> None:
-        """It answered with an error of its own. After K_ERRORS_IN_A_ROW, and each one that follows them, it
-        rests.
+        """It failed by itself what another then served. After K_ERRORS_IN_A_ROW, and each one that follows
+        them, it rests.
         """
         self.errors += 1
         if self.errors >= K_ERRORS_IN_A_ROW:

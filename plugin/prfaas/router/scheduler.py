@@ -18,7 +18,7 @@ from prfaas.model.decisions import Action, Decision
 from prfaas.model.ids import ModelId, SiteId
 from prfaas.model.observations import RequestView, SiteObservation, Snapshot
 from prfaas.router.attempt import AttemptFailed, FailureKind, Route
-from prfaas.router.blame import blame_servers, clear_servers, is_decodes_alone, least_blamed, tells_of_link
+from prfaas.router.blame import blame_servers, is_decodes_alone, judge_servers, least_blamed, tells_of_link
 from prfaas.router.errors import NoPath, Overloaded
 from prfaas.router.fleet import ServerHandle, ServerPool, least_loaded, least_running
 from prfaas.router.holding import HoldingPen, Place
@@ -324,7 +324,7 @@ class Scheduler:
         if ticket.link is not None:
             self._links.on_succeeded(ticket.link, self._clock())
             ticket.link = None
-        clear_servers(ticket.route)
+        judge_servers(ticket, self._clock(), self._config.retry.cool_down_s)
         if ticket.policy is not None:
             ticket.policy.on_first_token(
                 request=ticket.request_id, now=self._clock(), cached_tokens=cached_tokens
@@ -334,7 +334,7 @@ class Scheduler:
         """An attempt brought no token: learn from it, and lead the next one elsewhere."""
         now, retry = self._clock(), self._config.retry
         prefill_site = route.prefill.site if route.prefill else route.decode.site
-        culprit = blame_servers(ticket, route, failed, self._servers, now, retry.cool_down_s)
+        culprit = blame_servers(ticket, route, failed, now, retry.cool_down_s)
         if is_decodes_alone(failed):
             ticket.failed_servers.add(route.decode.name)
         elif ticket.link is not None:

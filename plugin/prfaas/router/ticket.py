@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from prfaas.model.decisions import Decision
 from prfaas.model.ids import LinkId, ModelId, SiteId, TenantId
 from prfaas.router.attempt import Route
+from prfaas.router.fleet import ServerHandle
 from prfaas.router.tokens import Prompt
 from prfaas.routing import Policy
 
@@ -33,6 +34,8 @@ class Ticket:
     failed_servers: set[str] = field(default_factory=set)
     blame: dict[str, int] = field(default_factory=dict)
     """Failed attempts by server that had part in them."""
+    suspects: dict[str, ServerHandle] = field(default_factory=dict)
+    """Servers that answered it with an error of their own, until it is known whose fault that was."""
     decision: Decision | None = None
     route: Route | None = None
     """The running attempt's, or the last one's."""

@@ -22,6 +22,16 @@ K_RETRY = {"cool_down_s": 30.0, "backoff_s": 0.01}
 K_QUIET = {"interval_s": 60.0}
 
 
+def failing_for(prompt: str) -> Any:
+    """A server that answers this prompt with an error, each time, and others as ever."""
+
+    async def fault(fake: Any, request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+        error = {"object": "error", "message": "list index out of range", "code": 500}
+        return web.json_response(error, status=500) if body["prompt"] == prompt else None
+
+    return fault
+
+
 def failing(text: str, times: int = 1000) -> Any:
     """A server that answers so many requests with an error of this text."""
     left = times
@@ -173,6 +183,23 @@ def test_one_request_that_fails_again_and_again_counts_once(stand: Any, long_tex
             assert (status, int(headers["x-prfaas-attempts"]) > 5) == (200, True)
             for name in ("east-p", "west-p"):
                 s.servers[name].fault = None
+            assert await ask(s, long_text) == ("east", "1")
+
+    asyncio.run(main())
+
+
+def test_a_tenant_whose_requests_fail_wherever_they_go_takes_no_server_from_others(
+    stand: Any, long_text: str
+) -> None:
+    async def main() -> None:
+        roles = {"west-p": "prefill", "west-d": "decode", "east-p": "prefill", "east-q": "prefill"}
+        async with stand(roles, retry={**K_RETRY, "attempts": 3}, loads=K_QUIET) as s:
+            bad = long_text + " and this"
+            for name in ("west-p", "east-p", "east-q"):
+                s.servers[name].fault = failing_for(bad)
+            for _ in range(8):
+                assert (await s.post("/v1/completions", prompt=bad))[0] == 503
+            assert all(one.up(s.router.clock()) and one.errors == 0 for one in s.router.servers)
             assert await ask(s, long_text) == ("east", "1")
 
     asyncio.run(main())

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, cast
+
 import pytest
 
+from prfaas.config.router import Server
+from prfaas.model.observations import Role
 from prfaas.model.transfer import FailureReason, TransferKind
-from prfaas.router.attempt import AttemptFailed, FailureKind, Side
-from prfaas.router.blame import is_decodes_alone, is_own_error, tells_of_link
+from prfaas.router.attempt import AttemptFailed, FailureKind, Route, Side
+from prfaas.router.blame import (
+    blame_servers,
+    is_decodes_alone,
+    is_own_error,
+    judge_servers,
+    tells_of_link,
+)
+from prfaas.router.fleet import K_ERRORS_IN_A_ROW, ServerHandle
+from prfaas.router.ticket import Ticket
+from prfaas.router.tokens import Prompt
 from prfaas.sglang.rooms import describe
 
 K_OF_SGLANG = "Prefill transfer failed for request rank=0 req.rid='9f-00' req.bootstrap_room=41"
@@ -124,3 +138,44 @@ def test_a_refusal_or_a_server_that_is_not_there_is_no_failure_of_the_link(kind:
     failed = AttemptFailed(Side.PREFILL, kind, "503 KV transfer aborted: KV: deadline (late)")
     assert not tells_of_link(failed)
     assert not is_own_error(failed)
+
+
+def handle(name: str, role: Role) -> ServerHandle:
+    server = Server(name=name, role=role.value, url="http://h:1", bootstrap_port=1)
+    return ServerHandle("west", server, cast(Any, None), cast(Any, None), role=role)
+
+
+A, B, C = (f"prefill-{name}" for name in "abc")
+D, E = "decode-d", "decode-e"
+
+
+@pytest.mark.parametrize(
+    ("failed", "served", "counts"),
+    [
+        ([(A, Side.PREFILL)], (B, D), {A}),
+        ([(A, Side.PREFILL)], None, set()),
+        ([(A, Side.PREFILL)], (A, D), set()),
+        ([(A, Side.PREFILL)] * 2, (B, D), {A}),
+        ([(A, Side.PREFILL), (B, Side.PREFILL)], (C, D), set()),
+        ([(D, Side.DECODE)], (A, E), {D}),
+        ([(D, Side.DECODE), (A, Side.PREFILL)], (B, E), {A, D}),
+        ([(D, Side.DECODE), (E, Side.DECODE)], (A, D), set()),
+    ],
+)
+def test_an_error_counts_against_a_server_where_another_then_serves_the_same_request(
+    failed: list[tuple[str, Side]], served: tuple[str, str] | None, counts: set[str]
+) -> None:
+    servers = {name: handle(name, Role.PREFILL) for name in (A, B, C)}
+    servers |= {name: handle(name, Role.DECODE) for name in (D, E)}
+    for _ in range(K_ERRORS_IN_A_ROW):
+        ticket = Ticket("r", "m", "", "", Prompt(10), None, 0.0)
+        for name, side in failed:
+            route = Route(servers[D], servers[A], 10)
+            route = replace(route, prefill=servers[name]) if name in (A, B, C) else route
+            route = replace(route, decode=servers[name]) if name in (D, E) else route
+            own = AttemptFailed(side, FailureKind.SERVER, "500 Internal Server Error")
+            assert blame_servers(ticket, route, own, 0.0, 5.0) is servers[name]
+        if served is not None:
+            ticket.route = Route(servers[served[1]], servers[served[0]], 10)
+            judge_servers(ticket, 0.0, 5.0)
+    assert {name for name, one in servers.items() if not one.up(1.0)} == counts
