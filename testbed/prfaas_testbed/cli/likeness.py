@@ -59,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--rounds is at least 1, --turns 0 or more")
     if args.again is not None:
         return again(args.again)
+    if args.turns:
+        # Not at the top: it needs mininet. Else minutes of measuring would end in what it says now.
+        from prfaas_testbed.network.opening import check_machine
+
+        check_machine()
     folder = ((args.out or K_RESULTS) / K_EXPERIMENT / stamp()).resolve()
     with own(folder) as place:
         record: dict[str, Any] = {

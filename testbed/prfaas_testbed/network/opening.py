@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -20,11 +21,27 @@ from prfaas_testbed.network.disk import mount_disk
 from prfaas_testbed.network.network import Network, Progress
 from prfaas_testbed.network.state import K_TMP_PREFIX, Lock, Record, clean_up, state_file
 
+K_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21, "CAP_SYS_NICE": 23}
+"""What of root's rights a network is made with, by their bits; root of a container often lacks some."""
+
+
+def held_capabilities() -> int:
+    """This process's, as bits."""
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found.group(1), 16) if found else -1
+
 
 def check_machine() -> None:
-    """Raises MachineError for what this machine lacks: root, or a program, with the package that has it."""
+    """Raises MachineError for what this machine lacks: root or a right of it, or a program, with the package
+    that has it."""
     if os.geteuid() != 0:
         raise MachineError("an emulated network needs root: run it with sudo")
+    held = held_capabilities()
+    if lacks := [name for name, bit in K_CAPABILITIES.items() if not held >> bit & 1]:
+        raise MachineError(
+            f"an emulated network needs all of root's rights, and this root lacks {', '.join(lacks)}: "
+            f"run it outside a container, or in a privileged one"
+        )
     for program, package in K_NETWORK_PROGRAMS.items():
         if shutil.which(program) is None:
             raise MachineError(

@@ -8,7 +8,7 @@ import pytest
 
 from prfaas.config.topology import Impairments
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.network import appliance, base
+from prfaas_testbed.network import appliance, base, opening
 from prfaas_testbed.network.appliance import Appliance
 from prfaas_testbed.network.native import Native
 from prfaas_testbed.network.opening import check_machine
@@ -20,8 +20,20 @@ def test_without_root_the_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         check_machine()
 
 
+def test_root_of_a_container_is_told_which_rights_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(opening, "held_capabilities", lambda: 0xA80425FB)  # Docker's own choice
+    with pytest.raises(MachineError, match="root lacks CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_NICE: run it"):
+        check_machine()
+
+
+def test_the_rights_that_this_process_holds_are_read() -> None:
+    assert 0 <= opening.held_capabilities() < 1 << 64
+
+
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(opening, "held_capabilities", lambda: -1)
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "mnexec" else f"/usr/bin/{name}")
     with pytest.raises(MachineError, match="mnexec is missing; install Debian's package mininet"):
         check_machine()
