@@ -187,6 +187,9 @@ class PumpConfig(Strict):
         listens = [forward.listen for forward in self.forwards if split_address(forward.listen)[1]]
         if twice := next((listen for listen in listens if listens.count(listen) > 1), None):
             raise ValueError(f"forwards: two of them listen on {twice}")
+        peers = [link.peer_site for link in self.links]
+        if twice := next((peer for peer in peers if peers.count(peer) > 1), None):
+            raise ValueError(f"links: two of them lead to {twice}")
         return self
 
     @property

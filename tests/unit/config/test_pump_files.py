@@ -102,6 +102,9 @@ def test_a_pump_that_listens_everywhere_says_where_peers_dial_it(tmp_path: Path,
     assert load_pump_config(path).advertise == "198.51.100.7"
 
 
+K_LINK = "{peer_site: east, admission: {nominal_bps: 1000000000}}"
+
+
 @pytest.mark.parametrize(
     ("line", "field", "allowed"),
     [
@@ -111,6 +114,7 @@ def test_a_pump_that_listens_everywhere_says_where_peers_dial_it(tmp_path: Path,
         ("metrics: nowhere", "metrics", "is not host:port"),
         ("advertise: 'a:b'", "advertise", "is not host:port"),
         ("advertise: 'a b'", "advertise", "expected a host's name"),
+        (f"links: [{K_LINK}, {K_LINK}]", "the file", "links: two of them lead to east"),
         ("protocol_versions: [2, 1]", "the file", "the oldest, 2, is above the newest, 1"),
         ("staging_bytes: 99999999999999999", "staging_bytes", "less than or equal"),
         ('control_socket: "a\\0b"', "line 2, column 17", "expected text without one"),
