@@ -121,6 +121,8 @@ class InstanceObservation:
     healthy: bool = True
     draining: bool = False
     """Takes nothing new (about to change role or leave)."""
+    others_tokens: int | None = None
+    """Of waiting_uncached_tokens, what others than this door have sent; None where that isn't told apart."""
 
     @property
     def takes_prefill(self) -> bool:

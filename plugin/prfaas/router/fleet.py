@@ -57,7 +57,8 @@ class _Seen:
     others_s: float | None
     """Seconds of others' prefills; None where they are known in tokens alone."""
     behind: tuple[int | None, float, float | None, int | None, int | None, int | None, bool, bool]
-    """The fields after it."""
+    """The fields after it, but for the last: others_tokens."""
+    others_tokens: int
     idle: InstanceObservation
     """It, while nothing of ours is in prefill there."""
 
@@ -170,7 +171,8 @@ class ServerHandle:
             object.__setattr__(self, "_seen", seen)
         if seen.others_s is None or not self.prefilling.jobs:
             return seen.idle
-        return InstanceObservation(*seen.before, self.prefilling.backlog_s(now) + seen.others_s, *seen.behind)
+        backlog_s = self.prefilling.backlog_s(now) + seen.others_s
+        return InstanceObservation(*seen.before, backlog_s, *seen.behind, seen.others_tokens)
 
     def _look(self, now: float, max_age_s: float) -> _Seen:
         fresh = now - self.reported.at_s <= max_age_s
@@ -216,7 +218,8 @@ class ServerHandle:
             before=before,
             others_s=others_s,
             behind=behind,
-            idle=InstanceObservation(*before, others_s, *behind),
+            others_tokens=others_tokens,
+            idle=InstanceObservation(*before, others_s, *behind, others_tokens),
         )
 
 

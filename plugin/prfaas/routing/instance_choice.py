@@ -134,11 +134,18 @@ class InstanceChooser:
                 self.lanes.touch(lane)
             lane.early_s = early_s
             if one.at_s > lane.reported_s:
-                backlog_s = one.prefill_backlog_s
-                if backlog_s is None:
-                    backlog_s = one.waiting_uncached_tokens * s_per_token
-                if backlog_s > K_FOREIGN_S or lane.foreign_s:
-                    lane.report(backlog_s, one.at_s, now)
+                others_tokens = one.others_tokens
+                if others_tokens is None:
+                    backlog_s = one.prefill_backlog_s
+                    if backlog_s is None:
+                        backlog_s = one.waiting_uncached_tokens * s_per_token
+                    if backlog_s > K_FOREIGN_S or lane.foreign_s:
+                        lane.report(backlog_s, one.at_s, now)
+                        self.lanes.touch(lane)
+                elif others_tokens or lane.foreign_s:
+                    speed = one.prefill_tokens_per_s
+                    others_s = others_tokens / speed if speed else others_tokens * s_per_token
+                    lane.report_others(others_s, one.at_s)
                     self.lanes.touch(lane)
             work_s = lane.ends_s - now
             if work_s <= 0.0:

@@ -120,7 +120,18 @@ class Lane(Steps):
         if not self.foreign_s and backlog_s <= K_FOREIGN_S - K_ROUNDING_S + max(0.0, running_s) + now - at_s:
             return  # the running step explains it, whatever is queued
         known_s = self.work_s(now) - self.foreign_s - self.held_s() + (now - at_s)
-        foreign_s = backlog_s - known_s
+        self._others(backlog_s - known_s)
+
+    def report_others(self, others_s: float, at_s: float) -> None:
+        """So much of what the instance had at at_s isn't ours: as `report`, from a door that tells the two
+        apart. Ours is known here better: what the door hasn't had an answer to may long be prefilled, and
+        crossing to where it is decoded.
+        """
+        if at_s > self.reported_s:
+            self.reported_s = at_s
+            self._others(others_s)
+
+    def _others(self, foreign_s: float) -> None:
         foreign_s = foreign_s if foreign_s > K_FOREIGN_S else 0.0
         if foreign_s != self.foreign_s:
             self.foreign_s = foreign_s

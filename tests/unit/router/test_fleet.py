@@ -64,6 +64,7 @@ def observed_anew(handle: ServerHandle, now: float) -> InstanceObservation:
         max_running=handle.reported.max_running,
         healthy=now >= handle.down_until_s and now >= handle.rests_until_s and not handle.broken,
         draining=handle.draining,
+        others_tokens=others,
     )
 
 
@@ -98,7 +99,7 @@ def test_a_server_is_observed_as_it_is_whatever_was_kept(role: Role, data: st.Da
         elif what == 4:
             handle.told_tokens = handle.pending_tokens
         elif what == 5:
-            handle.mark_down(now, 1.0)
+            handle.mark_down(now, 1.0, "no answer")
         elif what == 6:
             handle.on_error(now, 1.0)
         elif what == 7:
@@ -109,6 +110,19 @@ def test_a_server_is_observed_as_it_is_whatever_was_kept(role: Role, data: st.Da
             handle.role, handle.broken, handle.chunk_tokens = role, data.draw(st.sampled_from(["", "x"])), 512
         for _ in range(2):
             assert handle.observe(now, K_MAX_AGE_S) == observed_anew(handle, now)
+
+
+def test_what_a_server_says_beyond_our_own_requests_is_told_as_others() -> None:
+    handle = handle_of(Role.PREFILL)
+    handle.prefilling.add(2.0, 10.0)
+    handle.pending_tokens = handle.told_tokens = 700
+    handle.reported = Reported(10.0, waiting_uncached_tokens=1000, prefill_tokens_per_s=100.0)
+    seen = handle.observe(10.0, K_MAX_AGE_S)
+    assert (seen.others_tokens, seen.prefill_backlog_s) == (300, 5.0)
+    # Ours is being sent to where it is decoded: the server has nothing of it waiting, and hasn't answered.
+    handle.reported = Reported(11.0, waiting_uncached_tokens=0, prefill_tokens_per_s=100.0)
+    seen = handle.observe(11.0, K_MAX_AGE_S)
+    assert (seen.others_tokens, seen.prefill_backlog_s) == (0, 1.0)
 
 
 @pytest.mark.parametrize("fresh_s", [0.0, K_MAX_AGE_S / 2])

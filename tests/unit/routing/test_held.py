@@ -111,6 +111,23 @@ def test_work_that_others_sent_holds_a_request_no_longer_than_it_takes_though_no
     assert list(made.recalls(at_s)[0]) == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("others_tokens", "action"), [(0, Action.DISPATCH), (4000, Action.HOLD), (None, Action.HOLD)]
+)
+def test_what_is_prefilled_and_still_crossing_is_not_taken_for_others_work(
+    others_tokens: int | None, action: Action
+) -> None:
+    made = policy()
+    ask(made, RequestView("a", 1000, 0.0, home="west"), snapshot(0.0), 0.0)
+    # Its prefill ended at 1.3; that it hasn't been answered yet counts in the door's figure of the backlog.
+    one = InstanceObservation(
+        "west-0", "west", Role.PREFILL, 1.5, prefill_backlog_s=1.3, others_tokens=others_tokens
+    )
+    seen = SiteObservation.of("west", [one, InstanceObservation("d", "west", Role.DECODE, 1.5)], 1.5)
+    view = RequestView("b", 1000, 1.5, home="west")
+    assert ask(made, view, Snapshot(1.5, {"west": seen}, {}), 1.5).action is action
+
+
 def test_a_held_request_goes_where_it_has_become_cheaper() -> None:
     made = policy()
     for name in ("a", "b"):

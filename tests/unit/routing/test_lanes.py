@@ -98,6 +98,17 @@ def test_work_that_others_sent_counts_before_all_until_a_report_says_it_is_done(
     assert lane.place(1, 1000, 1.3, 2.0)[0] == pytest.approx(3.3)
 
 
+def test_others_work_that_a_door_tells_apart_counts_whatever_of_ours_is_unanswered() -> None:
+    lane = Lane(K_CHUNK)
+    queued(lane, 0.0, (1, 1000, 9))
+    lane.report_others(4.0, at_s=0.5)
+    assert lane.place(1, 1000, 1.3, 0.5)[0] == pytest.approx(1.3 + 4.0 + 1.3)
+    lane.report_others(0.0, at_s=0.4)  # older than what is known
+    assert lane.foreign_s == 4.0
+    lane.report_others(0.4, at_s=2.0)  # a hair of a report's own delay
+    assert lane.place(1, 1000, 1.3, 2.0)[0] == pytest.approx(3.3)
+
+
 requests = st.lists(
     st.tuples(
         st.floats(0, 8),  # arrival
