@@ -79,6 +79,10 @@ class Handler(ABC):
         nothing to send.
         """
 
+    def on_dry(self, stream: Stream, now: float) -> None:
+        """The socket was full, and when it asked for more its kernel had nothing left to send."""
+        return
+
     @abstractmethod
     def on_ready(self, stream: Stream, now: float) -> None: ...
 

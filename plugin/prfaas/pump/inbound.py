@@ -111,7 +111,7 @@ class Inbound(Handler):
         self.streams.discard(stream)
         self.pump.exposed.lost(stream, now)
         self.counters.add(stream.counters)
-        self.counters.streams_lost += 1
+        self.counters.streams_lost += not stream.ended_by_peer
         self._sessions.leave(stream.session, stream)
         if stream.session is None:
             self.count_refusal("untrusted" if stream.untrusted else "handshake")

@@ -32,6 +32,15 @@ class Measured:
         self.info, self.acked_bytes = info, info.acked_bytes
         self.counters.take(info)
 
+    @property
+    def has_unacked(self) -> bool:
+        """Whether the kernel has anything yet that the peer's hasn't."""
+        return self.info is None or self.info.unacked_packets > 0 or self.info.notsent_bytes > 0
+
+    def is_dry(self) -> bool:
+        """Whether the kernel has hardly anything of it left to send."""
+        return tcpinfo.is_dry(self._sock)
+
     def room_bytes(self) -> int:
         """What it carries within a round trip besides what its kernel has already."""
         return tcpinfo.room_bytes(self._sock)

@@ -46,10 +46,10 @@ log = logging.getLogger(__name__)
 K_TICK_S = 0.1
 K_CONNECT_S = 3.0
 K_HANDSHAKE_S = 5.0
-K_UNSENT_S = 0.06
 K_CUT_S = 0.02
-K_HEDGE_S = 0.1
+K_HEDGE_S = 0.04
 K_LOG_QUIET_S = 5.0
+K_SILENT_S = 1.0
 K_FORGET_S = 60.0
 """A peer that went for good is forgotten: where servers come and go there are new addresses every day."""
 
@@ -206,7 +206,7 @@ class Peer(PeerFigures):
     def on_ready(self, stream: Stream, now: float) -> None:
         stream.sample(now)
         stream.set_congestion_control(self.pump.config.congestion_control)
-        stream.set_unsent(K_UNSENT_S, max(1, self.n_ready))
+        self._let_hold(stream, now)
         self._dialling.succeeded(now)
         self.counters.streams_opened += 1
         self._observe(now)  # the first one tells how far the peer is, and so how many are wanted
@@ -240,7 +240,7 @@ class Peer(PeerFigures):
         self.kick(now)
 
     def next_block(self, stream: Stream, now: float) -> int:
-        if stream.is_cut:
+        if stream.is_cut or stream.is_retiring:
             return 0
         spread = self._spreads(now)
         if spread and not self._spreading.may_take(stream):
@@ -319,7 +319,7 @@ class Peer(PeerFigures):
         busy = len(self.sending) > 0
         self._spreading.measure(self._infos())
         self._observe(now)
-        self.sending.hedge_after_s = 1.5 * self.rtt_s + K_HEDGE_S
+        self.sending.hedge_after_s = 1.5 * self.rtt_s + self._slack.seconds(now) + K_HEDGE_S
         if busy and not self.n_ready and self._dialling.is_refused(now):
             self._fail_all(FailureReason.PEER_UNREACHABLE, self.last_error, now)
         if busy or (self._keep_warm and self._dialling.worth_warming):
@@ -334,7 +334,7 @@ class Peer(PeerFigures):
                 stream.lose(f"no answer ({stream.state.value})", now)
             return
         stream.sample(now)
-        stream.set_unsent(K_UNSENT_S, max(1, self.n_ready))
+        self._let_hold(stream, now)
         rtt_s = stream.info.rtt_s if stream.info else 0.0
         if now - stream.progress_s > max(self.pump.config.stall_s, 8 * rtt_s):
             stream.lose(f"nothing was acknowledged for {now - stream.progress_s:.1f} s", now)
@@ -348,9 +348,22 @@ class Peer(PeerFigures):
             backlogged=self.sending.backlog_bytes > 0, min_rtt_s=gauges.min_rtt_s(infos),
             rate_driven=any(s.congestion_control == "bbr" for s in self._streams.values()),
         )  # fmt: skip
-        if wanted > before:
+        if wanted != before:
             log.info("peer %s: %d streams, for %.2f%% loss", self.address, wanted, 100 * self.count.loss)
             self._dial(now)
+        self._retire(now)
+
+    def _retire(self, now: float) -> None:
+        """Those beyond the number wanted, the newest, take no more blocks, and end when all that they carry
+        is acknowledged and their peer has been silent for a while: an answer might still come.
+        """
+        ready = [s for s in self.streams if s.ready]
+        for place, stream in enumerate(ready):
+            stream.is_retiring = place >= self.count.wanted
+            over = stream.is_retiring and stream.is_silent and now - stream.heard_s > K_SILENT_S
+            if over and not self.sending.carries(stream.index):
+                stream.close(now, reset=False)
+                self._drop(stream.index, stream)
 
     # Ends
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from prfaas.pump import gauges
 from prfaas.pump.handler import Counters, Handler
 from prfaas.pump.stream import Stream
-from prfaas.pump.tcpinfo import TcpInfo
+from prfaas.pump.tcpinfo import K_LONG_PATH_S, TcpInfo
 from prfaas.transfer.sending import Sending
+from prfaas.transfer.slack import Slack
 from prfaas.transfer.starving import Starving
 
 
@@ -19,6 +20,7 @@ class PeerFigures(Handler):
         """Of closed streams."""
         self._streams: dict[int, Stream] = {}
         self._starving = Starving(now)
+        self._slack = Slack()
 
     @property
     def n_ready(self) -> int:
@@ -58,6 +60,17 @@ class PeerFigures(Handler):
         """Time without anything to send that the receivers' windows had room for, since last asked."""
         self._note_work(now)
         return self._starving.take_s(now)
+
+    def on_dry(self, stream: Stream, now: float) -> None:
+        # On a short path the kernel sends whatever it gets at once.
+        if self.sending.can_send() and self.min_rtt_s >= K_LONG_PATH_S:
+            self._slack.ran_dry(now)
+            for each in self._streams.values():
+                self._let_hold(each, now)
+
+    def _let_hold(self, stream: Stream, now: float) -> None:
+        """As much unsent as our own lateness asks for."""
+        stream.set_unsent(self._slack.seconds(now), max(1, self.n_ready))
 
     @property
     def app_limited(self) -> bool:

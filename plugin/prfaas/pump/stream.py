@@ -76,8 +76,8 @@ class Stream(Measured):
         self.proved_site = ""
         """The site of the peer's certificate; empty without TLS."""
         self.untrusted = ""
-        self.answered = self.is_cut = False
-        """Whether anybody was there at all."""
+        self.answered = self.is_cut = self.is_retiring = self.ended_by_peer = False
+        """Whether anybody was there, it takes no more blocks, its peer closed it with nothing half sent."""
         self.opened_s = self.heard_s = now
         self.session: object = None
         self.forwarding = False
@@ -209,6 +209,7 @@ class Stream(Measured):
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             if n == 0:
+                self.ended_by_peer = self.ready and self._header is None and not self._got
                 self.lose("closed by the peer", now)
                 return
             budget -= n
@@ -302,6 +303,8 @@ class Stream(Measured):
 
     def write(self, now: float) -> None:
         """Send what is queued, then blocks, until the socket is full or the turn is over."""
+        if self._blocked and self.is_dry():
+            self.handler.on_dry(self, now)
         budget, tls = K_TURN_BYTES, self._tls
         send = self._sock.send if tls is None else tls.send
         while budget > 0 and not self.closed:
@@ -345,8 +348,7 @@ class Stream(Measured):
 
     def give_up_after(self, seconds: float) -> None:
         """Lose the stream when what it sends isn't acknowledged for so long: keep-alive doesn't see that."""
-        with contextlib.suppress(OSError):
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+        tcpinfo.give_up_after(self._sock, seconds)
 
     def lose(self, reason: str, now: float) -> None:
         """The stream ends here; its handler hears of it once."""
@@ -363,14 +365,20 @@ class Stream(Measured):
         with contextlib.suppress(OSError):
             (self._tls or self._sock).send(self.out_buffer.view[:n_bytes])
 
-    def close(self, now: float) -> None:
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing of ours waits here or, as last sampled, for the peer's kernel."""
+        return not (self._out or self._queue or self.has_unacked)
+
+    def close(self, now: float, *, reset: bool = True) -> None:
+        """`reset`: what the kernel holds unsent is thrown away."""
         if self.closed:
             return
         self.sample(now)
         before, self.state = self.state, State.CLOSED
         if self._mask:
             self.loop.remove(self._fd)
-        if before is State.READY or before is State.CONNECTING:
+        if reset and before in (State.READY, State.CONNECTING):
             tcpinfo.abort(self._sock)
         else:
             # What TLS has to say of a certificate it refuses must still reach the peer.

@@ -4,6 +4,7 @@ kernel has them).
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 from prfaas.transfer import spread
 
 K_TCP_NOTSENT_LOWAT = 25
+K_SIOCOUTQNSD = 0x894B
+K_DRY_BYTES = 4096
 K_LONG_PATH_S = 0.002
 K_UNSENT_LEAST_BYTES = 64 * 1024
 K_UNSENT_SHARED_BYTES = 1 << 20
 K_UNSENT_MOST_BYTES = 4 << 20
-_U32 = struct.Struct("<I")
+_INT, _U32 = struct.Struct("=i"), struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
 
@@ -39,6 +42,15 @@ class TcpInfo:
     segments_in: int
     app_limited: bool = False
     """The kernel's last rate sample is of a stream that had nothing to send for a part of it."""
+    pacing_rate_bps: float = 0.0
+
+    @property
+    def rate_bps(self) -> float:
+        """What it may send now: as it is paced, but no more than its window in a round trip. The last rate
+        sample alone is often of a moment in which it was held up.
+        """
+        window_bps = self.cwnd_packets * self.mss_bytes * 8 / self.rtt_s if self.rtt_s else 0.0
+        return max(self.delivery_rate_bps, min(self.pacing_rate_bps, window_bps))
 
 
 def _u32(data: bytes, at: int) -> int:
@@ -68,6 +80,7 @@ def parse(data: bytes) -> TcpInfo:
         segments_out=_u32(data, 136),
         segments_in=_u32(data, 140),
         app_limited=len(data) > 7 and bool(data[7] & 1),
+        pacing_rate_bps=_u64(data, 104) * 8.0,
     )
 
 
@@ -93,13 +106,24 @@ def room_bytes(sock: socket.socket) -> int:
 
 
 def unsent_bytes(info: TcpInfo, wait_s: float, n_streams: int) -> int:
-    """What the kernel may hold unsent, to last it for `wait_s` at the stream's rate."""
+    """What the kernel may hold unsent, to last it for `wait_s` at the stream's rate (it asks for more at half
+    of that).
+    """
     wanted = K_UNSENT_MOST_BYTES
     if info.min_rtt_s >= K_LONG_PATH_S:
-        wanted = int(info.delivery_rate_bps / 8 * wait_s)
+        wanted = int(info.rate_bps / 8 * wait_s)
     # A rate measured while too little was unsent is too low: without a floor each holds down the other.
     least = max(K_UNSENT_LEAST_BYTES, K_UNSENT_SHARED_BYTES // n_streams)
     return max(least, min(K_UNSENT_MOST_BYTES, wanted))
+
+
+def is_dry(sock: socket.socket) -> bool:
+    """Whether the kernel has hardly anything of it left to send."""
+    try:
+        (unsent,) = _INT.unpack(fcntl.ioctl(sock.fileno(), K_SIOCOUTQNSD, bytes(_INT.size)))
+    except (OSError, ValueError):
+        return False
+    return bool(unsent < K_DRY_BYTES)
 
 
 def read(sock: socket.socket) -> TcpInfo | None:
@@ -137,6 +161,14 @@ def prepare(sock: socket.socket, notsent_lowat_bytes: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
     set_notsent_lowat(sock, notsent_lowat_bytes)
+
+
+def give_up_after(sock: socket.socket, seconds: float) -> None:
+    """End the connection when what it sends isn't acknowledged for so long."""
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+    except OSError:
+        pass
 
 
 def set_notsent_lowat(sock: socket.socket, lowat_bytes: int) -> None:

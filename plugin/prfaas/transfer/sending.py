@@ -140,6 +140,11 @@ class Sending:
     def in_flight_bytes(self) -> int:
         return sum(self._flying.values())
 
+    def carries(self, stream: int) -> bool:
+        """Whether a block is in flight on it."""
+        ways = self._transfers.values()
+        return any(stream in {on for on, _ in t.in_flight.values()}.union(*t.doubled.values()) for t in ways)
+
     def in_flight_of(self, lease_id: int) -> int:
         """Bytes in flight on one lease, never more than its window."""
         return self._flying.get(lease_id, 0)
@@ -339,8 +344,8 @@ class Sending:
         return Failed(transfer_id, reason, detail, t.acked_bytes, t.resent, t.started_s, tell_peer)
 
     def fail_all(self, reason: FailureReason, detail: str) -> list[SendEvent]:
-        events = [self.fail(key, reason, detail, tell_peer=False) for key in list(self._transfers)]
-        return [event for event in events if event is not None]
+        ended = (self.fail(key, reason, detail, tell_peer=False) for key in list(self._transfers))
+        return [event for event in ended if event is not None]
 
     def tick(self, now: float) -> list[SendEvent]:
         """Transfers whose deadline has passed fail."""

@@ -6,11 +6,13 @@ ten round trips there. While there is a backlog and packets are lost the number 
 0.5% loss, by half from K_FINE_FROM on), until packets wait in a queue: then the link is full, and the loss
 is its own. Two steps that
 bring less than K_GAIN more goodput although nothing waits end it too (two, for new streams take their time);
-the number then stays, to be tried again after K_RETRY_S. Streams once opened stay open: they are warm.
+the number then stays, to be tried again after K_RETRY_S.
 
-What it lacks: it never goes back. Random loss wants them all (200 Mbit/s, 40 ms, 1%: 36 carried 110 Mbit/s,
-48 136, 64 165), but the same loss in bursts takes most of a small window at once: 48 carried 166 to 186, 64
-no more than 134 to 153, and 32 of iperf3's 190.
+A loss that has passed leaves more streams than are needed, each with its work and its memory. After K_CALM_S
+of sending in which hardly a packet was lost a third of them goes, and so on, down to the number that the path
+began with. A path that loses more than K_LOSS keeps all that it has, whatever loses: random loss wants them
+(200 Mbit/s, 40 ms, 1%: 36 carried 110 Mbit/s, 48 136, 64 165), and a queue of the link's own, once it is
+full of many streams, can't be told from it by what one sender sees.
 
 A rate-driven control (BBR) doesn't slow down for loss, and many such streams only fill each other's queue:
 32 of them sent half of all bytes twice at 150 ms and 1% loss, where 4 carried 1.4 times as much. They stay
@@ -34,16 +36,20 @@ K_FAR_RATE_DRIVEN = 4
 K_FINE_FROM = 16
 K_FRUITLESS = 2
 K_UNMEASURED_BYTES = 64 * 1024
+K_CALM_S = 15.0
+K_FALL = 1.5
 K_LONG_PATH_S = 0.002
-"""On a shorter path a lost packet is mended at once, and more streams are only more work."""
+"""On a shorter path a lost packet is mended at once, and more streams are only more work. The shortest round
+trip tells: on a busy machine even loopback answers late, and resends for it."""
 
 
 class StreamCount:
     """Call `observe` about every quarter of a second; `wanted` is the number to have open."""
 
     def __init__(self, minimum: int, maximum: int) -> None:
-        self.wanted = minimum
+        self.wanted = self._first = minimum
         self._maximum = maximum
+        self._calm_s = 0.0
         self._since_s: float | None = None
         self._acked = 0
         self._sent = 0
@@ -63,8 +69,9 @@ class StreamCount:
         unknown), whether the streams are rate-driven and whether more waits to be sent; the number wanted.
         """
         if (min_rtt_s or rtt_s) >= K_FAR_S:
-            first = K_FAR_RATE_DRIVEN if rate_driven else K_FAR_STREAMS
-            self.wanted = max(self.wanted, min(first, self._maximum))
+            far = min(K_FAR_RATE_DRIVEN if rate_driven else K_FAR_STREAMS, self._maximum)
+            self._first = max(self._first, far)
+            self.wanted = max(self.wanted, self._first)
         if not backlogged or open_streams < self.wanted:
             # Without a backlog the rate says nothing; while streams are still opening, neither.
             self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
@@ -81,14 +88,26 @@ class StreamCount:
         self.goodput_bps = 8.0 * (acked_bytes - self._acked) / elapsed_s
         queue_s = self._queue_s
         self._restart(now, acked_bytes, sent_bytes, retransmitted_bytes)
-        self._decide(now, rtt_s, queue_s, min_rtt_s or rtt_s, rate_driven)
+        if self._is_calm(elapsed_s, min_rtt_s or rtt_s):
+            self.wanted = max(self._first, int(self.wanted / K_FALL))
+        else:
+            self._decide(now, queue_s, min_rtt_s or rtt_s, rate_driven)
         return self.wanted
+
+    def _is_calm(self, elapsed_s: float, min_rtt_s: float) -> bool:
+        """Whether there are more streams than the path began with, and has been no loss to keep them for."""
+        calm = self.loss < K_LOSS or min_rtt_s < K_LONG_PATH_S
+        self._calm_s = self._calm_s + elapsed_s if calm else 0.0
+        if self._calm_s < K_CALM_S or self.wanted <= self._first:
+            return False
+        self._calm_s, self._before_bps = 0.0, None
+        return True
 
     def _restart(self, now: float, acked: int, sent: int, lost: int) -> None:
         self._since_s, self._acked, self._sent, self._lost = now, acked, sent, lost
         self._queue_s = 0.0
 
-    def _decide(self, now: float, rtt_s: float, queue_s: float, min_rtt_s: float, rate_driven: bool) -> None:
+    def _decide(self, now: float, queue_s: float, min_rtt_s: float, rate_driven: bool) -> None:
         # A queue that overflowed was long at some time since the last look, however short it is now.
         full = queue_s > max(K_QUEUE_S, K_QUEUE_SHARE * min_rtt_s)
         if full:
@@ -104,7 +123,7 @@ class StreamCount:
             self.loss < K_LOSS
             or rate_driven
             or full
-            or rtt_s < K_LONG_PATH_S
+            or min_rtt_s < K_LONG_PATH_S
             or self.wanted >= self._maximum
             or now < self._resume_s
         ):
