@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prfaas_testbed.bench import checks
-from prfaas_testbed.bench.cell import Cell
+from prfaas_testbed.bench.cell import K_BBR_CYCLE_S, Cell
 from prfaas_testbed.bench.harness import Progress, Row, engines_for, measure_cell
 from prfaas_testbed.bench.places import emulated
 from prfaas_testbed.bench.record import Record
@@ -48,9 +48,10 @@ def measure(
             if time.monotonic() >= end_s:
                 return todo[number:]
             place.shape(cell)
+            least_s = K_BBR_CYCLE_S if cell.congestion_control == "bbr" else 0.0
             rows = measure_cell(
-                place, cell, engines_for(cell, K_PEERS, K_STREAMS), repetitions=1, limit_s=limit_s,
-                progress=progress,
+                place, cell, engines_for(cell, K_PEERS, K_STREAMS), repetitions=1,
+                limit_s=max(limit_s, least_s), progress=progress,
             )  # fmt: skip
             record.replace(rows)
             record.judged(checks.judge_wan(rows))

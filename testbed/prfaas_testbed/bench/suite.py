@@ -42,8 +42,9 @@ K_STREAMS_EQUAL = 2  # of iperf3 and prfaas over loopback: as many as this bench
 K_NIXL_CELLS = ("wan-clean", "wan-thin-loss")
 """NIXL over UCX's TCP moves a few Mbit/s over a link: two cells show it."""
 K_COARSE_BYTES = 1 << 20
+K_COARSE_CELLS = ("wan-clean", "wan-loss", "wan-burst")
 """Mooncake waits a round trip for each segment of a connection: measured at this size too, where it does
-best.
+best. Three cells show it: no loss, and 1% of both kinds.
 """
 
 Keep = Callable[[list[Row], list[dict[str, Any]]], None]
@@ -59,6 +60,8 @@ class Sizes:
     streams_iperf3: tuple[int, ...] | None
     matrix: tuple[Cell, ...]
     """Each once, in the part of that name."""
+    matrix_limit_s: float
+    """Of a repetition there: longer, for there is one alone."""
     matrix_for_s: float | None
     """No cell of it is begun after so long."""
     loopback_bytes: int
@@ -83,9 +86,11 @@ class Sizes:
         return cls(
             cells=tuple(cell for cell in NAMED_CELLS.values() if cell in cells or not cells),
             repetitions=repetitions,
-            limit_s=3.0,
+            # BBR rests for 0.2 s in every 10: the shorter a repetition, the fewer of the five that hold one.
+            limit_s=2.0,
             streams_iperf3=None,
             matrix=tuple(cell for cell in full_matrix() if cell in cells or not cells),
+            matrix_limit_s=3.0,
             matrix_for_s=matrix_for_s,
             loopback_bytes=1_000_000_000,
             loopback_repetitions=repetitions,
@@ -107,6 +112,7 @@ class Sizes:
             limit_s=1.0,
             streams_iperf3=(4,),
             matrix=(),
+            matrix_limit_s=1.0,
             matrix_for_s=None,
             loopback_bytes=100_000_000,
             loopback_repetitions=1,
@@ -163,7 +169,7 @@ def measure_cells(
                     narrow=narrow,
                     keep=kept,
                 )
-                if coarse and "mooncake" in peers:
+                if coarse and "mooncake" in peers and cell.name in K_COARSE_CELLS:
                     large = cell.with_(segment_bytes=K_COARSE_BYTES, name=cell.name or cell.label())
                     others = [
                         engine for engine in engines_for(large, ["mooncake"]) if engine.name != "prfaas"
@@ -241,8 +247,9 @@ def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> Non
 
 def _matrix(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> None:
     left = matrix.measure(
-        record, sizes.matrix, workdir, limit_s=sizes.limit_s, for_s=sizes.matrix_for_s, progress=progress
-    )
+        record, sizes.matrix, workdir, limit_s=sizes.matrix_limit_s, for_s=sizes.matrix_for_s,
+        progress=progress,
+    )  # fmt: skip
     if left:
         progress(
             f"matrix: {len(sizes.matrix) - len(left)} of {len(sizes.matrix)} cells are measured; "

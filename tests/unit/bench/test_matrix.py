@@ -31,6 +31,10 @@ def rows_of(cell: Cell, ours: float = 90.0) -> list[dict[str, Any]]:
 class Clock:
     now = 0.0
 
+    def __init__(self) -> None:
+        self.asked: dict[str, float] = {}
+        """The time limit of a repetition, by cell."""
+
     def monotonic(self) -> float:
         return self.now
 
@@ -51,8 +55,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     def emulated(*_: Any):  # type: ignore[no-untyped-def]
         yield Place()
 
-    def measure_cell(place: Any, cell: Cell, engines: Any, **_: Any) -> list[dict[str, Any]]:
+    def measure_cell(place: Any, cell: Cell, engines: Any, **asked: Any) -> list[dict[str, Any]]:
         clock.now += 60
+        clock.asked[cell.label()] = asked["limit_s"]
         return rows_of(cell)
 
     monkeypatch.setattr(matrix, "time", clock)
@@ -63,6 +68,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def piece(record: Record, tmp_path: Path, for_s: float | None) -> int:
     return len(matrix.measure(record, CELLS, tmp_path, limit_s=1, for_s=for_s, progress=lambda _: None))
+
+
+def test_a_cell_where_bbr_is_allowed_is_measured_for_as_long_as_its_cycle_takes(
+    tmp_path: Path, clock: Clock
+) -> None:
+    piece(Record(tmp_path), tmp_path, None)
+    for cell in CELLS:
+        steady_s = cell.steady_s(clock.asked[cell.label()])
+        assert steady_s == (10.0 if cell.congestion_control == "bbr" else 2.0)
 
 
 def test_pieces_measure_every_cell_once(tmp_path: Path, clock: Clock) -> None:

@@ -19,7 +19,11 @@ from prfaas_testbed.bench.layout import Layout
 from prfaas_testbed.bench.places import Place
 from prfaas_testbed.bench.worker import Worker, WorkerError
 
-K_BATCH_S = 0.5  # of the link a batch, so that a time limit is kept on a lossy one
+K_BATCH_S = 0.5  # of the link a batch
+K_BATCH_MOST_S = 2.5
+"""At the rate that the engine was first seen to carry: where it leaves the link idle, one sized by the
+link takes ten seconds, and each repetition ends by waiting for one.
+"""
 K_WARM_BYTES = 4_000_000
 K_WARM_S = 5.0
 K_LANDING_S = 30.0
@@ -65,6 +69,7 @@ class PoolPeer(Engine):
         self._target = self.connect(place, self.layout.pool_bytes)
         first = self.move(total_bytes=min(cell.total_bytes, K_WARM_BYTES), limit_s=K_WARM_S)
         self.cold_mbps = first["bytes"] * 8e-6 / (first["ended_s"] - first["began_s"])
+        self._batch = min(self._batch, self.layout.segments_in(K_BATCH_MOST_S, self.cold_mbps))
 
     def measure(self, limit_s: float) -> Sample:
         self._fill = self._fill % 255 + 1  # never what the receiver's pages hold from before

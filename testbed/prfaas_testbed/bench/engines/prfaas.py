@@ -23,7 +23,7 @@ from prfaas_testbed.bench.places import Place
 from prfaas_testbed.bench.worker import Worker, WorkerError, cpu_seconds, end_process
 
 K_START_S = 20.0
-K_BATCH_S = 0.5  # several such batches are under way at a time
+K_BATCH_S = 0.2  # eight such batches are under way at a time, and what is left of them when the time is up
 K_WARM_S = 2.0
 K_WARM_RTTS = 75  # the engine looks at ten round trips before each change of its streams
 K_LANDING_S = 30.0
