@@ -25,6 +25,8 @@ K_LENGTHS = (20, 512, 2048, 4700)
 K_PAUSED_TOKENS = 320
 """Two seconds and more: a server's word on what it runs may be a second old."""
 K_AUX_BYTES = 1600
+K_CHECKSUM_BYTES = {"kda": 64}
+"""Beside them, of a pair under SGLang's own checksum."""
 K_CHUNK_TOKENS = 4096
 """SGLang's own on a CPU."""
 K_CACHED_LAYERS = {"dense": 4, "hybrid": 1, "mla": 4, "window": 1, "kda": 1}
@@ -98,7 +100,7 @@ def equals_plain_cold_and_warm(servers: Any, length: int) -> None:
     assert bytes_of(servers, room) == {
         "kv": length * model.kv_bytes_per_token,
         "state": model.state_bytes + min(length, model.window_tokens) * model.window_bytes_per_token,
-        "aux": K_AUX_BYTES,
+        "aux": K_AUX_BYTES + K_CHECKSUM_BYTES.get(model.name, 0),
     }
     assert sent_of(servers, room)["ahead_bytes"] == ahead_bytes(model, length)
 
