@@ -64,6 +64,8 @@ class SendOrder(Generic[Key]):
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._backlog_bytes -= entry.remaining_bytes
+            if entry.owed_bytes:
+                self._forgive(entry.owed_bytes)
 
     def add_bytes(self, key: Key, more_bytes: int) -> None:
         """Bytes to send again (lost with a stream, or refused as corrupt)."""

@@ -472,10 +472,14 @@ def test_a_port_that_another_program_took_while_the_pump_was_away_is_not_given_a
     standing = Standing(threading.RLock(), None)  # type: ignore[arg-type]
     asked = m.Forward(7, "192.0.2.1:7700", "", "192.0.2.1", 80)
     standing.add_forward(asked, "127.0.0.1:40001")
+    standing.add_forward(m.Forward(8, "192.0.2.1:7700", "", "192.0.2.1", 81), "127.0.0.1:40002")
     assert b"127.0.0.1:40001" in standing.told_again(9)
     standing.hear(m.Reply(7, "forward 127.0.0.1:40001: Address already in use"))
     assert standing.forwarded("192.0.2.1:7700", "192.0.2.1", 80) is None
-    assert b"127.0.0.1:40001" not in standing.told_again(9)
+    told = standing.told_again(9)
+    assert b"127.0.0.1:40001" not in told
+    assert b"127.0.0.1:40002" in told, "nobody refused this one"
+    assert standing.forwarded("192.0.2.1:7700", "192.0.2.1", 81) == "127.0.0.1:40002"
 
 
 def test_two_forwards_on_one_port_are_refused_in_the_configuration():

@@ -39,6 +39,17 @@ def test_refuses_what_the_empty_link_could_not_carry_in_time() -> None:
     assert (told.verdict, told.reason) == (Verdict.REFUSED, RefusalReason.DEADLINE)
 
 
+def test_a_capacity_below_nothing_is_a_link_that_is_down() -> None:
+    for link in (ledger(), ledger(rate_mbps=-8.0)):
+        link.offer("before", 1 * MB, 10.0, now=0.0)
+        link.set_capacity(-1.0, now=0.0)
+        assert link.statistics().rate_bps == 0
+        told = link.offer("a", 1 * MB, 10.0, now=0.0)
+        assert (told.verdict, told.reason) == (Verdict.REFUSED, RefusalReason.LINK_DOWN)
+        link.set_capacity(8e6, now=0.0)
+        assert link.offer("a", 1 * MB, 10.0, now=0.0).verdict is Verdict.ADMITTED
+
+
 def test_queues_what_would_break_others_and_admits_it_once_they_are_through() -> None:
     link = ledger()
     link.offer("a", 5 * MB, 6.0, now=0.0)

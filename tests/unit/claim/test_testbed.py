@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from prfaas_testbed.claim import pieces, runs, testbed, worlds
 from prfaas_testbed.claim.gathering import unbelieved
 from prfaas_testbed.claim.report import write_report
 
+K_RECORD = Path(__file__).parents[3] / "results" / "claim"
 K_PARTS = ("homogeneous-1.2", "paper-1.2")
 
 
@@ -120,6 +122,26 @@ def test_requests_are_sent_some_milliseconds_late_another_way_each_time_and_stay
         late = by_index[one.index]
         assert 0 <= late.arrival_s - one.arrival_s <= worlds.K_LATE_S
         assert replace(late, arrival_s=one.arrival_s) == one
+
+
+def test_most_of_the_testbed_s_requests_are_sent_as_late_as_the_simulator_takes_them_to_be() -> None:
+    rows = json.loads((K_RECORD / "testbed.json").read_text())["rows"]
+    planned = {
+        row["part"]: row["requests_rows"]["sent_s"]
+        for row in rows
+        if row["world"] == "simulator" and row["repetition"] == 0  # the one that is on time
+    }
+    late_s = np.concatenate(
+        [
+            np.subtract(row["requests_rows"]["sent_s"], planned[row["part"]])
+            for row in rows
+            if row["world"] == "testbed" and "requests_rows" in row
+        ]
+    )
+    assert late_s.size > 1000
+    assert late_s.min() >= 0
+    assert 0.8 < np.mean(late_s <= worlds.K_LATE_S) < 0.95
+    assert worlds.K_LATE_S / 6 < np.median(late_s) < worlds.K_LATE_S * 5 / 6
 
 
 def test_the_simulator_s_side_is_made_anew_where_the_file_still_draws_the_same_requests(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,3 +110,19 @@ def test_a_transfer_without_bytes_or_twice_is_refused():
         with pytest.raises(LocalProtocolError):
             order.add(key, remaining, 1.0)
     assert len(order) == 1
+
+
+@pytest.mark.parametrize("removed", [0.0, 0.05])
+def test_debts_add_up_to_nothing_whoever_has_gone(removed: float):
+    """Else those that stay would be owed, or owe, ever more beside those that come."""
+    rng, order, serial = random.Random(1), SendOrder[int](), 0
+    for _ in range(2000):
+        if len(order) < 4 or rng.random() < 0.2:
+            serial += 1
+            order.add(serial, rng.choice([200, 1000, 1500, 50_000]), 100 * rng.random())
+        key = order.draw(0.0, K_BLOCK)
+        assert key is not None
+        order.sent(0.0, key, min(K_BLOCK, order.remaining_bytes(key)))
+        if key in order and rng.random() < removed:
+            order.remove(key)
+        assert sum(entry.owed_bytes for entry in order._entries.values()) == pytest.approx(0, abs=1e-3)
