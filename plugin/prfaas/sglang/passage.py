@@ -12,7 +12,9 @@ loopback instead, where this node's pump takes them to the pump beside that host
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +30,8 @@ K_NOWHERE = "127.0.0.1:9"
 K_SCHEME = "tcp://"
 K_ANSWER_S = 2.0
 """For this node's own pump, once an address: SGLang's scheduler waits meanwhile."""
+K_SILENT_S = 10.0
+"""How long a pump that didn't answer isn't asked again: the scheduler would wait for each new request."""
 
 
 class Passage:
@@ -38,6 +42,7 @@ class Passage:
         self._pump = pump
         self._named, self._learnt = dict(pumps), dict[str, str]()
         self._behind: dict[str, str] = {}
+        self._silent_until_s = -math.inf
         self._lock = threading.Lock()
 
     def learn(self, host: str, pump: str) -> None:
@@ -66,15 +71,21 @@ class Passage:
         """host:port to connect to instead of `address`: itself, if its host isn't one to be reached by a
         pump.
         """
+        began_s = time.monotonic()
         with self._lock:
             pump = self._pump_of(address)
+            silent = began_s < self._silent_until_s and address not in self._behind.values()
         if pump is None:
             return address
+        if silent:
+            return K_NOWHERE
         try:
             # Without the lock: the thread that hears the answer may be about to want it.
             lead = self._pump.forward(pump, *split_address(address), timeout_s=K_ANSWER_S)
         except PrfaasError as error:
             logger.error("prfaas: no way to %s by the pump at %s: %s", address, pump, error)
+            if (now_s := time.monotonic()) - began_s >= K_ANSWER_S:
+                self._silent_until_s = now_s + K_SILENT_S
             return K_NOWHERE
         with self._lock:
             self._behind[lead] = address

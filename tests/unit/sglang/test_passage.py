@@ -86,6 +86,30 @@ def test_what_should_go_by_a_pump_and_cannot_goes_nowhere_until_it_can(pump):
     assert way.address("10.0.1.1:8998") == "127.0.0.1:40001"
 
 
+def test_a_pump_that_does_not_answer_holds_the_scheduler_up_once_in_a_while_not_for_each_request(
+    pump, monkeypatch
+):
+    now = SimpleNamespace(s=0.0, waited=0)
+
+    def wait(*_: object, timeout_s: float, **__: object) -> str:
+        now.s += timeout_s
+        now.waited += 1
+        raise PrfaasError("the pump doesn't answer")
+
+    monkeypatch.setattr(passage.time, "monotonic", lambda: now.s)
+    way = Passage(pump, {"10.0.1.1": "10.0.1.1:7700"})
+    lead, answer = way.address("10.0.1.1:5000"), pump.forward
+    monkeypatch.setattr(pump, "forward", wait)
+    assert [way.address(f"10.0.1.1:{port}") for port in range(6000, 6005)] == [K_NOWHERE] * 5
+    assert (now.s, now.waited) == (passage.K_ANSWER_S, 1)
+    assert way.address("10.0.9.9:1") == "10.0.9.9:1"
+    monkeypatch.setattr(pump, "forward", answer)
+    assert way.address("10.0.1.1:5000") == lead
+    assert way.address("10.0.1.1:6000") == K_NOWHERE
+    now.s += passage.K_SILENT_S
+    assert way.address("10.0.1.1:6000") == "127.0.0.1:40002"
+
+
 def test_a_peers_word_on_its_pump_counts_where_the_configuration_is_silent(pump):
     way = Passage(pump, {"10.0.1.1": "10.0.1.1:7700"})
     way.learn("10.0.1.1", "203.0.113.9:1")
