@@ -22,6 +22,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     stored = read_run(args.run_dir)
     rows = judge(stored)
+    if not rows and stored.checks:
+        sys.stderr.write("no definition to judge by: these are its checks as its own command wrote them\n")
+        rows = stored.checks
+    elif not rows:
+        sys.stderr.write(f"{stored.experiment} has no checks\n")
     if args.json:
         sys.stdout.write(json.dumps([row.model_dump(exclude_none=True) for row in rows], indent=1) + "\n")
     else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from prfaas.config.run import Run
+from prfaas.model.errors import UsageError
 from prfaas_testbed.experiment.metrics import K_METRICS, Unsupported
 from prfaas_testbed.experiment.view import View
 
 
 def compare_lines(a: Run, b: Run) -> list[str]:
     """A table: metric, A, B, difference. Values are over all valid rows; in brackets least and most of a
-    repetition."""
+    repetition. Raises UsageError where the runs share nothing."""
     lines = [
         f"A  {a.experiment}  {a.started}  {a.commit[:12]}",
         f"B  {b.experiment}  {b.started}  {b.commit[:12]}",
@@ -26,7 +27,13 @@ def compare_lines(a: Run, b: Run) -> list[str]:
         known = {row.model for row in View(b, part).requests()}
         groups += [(" ".join(w for w in (part, m) if w), part, m) for m in models if m in known]
     if not groups:
-        return [*lines, "the two runs share neither part nor model: nothing to compare"]
+        a_has, b_has = (
+            ", ".join(dict.fromkeys([*run.parts, *(row.model for row in View(run).requests())])) or "none"
+            for run in (a, b)
+        )
+        raise UsageError(
+            f"nothing to compare: the runs share neither part nor model; A has {a_has}, B has {b_has}"
+        )
     for title, part, model in groups:
         rows = [["", "A", "B", "B / A"]]
         for item in K_METRICS.values():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from prfaas.config.run import CheckRow, EventRow, LinkRow, Run, read_run, write_run
+from prfaas.model.errors import UsageError
 from prfaas_testbed.cli.main import main
 from prfaas_testbed.report.compare import compare_lines
 from prfaas_testbed.report.figures import K_MOST_LINKS, busiest_links, draw_figures, label_of
@@ -92,7 +93,8 @@ def test_two_runs_stand_side_by_side() -> None:
     (ttft,) = [line.split() for line in lines if line.strip().startswith("ttft_p50_s")]
     assert ttft[-1] == "2.000"
     strangers = example(repetitions=[], baseline=[])
-    assert "nothing to compare" in compare_lines(example(), strangers)[-1]
+    with pytest.raises(UsageError, match=r"nothing to compare: .* A has toy, B has none"):
+        compare_lines(example(), strangers)
 
 
 def test_check_says_what_the_rows_say_whatever_the_file_claims(tmp_path: Path, capsys: Any) -> None:
@@ -105,6 +107,17 @@ def test_check_says_what_the_rows_say_whatever_the_file_claims(tmp_path: Path, c
     captured = capsys.readouterr()
     assert "FAIL  tokens_equal_share" in captured.out
     assert "the run says passed, its rows say failed" in captured.err
+
+
+def test_check_of_a_record_without_a_definition_shows_what_its_own_command_judged(
+    tmp_path: Path, capsys: Any
+) -> None:
+    rows = [CheckRow(name=name, outcome=name, value=1, wanted="> 0") for name in ("passed", "failed")]
+    write_run(example(definition={}, checks=rows), tmp_path)
+    assert main(["check", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "FAIL  failed" in captured.out
+    assert "as its own command wrote them" in captured.err
 
 
 @pytest.mark.parametrize(
