@@ -347,7 +347,14 @@ class Network:
     def prepare_traffic(
         self, source: str, target: str, kind: Kind, rate_mbps: float | None = None, streams: int = 1
     ) -> CrossTraffic:
-        """The same, from its `begin()` on: what takes time to start is there already."""
+        """The same, from its `begin()` on: what takes time to start is there already. Raises MachineError
+        where the kernel lacks its congestion control: nothing else may stand for that.
+        """
+        if kind != "udp" and kind not in self.congestion_controls:
+            raise MachineError(
+                f"cross-traffic by {kind}: this kernel offers {', '.join(self.congestion_controls)} alone; "
+                f"load its module (modprobe tcp_{kind}), or name another kind"
+            )
         port = K_TRAFFIC_PORT + len(self._traffic)
         mtu_bytes = min(self.links[link].mtu_bytes for link in self.path(source, target))
         if rate_mbps is not None:

@@ -4,6 +4,8 @@ own, which only the record may change, so that it is put back.
 
 from __future__ import annotations
 
+import socket
+
 from prfaas_testbed.network.state import Record, read_sysctl
 
 # The most TCP may hold a connection: well above any bandwidth-delay product here.
@@ -34,11 +36,20 @@ def site_sysctls() -> str:
     )
 
 
+def offers(name: str) -> bool:
+    """Whether this kernel has the congestion control; its module is loaded by the question, if it is one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as asking:
+        try:
+            asking.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+        except OSError:
+            return False
+    return True
+
+
 def allow_congestion_controls(record: Record) -> list[str]:
     """Let sites use CUBIC and BBR, where the kernel has them. Returns what is allowed then."""
     allowed = read_sysctl(K_CONGESTION).split()
-    offered = read_sysctl("net.ipv4.tcp_available_congestion_control").split()
-    more = [name for name in ("cubic", "bbr") if name in offered and name not in allowed]
+    more = [name for name in ("cubic", "bbr") if name not in allowed and offers(name)]
     if more:
         record.raise_sysctl(K_CONGESTION, " ".join([*allowed, *more]))
     return [*allowed, *more]
