@@ -172,7 +172,7 @@ def held(servers: Any) -> dict[str, int]:
 
 
 def test_link_lost_with_decodes_pool_nearly_full_frees_its_pages_and_every_fallback_finds_room(
-    own: Any, record_property: Callable[[str, object], None]
+    own: Any, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     prompts = [prompt_of(525, 100 + i) for i in range(19)]
     # One before, so that what is opened once is open.
@@ -201,7 +201,7 @@ def test_link_lost_with_decodes_pool_nearly_full_frees_its_pages_and_every_fallb
             aborted_s = time.monotonic()
             assert eventually(lambda: loads(own.decode.url)["num_used_tokens"] <= before["pages"], 10.0)
             # A server's word on itself may be 0.9 s old: at most so long.
-            record_property("pages_free_after_s", round(time.monotonic() - aborted_s, 2))
+            record_testsuite_property("pages_free_after_s", round(time.monotonic() - aborted_s, 2))
             lost = [one.result(timeout=30) for one in waiting]
             assert all("abort" in (answer.error or "").lower() for answer in lost), lost
         # The same prompts by a path that works, all at once.
