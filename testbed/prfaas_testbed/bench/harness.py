@@ -28,7 +28,7 @@ from prfaas_testbed.bench.worker import WorkerError
 PEERS = ("iperf3", "mooncake", "nixl")
 K_DEFAULT_PEERS = ("iperf3", "mooncake")
 _POOLS: dict[str, type[PoolPeer]] = {"mooncake": Mooncake, "nixl": Nixl}
-K_LEAST_RTTS = 40
+K_LEAST_RTTS = 30
 """A repetition's least: what a loss does to a stream, and how it recovers, takes many."""
 K_SCAN_S, K_SCAN_RTTS = 2.0, 20
 """Of iperf3's first round where only the best goes on: enough to tell which that is."""

@@ -29,7 +29,7 @@ from prfaas_testbed.bench.places import Loopback
 from prfaas_testbed.bench.worker import Worker
 
 K_CELL = Cell(total_bytes=1 << 40, name="host")  # more than the time allows
-K_BESIDE_REPETITIONS = 3
+K_BESIDE_REPETITIONS = 2
 """Of what is only shown beside the engine's own two rows, which are judged."""
 K_LOOP_MODULE = "prfaas_testbed.bench.engines.loop_worker"
 

@@ -20,7 +20,7 @@ from prfaas_testbed.bench.places import Place
 from prfaas_testbed.bench.worker import Worker, WorkerError
 
 K_BATCH_S = 0.5  # of the link a batch
-K_BATCH_MOST_S = 2.5
+K_BATCH_MOST_S = 1.5
 """At the rate that the engine was first seen to carry: where it leaves the link idle, one sized by the
 link takes ten seconds, and each repetition ends by waiting for one.
 """

@@ -23,7 +23,7 @@ from prfaas_testbed.bench.places import Place
 from prfaas_testbed.bench.worker import Worker, WorkerError, cpu_seconds, end_process
 
 K_START_S = 20.0
-K_BATCH_S = 0.2  # eight such batches are under way at a time, and what is left of them when the time is up
+K_BATCH_S = 0.125  # eight such batches are under way at a time, and what is left of them when the time is up
 K_WARM_S = 2.0
 K_WARM_RTTS = 75  # the engine looks at ten round trips before each change of its streams
 K_LANDING_S = 30.0
@@ -79,12 +79,13 @@ class Prfaas(Engine):
         self.layout = Layout.of(cell)
         one_call = cell.one_call or cell.rate_mbps is None
         self._batch = self.layout.segments if one_call else self.layout.segments_in(K_BATCH_S, cell.rate_mbps)
-        said: dict[str, dict[str, Any]] = {}
         for end in ("receiver", "sender"):
-            config = self._start_pump(place, end)
             log = place.workdir / f"prfaas-{end}.log"
             spawn = functools.partial(place.popen, end)
-            worker = self.ends[end] = Worker(f"prfaas ({end})", spawn, WORKER, log)
+            self.ends[end] = Worker(f"prfaas ({end})", spawn, WORKER, log)
+        said: dict[str, dict[str, Any]] = {}
+        for end, worker in self.ends.items():  # which have come up while their pumps do
+            config = self._start_pump(place, end)
             said[end] = worker.call("start", config=str(config), pool_bytes=self.layout.pool_bytes)
         self.peer_base = said["receiver"]["base"]
         self._address = said["receiver"]["address"]
