@@ -14,6 +14,7 @@ import pytest
 from prfaas.model.transfer import TransferKind
 from prfaas.pump import tcpinfo
 from prfaas.pump.server import Pump
+from prfaas_testbed.bench.certificates import tls_for
 
 K_BYTES = 8 << 20
 
@@ -30,15 +31,20 @@ def served(pump: Pump) -> Iterator[Pump]:
         thread.join()
 
 
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
 def test_streams_beyond_the_number_wanted_end_under_load_and_nothing_is_lost_or_sent_twice(
-    pumps, monkeypatch
+    pumps, tmp_path, monkeypatch, encrypted
 ):
     monkeypatch.setattr("prfaas.transfer.streams.K_SETTLE_S", 0.05)
     monkeypatch.setattr("prfaas.transfer.streams.K_CALM_S", 0.2)
     monkeypatch.setattr("prfaas.pump.peer.K_SILENT_S", 0.1)
     monkeypatch.setattr("prfaas.pump.peer.K_HEDGE_S", 60.0)  # nor a second time on suspicion
-    west = pumps.client(pumps.start("west"))
-    with served(Pump(pumps.config("east"))) as pump:
+    sites = {
+        name: {"tls": tls_for(tmp_path / "keys", name).model_dump()} if encrypted else {}
+        for name in ("east", "west")
+    }
+    west = pumps.client(pumps.start("west", **sites["west"]))
+    with served(Pump(pumps.config("east", **sites["east"]))) as pump:
         east = pumps.client(pump.config)
         source, target = pumps.memory(east, K_BYTES), pumps.memory(west, K_BYTES, fill=0)
         lease = west.grant_lease(1, 0, [(target.ctypes.data, K_BYTES)], 60)
