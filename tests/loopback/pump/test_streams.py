@@ -143,3 +143,19 @@ def test_streams_that_run_dry_though_more_waits_are_let_hold_more_on_a_long_path
         waits[0] = True
         peer.on_dry(peer.streams[0], now)
         assert peer._slack.seconds(now) > began_s
+
+
+def info(rtt_s: float, packets: int, delivery_bps: float, pacing_bps: float) -> tcpinfo.TcpInfo:
+    return tcpinfo.TcpInfo(
+        rtt_s, rtt_s, packets, 1448, 0, 0, 0, 0, 0, 0, delivery_bps, 0, 0, pacing_rate_bps=pacing_bps
+    )
+
+
+def test_what_a_kernel_may_hold_goes_by_pace_and_window_not_by_a_rate_sample_of_a_moment():
+    held_up = info(0.04, 400, delivery_bps=5e6, pacing_bps=50e6)
+    assert tcpinfo.unsent_bytes(held_up, 0.06, 64) == int(50e6 / 8 * 0.06)
+    assert tcpinfo.unsent_bytes(held_up, 0.18, 64) == pytest.approx(3 * 50e6 / 8 * 0.06, abs=1)
+    unpaced = info(0.04, 200, delivery_bps=5e6, pacing_bps=float(2**64))
+    assert tcpinfo.unsent_bytes(unpaced, 0.06, 64) == pytest.approx(200 * 1448 / 0.04 * 0.06, abs=1)
+    short = info(0.0001, 10, delivery_bps=1e9, pacing_bps=1e9)
+    assert tcpinfo.unsent_bytes(short, 0.06, 64) == tcpinfo.K_UNSENT_MOST_BYTES
