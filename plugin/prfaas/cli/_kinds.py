@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from prfaas.config.loading import load, not_a_mapping, read_yaml
+from prfaas.config.loading import check, not_a_mapping, read_yaml
 from prfaas.config.run import K_RUN_FILE, read_run
 from prfaas.model.errors import UsageError
 
@@ -58,7 +58,7 @@ def check_file(path: Path, kind_name: str | None = None) -> str:
     if not isinstance(data, dict):
         raise not_a_mapping(data, str(path))
     kind, model = named(kind_name) if kind_name else _guess({str(key) for key in data}, path)
-    load(path, model)
+    check(data, model, str(path))
     return kind.name
 
 

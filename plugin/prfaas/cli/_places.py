@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from prfaas.model.errors import MachineError, UsageError
+
+
+def place(text: str) -> Path:
+    """The type of an option that names where results go. Raises argparse.ArgumentTypeError for nothing, which
+    would be the folder that the command is called in (an unset variable's doing).
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("found nothing; name a folder or a file, or leave the option out")
+    return Path(text)
 
 
 def folder_for(option: str, folder: Path) -> Path:

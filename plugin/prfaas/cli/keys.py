@@ -7,6 +7,7 @@ import datetime
 import sys
 from pathlib import Path
 
+from prfaas.cli._places import place
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, EXIT_USAGE, UsageError
 from prfaas.pump import keys
 
@@ -19,7 +20,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="a new authority and its first certificate for a site")
     create.add_argument("--site", required=True, help="the site's name, as configurations use it")
-    create.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: keys/SITE)")
+    create.add_argument("--out", type=place, metavar="DIR", help="folder for the files (default: keys/SITE)")
     create.add_argument(
         "--days", type=float, default=K_CERTIFICATE_DAYS, help="certificate's life (%(default)g)"
     )
@@ -28,7 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     create.set_defaults(run=run_create)
     rotate = actions.add_parser("rotate", help="a new key and certificate under the same authority")
-    rotate.add_argument("--out", type=Path, required=True, metavar="DIR", help="the site's folder")
+    rotate.add_argument("--out", type=place, required=True, metavar="DIR", help="the site's folder")
     rotate.add_argument(
         "--authority", type=Path, metavar="DIR", help="where authority.key is (default: --out)"
     )
@@ -37,7 +38,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     rotate.set_defaults(run=run_rotate)
     trust = actions.add_parser("trust", help="let the sites of these authorities connect")
-    trust.add_argument("--out", type=Path, required=True, metavar="DIR", help="this site's folder")
+    trust.add_argument("--out", type=place, required=True, metavar="DIR", help="this site's folder")
     trust.add_argument("authorities", type=Path, nargs="+", metavar="AUTHORITY.crt", help="from the peers")
     trust.set_defaults(run=run_trust)
     show = actions.add_parser("show", help="site, kind and days left of certificate files")

@@ -20,6 +20,7 @@ from types import ModuleType
 
 import prfaas.cli
 from prfaas.model.errors import EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_USAGE, PrfaasError
+from prfaas.telemetry.log_lines import in_one_line
 from prfaas.telemetry.package import K_PACKAGE_VERSION
 
 K_FROM_TESTBED = ("bench",)
@@ -100,7 +101,7 @@ def run_command(
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except PrfaasError as error:
-        sys.stderr.write(f"{prog}: {error}\n")
+        sys.stderr.write(f"{prog}: {in_one_line(str(error))}\n")
         return error.exit_status
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from prfaas.cli._places import place
 from prfaas.config.places import checkout
 
 
@@ -23,7 +24,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--slo-quantile", type=float, metavar="Q", help="… for this share (0.9)")
     parser.add_argument("--slo-rate-rps", type=float, metavar="R", help="… at this rate")
     parser.add_argument("--json", action="store_true", help="one object on stdout, nothing else")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw figures (PNG, SVG, CSV) there")
+    parser.add_argument("--figures", type=place, metavar="DIR", help="draw figures (PNG, SVG, CSV) there")
     parser.add_argument(
         "--topologies",
         type=Path,

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prfaas.cli._places import file_for, folder_for, writing
+from prfaas.cli._places import file_for, folder_for, place, writing
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.places import checkout
 from prfaas.config.run import Repetition, Run, stamp, write_run
@@ -36,9 +36,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="each of these values of a field, as workload.arrivals.rate_rps=2,3; repeated: all combinations",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes at once; one a core otherwise")
-    parser.add_argument("--out", type=Path, help="folder for run.json; results/NAME/STAMP otherwise")
+    parser.add_argument("--out", type=place, help="folder for run.json; results/NAME/STAMP otherwise")
     parser.add_argument(
-        "--chrome-trace", type=Path, metavar="FILE", help="the first repetition as a Chrome trace"
+        "--chrome-trace", type=place, metavar="FILE", help="the first repetition as a Chrome trace"
     )
     parser.add_argument("--json", action="store_true", help="one object on standard output, nothing written")
     parser.set_defaults(run=run)

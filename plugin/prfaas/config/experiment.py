@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from prfaas.config.loading import Strict, check, read_yaml
+from prfaas.config.loading import Strict, check, is_path, read_yaml, unknown_name
 from prfaas.config.policy import PolicyConfig, SlowLoopConfig
 from prfaas.config.timeline import (
     CrossTraffic,
@@ -34,6 +34,9 @@ from prfaas.config.timeline import (
 )
 from prfaas.config.workload import WorkloadConfig
 from prfaas.model.errors import ConfigError, UsageError
+
+K_NAMES_OR_PATHS = frozenset({"base", "experiment", "file", "network", "profile"})
+"""Fields that name a file among the project's, or by its path."""
 
 __all__ = [
     "Baseline", "Capacity", "Capture", "CheckSpec", "Control", "CrossTraffic", "CutStream", "Event",
@@ -297,32 +300,44 @@ class ExperimentSet(Strict):
 
 def find_file(name: str, folder: Path, kind: str) -> Path:
     """`name` as a path, or as FOLDER/NAME.yaml. Raises UsageError that lists what there is."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or "/" in name:
-        if path.is_file():
+    if is_path(name):
+        if (path := Path(name)).is_file():
             return path
         raise UsageError(f"{name}: no such file")
     path = folder / f"{name}.yaml"
     if path.is_file():
         return path
-    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or f"none in {folder}"
-    raise UsageError(f"unknown {kind} {name!r}; known: {known}")
+    raise unknown_name(kind, name, folder, [one.stem for one in folder.glob("*.yaml")])
 
 
 def load_experiment(name: str, topologies: Path) -> Experiment | ExperimentSet:
     """A file by name or path. Raises UsageError or ConfigError."""
     path = find_file(name, topologies / "experiments", "experiment")
-    data = read_yaml(path)
+    data = _beside(path, read_yaml(path))
     if isinstance(data, Mapping) and "parts" in data:
         return check(data, ExperimentSet, str(path))
     return check(data, Experiment, str(path))
+
+
+def _beside(path: Path, data: Any) -> Any:
+    """`data` of the file at `path`, whose relative paths are taken from its folder. Names stay names."""
+    if isinstance(data, list):
+        return [_beside(path, one) for one in data]
+    if not isinstance(data, dict):
+        return data
+    found = {key: _beside(path, value) for key, value in data.items()}
+    for key in K_NAMES_OR_PATHS & found.keys():
+        value = found[key]
+        if isinstance(value, str) and (is_path(value) or ("." in value and (path.parent / value).is_file())):
+            found[key] = str(path.resolve().parent / value)
+    return found
 
 
 def parts_of(choice: ExperimentSet, topologies: Path) -> Iterator[tuple[str, Experiment]]:
     """The set's experiments with their fields set, as (part, experiment). Raises UsageError, ConfigError."""
     for part in choice.parts:
         path = find_file(part.experiment or choice.base or "", topologies / "experiments", "experiment")
-        data = read_yaml(path)
+        data = _beside(path, read_yaml(path))
         if not isinstance(data, Mapping) or "parts" in data:
             raise ConfigError(
                 str(path), "the file", type(data).__name__, "a part must be a single experiment"

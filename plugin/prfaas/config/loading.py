@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -40,6 +41,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
+K_MOST_BYTES = 16 << 20
 K_NUL = "a NUL character"
 K_YAML_KINDS: dict[type, str] = {str: "text", list: "a list", int: "a number", float: "a number"}
 K_NEAR = 0.7  # of a misspelt name to the one that was meant; `rate_mbps` is 0.62 from `at_s`
@@ -80,7 +82,11 @@ def read_yaml(path: Path | str) -> object:
     """The file's YAML as plain objects. Raises UsageError (no such file) or ConfigError (not YAML)."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(K_MOST_BYTES + 1)
+        if len(content) > K_MOST_BYTES:  # a device, or a file of another kind: it might have no end
+            raise UsageError(f"{path}: longer than {K_MOST_BYTES >> 20} MiB; no file of this kind is")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except OSError as error:
@@ -174,6 +180,19 @@ def first_fault(error: ValidationError, file: str, model: type[BaseModel]) -> Co
     elif isinstance(found, str):
         found = found if len(found) <= 200 else found[:197] + "..."
     return ConfigError(file, field, found, allowed)
+
+
+def is_path(name: str) -> bool:
+    """Whether what may be a name or a path is a path."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
+def unknown_name(kind: str, name: str, folder: Path, known: Sequence[str]) -> UsageError:
+    """Of a file that was named and isn't in `folder`: near ones, or else all that there are."""
+    near = difflib.get_close_matches(name, known, 3)
+    if near:
+        return UsageError(f"unknown {kind} {name!r}, perhaps {' or '.join(near)}; they are in {folder}")
+    return UsageError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known)) or f'none in {folder}'}")
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from prfaas.config.loading import Strict, load
-from prfaas.model.errors import ConfigError, UsageError
+from prfaas.config.loading import Strict, is_path, load, unknown_name
+from prfaas.model.errors import ConfigError
 from prfaas.model.profiles import K_MIB, Curve, DecodeProfile, Profile, ProfileError, RoleSwitch, check_points
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -170,13 +170,12 @@ def load_profile(path: Path | str) -> Profile:
 def profile_file(name: str, topologies: Path) -> Path:
     """The file of a name under topologies/profiles, or the path itself. Raises UsageError that lists what
     there is."""
-    if "/" in name or name.endswith((".yaml", ".yml")):
+    if is_path(name):
         return Path(name)
     folder = topologies / "profiles"
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or f"none in {folder}"
-        raise UsageError(f"unknown profile {name!r}; known: {known}")
+        raise unknown_name("profile", name, folder, [one.stem for one in folder.glob("*.yaml")])
     return path
 
 

@@ -37,6 +37,7 @@ class SetLink(Strict):
     do: Literal["set_link"]
     at_s: Seconds
     link: Links
+    """`a->b` one way, `a<->b` both."""
     set: LinkChange
     for_s: Positive | None = None
     """Then the former values come back."""
@@ -48,6 +49,7 @@ class LinkDown(Strict):
     do: Literal["link_down"]
     at_s: Seconds
     link: Links
+    """`a->b` one way, `a<->b` both."""
     for_s: Positive
 
 
@@ -57,6 +59,7 @@ class Flap(Strict):
     do: Literal["flap"]
     at_s: Seconds
     link: Links
+    """`a->b` one way, `a<->b` both."""
     on_s: Positive
     off_s: Positive
     times: Annotated[int, Field(ge=1)]

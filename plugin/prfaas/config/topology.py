@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from prfaas.config.loading import Strict, first_fault, load, pattern
+from prfaas.config.loading import Strict, first_fault, load, pattern, unknown_name
 from prfaas.config.places import checkout
 from prfaas.model.errors import ConfigError, UsageError
 
@@ -343,7 +343,7 @@ def topology_file(name_or_path: str | Path, folder: Path = K_NETWORKS) -> Path:
         return Path(text)
     path = folder / f"{text}.yaml"
     if not path.exists():
-        raise UsageError(f"no topology {text!r}; there are: {', '.join(network_names(folder)) or 'none'}")
+        raise unknown_name("network", text, folder, network_names(folder))
     return path
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from prfaas.config.lengths import LengthsConfig, Tokens
-from prfaas.config.loading import Strict
+from prfaas.config.loading import Strict, unknown_name
 from prfaas.model.errors import UsageError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -228,8 +228,7 @@ def trace_file(file: str, topologies: Path) -> Path:
     if not path.is_file():
         path = Path(file)
     if not path.is_file():
-        known = ", ".join(sorted(p.name for p in folder.glob("*.*"))) or f"none in {folder}"
-        raise UsageError(f"unknown trace {file!r}; known: {known}")
+        raise unknown_name("trace", file, folder, [one.name for one in folder.glob("*.*")])
     return path
 
 

@@ -15,7 +15,12 @@ class OneLine(logging.Formatter):
     """Escapes control characters of messages. Tracebacks, which are ours, follow on lines of their own."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return super().formatMessage(record).translate(_ESCAPES)
+        return in_one_line(super().formatMessage(record))
+
+
+def in_one_line(text: str) -> str:
+    """`text` with its control characters written out."""
+    return text.translate(_ESCAPES)
 
 
 class Burst:

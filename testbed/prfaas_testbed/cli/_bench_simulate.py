@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prfaas.cli._places import place
 from prfaas.config.run import write_run
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.bench import simulate
@@ -28,7 +28,7 @@ def add(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="N,…",
         help="lengths, one process each (%(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=K_RESULTS, metavar="DIR", help="results (%(default)s)")
+    parser.add_argument("--out", type=place, default=K_RESULTS, metavar="DIR", help="results (%(default)s)")
     parser.add_argument("--json", action="store_true", help="the record on standard output, nothing written")
     parser.set_defaults(run=run)
 

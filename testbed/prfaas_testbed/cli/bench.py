@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from prfaas.cli._places import place
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.bench import cell as cells
 from prfaas_testbed.bench import harness, report, suite, table
@@ -68,7 +69,7 @@ def _register_transfer(actions: argparse._SubParsersAction[argparse.ArgumentPars
     transfer.add_argument(
         "--limit-s", type=float, default=K_LIMIT_S, help="most of one repetition (%(default)g)"
     )
-    transfer.add_argument("--out", type=Path, metavar="DIR", help="keep logs of the processes here")
+    transfer.add_argument("--out", type=place, metavar="DIR", help="keep logs of the processes here")
     transfer.add_argument("--json", action="store_true", help="one object on standard output")
     transfer.set_defaults(run=run_transfer)
 
@@ -78,7 +79,7 @@ def _register_all(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "all", help="every bench and its checks, into results/bench/STAMP/run.json"
     )
     everything.add_argument(
-        "--out", type=Path, default=K_RESULTS, metavar="DIR", help="results folder (%(default)s)"
+        "--out", type=place, default=K_RESULTS, metavar="DIR", help="results folder (%(default)s)"
     )
     everything.add_argument("--repetitions", type=int, default=5, help="of the named cells (%(default)d)")
     everything.add_argument(
@@ -96,7 +97,10 @@ def _register_all(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="begin no cell of part matrix after so long; with --into it goes on where it was left",
     )  # fmt: skip
     everything.add_argument(
-        "--into", type=Path, metavar="DIR", help="add to this run (or measure again) instead of beginning one"
+        "--into",
+        type=place,
+        metavar="DIR",
+        help="add to this run (or measure again) instead of beginning one",
     )
     everything.add_argument("--json", action="store_true", help="the run as one object on standard output")
     everything.set_defaults(run=run_all)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from prfaas.cli._places import place
 from prfaas.config.places import checkout
 from prfaas.model.errors import EXIT_OK, UsageError
 
@@ -22,7 +23,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     measure.add_argument("pieces", nargs="*", metavar="PIECE", help="all simulated ones where none is named")
     measure.add_argument("--repetitions", type=int, default=K_REPETITIONS, help="seeds a figure (5)")
-    measure.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    measure.add_argument("--out", type=place, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
     measure.add_argument(
         "--only", metavar="PART[,PART]",
         help="of one piece these parts alone; what the record has of the others stays in it",
@@ -31,7 +32,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = commands.add_parser("add", help="a piece's record from its runs on the testbed")
     add.add_argument("piece", metavar="PIECE")
     add.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that hold a run.json")
-    add.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    add.add_argument("--out", type=place, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
     also = add.add_mutually_exclusive_group()
     also.add_argument(
         "--keep", action="store_true", help="parts that these runs don't have stay in the record as they are"
@@ -48,11 +49,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--for", dest="for_s", type=float, default=K_MORE_S, metavar="S",
         help="as many parts as took no longer the last time (480)",
     )  # fmt: skip
-    more.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    more.add_argument("--out", type=place, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
     more.set_defaults(run=run_more)
     again = commands.add_parser("resimulate", help="the simulator's side of a record of runs, made anew")
     again.add_argument("piece", metavar="PIECE")
-    again.add_argument("--out", type=Path, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
+    again.add_argument("--out", type=place, default=K_FOLDER, metavar="DIR", help="results/claim otherwise")
     again.set_defaults(run=resimulate)
     report = commands.add_parser("report", help="README.md and figures from the records")
     report.add_argument("folder", type=Path, nargs="?", default=K_FOLDER, metavar="DIR")

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from prfaas.cli._places import place
 from prfaas.config.loading import check
 from prfaas.config.profile import ProfileConfig
 from prfaas.config.run import stamp
@@ -37,7 +38,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "likeness", help="hold a profiled instance and the simulator's against the real server they stand for"
     )
     parser.add_argument("model", nargs="?", default="dense", help=f"one of {', '.join(K_MODELS)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="results go to DIR/likeness/STAMP")
+    parser.add_argument("--out", type=place, metavar="DIR", help="results go to DIR/likeness/STAMP")
     parser.add_argument(
         "--rounds", type=int, default=K_ROUNDS, metavar="N", help=f"on one machine (default {K_ROUNDS})"
     )

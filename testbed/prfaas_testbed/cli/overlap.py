@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
+from prfaas.cli._places import place
 from prfaas.config.loading import load
 from prfaas.config.topology import Topology
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
@@ -35,7 +35,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"some of {', '.join(overlap.K_MODES)}, in this order",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=K_RESULTS, metavar="DIR", help="where overlap/STAMP/ goes"
+        "--out", type=place, default=K_RESULTS, metavar="DIR", help="where overlap/STAMP/ goes"
     )
     add_wait(parser)
     parser.set_defaults(run=run)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
+from prfaas.cli._places import place
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.experiment import prefixes
 from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, commit, machine, versions
@@ -26,7 +26,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"may be given again (default {' and '.join(K_DEFAULT)}), some 3 minutes each",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=K_RESULTS, metavar="DIR", help="where prefixes/STAMP/ goes"
+        "--out", type=place, default=K_RESULTS, metavar="DIR", help="where prefixes/STAMP/ goes"
     )
     parser.set_defaults(run=run)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
+from prfaas.cli._places import place
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
 from prfaas_testbed.experiment import presence
 from prfaas_testbed.experiment.machine import K_CHECKOUT, K_RESULTS, commit, machine, versions
@@ -30,7 +30,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--control", action="store_true", help="neither server has it: what two starts of one differ by"
     )
     parser.add_argument(
-        "--out", type=Path, default=K_RESULTS, metavar="DIR", help="where presence/STAMP/ goes"
+        "--out", type=place, default=K_RESULTS, metavar="DIR", help="where presence/STAMP/ goes"
     )
     parser.set_defaults(run=run)
 

@@ -6,10 +6,10 @@ import argparse
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 
 import yaml
 
+from prfaas.cli._places import place
 from prfaas.config.loading import check
 from prfaas.config.profile import ProfileConfig
 from prfaas.config.run import CheckRow, Run, stamp, write_run
@@ -33,7 +33,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("profile", help="measure a real server into a profile file")
     parser.add_argument("model", help=f"one of {', '.join(K_MODELS)}")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: topologies/profiles/cpu-MODEL.yaml"
+        "--out", type=place, metavar="FILE", help="default: topologies/profiles/cpu-MODEL.yaml"
     )
     parser.add_argument(
         "--rounds", type=int, default=K_ROUNDS, metavar="N",

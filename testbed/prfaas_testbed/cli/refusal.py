@@ -6,8 +6,8 @@ import argparse
 import statistics
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
+from prfaas.cli._places import place
 from prfaas.config.loading import load
 from prfaas.config.topology import Topology
 from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, UsageError
@@ -27,7 +27,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"requests of each length (default {K_ROUNDS})",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=K_RESULTS, metavar="DIR", help="where refusal/STAMP/ goes"
+        "--out", type=place, default=K_RESULTS, metavar="DIR", help="where refusal/STAMP/ goes"
     )
     add_wait(parser)
     parser.set_defaults(run=run)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from prfaas.cli._places import place
 from prfaas.config.experiment import Experiment, ExperimentSet, load_experiment, parts_of
 from prfaas.config.run import Run, stamp
 from prfaas.config.topology import Topology
@@ -31,13 +32,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("run", help="run an experiment", allow_abbrev=False)
     parser.add_argument("experiment", help="a name under topologies/experiments, or a path")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="results go to DIR/EXPERIMENT/STAMP (default: results)"
+        "--out", type=place, metavar="DIR", help="results go to DIR/EXPERIMENT/STAMP (default: results)"
     )
     parser.add_argument(
         "--parts", metavar="GLOB[,GLOB]", help="only these parts of a set, for example 'metro-*,*-cut'"
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="DIR",
+        "--resume", type=place, metavar="DIR",
         help="go on with the set's run in DIR: run what is missing, was stopped by the machine or is defined "
         "otherwise now; what ended stands, passed or not",
     )  # fmt: skip
@@ -56,12 +57,21 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="check the file and all it names, say what would run, and start nothing",
     )
+    parser.add_argument(
+        "--needs",
+        action="store_true",
+        help="say which of scripts/setup.py's parts it needs, and start nothing",
+    )
     parser.add_argument("--json", action="store_true", help="print the matrix of checks as JSON on stdout")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     choice = load_experiment(args.experiment, K_TOPOLOGIES)
+    if args.needs:
+        real = any("sglang" in one.kinds() for _, one in experiments_of(choice, args))
+        sys.stdout.write("all\n" if real else "network\n")
+        return EXIT_OK
     if args.repetitions is not None and not 1 <= args.repetitions <= K_MOST_REPETITIONS:
         raise UsageError(f"--repetitions {args.repetitions}: 1 to {K_MOST_REPETITIONS} are allowed")
     if args.parts is not None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -119,13 +120,17 @@ class ServerSpec:
 
 
 def sglang_python() -> Path:
-    """The Python that has SGLang: PRFAAS_SGLANG_PYTHON, else the checkout's .venv-sglang."""
+    """The Python that has SGLang: PRFAAS_SGLANG_PYTHON, else the checkout's .venv-sglang. Raises MachineError
+    for what a start needs and this machine lacks.
+    """
     named = os.environ.get("PRFAAS_SGLANG_PYTHON")
     python = Path(named) if named else K_CHECKOUT / ".venv-sglang" / "bin" / "python"
     if not python.exists():
         raise MachineError(
             f"no SGLang environment at {python}: run `make setup`, or set PRFAAS_SGLANG_PYTHON"
         )
+    if shutil.which("lscpu") is None:  # SGLang asks it for the cores, and ends without a word that names it
+        raise MachineError("lscpu is missing, by which SGLang counts cores; install util-linux")
     return python
 
 

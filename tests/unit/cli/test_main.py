@@ -89,3 +89,8 @@ def test_a_program_that_cannot_be_started_is_the_machines_lack(words, said, caps
 
     assert run_command("prfaas", build, []) == 3
     assert capsys.readouterr().err.startswith(f"prfaas: {said}")
+
+
+def test_a_name_with_a_line_break_makes_no_second_line(capsys) -> None:
+    assert main(["plan", "no\nsuch.yaml"]) == 2
+    assert capsys.readouterr().err == "prfaas: no\\x0asuch.yaml: no such file\n"

@@ -19,6 +19,7 @@ from prfaas.config.experiment import (
     parts_of,
 )
 from prfaas.config.loading import check
+from prfaas.config.workload import Azure
 from prfaas.model.errors import ConfigError, UsageError
 from prfaas_testbed.experiment.checks import require_known
 from prfaas_testbed.experiment.runner import Results
@@ -81,6 +82,8 @@ def test_a_faulty_file_is_told_by_field_and_value(changes: dict[str, Any], compl
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"unknown experiment 'hallo', perhaps hello; they are in /.*"):
+        load_experiment("hallo", TOPOLOGIES)
     with pytest.raises(UsageError, match=r"unknown experiment 'nope'; known: .*hello"):
         find_file("nope", TOPOLOGIES / "experiments", "experiment")
 
@@ -127,3 +130,26 @@ def test_results_keep_one_repetition_an_index() -> None:
     results = Results()
     assert results.repetition(1) is results.repetition(1)
     assert results.repetition(0).index == 0
+
+
+def test_paths_in_an_experiment_are_taken_from_its_own_folder_and_names_stay_names(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("")
+    workload = {"kind": "azure", "file": "mine.csv"}
+    fields = smallest(network="./net.yaml") | {"workload": workload}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(fields))
+    one = load_experiment(str(tmp_path / "one.yaml"), TOPOLOGIES)
+    assert isinstance(one, Experiment)
+    assert one.network == str(tmp_path / "net.yaml")
+    assert one.models[0].profile == "toy"
+    assert isinstance(one.workload, Azure)
+    assert one.workload.file == str(tmp_path / "mine.csv")
+    many = {
+        "name": "set",
+        "description": "d",
+        "wall_time_s": 9,
+        "parts": [{"name": "a", "experiment": "one.yaml"}],
+    }
+    (tmp_path / "set.yaml").write_text(yaml.safe_dump(many))
+    found = load_experiment(str(tmp_path / "set.yaml"), TOPOLOGIES)
+    assert isinstance(found, ExperimentSet)
+    assert dict(parts_of(found, TOPOLOGIES)) == {"a": one}

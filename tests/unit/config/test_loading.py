@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,15 @@ def test_any_bytes_are_a_file_or_a_told_error(tmp_path: Path, data: bytes) -> No
     path.write_bytes(data)
     with pytest.raises(UsageError):
         load(path, RouterConfig)
+
+
+def test_a_file_without_an_end_is_refused_and_a_pipe_is_read() -> None:
+    with pytest.raises(UsageError, match="/dev/zero: longer than 16 MiB"):
+        read_yaml("/dev/zero")
+    ours, theirs = os.pipe()
+    os.write(theirs, b"site: east")
+    os.close(theirs)
+    try:
+        assert read_yaml(f"/dev/fd/{ours}") == {"site": "east"}
+    finally:
+        os.close(ours)

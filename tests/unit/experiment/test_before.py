@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from prfaas.config.experiment import Experiment, load_experiment
-from prfaas.model.errors import ConfigError
+from prfaas.model.errors import ConfigError, MachineError
 from prfaas_testbed.claim.runs import parts
 from prfaas_testbed.experiment.before import check_before
 from prfaas_testbed.experiment.machine import K_TOPOLOGIES
+from prfaas_testbed.instances.sglang_server import sglang_python
 
 
 def test_profiles_that_disagree_on_a_requests_size_are_refused(tmp_path: Path) -> None:
@@ -99,3 +100,14 @@ def test_traffic_from_a_site_to_itself_is_refused() -> None:
     traffic = {"do": "cross_traffic", "at_s": 1, "source": "east", "target": "east", "for_s": 1}
     with pytest.raises(ConfigError, match=r"timeline.cross_traffic: found 'east as source and target'"):
         check_before(with_timeline(traffic), "here")
+
+
+def test_real_servers_without_lscpu_are_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.touch()
+    monkeypatch.setenv("PRFAAS_SGLANG_PYTHON", str(python))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MachineError, match="lscpu is missing"):
+        sglang_python()

@@ -127,3 +127,23 @@ def test_a_wait_that_is_no_time_is_bad_usage(
     assert (
         f"argument --wait/--wait-s: found '{text}'; 0 to 86400 seconds are allowed" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("experiment", "needs"), [("two-sites", "all"), ("hello", "network"), ("matrix", "network")]
+)
+def test_it_says_what_set_up_an_experiment_needs(
+    experiment: str, needs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SGLang's gigabytes are for experiments with real servers."""
+    assert main(["run", experiment, "--needs"]) == 0
+    assert capsys.readouterr().out == f"{needs}\n"
+
+
+def test_an_empty_place_for_results_is_not_the_folder_that_one_stands_in(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "hello", "--out="])
+    assert ended.value.code == 2
+    assert "--out: found nothing" in capsys.readouterr().err
