@@ -52,98 +52,80 @@ def table(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
 
 def plan_text(result: dict[str, Any]) -> str:
     """One PrfaaS and one local cluster."""
-    parts = ["Plan and baselines at equal hardware\n"]
+    return "".join(
+        (
+            "Plan and baselines at equal hardware\n",
+            _systems(result),
+            _baselines(result),
+            _provenance(result),
+            _published(result["published"]),
+            "\nTTFT with queues (M/G/k), threshold and split as above\n",
+            _queues(result["queueing"]),
+            "\nThe least link that carries\n",
+            _links(result["link_needed"]),
+            _cost(result["cost"]),
+            _sizing(result["sizing"]) if result["sizing"] else "",
+            "\nKV throughput of one PrfaaS instance, and egress of clusters of them, Gbit/s\n",
+            _kv_throughput(result["kv_throughput"]),
+            "\nSensitivity of the throughput to each input\n",
+            _sensitivity(result["sensitivity"]),
+        )
+    )
+
+
+def _systems(result: dict[str, Any]) -> str:
     systems = [("PrfaaS", result), ("homogeneous", result["homogeneous"]), ("naive", result["naive"])]
     shown = [(name, one) for name, one in systems if one is not None]
     rows = [["", *(name for name, _ in shown), ""]]
     for label, key, unit in K_ROWS:
         rows.append([label, *(number(one[key]) for _, one in shown), unit])
-    parts.append(table(rows))
-    parts.append(_baselines(result))
-    for line in result["extrapolated"]:
-        parts.append(f"  extrapolated: {line}\n")
+    return table(rows)
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    """Which figures aren't what the case says alone."""
+    lines = [f"  extrapolated: {line}\n" for line in result["extrapolated"]]
     if result["solved_back"]:
-        parts.append(f"  solved back, not published: {', '.join(result['solved_back'])}\n")
-    if result["published"]:
-        parts.append("\nPublished figures beside ours\n")
-        parts.append(
-            table(
-                [
-                    ["system", "figure", "published", "ours", "ratio", ""],
-                    *(
-                        [
-                            row["system"],
-                            row["figure"],
-                            number(row["published"]),
-                            number(row["ours"]),
-                            number(row["ratio"], 3),
-                            "circular" if row["circular"] else "",
-                            row["note"],
-                        ]
-                        for row in result["published"]
-                    ),
-                ]
-            )
-        )
-    parts.append("\nTTFT with queues (M/G/k), threshold and split as above\n")
-    parts.append(_queues(result["queueing"]))
-    parts.append("\nThe least link that carries\n")
-    parts.append(
-        table(
-            [
-                ["", "req/s", "Gbit/s", "threshold", "prefill"],
-                *(
-                    [
-                        row["for"],
-                        number(row["rate_rps"]),
-                        "none is enough" if row["egress_bps"] is None else number(row["egress_bps"] / 1e9),
-                        number(row.get("threshold_tokens")),
-                        number(row.get("prefill")),
-                    ]
-                    for row in result["link_needed"]
-                ),
-            ]
-        )
-    )
-    parts.append(_cost(result["cost"]))
-    if result["sizing"]:
-        parts.append(_sizing(result["sizing"]))
-    parts.append("\nKV throughput of one PrfaaS instance, and egress of clusters of them, Gbit/s\n")
-    clusters = list(result["kv_throughput"][0]["egress_gbps"])
-    parts.append(
-        table(
-            [
-                ["tokens", "instance", *(f"{gpus} GPUs" for gpus in clusters)],
-                *(
-                    [
-                        number(row["tokens"]),
-                        number(row["kv_throughput_gbps"]),
-                        *(number(row["egress_gbps"][gpus]) for gpus in clusters),
-                    ]
-                    for row in result["kv_throughput"]
-                ),
-            ]
-        )
-    )
-    parts.append("\nSensitivity of the throughput to each input\n")
-    parts.append(
-        table(
-            [
-                ["input", "change", "plan anew", "plan held", "elasticity"],
-                *(
-                    [
-                        row["input"],
-                        row["change"],
-                        number(row["throughput_rps"]),
-                        number(row["held_rps"]),
-                        "-" if row["elasticity"] is None else f"{row['elasticity']:+.2f}",
-                    ]
-                    for row in result["sensitivity"]
-                ),
-            ]
-        )
-    )
-    return "".join(parts)
+        lines.append(f"  solved back, not published: {', '.join(result['solved_back'])}\n")
+    return "".join(lines)
+
+
+def _published(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [["system", "figure", "published", "ours", "ratio", ""]]
+    for row in rows:
+        figures = (number(row["published"]), number(row["ours"]), number(row["ratio"], 3))
+        how = "circular" if row["circular"] else ""
+        lines.append([row["system"], row["figure"], *figures, how, row["note"]])
+    return "\nPublished figures beside ours\n" + table(lines)
+
+
+def _links(rows: list[dict[str, Any]]) -> str:
+    lines = [["", "req/s", "Gbit/s", "threshold", "prefill"]]
+    for row in rows:
+        egress = "none is enough" if row["egress_bps"] is None else number(row["egress_bps"] / 1e9)
+        split = (number(row.get("threshold_tokens")), number(row.get("prefill")))
+        lines.append([row["for"], number(row["rate_rps"]), egress, *split])
+    return table(lines)
+
+
+def _kv_throughput(rows: list[dict[str, Any]]) -> str:
+    clusters = list(rows[0]["egress_gbps"])
+    lines = [["tokens", "instance", *(f"{gpus} GPUs" for gpus in clusters)]]
+    for row in rows:
+        egress = (number(row["egress_gbps"][gpus]) for gpus in clusters)
+        lines.append([number(row["tokens"]), number(row["kv_throughput_gbps"]), *egress])
+    return table(lines)
+
+
+def _sensitivity(rows: list[dict[str, Any]]) -> str:
+    lines = [["input", "change", "plan anew", "plan held", "elasticity"]]
+    for row in rows:
+        rates = (number(row["throughput_rps"]), number(row["held_rps"]))
+        elasticity = "-" if row["elasticity"] is None else f"{row['elasticity']:+.2f}"
+        lines.append([row["input"], row["change"], *rates, elasticity])
+    return table(lines)
 
 
 def _baselines(result: dict[str, Any]) -> str:
