@@ -97,6 +97,34 @@ def simulation_of(
     model = model or experiment.models[0]
     topology = topology or load_topology(experiment.network, topologies / "networks")
     agenda, record = Agenda(), Record()
+    engines, profiles = _engines(experiment, model, topology, topologies, agenda)
+    local = frozenset(engine.site for engine in engines if engine.role != "prefill")
+    chosen = policy or (experiment.router.policy if experiment.router else PolicyConfig(name="naive"))
+    policy_object: Policy = create_policy(chosen, Fleet(profiles, local))
+    slow_loop = experiment.router.slow_loop if experiment.router else None
+    settings = settings or _settings(experiment, chosen, local)
+    world = World(agenda, engines, Network(topology, agenda), policy_object, record, settings)
+    if slow_loop is not None:
+        RoleChanges(world, slow_loop, of_sites(profiles), policy_object)
+    seed = experiment.seed * 1_000_003 + repetition
+    if requests is None:
+        lines = trace_lines(experiment.workload, topologies)
+        requests = timed_requests(experiment.workload, Random(seed), lines)
+    unsupported = play_timeline(world, experiment.timeline)
+    world.play(requests)
+    horizon_s = experiment.workload.duration_s or experiment.wall_time_s
+    if sample:
+        rows = len(world.network.pipes) + len({engine.site for engine in engines})
+        _sample(world, max(K_SAMPLE_S, horizon_s / K_MOST_SAMPLES, horizon_s * rows / K_MOST_SAMPLED_ROWS))
+    return Simulation(world, unsupported, horizon_s)
+
+
+def _engines(
+    experiment: Experiment, model: ModelChoice, topology: Topology, topologies: Path, agenda: Agenda
+) -> tuple[list[Engine], dict[tuple[SiteId, ModelId], CostProfile]]:
+    """The instances, and each site's profile for whoever decides: a prefill instance's, where it has one.
+    Raises UsageError.
+    """
     profiles: dict[tuple[SiteId, ModelId], CostProfile] = {}
     alike: dict[Profile, Profile] = {}  # one object for all of a kind: what is worked out of it is shared
     engines = []
@@ -125,41 +153,22 @@ def simulation_of(
             )
             for name in instance.names()
         ]
-    local = frozenset(engine.site for engine in engines if engine.role != "prefill")
-    chosen = policy or (experiment.router.policy if experiment.router else PolicyConfig(name="naive"))
-    policy_object: Policy = create_policy(chosen, Fleet(profiles, local))
-    slow_loop = experiment.router.slow_loop if experiment.router else None
-    world = World(
-        agenda,
-        engines,
-        Network(topology, agenda),
-        policy_object,
-        record,
-        settings
-        or Settings(
-            door_site=experiment.router.site if experiment.router else None,
-            timeout_s=experiment.request_timeout_s,
-            retry=Retry(total_s=experiment.request_timeout_s) if experiment.router else None,
-            # Where servers are asked directly nothing is there that a refusal could send elsewhere.
-            admission=experiment.router is not None,
-            service_order="deadline" if chosen.service == "deadline" else "fcfs",
-            homes=_homes(experiment, local),
-            request_bytes_per_token=0.0 if experiment.transfer.http_by_pump else K_TOKEN_BYTES,
-        ),
+    return engines, profiles
+
+
+def _settings(experiment: Experiment, policy: PolicyConfig, local: frozenset[SiteId]) -> Settings:
+    """What the experiment's file says of the door. Raises UsageError for homes that can't decode."""
+    door = experiment.router
+    return Settings(
+        door_site=door.site if door else None,
+        timeout_s=experiment.request_timeout_s,
+        retry=Retry(total_s=experiment.request_timeout_s) if door else None,
+        # Where servers are asked directly nothing is there that a refusal could send elsewhere.
+        admission=door is not None,
+        service_order="deadline" if policy.service == "deadline" else "fcfs",
+        homes=_homes(experiment, local),
+        request_bytes_per_token=0.0 if experiment.transfer.http_by_pump else K_TOKEN_BYTES,
     )
-    if slow_loop is not None:
-        RoleChanges(world, slow_loop, of_sites(profiles), policy_object)
-    seed = experiment.seed * 1_000_003 + repetition
-    if requests is None:
-        lines = trace_lines(experiment.workload, topologies)
-        requests = timed_requests(experiment.workload, Random(seed), lines)
-    unsupported = play_timeline(world, experiment.timeline)
-    world.play(requests)
-    horizon_s = experiment.workload.duration_s or experiment.wall_time_s
-    if sample:
-        rows = len(world.network.pipes) + len({engine.site for engine in engines})
-        _sample(world, max(K_SAMPLE_S, horizon_s / K_MOST_SAMPLES, horizon_s * rows / K_MOST_SAMPLED_ROWS))
-    return Simulation(world, unsupported, horizon_s)
 
 
 def _homes(experiment: Experiment, local: frozenset[SiteId]) -> tuple[SiteId, ...]:
