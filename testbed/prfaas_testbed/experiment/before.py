@@ -29,51 +29,17 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
     require_known(experiment.checks, origin)
     _checks_can_be_judged(experiment, origin)
     topology = load_topology(experiment.network)
-    for instance in experiment.instances:
-        if instance.site not in topology.sites:
-            known = ", ".join(topology.sites)
-            raise ConfigError(
-                origin, f"instances.{instance.name}.site", instance.site, f"sites here: {known}"
-            )
-    if experiment.baseline is not None and experiment.baseline.site not in topology.sites:
-        raise ConfigError(
-            origin, "baseline.site", experiment.baseline.site, f"sites: {', '.join(topology.sites)}"
-        )
+    _servers_are_somewhere(experiment, topology, origin)
     for capture in experiment.captures:
         _two_sites("captures", capture, topology, origin)
     if experiment.capacity is not None:
         rate_of(experiment.workload)
     if experiment.captures:
         check_reader()
-    links = topology.directed()
-    for event in experiment.events():
-        _two_sites(f"timeline.{event.do}", event, topology, origin)
-        for link in _links_of(event):
-            if link not in links:
-                raise ConfigError(
-                    origin, f"timeline.{event.do}.link", link, f"links here: {', '.join(links)}"
-                )
+    _events_name_links(experiment, topology, origin)
     _changes_fit(topology, [experiment.timeline, *(one.timeline for one in experiment.rounds)], origin)
-    for instance in experiment.instances:
-        _profile_known(instance.profile, origin, f"instances.{instance.name}.profile")
-    for model in experiment.models:
-        _profile_known(model.profile, origin, f"models.{model.name}.profile")
-        if "sglang" in experiment.kinds():
-            if model.name not in K_MODELS:
-                raise ConfigError(
-                    origin, "models.name", model.name, f"models that set-up makes: {', '.join(K_MODELS)}"
-                )
-            sglang_python()
-            if not (K_MODELS_DIR / model.name / "config.json").exists():
-                raise MachineError(f"model {model.name} isn't under {K_MODELS_DIR}: run `make setup`")
-    if experiment.router is not None and experiment.router.site not in topology.sites:
-        raise ConfigError(
-            origin, "router.site", experiment.router.site, f"sites: {', '.join(topology.sites)}"
-        )
-    if experiment.router is not None and experiment.router.policy.name not in policy_names():
-        raise ConfigError(
-            origin, "router.policy.name", experiment.router.policy.name, f"known: {', '.join(policy_names())}"
-        )
+    _servers_can_start(experiment, origin)
+    _router_is_known(experiment, topology, origin)
     if experiment.workload.homes:
         raise ConfigError(
             origin,
@@ -85,6 +51,57 @@ def check_before(experiment: Experiment, origin: str) -> Topology:
     _times_fit(experiment, max((request.at_s for request in requests), default=0.0), origin)
     _same_sizes(experiment, {len(request.tokens) for request in requests}, topology, origin)
     return topology
+
+
+def _servers_are_somewhere(experiment: Experiment, topology: Topology, origin: str) -> None:
+    known = ", ".join(topology.sites)
+    for instance in experiment.instances:
+        if instance.site not in topology.sites:
+            raise ConfigError(
+                origin, f"instances.{instance.name}.site", instance.site, f"sites here: {known}"
+            )
+    if experiment.baseline is not None and experiment.baseline.site not in topology.sites:
+        raise ConfigError(origin, "baseline.site", experiment.baseline.site, f"sites: {known}")
+
+
+def _events_name_links(experiment: Experiment, topology: Topology, origin: str) -> None:
+    links = topology.directed()
+    for event in experiment.events():
+        _two_sites(f"timeline.{event.do}", event, topology, origin)
+        for link in _links_of(event):
+            if link not in links:
+                raise ConfigError(
+                    origin, f"timeline.{event.do}.link", link, f"links here: {', '.join(links)}"
+                )
+
+
+def _servers_can_start(experiment: Experiment, origin: str) -> None:
+    """Whether their profiles are there, and what real ones need. Raises ConfigError, MachineError."""
+    for instance in experiment.instances:
+        _profile_known(instance.profile, origin, f"instances.{instance.name}.profile")
+    for model in experiment.models:
+        _profile_known(model.profile, origin, f"models.{model.name}.profile")
+        if "sglang" not in experiment.kinds():
+            continue
+        if model.name not in K_MODELS:
+            raise ConfigError(
+                origin, "models.name", model.name, f"models that set-up makes: {', '.join(K_MODELS)}"
+            )
+        sglang_python()
+        if not (K_MODELS_DIR / model.name / "config.json").exists():
+            raise MachineError(f"model {model.name} isn't under {K_MODELS_DIR}: run `make setup`")
+
+
+def _router_is_known(experiment: Experiment, topology: Topology, origin: str) -> None:
+    router = experiment.router
+    if router is None:
+        return
+    if router.site not in topology.sites:
+        raise ConfigError(origin, "router.site", router.site, f"sites: {', '.join(topology.sites)}")
+    if router.policy.name not in policy_names():
+        raise ConfigError(
+            origin, "router.policy.name", router.policy.name, f"known: {', '.join(policy_names())}"
+        )
 
 
 def _checks_can_be_judged(experiment: Experiment, origin: str) -> None:
