@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -26,7 +25,6 @@ K_INLINE_BYTES = 20_000_000  # beyond this, raw rows go to files beside run.json
 K_OUTSIDE = ("repetitions", "baseline", "void")
 K_STAMP = "%Y%m%dT%H%M%SZ"
 K_NAME_DIGITS = 12
-_STAMP_FORM = re.compile(r"^\d{8}T\d{6}Z$")
 
 Outcome = Literal["passed", "failed", "unsupported"]
 
@@ -139,10 +137,6 @@ class Run(BaseModel):
 def stamp(now: datetime | None = None) -> str:
     """A run's folder name, UTC."""
     return (now or datetime.now(UTC)).strftime(K_STAMP)
-
-
-def is_stamp(name: str) -> bool:
-    return bool(_STAMP_FORM.match(name))
 
 
 def write_run(run: Run, folder: Path) -> Path:

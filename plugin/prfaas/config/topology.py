@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from prfaas.config.loading import Strict, first_fault, load, pattern, unknown_name
+from prfaas.config.loading import Strict, load, pattern, unknown_name
 from prfaas.config.places import checkout
 from prfaas.model.errors import ConfigError, UsageError
 
@@ -357,11 +357,3 @@ def load_topology(name_or_path: str | Path, folder: Path = K_NETWORKS) -> Topolo
     if topology.name != path.stem:
         raise ConfigError(str(path), "name", topology.name, f"expected {path.stem!r}, the file's own name")
     return topology
-
-
-def checked_change(data: object, origin: str) -> LinkChange:
-    """`data` as a change; `origin` names its place in errors. Raises ConfigError."""
-    try:
-        return LinkChange.model_validate(data)
-    except ValidationError as error:
-        raise first_fault(error, origin, LinkChange) from None

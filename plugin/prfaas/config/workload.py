@@ -210,7 +210,6 @@ class Azure(TraceCommon):
     kind: Literal["azure"]
 
 
-TraceConfig = Mooncake | Azure
 WorkloadConfig = Annotated[Synthetic | Sessions | Mooncake | Azure, Field(discriminator="kind")]
 
 

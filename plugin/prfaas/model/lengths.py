@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -54,10 +54,6 @@ class Lengths(ABC):
         """`count` lengths of equal probability that stand for the distribution, rising: cell i is quantile
         (i + ½) / count. An average of f over them approaches E[f(L)]."""
         return [self.quantile((i + 0.5) / count) for i in range(count)]
-
-    def mean_of(self, function: Callable[[float], float], count: int = 2000) -> float:
-        """E[function(L)], over `count` cells."""
-        return sum(map(function, self.cells(count))) / count
 
 
 @dataclass(frozen=True)

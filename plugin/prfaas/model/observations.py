@@ -128,10 +128,6 @@ class InstanceObservation:
     def takes_prefill(self) -> bool:
         return self.healthy and not self.draining and self.role is not Role.DECODE
 
-    @property
-    def takes_decode(self) -> bool:
-        return self.healthy and not self.draining and self.role is not Role.PREFILL
-
 
 _Takers: TypeAlias = tuple[Sequence[InstanceObservation], Sequence[InstanceObservation]]
 

@@ -9,8 +9,6 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-K_ROOM_MAX = (1 << 63) - 1
-
 
 class TransferKind(StrEnum):
     """What a transfer carries; kinds of one request never wait for one another."""

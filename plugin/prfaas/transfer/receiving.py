@@ -199,12 +199,6 @@ class Receiving:
             events.append(self._break(incoming, FailureReason.DEADLINE, "", tell_peer=True))
         return events
 
-    def next_expiry_s(self) -> float | None:
-        times = [lease.expires_s for lease in self._leases.values()] + [
-            x.expires_s for x in self._open.values()
-        ]
-        return min(times, default=None)
-
     # Peers
 
     def on_open(

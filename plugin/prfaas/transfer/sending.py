@@ -353,9 +353,6 @@ class Sending:
         events = [self.fail(key, FailureReason.DEADLINE, "not acknowledged in time") for key in late]
         return [event for event in events if event is not None]
 
-    def next_deadline_s(self) -> float | None:
-        return min((t.deadline_s for t in self._transfers.values()), default=None)
-
     def _again(self, t: _Transfer, block: int) -> None:
         size = t.plan.block_bytes(block)
         if t.in_flight.pop(block, None) is None:

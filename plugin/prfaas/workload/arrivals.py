@@ -32,20 +32,6 @@ def arrival_times(process: Process, rng: Random) -> Iterator[float]:
             return _zeros()
 
 
-def mean_rate_rps(process: Process) -> float:
-    """Arrivals a second in the long run; infinite for `at_once`."""
-    match process:
-        case Poisson() | Gamma() | Paced():
-            return process.rate_rps
-        case OnOff():
-            arrivals = process.on_rps * process.on_s + process.off_rps * process.off_s
-            return arrivals / (process.on_s + process.off_s)
-        case Diurnal():
-            return process.mean_rps
-        case AtOnce():
-            return math.inf
-
-
 def _zeros() -> Iterator[float]:
     while True:
         yield 0.0

@@ -104,10 +104,6 @@ class Cell:
         return -(-self.total_bytes // self.segment_bytes)
 
     @property
-    def allowed_congestion_controls(self) -> tuple[str, ...]:
-        return ("cubic",) if self.congestion_control == "cubic" else ("cubic", self.congestion_control)
-
-    @property
     def ceiling_mbps(self) -> float | None:
         """The most payload that TCP carries over the link: full frames at an MTU of 1500, with timestamps."""
         return None if self.rate_mbps is None else self.rate_mbps * K_PAYLOAD_BYTES / K_FRAME_BYTES

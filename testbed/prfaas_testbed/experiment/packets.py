@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 K_ETHERNET_BYTES = 14
-K_IPV4 = 0x0800
 K_TCP = 6
 K_FIN, K_SYN, K_RST, K_ACK = 1, 2, 4, 16
 K_MOST_MARKS = 80

@@ -9,7 +9,6 @@ from prfaas.config.topology import (
     Impairments,
     LinkChange,
     Topology,
-    checked_change,
     load_topology,
     network_names,
 )
@@ -174,7 +173,7 @@ def test_a_written_null_takes_the_rate_limit_away() -> None:
 )
 def test_an_empty_or_contradictory_change_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        checked_change(data, "file.yaml: timeline.0")
+        check(data, LinkChange, "file.yaml")
 
 
 def test_a_change_that_contradicts_the_link_is_refused() -> None:
