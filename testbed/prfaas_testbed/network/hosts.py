@@ -89,10 +89,12 @@ class Host:
             pass_fds=pass_fds,
             text=text,
             start_new_session=True,
+            cwd=checkout(),
         )
 
     def run(self, argv: Sequence[str], lines: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         """A short command inside this host, its output kept."""
+        # mnexec goes to the folder that it was called in, which is hidden from the host where it is in /tmp.
         return subprocess.run(
             ["mnexec", "-a", str(self.pid), *argv],
             input="".join(line + "\n" for line in lines),
@@ -100,6 +102,7 @@ class Host:
             text=True,
             check=False,
             timeout=30,
+            cwd=checkout(),
         )
 
     def check(self, argv: Sequence[str], lines: Sequence[str] = ()) -> str:

@@ -14,6 +14,7 @@ from prfaas.config.pump import PumpConfig
 from prfaas.config.router import RouterConfig, load_router_config
 from prfaas.telemetry.pump_metrics import K_INBOUND_COUNTERS, PumpMetrics
 from prfaas.telemetry.router_metrics import RouterMetrics
+from prfaas_testbed.cli.main import main as run_testbed
 
 K_ROOT = Path(__file__).parents[3]
 K_BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -83,6 +84,16 @@ def test_what_rules_and_the_page_ask_prometheus_for_is_there() -> None:
     asked = set(re.findall(r"\b(?:prfaas_(?:pump|link|router)_\w+|process_\w+)", spread))
     assert len(asked) > 20
     assert {name.removesuffix("_bucket") for name in asked} - there == set()
+
+
+def test_the_testbeds_page_leads_to_a_network_and_an_experiment_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offices, nightly = blocks("testbed/README.md")
+    (tmp_path / "offices.yaml").write_text(offices)
+    (tmp_path / "nightly.yaml").write_text(nightly)
+    assert run_testbed(["run", str(tmp_path / "nightly.yaml"), "--dry-run"]) == 0
+    assert "offices (3 sites, 6 links)" in capsys.readouterr().out
 
 
 def test_two_sites_of_the_readme_find_each_other() -> None:

@@ -12,7 +12,14 @@ K_ROOT = Path(__file__).parents[3]
 K_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 K_PAGES = sorted(
     path
-    for pattern in ("*.md", "plugin/**/*.md", "topologies/**/*.md", "results/*.md", "results/*/README.md")
+    for pattern in (
+        "*.md",
+        "plugin/**/*.md",
+        "testbed/*.md",
+        "topologies/**/*.md",
+        "results/*.md",
+        "results/*/README.md",
+    )
     for path in K_ROOT.glob(pattern)
 )
 
