@@ -57,8 +57,9 @@ K_CPU_ARGS = (
 )  # fmt: skip
 K_CUDA_ARGS = (
     "--device", "cuda", "--attention-backend", "triton", "--sampling-backend", "pytorch",
-    "--disable-cuda-graph", "--skip-server-warmup", "--mem-fraction-static", "0.4",
-    "--max-running-requests", "8", "--dtype", "bfloat16",
+    "--cuda-graph-backend-prefill", "disabled", "--cuda-graph-backend-decode", "disabled",
+    "--skip-server-warmup", "--mem-fraction-static", "0.4", "--max-running-requests", "8",
+    "--dtype", "bfloat16",
 )  # fmt: skip
 """Three servers share a GPU. With SGLang's overlap of scheduler and GPU, which the CPU has none of."""
 K_SAME_CHUNKS = ("--prefill-max-requests", "1")
