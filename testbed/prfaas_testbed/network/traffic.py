@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,6 +94,13 @@ def sending_words(kind: Kind, rate_mbps: float | None, streams: int, mtu_bytes: 
     return words
 
 
+def received(report: Mapping[str, Any]) -> tuple[float, float]:
+    """Bytes that a server's report says arrived, and in how many seconds. A server whose client was stopped
+    tells its last interval twice. Pure."""
+    sums = {row["sum"]["start"]: row["sum"] for row in report.get("intervals", [])}
+    return sum(row["bytes"] for row in sums.values()), sum(row["seconds"] for row in sums.values())
+
+
 class CrossTraffic:
     """Other people's traffic from one site to another: ready when it is made, then from `begin` to `stop`."""
 
@@ -147,9 +154,7 @@ class CrossTraffic:
         self.stopped_s = time.monotonic()
         received_bytes, seconds = 0.0, 0.0
         try:
-            for row in self._server.report(timeout_s=3).get("intervals", []):
-                received_bytes += row["sum"]["bytes"]
-                seconds += row["sum"]["seconds"]
+            received_bytes, seconds = received(self._server.report(timeout_s=3))
         except PrfaasError as problem:
             error = error or str(problem)
         finally:

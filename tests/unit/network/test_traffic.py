@@ -11,7 +11,7 @@ from prfaas.model.errors import MachineError
 from prfaas_testbed.network import sysctls
 from prfaas_testbed.network.network import Network
 from prfaas_testbed.network.state import Record
-from prfaas_testbed.network.traffic import sending_words
+from prfaas_testbed.network.traffic import received, sending_words
 
 
 def test_udp_is_full_frames_of_which_there_are_as_many_as_the_rate_says() -> None:
@@ -51,3 +51,11 @@ def test_sites_are_allowed_what_the_kernel_offers_and_no_more(monkeypatch: pytes
     monkeypatch.setattr(sysctls, "offers", lambda name: False)
     assert sysctls.allow_congestion_controls(record) == ["reno"]
     assert len(raised) == 1
+
+
+def test_an_interval_that_is_told_twice_counts_once() -> None:
+    """As iperf3 3.12 does when its client is interrupted."""
+    first, last = ({"start": at, "seconds": 1.0, "bytes": 10.0 * (1 + at)} for at in (0, 1.0003))
+    rows = [{"sum": first}, {"sum": last}, {"sum": last}]
+    assert received({"intervals": rows}) == (pytest.approx(30.003), 2.0)
+    assert received({"error": "no client came"}) == (0, 0)
