@@ -17,7 +17,7 @@ def test_a_plain_link_is_netem_over_a_bucket_whose_queue_is_a_round_trip() -> No
         "corrupt 0% duplicate 0% reorder 0% rate 0bit"
     )
     assert words(state, 1) == (
-        "qdisc add dev to-west parent 1:1 handle 2: tbf rate 200000000bit burst 25000b limit 1000000b"
+        "qdisc add dev to-west parent 1:1 handle 2: tbf rate 200000000bit burst 75000b limit 1000000b"
     )
     assert len(qdisc_commands("to-west", state)) == 2
 
@@ -98,7 +98,7 @@ def shown(**netem: object) -> list[dict[str, object]]:
     }
     return [
         {"kind": "netem", "handle": "1:", "options": options},
-        {"kind": "tbf", "handle": "2:", "options": {"rate": 25000000, "burst": 25000}},
+        {"kind": "tbf", "handle": "2:", "options": {"rate": 25000000, "burst": 75000}},
     ]
 
 
