@@ -163,6 +163,14 @@ def test_sites_share_the_checkout_and_the_work_folder(net: Network) -> None:
     assert said(net, "east", "pwd").strip() == str(checkout())
 
 
+def test_a_run_may_be_started_where_its_sites_see_nothing(
+    net: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said(net, "east", "ls", "-d", str(tmp_path)).endswith("No such file or directory\n")
+    assert net.sites["east"].check(["echo", "here"]) == "here\n"
+
+
 def test_a_program_runs_under_its_own_id_and_a_missing_one_raises(net: Network) -> None:
     process = net.sites["east"].popen(["sleep", "60"])
     deadline = time.monotonic() + 20
