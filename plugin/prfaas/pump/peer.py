@@ -319,7 +319,7 @@ class Peer(PeerFigures):
         busy = len(self.sending) > 0
         self._spreading.measure(self._infos())
         self._observe(now)
-        self.sending.hedge_after_s = 1.5 * self.rtt_s + self._slack.seconds(now) + K_HEDGE_S
+        self.sending.hedge_after_s = 1.5 * self.rtt_s + self.slack_s(now) + K_HEDGE_S
         if busy and not self.n_ready and self._dialling.is_refused(now):
             self._fail_all(FailureReason.PEER_UNREACHABLE, self.last_error, now)
         if busy or (self._keep_warm and self._dialling.worth_warming):

@@ -61,6 +61,10 @@ class PeerFigures(Handler):
         self._note_work(now)
         return self._starving.take_s(now)
 
+    def slack_s(self, now: float) -> float:
+        """How long the kernel may send from what it holds: more than at first when we have come late."""
+        return self._slack.seconds(now)
+
     def on_dry(self, stream: Stream, now: float) -> None:
         # On a short path the kernel sends whatever it gets at once.
         if self.sending.can_send() and self.min_rtt_s >= K_LONG_PATH_S:
@@ -70,7 +74,7 @@ class PeerFigures(Handler):
 
     def _let_hold(self, stream: Stream, now: float) -> None:
         """As much unsent as our own lateness asks for."""
-        stream.set_unsent(self._slack.seconds(now), max(1, self.n_ready))
+        stream.set_unsent(self.slack_s(now), max(1, self.n_ready))
 
     @property
     def app_limited(self) -> bool:

@@ -291,7 +291,7 @@ class Pump:
                     "streams_wanted": peer.count.wanted, "goodput_bps": peer.count.goodput_bps,
                     "loss": peer.count.loss, "backlog_bytes": peer.sending.backlog_bytes,
                     "in_flight_bytes": peer.sending.in_flight_bytes, "transfers": len(peer.sending),
-                    "last_error": peer.last_error, **peer.totals().as_dict(),
+                    "slack_s": peer.slack_s(now), "last_error": peer.last_error, **peer.totals().as_dict(),
                 }
             )  # fmt: skip
         inbound = {"streams": len(self.inbound.streams), "refusals": dict(self.inbound.refusals)}

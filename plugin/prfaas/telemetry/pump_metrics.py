@@ -34,6 +34,7 @@ K_PEER_GAUGES = {
     "in_flight_bytes": "Bytes sent and not yet acknowledged by the receiver.",
     "transfers": "Transfers under way.",
     "streams_wanted": "Streams that the loss asks for.",
+    "slack_s": "How long the kernel may send from what it holds; more than 0.06: the pump came late.",
 }
 K_STREAM_GAUGES = {
     "rtt_s": "Smoothed round trip of the stream.",

@@ -133,16 +133,18 @@ def test_streams_that_run_dry_though_more_waits_are_let_hold_more_on_a_long_path
         waits = [True]
         monkeypatch.setattr(peer.sending, "can_send", lambda: waits[0])
         now = pump.loop.now()
-        began_s = peer._slack.seconds(now)
+        began_s = peer.slack_s(now)
         peer.on_dry(peer.streams[0], now)
-        assert peer._slack.seconds(now) == began_s, "on a short path the kernel sends all at once"
+        assert peer.slack_s(now) == began_s, "on a short path the kernel sends all at once"
         monkeypatch.setattr("prfaas.pump.peer_figures.K_LONG_PATH_S", 1e-9)
         waits[0] = False
         peer.on_dry(peer.streams[0], now)
-        assert peer._slack.seconds(now) == began_s, "nothing waited"
+        assert peer.slack_s(now) == began_s, "nothing waited"
         waits[0] = True
         peer.on_dry(peer.streams[0], now)
-        assert peer._slack.seconds(now) > began_s
+        assert peer.slack_s(now) > began_s
+        (said,) = east.stats()["peers"]
+        assert said["slack_s"] > began_s, "an operator sees it"
 
 
 def info(rtt_s: float, packets: int, delivery_bps: float, pacing_bps: float) -> tcpinfo.TcpInfo:
