@@ -60,7 +60,7 @@ class ApiKey(Strict):
     max_in_flight: Annotated[int, Field(ge=1)] | None = None
     """Requests of this key being served; beyond, 429. None: limits.max_in_flight alone."""
     admin: bool = False
-    """May read /decisions and post /reload."""
+    """May read /decisions and /roles, and post /reload."""
 
 
 class CostFile(Strict):

@@ -348,6 +348,11 @@ class Pump:
         try:
             self.loop.run()
         finally:
+            n_out = sum(len(peer.sending) for peer in self._peers.values())
+            log.info(
+                "the pump ends: %d transfers out and %d in are left to the one that follows",
+                n_out, self.receiving.n_transfers,
+            )  # fmt: skip
             self.close()
 
     def stop(self) -> None:

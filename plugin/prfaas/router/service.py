@@ -335,8 +335,7 @@ class Router:
         """Take nothing new, let running requests end (for K_GRACE_S at most), close everything."""
         for listener in self._listeners:
             listener.close()
-        if self.clients.in_flight:
-            log.info("stopping: %d under way have %g s to end", self.clients.in_flight, K_GRACE_S)
+        log.info("stopping: %d under way have %g s to end", self.clients.in_flight, K_GRACE_S)
         if self._runner is not None:
             await self._runner.cleanup()
         for under_way in (self.door.background, self._reloads):

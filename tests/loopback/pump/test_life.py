@@ -110,6 +110,7 @@ def test_a_pump_that_ends_late_leaves_another_pumps_control_socket_alone(pumps):
     with contextlib.closing(Pump(config)) as other:
         os.kill(pumps.pid("west"), signal.SIGTERM)
         pumps.until(lambda: gone(pumps.pid("west")))
+        assert "the pump ends: 0 transfers out and 0 in" in pumps.log("west")
         assert stat.S_ISSOCK(other.config.control_path.stat().st_mode)
     assert not config.control_path.exists()
 
