@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,7 @@ class Network:
                 # Merged packets would be lost, delayed and counted as one.
                 self._agent.run(node, ["ethtool", "-K", "site", "gro", "off"])
             if self.plan.tc_lines[node]:
-                self._agent.run(node, ["tc", "-batch", "-"], self.plan.tc_lines[node])
+                make_links(self._agent, node, self.plan.tc_lines[node])
         self._emulator.started(self._record)
         self._emulator.cables(
             [
@@ -364,6 +364,16 @@ class Network:
         )
         self._traffic.append(traffic)
         return traffic
+
+
+def make_links(agent: RouterAgent, node: str, lines: Sequence[str]) -> None:
+    """Raises MachineError where the kernel lacks what one of them is made of, and not RouterError: nothing
+    was measured that could have fallen short.
+    """
+    try:
+        agent.run(node, ["tc", "-batch", "-"], lines)
+    except RouterError as error:
+        raise MachineError(f"this machine's tc or kernel can't make the links of {node}: {error}") from None
 
 
 def missed_packets(said: str) -> int | None:

@@ -2,7 +2,7 @@ import errno
 import os
 import shutil
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -11,7 +11,9 @@ from prfaas.model.errors import MachineError, UsageError
 from prfaas_testbed.network import appliance, base, opening
 from prfaas_testbed.network.appliance import Appliance
 from prfaas_testbed.network.native import Native
+from prfaas_testbed.network.network import make_links
 from prfaas_testbed.network.opening import check_machine
+from prfaas_testbed.network.router import RouterAgent, RouterError
 
 
 def test_without_root_the_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +47,15 @@ def test_native_is_preferred_and_the_appliance_is_the_way_out(monkeypatch: pytes
     assert base.create().name == "native"
     monkeypatch.setattr(Native, "missing", classmethod(lambda cls: "no netem"))
     assert base.create().name == "appliance"
+
+
+def test_a_link_that_the_kernel_cannot_make_is_the_machine_s_lack_with_the_kernel_s_words() -> None:
+    def refuse(node: str, argv: list[str], lines: list[str]) -> str:
+        raise RouterError("the router refused tc: Specified qdisc kind is unknown")
+
+    with pytest.raises(MachineError, match=r"links of east: .*qdisc kind is unknown") as caught:
+        make_links(cast(RouterAgent, SimpleNamespace(run=refuse)), "east", ["qdisc add dev x root red"])
+    assert caught.value.exit_status == 3
 
 
 def test_where_neither_works_both_reasons_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
