@@ -8,7 +8,7 @@ import numpy as np
 
 from prfaas.config.run import CheckRow, RequestRow, Run
 from prfaas_testbed.experiment.metrics import K_METRICS, Unsupported, crossed, equal_tokens
-from prfaas_testbed.experiment.view import View, number
+from prfaas_testbed.experiment.view import View, field, number
 
 K_MARKS = {"passed": "pass", "failed": "FAIL", "unsupported": "n/a "}
 
@@ -67,6 +67,19 @@ def block(view: View) -> list[str]:
     for row in cells:
         first, *others = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row))
         lines.append("  " + "  ".join([first, *others]))
+    return lines + missed_lines(view)
+
+
+def missed_lines(view: View) -> list[str]:
+    """The steps of the timeline that did not happen: without that trouble the checks say less than they seem
+    to, whether or not one of them is `events_missed`."""
+    lines = []
+    for row in view.events():
+        why = field(row, "failed") or field(row, "skipped")
+        if why:
+            planned_s = number(row, "planned_s")
+            when = f" at {planned_s:g} s" if planned_s is not None else ""
+            lines.append(f"  not done: {row.event}{when}: {why}")
     return lines
 
 

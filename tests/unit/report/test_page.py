@@ -10,6 +10,7 @@ import pytest
 from prfaas.config.run import CheckRow, EventRow, LinkRow, Run, read_run, write_run
 from prfaas.model.errors import UsageError
 from prfaas_testbed.cli.main import main
+from prfaas_testbed.experiment.table import summary_lines
 from prfaas_testbed.report.compare import compare_lines
 from prfaas_testbed.report.figures import K_MOST_LINKS, busiest_links, draw_figures, label_of
 from prfaas_testbed.report.page import draw_run
@@ -83,6 +84,26 @@ def test_a_run_whose_links_carried_nothing_is_drawn_and_nothing_is_grumbled(tmp_
         row.bytes = 0
     write_run(run, tmp_path)
     assert "overview-toy" in draw_run(tmp_path).read_text()
+
+
+def test_a_step_of_the_timeline_that_did_not_happen_stands_under_the_figures() -> None:
+    run = example()
+    done = {"at_s": 1.0, "event": "set_link", "planned_s": 1.0, "model": "toy"}
+    failed = {"at_s": 2.0, "event": "cut_stream", "planned_s": 2.0, "model": "toy", "failed": "no stream"}
+    late = {
+        "at_s": 9.0,
+        "event": "kill",
+        "planned_s": 8.5,
+        "model": "toy",
+        "skipped": "the load ended before it",
+    }
+    run.repetitions[0].events += [EventRow.model_validate(row) for row in (done, failed, late)]
+    told = [line for line in summary_lines(run) if "not done" in line]
+    assert told == [
+        "  not done: cut_stream at 2 s: no stream",
+        "  not done: kill at 8.5 s: the load ended",
+    ]
+    assert not [line for line in summary_lines(example()) if "not done" in line]
 
 
 def test_two_runs_stand_side_by_side() -> None:
