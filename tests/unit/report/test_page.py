@@ -101,7 +101,7 @@ def test_a_step_of_the_timeline_that_did_not_happen_stands_under_the_figures() -
     told = [line for line in summary_lines(run) if "not done" in line]
     assert told == [
         "  not done: cut_stream at 2 s: no stream",
-        "  not done: kill at 8.5 s: the load ended",
+        "  not done: kill at 8.5 s: the load ended before it",
     ]
     assert not [line for line in summary_lines(example()) if "not done" in line]
 
