@@ -88,13 +88,16 @@ K_PUBLISHED: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 
-def _planned(data: dict[str, Any], system: str) -> dict[str, float]:
+def plan_of(data: dict[str, Any], system: str) -> dict[str, float]:
     """The planner's figures of a system; TTFTs are bare prefill times."""
     found = data["plan"] if system.startswith(("paper", "prices")) else data["plan"][system]
     return {**found, "completion_rps": found["throughput_rps"]}
 
 
-def _ratio(data: dict[str, Any], above: str, below: str, field: str = "completion_rps", **mode: str) -> Mean:
+def ratio_of(
+    data: dict[str, Any], above: str, below: str, field: str = "completion_rps", **mode: str
+) -> Mean:
+    """Of two systems' figures, repetition by repetition; beyond capacity where no mode is said."""
     wanted = mode or {"mode": "saturated"}
     rows = data["rows"]
     return ratios(column(rows, field, system=above, **wanted), column(rows, field, system=below, **wanted))
@@ -104,9 +107,9 @@ def goals(data: dict[str, Any]) -> list[Goal]:
     """The published ratios within 5%, the chain's order, and ours at least the report's policy."""
     found = []
     for below, published in (("homogeneous", 1.54), ("naive", 1.32)):
-        ratio = _ratio(data, "paper", below)
+        ratio = ratio_of(data, "paper", below)
         off = ratio.value / published - 1
-        planned = _planned(data, "paper")["completion_rps"] / _planned(data, below)["completion_rps"]
+        planned = plan_of(data, "paper")["completion_rps"] / plan_of(data, below)["completion_rps"]
         found.append(
             Goal(
                 f"the published ratio {published:g} to {below} within 5%",
@@ -122,7 +125,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
             all(a.value + a.half < b.value - b.half for a, b in itertools.pairwise(chain)),
         )
     )
-    ours = _ratio(data, "prices", "paper")
+    ours = ratio_of(data, "prices", "paper")
     found.append(
         Goal(
             "beyond capacity, ours answers at least as much as the report's policy (within 1%)",
@@ -130,7 +133,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
             ours.value >= 1 - K_SAME,
         )
     )
-    within = _ratio(data, "prices", "paper", "rate_rps", mode="slo")
+    within = ratio_of(data, "prices", "paper", "rate_rps", mode="slo")
     found.append(
         Goal(
             "ours carries at least the report's policy's rate within the SLO",
@@ -155,7 +158,7 @@ def tell(data: dict[str, Any]) -> str:
     lines = []
     for system in K_SYSTEMS:
         wanted = {"system": system, "mode": "saturated"}
-        planned, published = _planned(data, system), K_PUBLISHED.get(system, {})
+        planned, published = plan_of(data, system), K_PUBLISHED.get(system, {})
         share = mean(column(rows, "offloaded_share", **wanted))
         egress = mean(column(rows, "egress_gbps", **wanted))
         lines.append(
@@ -243,7 +246,7 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
             yerr=[one.half for one in means], error_kw={"linewidth": 1.0},
         )  # fmt: skip
         drawn += [[system, label, one.value, one.half] for system, one in zip(K_SYSTEMS, means, strict=True)]
-    planned = [_planned(data, one)["completion_rps"] for one in K_SYSTEMS]
+    planned = [plan_of(data, one)["completion_rps"] for one in K_SYSTEMS]
     bars.plot(place - 0.19, planned, "P", color="#009E73", label="plan", markersize=6)
     shown = [
         (spot, K_PUBLISHED[one]["completion_rps"]) for spot, one in enumerate(K_SYSTEMS) if one in K_PUBLISHED

@@ -19,12 +19,15 @@ K_GRACE_S = 30.0
 K_GOAL = 0.95
 K_OURS = ("prices-arrival", "prices")
 K_WHY_COME = (
-    "with cross-traffic 1.3 times as much comes as can be carried, and queues grow to the end. A threshold "
-    "lets one site's grow alone while the other's requests are in time; ours shares the wait (medians at "
-    "home in one run: 70 s and 36 s), which answers more, and later than their deadlines. Thirteen other "
-    "costs of being late were tried: only one that lets a late request look for the shortest wait, whatever "
-    "it costs the others, has more of them in time (33% where 27% were), and it loses a third of the rate "
-    "where the link flaps. What must be in time in an overload takes service by deadline"
+    "with cross-traffic 1.3 times as much comes as can be carried, and queues grow to the end. The estimate "
+    "of the link isn't why: ours carries more there than any threshold (above). A threshold lets one site's "
+    "queue grow alone while the other's requests are in time; ours shares the wait, which answers more, and "
+    "later than their deadlines. Tried: whoever is late anyway goes to the queue that is lost already. Then "
+    "35% are in time where 26% were (37% by the threshold; two seeds), with flaps 60% where 51% were; but "
+    "once 5 Gbit/s are left 1.29 req/s are carried in place of 1.67, for short prompts fill the link, which "
+    "long ones make more of (one seed). Kept to prompts that the link is best used for, it loses nothing and "
+    "gains 2 points. Thirteen other costs of being late did no better. What must be in time in an overload "
+    "takes service by deadline"
 )
 
 
@@ -118,7 +121,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
             all(kept.value >= 0 for _, kept in found.values()),
         ),
         Goal(
-            "the same, served as they come",
+            "at 0.85, ours has at least as many requests within the SLO as the best policy, all as they come",
             "; ".join(f"{part} {kept.value:+.1%}" for part, kept in as_they_come.items()),
             all(kept.value >= 0 for kept in as_they_come.values()),
             K_WHY_COME,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from prfaas.model.errors import UsageError
-from prfaas_testbed.claim.judge import Goal
+from prfaas_testbed.claim.answer import answer
+from prfaas_testbed.claim.judge import Goal, Piece
 from prfaas_testbed.claim.pieces import PIECES, read
 
 K_WORLD = """\
@@ -75,16 +77,24 @@ def write_report(folder: Path) -> tuple[Path, list[Goal]]:
         "repetition is in them, a row each. A figure is made again by the command under its section; a "
         "commit with a + had changes that were not committed yet.\n\n"
         f"{K_TERMS}\n\n"
-        f"{reached} of {len(judged)} goals are reached:\n\n"
-        + "".join(
-            f"- {'reached' if goal.reached else '**missed**'}: {goal.text}: {goal.found}\n"
-            for _, goal in judged
-        )
+        + answer({record["piece"]: record for record in records})
+        + f"\n## Goals\n\n{reached} of {len(judged)} goals are reached"
+        + _listed(judged)
         + _unmeasured({record["piece"] for record in records})
     )
     path = folder / "README.md"
     path.write_text("\n".join([head, K_WORLD, *sections]).rstrip() + "\n", encoding="utf-8")
     return path, [goal for _, goal in judged]
+
+
+def _listed(judged: list[tuple[Piece, Goal]]) -> str:
+    """Those that are missed first; why is said in their sections."""
+    lines = []
+    for piece, goal in sorted(judged, key=lambda one: one[1].reached):
+        anchor = re.sub(r"[^\w -]", "", piece.title.lower()).replace(" ", "-")
+        verdict = "reached" if goal.reached else "**missed**"
+        lines.append(f"- {verdict} ([{piece.title}](#{anchor})): {goal.text}: {goal.found}\n")
+    return ":\n\n" + "".join(lines)
 
 
 def _unmeasured(known: set[str]) -> str:

@@ -16,11 +16,12 @@ from prfaas.config.run import Run
 from prfaas.figures import new_figure, save
 from prfaas.planner.build import system_of
 from prfaas.planner.optimum import best_threshold
+from prfaas.workload.requests import TimedRequest
 from prfaas_testbed.claim import worlds
 from prfaas_testbed.claim.bandwidth import K_GRACE_S, K_PREFILL
 from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each, not_run, unbelieved
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, mean, table
-from prfaas_testbed.claim.runs import K_TOPOLOGIES
+from prfaas_testbed.claim.runs import K_TOPOLOGIES, parts
 from prfaas_testbed.claim.testbed import K_TIME_SCALE
 
 K_EXPERIMENT = "claim-steps"
@@ -51,7 +52,19 @@ def gather(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any
 
 def _rows(part: str, run: Run, experiment: Experiment) -> list[dict[str, Any]]:
     """The testbed's answers, the simulator's, and those of the best fixed threshold."""
-    requests = worlds.requests_of_testbed(experiment)
+    label, told = _label(part, experiment)
+    rows = [
+        {
+            **label, "world": "testbed", "repetition": index, "requests_rows": played.plain(),
+            "cores": worlds.costs(run, part, index),
+        }
+        for index, played in worlds.on_testbed(run, part)
+    ]  # fmt: skip
+    return rows + _simulated(experiment, worlds.requests_of_testbed(experiment), label, told)
+
+
+def _label(part: str, experiment: Experiment) -> tuple[dict[str, Any], PolicyConfig]:
+    """What all rows of a step say, and the best threshold's policy."""
     (event,) = experiment.timeline
     assert isinstance(event, SetLink)  # the file says it
     case = load_case(K_TOPOLOGIES / "cases" / "case_1t_hybrid.yaml")
@@ -65,17 +78,38 @@ def _rows(part: str, run: Run, experiment: Experiment) -> list[dict[str, Any]]:
         "part": part, "step_s": event.at_s, "until_s": experiment.workload.duration_s,
         "planned_rps": plan.throughput_rps, "threshold_tokens": plan.threshold_tokens,
     }  # fmt: skip
-    rows = [
-        {
-            **label, "world": "testbed", "repetition": index, "requests_rows": played.plain(),
-            "cores": worlds.costs(run, part, index),
-        }
-        for index, played in worlds.on_testbed(run, part)
-    ]  # fmt: skip
+    return label, told
+
+
+def _simulated(
+    experiment: Experiment, requests: Sequence[TimedRequest], label: dict[str, Any], told: PolicyConfig
+) -> list[dict[str, Any]]:
+    rows = []
     for world, policy in (("simulator", None), (K_BEST, told)):
         played = worlds.simulated(experiment, requests, policy)
         rows.append({**label, "world": world, "repetition": 0, "requests_rows": played.plain()})
     return rows
+
+
+def resimulated(data: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The record with the simulator's rows made anew, by the experiment's file. Where that draws other
+    requests than the testbed had, a step's rows stay.
+    """
+    rows: list[dict[str, Any]] = []
+    known = dict(parts(K_EXPERIMENT))
+    for part in _parts(data):
+        ours = [row for row in data["rows"] if row["part"] == part]
+        real = [row for row in ours if row["world"] == "testbed"]
+        requests = worlds.requests_of_testbed(known[part]) if part in known else []
+        if not worlds.alike(requests, real[0]["requests_rows"]["prompt_tokens"]):
+            say(f"{part} Gbit/s: the file has other requests by now; its simulated rows stay")
+            rows += ours
+            continue
+        fresh = real + _simulated(known[part], requests, *_label(part, known[part]))
+        for row in fresh:
+            say(f"{part} Gbit/s, {row['world']}: {_rate(row).text()} req/s")
+        rows += fresh
+    return {**data, "rows": rows}
 
 
 def _window_s(row: dict[str, Any]) -> tuple[float, float]:
@@ -181,4 +215,13 @@ def draw(data: dict[str, Any], folder: Path) -> list[str]:
     return [path.name for path in paths if path.suffix == ".png"]
 
 
-PIECE = Piece("steps", "Bandwidth steps on the testbed", measure, goals, draw, tell, gather)
+PIECE = Piece(
+    "steps",
+    "Bandwidth steps on the testbed",
+    measure,
+    goals,
+    draw,
+    tell,
+    gather,
+    resimulated=resimulated,
+)

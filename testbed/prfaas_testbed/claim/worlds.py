@@ -106,6 +106,11 @@ def requests_of_testbed(experiment: Experiment) -> list[TimedRequest]:
     return list(found)
 
 
+def alike(requests: Sequence[TimedRequest], prompt_tokens: Sequence[float]) -> bool:
+    """Whether these are the requests that a record has."""
+    return sorted(one.prompt_tokens for one in requests) == sorted(prompt_tokens)
+
+
 def simulated(
     experiment: Experiment, requests: Sequence[TimedRequest], policy: PolicyConfig | None = None
 ) -> Played:

@@ -14,6 +14,7 @@ from prfaas.config.experiment import Experiment
 from prfaas.model.errors import MachineError, UsageError
 from prfaas.workload.requests import TimedRequest
 from prfaas_testbed.claim import bandwidth, bursts, capacity, pieces, runs
+from prfaas_testbed.claim.answer import answer
 from prfaas_testbed.claim.judge import column, mean, ratios, table
 from prfaas_testbed.claim.report import write_report
 
@@ -178,6 +179,8 @@ def test_the_report_is_made_of_the_records_alone_and_says_what_was_missed(tmp_pa
     assert all(goal.reached for goal in goals), [goal for goal in goals if not goal.reached]
     text = path.read_text()
     assert f"{len(goals)} of {len(goals)} goals are reached" in text
+    assert text.index("## Does the 1.54 hold?") < text.index("## Goals")
+    assert "- reached ([The 1T case at capacity](#the-1t-case-at-capacity)): the published ratio 1.54" in text
     for name in ("capacity", "bursts", "bandwidth"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
         assert f"figures/{name}.png" in text
@@ -186,8 +189,23 @@ def test_the_report_is_made_of_the_records_alone_and_says_what_was_missed(tmp_pa
     _, goals = write_report(tmp_path)
     missed = [goal.text for goal in goals if not goal.reached]
     assert len(missed) == 2
+    shown = path.read_text().partition("goals are reached:")[2].splitlines()
+    assert [line.startswith("- **missed**") for line in shown[2:5]] == [True, True, False]
     assert "at least 60 %" in missed[0]
     assert "0.95 of the best threshold" in missed[1]
+
+
+def test_the_answer_is_no_where_the_ratio_is_off_and_none_where_nothing_was_measured() -> None:
+    found = capacity_record()
+    records = {"capacity": found, "bandwidth": bandwidth_record(2.5)}
+    assert "**Yes, as a throughput.**" in answer(records)
+    assert f"it is {3.0 / found['plan']['homogeneous']['throughput_rps']:.2f} at 10 Gbit/s" in answer(records)
+    assert "On the testbed" not in answer(records)
+    for row in found["rows"]:
+        if row["system"] == "paper":
+            row["completion_rps"] *= 0.9
+    assert "**No.**" in answer(records)
+    assert answer({"bandwidth": bandwidth_record(2.5)}) == ""
 
 
 def test_a_policy_below_the_reports_is_told(tmp_path: Path) -> None:

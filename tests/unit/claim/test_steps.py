@@ -24,7 +24,8 @@ def run_of(part: str, share: float) -> Run:
     played = worlds.simulated(experiment, worlds.requests_of_testbed(experiment))
     kept = np.arange(len(played)) * share % 1 < share
     rows = [
-        {"part": part, "id": f"r{i}", "model": "m", "prompt_tokens": 100, "site": played.sites[i],
+        {"part": part, "id": f"r{i}", "model": "m", "site": played.sites[i],
+         "prompt_tokens": int(played["prompt_tokens"][i]),
          "sent_s": played["sent_s"][i], "ttft_s": played["ttft_s"][i], "e2e_s": played["e2e_s"][i],
          "error": None if kept[i] else "lost"}
         for i in range(len(played))
@@ -57,3 +58,15 @@ def test_what_is_lost_carries_nothing(tmp_path: Path) -> None:
     write_run(run_of("5", 0.7), tmp_path)
     data = pieces.gather("steps", [tmp_path], lambda line: None)
     assert [goal.reached for goal in steps.goals(data)] == [False, False, False]
+
+
+def test_the_simulators_side_can_be_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(run_of("5", 1.0), tmp_path)
+    data = pieces.gather("steps", [tmp_path], lambda line: None)
+    old = {**data, "rows": [data["rows"][0], *({**row, "requests_rows": {}} for row in data["rows"][1:])]}
+    said: list[str] = []
+    # The file's own load is longer than the run's: other requests.
+    assert steps.resimulated(old, said.append)["rows"] == old["rows"]
+    assert "5 Gbit/s: the file has other requests by now" in said[0]
+    monkeypatch.setattr(steps, "parts", lambda name: [("5", short("5"))])
+    assert steps.resimulated(old, said.append)["rows"] == data["rows"]
