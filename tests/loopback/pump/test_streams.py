@@ -36,6 +36,8 @@ def test_streams_beyond_the_number_wanted_end_under_load_and_nothing_is_lost_or_
     pumps, tmp_path, monkeypatch, encrypted
 ):
     monkeypatch.setattr("prfaas.transfer.streams.K_SETTLE_S", 0.05)
+    monkeypatch.setattr("prfaas.transfer.streams.K_SETTLE_RTT", 0.0)
+    monkeypatch.setattr("prfaas.pump.tcpinfo.K_UNSENT_MOST_BYTES", 1 << 20)  # so that something waits
     monkeypatch.setattr("prfaas.transfer.streams.K_CALM_S", 0.2)
     monkeypatch.setattr("prfaas.pump.peer.K_SILENT_S", 0.1)
     monkeypatch.setattr("prfaas.pump.peer.K_HEDGE_S", 60.0)  # nor a second time on suspicion
@@ -61,9 +63,9 @@ def test_streams_beyond_the_number_wanted_end_under_load_and_nothing_is_lost_or_
         assert submit().wait(20).ok
         (peer,) = pump._peers.values()
         peer.count.wanted = 8
-        under_way, resent = [submit() for _ in range(4)], 0
+        under_way, resent = [submit() for _ in range(8)], 0
         pumps.until(lambda: streams() == 8)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while streams() > 2:
             assert time.monotonic() < end, f"{streams()} streams, {peer.count.wanted} wanted"
             outcome = under_way.pop(0).wait(20)
