@@ -124,8 +124,8 @@ class Inbound(Handler):
             return
         # By the certificate: sites that have one are few, names that others give themselves aren't.
         rest = self._ends.setdefault(stream.proved_site, Burst(K_LOG_QUIET_S)).words(now)
-        if rest is not None:
-            log.info("a stream from %s ended: %s%s", who, reason, rest)
+        level = logging.DEBUG if rest is None else logging.INFO
+        log.log(level, "a stream from %s ended: %s%s", who, reason, rest or "")
 
     def any_stream(self, peer: object) -> Stream | None:
         """An open stream of the peer, to tell it something."""

@@ -294,8 +294,9 @@ class Peer(PeerFigures):
             self._fail_all(FailureReason.PEER_UNTRUSTED, stream.untrusted, now)
         if was_ready:
             self._used_s = now
-            if (rest := self._losses.words(now)) is not None:
-                log.info("peer %s: a stream was lost: %s%s", self.address, reason, rest)
+            rest = self._losses.words(now)
+            level = logging.DEBUG if rest is None else logging.INFO
+            log.log(level, "peer %s: a stream was lost: %s%s", self.address, reason, rest or "")
             self._dialling.lost(reason, last=not self.n_ready, now=now)
         else:
             self._dialling.failed(reason, refused=stream.answered or "refused" in reason, now=now)

@@ -34,7 +34,9 @@ class Burst:
         self._left_out = 0
 
     def words(self, now: float) -> str | None:
-        """What to end the entry with: how many were left out before it. None: leave this one out too."""
+        """What to end the entry with: how many were left out before it. None: leave this one out too, or tell
+        it where everything is told.
+        """
         if now < self._until_s:
             self._left_out += 1
             return None
