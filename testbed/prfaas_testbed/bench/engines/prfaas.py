@@ -18,12 +18,17 @@ from prfaas_testbed.bench import steady
 from prfaas_testbed.bench.cell import Cell
 from prfaas_testbed.bench.certificates import tls_for
 from prfaas_testbed.bench.engines.base import Engine, Sample
+from prfaas_testbed.bench.engines.prfaas_worker import K_DEPTH
 from prfaas_testbed.bench.layout import Layout
 from prfaas_testbed.bench.places import Place
 from prfaas_testbed.bench.worker import Worker, WorkerError, cpu_seconds, end_process
 
 K_START_S = 20.0
-K_BATCH_S = 0.125  # eight such batches are under way at a time, and what is left of them when the time is up
+K_BATCH_S = 0.5
+"""Of the link a batch; K_DEPTH of them are under way at a time. Eight of 0.125 s are too few where packets
+are lost in bursts: each has blocks on every stream, and all wait for the one that stands still.
+"""
+K_BEGIN_S = 0.1  # enough for so many to be handed over
 K_WARM_S = 2.0
 K_WARM_RTTS = 75  # the engine looks at ten round trips before each change of its streams
 K_LANDING_S = 30.0
@@ -115,8 +120,9 @@ class Prfaas(Engine):
         first = self.move(total_bytes=min(self._cell.total_bytes, K_LEAST_WARM_BYTES), limit_s=K_WARM_S)
         self.cold_mbps = first["bytes"] * 8e-6 / (first["ended_s"] - first["began_s"])
         if self._cell.emulated:
-            warm_s = max(K_WARM_S, K_WARM_RTTS * self._cell.rtt_s)
-            self.move(total_bytes=1 << 40, limit_s=warm_s)
+            # What is under way when no more may begin lasts for as long as it takes the link.
+            warm_s = max(K_WARM_S, K_WARM_RTTS * self._cell.rtt_s) - K_DEPTH * K_BATCH_S
+            self.move(total_bytes=1 << 40, limit_s=max(K_BEGIN_S, warm_s))
 
     def measure(self, limit_s: float) -> Sample:
         self._fill = self._fill % 255 + 1  # never what the receiver's pages hold from before
