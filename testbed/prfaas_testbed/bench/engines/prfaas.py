@@ -25,8 +25,8 @@ from prfaas_testbed.bench.worker import Worker, WorkerError, cpu_seconds, end_pr
 
 K_START_S = 20.0
 K_BATCH_S = 0.5
-"""Of the link a batch; K_DEPTH of them are under way at a time. Eight of 0.125 s are too few where packets
-are lost in bursts: each has blocks on every stream, and all wait for the one that stands still.
+"""Of the link a batch; K_DEPTH of them are under way at a time. With 0.125 s each has blocks on every stream
+too, and all wait for the one that stands still: in bursts of loss 88 to 95 Mbit/s in turns with 93 to 95.
 """
 K_BEGIN_S = 0.1  # enough for so many to be handed over
 K_WARM_S = 2.0
