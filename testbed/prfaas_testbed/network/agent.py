@@ -333,7 +333,7 @@ class Agent:
         self.pending, self.going = b"", True
 
     def say(self, message: dict[str, Any]) -> None:
-        data = (json.dumps(message, separators=(",", ":")) + "\n").encode()
+        data = f"\n{json.dumps(message, separators=(',', ':'))}\n".encode()
         while data:
             data = data[os.write(self.sink, data) :]
 

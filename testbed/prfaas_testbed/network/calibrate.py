@@ -239,12 +239,15 @@ def measure_loss(net: Network, a: str, b: str) -> dict[str, dict[str, Any]]:
 
 
 def probe_size(states: list[Impairments]) -> tuple[float, int]:
-    """(packets a second, packets): a small share of the rate, 20/p packets where the time allows."""
+    """(packets a second, packets): a small share of the rate, 20/p packets (of bursty loss, as many bursts)
+    where the time allows.
+    """
     frame_bits = 8 * probe_frame_bytes()
     rates = [state.rate_mbps * 1e6 for state in states if state.rate_mbps is not None]
     per_s = min([K_PROBE_PER_S, *(0.3 * rate / frame_bits for rate in rates)])
     loss = 1 - survival(states, probe_frame_bytes())
-    return per_s, packets_needed(loss, int(per_s * K_PROBE_S))
+    bursts = [Chain.of(state.bursty_loss).mean_burst for state in states if state.bursty_loss is not None]
+    return per_s, packets_needed(loss, int(per_s * K_PROBE_S), max(bursts, default=1.0))
 
 
 def probe_frame_bytes() -> int:

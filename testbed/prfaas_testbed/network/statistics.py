@@ -113,9 +113,11 @@ def survival(states: Sequence[Impairments], frame_bytes: int) -> float:
     return share
 
 
-def packets_needed(loss: float, most: int) -> int:
-    """At least 20/p, so that some twenty losses are seen; 10,000 where none are wanted; no more than
-    `most`.
+def packets_needed(loss: float, most: int, mean_burst: float = 1.0) -> int:
+    """At least 20/p, or as many times the packets of a burst where losses come in bursts, so that some twenty
+    of either are seen; 10,000 where none are wanted; no more than `most`.
     """
-    wanted = 10_000 if loss <= 0 else math.ceil(20 / loss)
-    return max(min(wanted, most), min(2000, most))
+    wanted = (
+        10_000 if loss <= 0 else 20 * mean_burst / loss
+    )  # of a link that never leaves its bad state: no end
+    return max(math.ceil(min(wanted, most)), min(2000, most))

@@ -87,12 +87,20 @@ def longest_frame(file: Path) -> int:
 
 def test_frames_may_be_handed_over_in_groups_but_are_never_merged(net: Network) -> None:
     west, there, here = net.sites["west"], net.workdir / "there.pcap", net.workdir / "here.pcap"
+
+    def received_bytes() -> int:
+        return int(said(net, "west", "cat", f"/sys/class/net/{west.device}/statistics/rx_bytes"))
+
+    before_bytes = received_bytes()
     with net.capture("east", here):
         arriving = west.popen(
             ["tcpdump", "-n", "-p", "-i", west.device, "-s", "96", "-Z", "root", "-w", there]
         )
         traffic = net.cross_traffic("east", "west", "cubic", streams=8)
-        time.sleep(2)
+        # Not for so many seconds: its connections' first packets may be among those that the link loses.
+        give_up_s = time.monotonic() + 20
+        while received_bytes() < before_bytes + 2_000_000 and time.monotonic() < give_up_s:
+            time.sleep(0.1)
         traffic.stop()
         arriving.terminate()
         arriving.wait(10)

@@ -13,7 +13,7 @@ from prfaas_testbed.network.agent import Agent
 from prfaas_testbed.network.router import RouterAgent, RouterError
 
 Line = Callable[[int, bytes], bytes]
-"""What of the nth line arrives."""
+"""What of the nth line that isn't empty arrives."""
 
 
 def whole(n: int, line: bytes) -> bytes:
@@ -22,8 +22,10 @@ def whole(n: int, line: bytes) -> bytes:
 
 def carry(source: int, sink: int, line_of: Line) -> None:
     with os.fdopen(source, "rb") as lines, os.fdopen(sink, "wb", buffering=0) as out:
-        for n, line in enumerate(lines):
-            out.write(line_of(n, line))
+        n = 0
+        for line in lines:
+            out.write(line_of(n, line) if line.strip() else line)
+            n += bool(line.strip())
 
 
 @contextmanager
@@ -69,13 +71,13 @@ def count_up(near: RouterAgent, path: Path) -> int:
     return int(near.run(None, ["sh", "-c", f"echo >> {path}; wc -l < {path}"]))
 
 
-@pytest.mark.parametrize("damage", ["gone", "byte"])
+@pytest.mark.parametrize("damage", ["gone", "byte", "end"])
 @pytest.mark.parametrize("way", ["orders", "answers"])
 def test_an_order_is_done_once_however_its_line_loses_bytes(tmp_path: Path, way: str, damage: str) -> None:
     def line_of(n: int, line: bytes) -> bytes:
         if n % 2 == 0:
             return line
-        return b"" if damage == "gone" else line[:3] + line[4:]
+        return {"gone": b"", "byte": line[:3] + line[4:], "end": line[:-1]}[damage]
 
     lossy = {way: line_of}
     with ends(**lossy) as near:

@@ -81,6 +81,8 @@ def test_twenty_losses_are_waited_for_as_far_as_time_allows() -> None:
     assert packets_needed(0.0001, 30_000) == 30_000
     assert packets_needed(0.0, 30_000) == 10_000
     assert packets_needed(0.5, 30_000) == 2000
+    assert packets_needed(0.001, 90_000, mean_burst=4.0) == 80_000
+    assert packets_needed(0.5, 90_000, mean_burst=math.inf) == 90_000
 
 
 def test_losses_of_a_path_multiply_and_corruption_counts_as_loss() -> None:
