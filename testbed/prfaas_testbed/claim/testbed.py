@@ -258,7 +258,7 @@ its own requests whose KV was still crossing for others' prefill, and instances 
 ones. A simulator whose door was made to do so waits as long (in bursts 2.4 s in both, 2.2 s where it
 doesn't; with loss 0.8 s, and 0.6 s; it isn't in the record). The router has told the two apart since
 3ad18a1; the runs here are older. As they come, a site's backlog still counts what is crossing: at 0.9 that
-sends out 4 prompts in 100 fewer and costs 4% at P90, nothing in the mean, by the same simulator, and the testbed
+sends out 4 points fewer, and costs 4% at P90, nothing in the mean, by the same simulator, and the testbed
 shows as much. What is lost at a transfer's end takes its own number of round trips, where the simulator
 adds the mean. With 1% loss BBR's four streams fill the queue before the link, which then drops 13% more
 (15% in the simulator, from BBR's own gains).
