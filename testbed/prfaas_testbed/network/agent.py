@@ -36,8 +36,9 @@ K_CLONE_NEWNET, K_POWER_OFF = 0x40000000, 0x4321FEDC
 K_TCA_STATS2, K_STATS_BASIC, K_STATS_QUEUE = 7, 1, 3
 K_RTM_GETQDISC, K_RTM_NEWQDISC, K_NLMSG_DONE, K_NLMSG_ERROR = 38, 36, 3, 2
 K_PROBE_ETHERTYPE = 0x88B5  # for local experiments
-K_PROBE_BYTES_PER_S, K_PROBES_AHEAD_NS = 6000, 1_000_000_000
-K_PROBE_LEAST_BYTES, K_PROBE_LENGTHS = 60, 121  # due 10 to 30 ms after the one before
+K_PROBE_BYTES_PER_S, K_PROBES_AHEAD_NS = 2000, 1_000_000_000
+# Three times as many held packets up for 3 ms ten times a second, at full rate: more than was looked for.
+K_PROBE_LEAST_BYTES, K_PROBE_LENGTHS = 60, 121  # due 30 to 90 ms after the one before
 K_SO_TIMESTAMPING = 37
 # SOF_TIMESTAMPING_TX_SCHED, RX_SOFTWARE. SO_TIMESTAMPNS gives what arrives unstamped its reading's time.
 K_STAMP_AT_QUEUE, K_STAMP_ARRIVAL = 1 << 8 | 1 << 4, 1 << 3 | 1 << 4
@@ -197,7 +198,7 @@ class QdiscReader:
 class LagProbe:
     """How late this kernel's netem lets packets go: frames that wait in line on a cable of its own.
 
-    Its netem is so slow that each is due some 20 ms after the one before, and a second's are sent ahead: they
+    Its netem is so slow that each is due some 60 ms after the one before, and a second's are sent ahead: they
     leave by the kernel's timers alone, whether this process runs or not (at full rate it doesn't for 50 ms,
     and packets pass), and while the whole router stands still all that are due come late. The kernel stamps
     both ends, for the same reason.

@@ -19,7 +19,7 @@ K_LAG_P99_MS = 2.0
 K_DROPS_PER_PACKET = 1e-5
 K_SILENCE_S = 2.0  # without a sample for so long the emulator stood still, and its lag went unseen
 K_FEWEST_LAGS = 20
-K_LAGS_S = 4.0  # in which ten times as many probes are sent
+K_LAGS_S = 4.0  # in which three times as many probes are sent
 K_WAITING_BYTES = (
     100_000  # some 2 ms of work for the appliance: 40 full frames, as sockets count their memory
 )

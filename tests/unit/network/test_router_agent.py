@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,3 +97,26 @@ def test_a_line_that_stays_silent_is_an_error_within_its_time() -> None:
             near.order({"do": "clock"}, timeout_s=0.5)
         answers_end.clear()
         near.order({"do": "clock"})
+
+
+def test_what_waits_is_looked_at_between_samples_and_not_while_one_holds_packets_up() -> None:
+    """As when a sample is taken, more waits: that's the sample's doing."""
+    sampling = threading.Event()
+    out, order_end = os.pipe()
+    here_in, answers = os.pipe()
+    near = RouterAgent(order_end, here_in, lambda: 150_000 if sampling.is_set() else 4_000)
+    line = b'{"sample":{"at_s":1.0,"links":{},"lags_us":[],"accidents":{}}}\n'
+    try:
+        for count in (1, 2):
+            sampling.set()
+            os.write(answers, line)
+            give_up_s = time.monotonic() + 10
+            while len(near.samples) < count and time.monotonic() < give_up_s:
+                time.sleep(0.001)
+            sampling.clear()
+            time.sleep(10 * router.K_LOOK_AFTER_S)
+        assert [sample.waiting_bytes for sample in near.samples] == [0, 4_000]
+    finally:
+        os.close(answers)
+        near.close()
+        os.close(out)
