@@ -52,8 +52,8 @@ def test_a_frame_is_due_after_those_before_it_by_the_kernel_s_stamps_however_lat
     for name, (takes_us, lags_us, left) in json.loads(done.stdout).items():
         ends_us = list(itertools.accumulate(takes_us))
         assert left == 0, name
-        assert 40 < len(lags_us) == len(ends_us), name
-        assert max(takes_us) <= 30_000, name
+        assert 10 < len(lags_us) == len(ends_us), name
+        assert max(takes_us) <= 90_000, name
         # All arrived at once, the last a second before its time, none as late as this process was.
         for lag_us, end_us in zip(lags_us, ends_us, strict=True):
             assert 0 <= lag_us + end_us < K_HELD_UP_NS / 2000, name

@@ -378,9 +378,9 @@ def test_a_stop_of_the_whole_router_is_lag_and_what_holds_up_only_its_agent_is_n
 
     agent_only = lags_ms(lambda: net.agent.run(None, ["sleep", str(K_STOPPED_S)]))
     whole = lags_ms(stop_the_guest)
-    assert min(len(agent_only), len(whole)) > 60  # due while it stood still as well
+    assert min(len(agent_only), len(whole)) > 20  # due while it stood still as well
     assert sum(lag > 100 for lag in agent_only) == 0
-    assert 5 < sum(lag > 100 for lag in whole) < 25  # those due in its first 0.3 s
+    assert 2 < sum(lag > 100 for lag in whole) < 9  # those due in its first 0.3 s
     assert max(whole) > 0.8 * K_STOPPED_S * 1000
 
 
