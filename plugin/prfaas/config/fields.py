@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -32,14 +31,16 @@ def field_lines(files: Mapping[str, type[BaseModel]]) -> Iterator[str]:
 def _model_lines(model: type[BaseModel]) -> Iterator[str]:
     yield ""
     yield from textwrap.wrap(f"{model.__name__}: {_one_line(model.__dict__.get('__doc__'))}", 110)
-    about, properties = _docs(model), model.model_json_schema(by_alias=True)["properties"]
+    properties = model.model_json_schema(by_alias=True)["properties"]
     for name, field in model.model_fields.items():
         shown = field.alias or name
         schema = properties[shown]
         told = "needed" if field.is_required() else f"default {_default(field)}"
         yield f"  {shown}: {_type(schema)}; {told}"
-        if name in about:
-            yield from textwrap.wrap(about[name], 108, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        if field.description:
+            yield from textwrap.wrap(
+                _one_line(field.description), 108, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -51,22 +52,6 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
     elif get_origin(annotation) in (Union, UnionType, list, tuple, dict):
         for argument in get_args(annotation):
             yield from _models(argument)
-
-
-def _docs(model: type[BaseModel]) -> dict[str, str]:
-    """Field to the text below it, those of the classes that it extends too."""
-    found: dict[str, str] = {}
-    for base in reversed(model.__mro__):
-        if not issubclass(base, BaseModel) or base is BaseModel:
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(tree, ast.ClassDef)
-        for line, after in zip(tree.body, tree.body[1:], strict=False):
-            if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
-                continue
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                found[line.target.id] = _one_line(str(after.value.value))
-    return found
 
 
 def _default(field: FieldInfo) -> str:

@@ -17,7 +17,7 @@ from prfaas.model.errors import ConfigError, UsageError
 class Strict(BaseModel):
     """Base of every schema: unknown fields are errors, instances don't change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -76,8 +76,10 @@ class Stream(Measured):
         self.proved_site = ""
         """The site of the peer's certificate; empty without TLS."""
         self.untrusted = ""
-        self.answered = self.is_cut = self.is_retiring = self.ended_by_peer = False
-        """Whether anybody was there, it takes no more blocks, its peer closed it with nothing half sent."""
+        self.answered = self.is_cut = self.is_retiring = False
+        """Whether anybody was there at all; it takes no more blocks: cut, or not wanted any more."""
+        self.ended_by_peer = False
+        """Whether its peer closed it, with nothing half sent."""
         self.opened_s = self.heard_s = now
         self.session: object = None
         self.forwarding = False

@@ -30,8 +30,10 @@ class Slack:
         since_s = 0.0 if self._at_s is None else now - self._at_s
         return max(K_LEAST_S, self._s * float(0.5 ** (since_s / K_HALVES_S)))
 
-    def ran_dry(self, now: float) -> None:
-        """A stream had sent all that it held, and more waited to be sent."""
-        if self._at_s is None or now - self._at_s >= K_SAME_S:
-            self._s = min(K_MOST_S, K_GROWS * self.seconds(now))
-            self._at_s = now
+    def ran_dry(self, now: float) -> bool:
+        """A stream had sent all that it held, and more waited to be sent. Whether that makes it more."""
+        if self._at_s is not None and now - self._at_s < K_SAME_S:
+            return False
+        before_s = self.seconds(now)
+        self._s, self._at_s = min(K_MOST_S, K_GROWS * before_s), now
+        return self._s > before_s
