@@ -67,10 +67,9 @@ class PeerFigures(Handler):
 
     def on_dry(self, stream: Stream, now: float) -> None:
         # On a short path the kernel sends whatever it gets at once.
-        if self.sending.can_send() and self.min_rtt_s >= K_LONG_PATH_S:
-            if self._slack.ran_dry(now):
-                for each in self._streams.values():
-                    self._let_hold(each, now)
+        if self.sending.can_send() and self.min_rtt_s >= K_LONG_PATH_S and self._slack.ran_dry(now):
+            for each in self._streams.values():
+                self._let_hold(each, now)
 
     def _let_hold(self, stream: Stream, now: float) -> None:
         """As much unsent as our own lateness asks for."""

@@ -11,10 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.config.run import CalibrationRow, CheckRow, Repetition, Run, read_run, stamp, write_run
+from prfaas.model.errors import UsageError
 from prfaas_testbed.bench.harness import Row, summary
 from prfaas_testbed.experiment.machine import commit, machine, versions
 
 K_EXPERIMENT = "bench"
+
+
+def read_record(folder: Path) -> Run:
+    """A run of the bench's. Raises UsageError when there is none, or it is another kind's: written to it
+    would be lost.
+    """
+    run = read_run(folder)
+    if run.experiment != K_EXPERIMENT:
+        raise UsageError(f"{folder}: a record of {run.experiment!r}, not of `prfaas bench all`")
+    return run
 
 
 class Record:
@@ -37,7 +48,7 @@ class Record:
     @classmethod
     def again(cls, folder: Path) -> Record:
         """One that is there, to add to. Raises UsageError when there is none."""
-        run = read_run(folder)
+        run = read_record(folder)
         data = run.model_dump()
         record = cls(folder.parent.parent)
         record.folder, record._started = folder, datetime.fromisoformat(run.started)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prfaas.config.run import read_run
 from prfaas.figures import new_figure, save, series
 from prfaas_testbed.bench import neighbour
 from prfaas_testbed.bench.harness import Row, median
 from prfaas_testbed.bench.host import added_ms, own_added_ms
+from prfaas_testbed.bench.record import read_record
 from prfaas_testbed.bench.report_links import matrix_labels, matrix_table, named
 from prfaas_testbed.bench.wording import cpu, cpu_value, is_wan, number, spread, table
 
@@ -19,7 +19,7 @@ K_TARGET_BPS = 100e9
 
 def write(folder: Path) -> list[Path]:
     """The page and the figures; their paths. Raises UsageError when there is no run."""
-    run = read_run(folder).model_dump()
+    run = read_record(folder).model_dump()
     samples = [sample for one in run["repetitions"] for sample in one["samples"]]
     drawn = _draw(run, folder)
     page = folder.parent / "README.md"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prfaas_testbed.bench import host, suite
+from prfaas.model.errors import UsageError
+from prfaas_testbed.bench import host, report, suite
 from prfaas_testbed.bench.cell import NAMED_CELLS, Cell
 from prfaas_testbed.bench.engines.base import Engine, Sample
 from prfaas_testbed.bench.record import Record
@@ -122,3 +124,17 @@ def test_rows_of_a_measure_take_the_place_of_their_own_kind_only(tmp_path: Path,
     assert found == {"prfaas": 3.0, "mooncake": 9.0}
     checks = {check["name"]: check["outcome"] for check in again.checks}
     assert checks["host/prfaas/sender/added_p99_ms"] == "failed"
+
+
+@pytest.mark.parametrize("use", [Record.again, report.write])
+def test_a_record_of_another_kind_is_refused_and_left_as_it_was(tmp_path: Path, figures, use) -> None:
+    figures["prfaas"] += [90.0, 91.0]
+    figures["iperf3"] += [100.0, 101.0]
+    record = Record(tmp_path)
+    run(record, cells=(FIRST,))
+    file = record.folder / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"experiment": "two-sites"}))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="a record of 'two-sites', not of `prfaas bench all`"):
+        use(record.folder)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
