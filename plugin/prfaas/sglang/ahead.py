@@ -68,6 +68,10 @@ class Piece:
         self._segments, self._buffers = segments, buffers
         self._ready = np.zeros(len(segments), dtype=bool)
         self._sent = np.zeros(len(segments), dtype=bool)
+        self.begun = False
+        """Whether anything of it may have been sent, be it in part."""
+        self.given_up = False
+        """What hasn't been sent goes with its chunk."""
 
     @property
     def end(self) -> int:
@@ -80,7 +84,7 @@ class Piece:
     def ready(self) -> tuple[Segments, NDArray[np.bool_]] | None:
         """What can be sent and hasn't been, if it is worth it; with what `sent` is to be told."""
         rows = self._ready & ~self._sent
-        if int(self._segments.length[rows].sum()) < K_LEAST_BYTES:
+        if self.given_up or int(self._segments.length[rows].sum()) < K_LEAST_BYTES:
             return None
         return self._segments.some(rows), rows
 
@@ -88,11 +92,6 @@ class Piece:
         """Note it; how many bytes that is."""
         self._sent |= rows
         return int(self._segments.length[rows].sum())
-
-    @property
-    def begun(self) -> bool:
-        """Whether anything of it has been sent."""
-        return bool(self._sent.any())
 
     def rest(self) -> Segments:
         """What hasn't been sent."""
@@ -133,6 +132,13 @@ class Ahead:
     def sent_bytes(self, room: int) -> int:
         """What of a room has left before its chunks."""
         return self._sent_bytes.get(room, 0)
+
+    def give_up(self, room: int) -> None:
+        """Nothing more of its pieces leaves before their chunk. They are kept: what of them is on its way
+        must be known when the chunk comes (see `rest`).
+        """
+        for piece in self.pieces(room):
+            piece.given_up = True
 
     def forget(self, room: int) -> None:
         """Unknown rooms are ignored."""

@@ -120,6 +120,7 @@ class LayerSide(PrefillSide):
         self.asked.under_way(room)
         try:
             segments = self.verification.fault(TransferKind.KV, segments, room)
+            piece.begun = True
             for part in self._staged(piece.session, TransferKind.KV, segments, room):
                 if not self.sending.send(room, [part], False, self.deadline_s, piece.grant):
                     self.ahead.forget(room)
@@ -131,7 +132,7 @@ class LayerSide(PrefillSide):
 
     def _not_ahead(self, room: int) -> None:
         """Something went wrong with a room's layers, which costs it time alone: told, but not each time."""
-        self.ahead.forget(room)
+        self.ahead.give_up(room)
         with self._troubles_lock:
             self._troubles += 1
             troubles = self._troubles

@@ -485,6 +485,69 @@ def test_where_sglang_keeps_other_pages_than_were_filled_the_chunks_own_bytes_ar
     assert pump.sent_bytes == 2 * rig.bytes_wanted()
 
 
+def broken(*_: Any, **__: Any) -> Any:
+    raise PrfaasError("no guard is free")
+
+
+@pytest.mark.parametrize("what", ["the transfers", "the pass", "a part of the layer"])
+def test_layers_that_left_before_a_trouble_are_waited_for_where_sglang_keeps_other_pages(
+    rig: Rig, what: str
+) -> None:
+    pump, manager = LatePump(), rig.manager
+    manager.sending._pump = pump
+    manager.deadline_s = 0.0
+    req = rig.request(100, 0, 0)
+    staged = manager._staged
+
+    def staged_in_part(*arguments: Any) -> Iterator[Any]:
+        yield from staged(*arguments)
+        broken()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "a part of the layer":
+            patch.setattr(manager, "_staged", staged_in_part)
+
+        def between() -> None:
+            rig.work()
+            if what == "the transfers":
+                patch.setattr(pump, "submit", broken)
+            elif what == "the pass":
+                patch.setattr(manager.asked, "under_way", broken)
+
+        rig.forward(req, 100, between)
+    assert pump.waiting.qsize() == 1
+    rig.pages = np.setdiff1d(np.arange(K_POOL_TOKENS), rig.pages)[:100]
+    rig.hand_over(req, 100)
+    with pytest.raises(PrfaasError, match="hasn't landed in time"):
+        rig.work()
+    assert pump.waiting.qsize() == 1
+
+
+def test_after_a_trouble_what_has_not_left_goes_with_its_chunk_and_the_next_chunks_layers_leave_again(
+    rig: Rig,
+) -> None:
+    req = rig.request(100, 0, 0)
+    send, tried = rig.manager.sending.send, list[int]()
+
+    def all_but_the_second(*arguments: Any) -> bool:
+        tried.append(1)
+        return bool(broken() if len(tried) == 2 else send(*arguments))
+
+    rig.manager.sending.send = all_but_the_second
+    layer = 2 * K_TOKEN_BYTES
+    rig.forward(req, 60, rig.work)
+    assert rig.pump.sent_bytes == 60 * layer
+    rig.hand_over(req, 60)
+    rig.work()
+    assert rig.pump.sent_bytes == 60 * layer * K_LAYERS
+    rig.forward(req, 100, rig.work)
+    assert rig.pump.sent_bytes == rig.bytes_wanted()
+    rig.hand_over(req, 100)
+    rig.work()
+    assert rig.landed()
+    assert rig.pump.sent_bytes == rig.bytes_wanted()
+
+
 @pytest.mark.parametrize("kind", ["mamba", "swa"])
 def test_what_is_computed_again_for_want_of_a_state_leaves_with_its_chunk(rig: Rig, kind: str) -> None:
     req = rig.request(100, 0, 0)
