@@ -73,7 +73,7 @@ class PrfaasKVManager(DecodeSide, LayerSide):
         self.doomed = Remembered()
         # What has failed on the prefill side before all its grants were here.
         self.ended = Remembered()
-        self.refused_sessions: dict[str, str] = {}
+        self.refused_sessions = Remembered()
         self.leased = LeasedRooms()
         self.asked = AskedRooms(
             self.pump,

@@ -81,11 +81,10 @@ class PrefillSide(compat.MooncakeKVManager):  # type: ignore[misc]
             wrong = layout.differences(layout.describe(self), theirs)
         except (ValueError, msgspec.MsgspecError) as error:
             wrong = f"unreadable layout: {error}"
+        self.refused_sessions.take(session)
         if wrong:
             logger.error("prfaas: decode session %s refused: %s", session, wrong)
-            self.refused_sessions[session] = wrong
-        else:
-            self.refused_sessions.pop(session, None)
+            self.refused_sessions.put(session, wrong)
 
     def _take_grant(
         self, message: list[bytes], data: bytes, where: bytes = b"", size: bytes = b"", *later: bytes

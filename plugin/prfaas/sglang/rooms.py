@@ -269,7 +269,9 @@ class LeasedRooms:
 
 
 class Remembered:
-    """The last rooms that were refused or aborted before this side had heard of them, and why; bounded."""
+    """The last rooms that were refused or aborted before this side had heard of them, or peers that can't be
+    served, and why; bounded.
+    """
 
     def __init__(self, most: int = K_REMEMBERED_ROOMS) -> None:
         self._lock = threading.Lock()
@@ -286,6 +288,14 @@ class Remembered:
 
     def __contains__(self, room: Hashable) -> bool:
         return room in self._reasons
+
+    def get(self, room: Hashable) -> str | None:
+        """Who is asked about isn't the next to be forgotten."""
+        with self._lock:
+            reason = self._reasons.get(room)
+            if reason is not None:
+                self._reasons.move_to_end(room)
+            return reason
 
     def take(self, room: Hashable) -> str | None:
         with self._lock:

@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,7 @@ from prfaas.model.transfer import FailureReason, LeaseGrant, Outcome
 from prfaas.pump_client import Arrival, Offer, Transfer
 from prfaas.sglang import compat, passage
 from prfaas.sglang.refusal import Refusal
+from prfaas.sglang.rooms import Remembered
 
 
 class KVPoll(IntEnum):
@@ -368,6 +370,22 @@ def test_peer_with_another_layout_is_refused_by_value_at_its_first_request(
     hear(prefill, metadata(other, 7))
     assert prefill.request_status[7] == KVPoll.Failed
     assert prefill.failure_records[7] == "page size: prefill has 1, decode has 64"
+
+
+def test_decode_servers_that_were_refused_are_remembered_up_to_a_bound_the_one_that_still_asks_among_them(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "Remembered", partial(Remembered, most=3))
+    prefill = backend.PrfaasKVManager(kv_args(), Mode.PREFILL)
+    other = backend.PrfaasKVManager(kv_args(page_size=64), Mode.DECODE)
+    asks = other.build_receiver_registration_message()
+    hear(prefill, asks)
+    for n in range(10):
+        prefill.update_status(n, KVPoll.Bootstrapping)
+        hear(prefill, metadata(other, n))
+        assert prefill.request_status[n] == KVPoll.Failed
+        hear(prefill, [*asks[:3], b"restarted:%d" % n, *asks[4:]])
+    assert sum(f"restarted:{n}" in prefill.refused_sessions for n in range(10)) == 2
 
 
 @pytest.mark.parametrize("grant", [b"nonsense", b"{}"])

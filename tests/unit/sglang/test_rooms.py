@@ -294,3 +294,12 @@ def test_remembered_reasons_are_bounded_and_taken_once() -> None:
         remembered.put(room, f"reason {room}")
     assert [remembered.take(room) for room in range(3)] == [None, "reason 1", "reason 2"]
     assert remembered.take(2) is None
+
+
+def test_a_reason_that_is_asked_for_stays_longer_than_those_that_nobody_asks_for() -> None:
+    remembered = Remembered(most=2)
+    for session in ("alive", "gone", "another"):
+        remembered.put(session, f"of {session}")
+        assert remembered.get("alive") == "of alive"
+    assert remembered.get("gone") is None
+    assert remembered.take("another") == "of another"
