@@ -161,7 +161,8 @@ class PumpConfig(Strict):
     metrics: OptionalAddress = ""
     """host:port of /metrics, /links and /stats over HTTP; empty: none."""
     links: tuple[LinkConfig, ...] = ()
-    """Outgoing links whose rate is promised and shared; others are used as they come."""
+    """Outgoing links whose rate is promised and shared; others are used as they come, which the log says once
+    a site where any is named here."""
     forwards: tuple[ForwardConfig, ...] = ()
     """Endpoints at other sites for programs of this node, encrypted and authenticated on the way."""
     exposes: tuple[Address, ...] = ()

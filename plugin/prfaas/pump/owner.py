@@ -276,6 +276,7 @@ class Owner:
         desk = self.pump.desks.get(message.site)
         if desk is None:
             # Nobody keeps promises on that link: what comes may go.
+            self.pump.tell_unkept(message.site)
             self.send(m.OfferNews(message.key, "admitted", finish_in_s=None))
             return
         key = self._ledger_key(message.key)

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 K_TICK_S = 0.1
 K_NEW_S = 3.0
+K_SITES_TOLD = 64
+"""Sites' names come from their servers: no more of them are noted."""
 R = selectors.EVENT_READ
 
 
@@ -80,6 +82,7 @@ class Pump:
         Acceptor(self.loop, self._control, self._accept_server)
         now = self.loop.now()
         self.desks = {link.peer_site: LinkDesk(self, link, now) for link in config.links}
+        self._told_of = {config.site}
         self.loop.call_at(now + K_TICK_S, self._tick)
 
     def _listen(self) -> socket.socket:
@@ -315,6 +318,15 @@ class Pump:
             "forwards": self.forwards.stats(now), "forwarded_in": len(self.exposed),
             "cpu_user_s": cpu.user, "cpu_system_s": cpu.system,
         }  # fmt: skip
+
+    def tell_unkept(self, site: str) -> None:
+        """Bytes go to a site whose link has no ledger. Meant, perhaps; but where others have one it may be a
+        slip, by which nobody is refused any more: said once.
+        """
+        if self.desks and site not in self._told_of and len(self._told_of) < K_SITES_TOLD:
+            self._told_of.add(site)
+            named = ", ".join(self.desks)
+            log.warning("no `links:` leads to %r, only to %s: all that goes there is admitted", site, named)
 
     # Life
 

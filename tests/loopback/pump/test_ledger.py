@@ -44,6 +44,20 @@ def test_a_link_without_a_ledger_admits_what_comes(pumps):
     east.release(offer)
 
 
+def test_a_site_that_no_link_leads_to_is_admitted_and_told_of_once_where_other_links_have_a_ledger(pumps):
+    east = pumps.client(pumps.start("east", links=link()))
+    for site in ("wset", "east", "west", "wset"):
+        offer = east.offer(site, 1000, 5.0)
+        assert offer.wait(K_WAIT_S) is Verdict.ADMITTED
+        east.release(offer)
+    told = [line for line in pumps.log("east").splitlines() if "links:" in line]
+    assert len(told) == 1
+    assert "no `links:` leads to 'wset', only to west: all that goes there is admitted" in told[0]
+    south = pumps.client(pumps.start("south"))
+    assert south.offer("wset", 1000, 5.0).wait(K_WAIT_S) is Verdict.ADMITTED
+    assert "links:" not in pumps.log("south")
+
+
 def test_a_ledger_admits_queues_refuses_and_admits_what_waited(pumps):
     east = pumps.client(pumps.start("east", links=link()))
     first = east.offer("west", 9_000_000, 2.0)
