@@ -28,7 +28,7 @@ from prfaas.pump_client.base import Offer, PumpClient, Region, Transfer
 from prfaas.pump_client.guard import GuardTable
 from prfaas.pump_client.joining import Joining
 from prfaas.pump_client.lease import LocalLease
-from prfaas.pump_client.standing import K_TOLD_AGAIN, Standing, register_message
+from prfaas.pump_client.standing import K_TOLD_AGAIN, Standing, calling_back, register_message
 from prfaas.transfer.segments import Ranges, as_u64, iov
 from prfaas.transfer.strides import segments_told
 
@@ -332,15 +332,13 @@ class LocalPumpClient(PumpClient):
             return False
         if not data:
             return False
-        for body in inbox.feed(data):
-            try:
-                self._standing.hear(m.decode_to_server(body))
-            except msgspec.MsgspecError as error:
-                log.error("the pump sends what isn't a message: %s", error)
-                return False
-            except Exception:
-                # A callback of the user's: it must not end the thread that all others depend on.
-                log.exception("a callback failed")
+        try:
+            messages = [m.decode_to_server(body) for body in inbox.feed(data)]
+        except (msgspec.MsgspecError, ValueError) as error:
+            log.error("the pump sends what isn't a message: %s", error)
+            return False
+        for message in messages:
+            calling_back(self._standing.hear, message)
         return True
 
     def _detach(self) -> None:
@@ -354,7 +352,7 @@ class LocalPumpClient(PumpClient):
 
     def _reattach(self) -> None:
         """The pump died: join or start another and tell it all that is under way. Deadlines still hold."""
-        self._standing.expire()
+        calling_back(self._standing.expire)
         try:
             sock, attached = self._joining.join(self._guards.fd)
         except MachineError as error:

@@ -29,11 +29,17 @@ class Joining:
 
     def join(self, guards_fd: int) -> tuple[socket.socket, m.Attached]:
         """A pump's connection, which doesn't block, and its answer. Raises MachineError."""
-        sock = (
-            launch.connect_or_start(self._config, patience_s=self._patience_s)
-            if self._may_start
-            else launch.connect(self._config.control_path)
-        )
+        try:
+            sock = (
+                launch.connect_or_start(self._config, patience_s=self._patience_s)
+                if self._may_start
+                else launch.connect(self._config.control_path)
+            )
+        except OSError as error:
+            # A full disk, say, or no descriptor left: whoever joins again will have better luck later.
+            raise MachineError(
+                f"{self._config.control_path}: no pump can be reached or started: {error}"
+            ) from None
         if sock is None:
             raise MachineError(f"no pump answers at {self._config.control_path}")
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -236,6 +236,16 @@ class Standing:
             sent.message.deadline_s = max(0.0, sent.deadline_s - now)
             out += m.encode(sent.message)
         return out
+
+
+def calling_back(call: Callable[..., None], *arguments: object) -> None:
+    """For what runs users' callbacks on the client's thread: none that fails may end it, since all others
+    depend on it.
+    """
+    try:
+        call(*arguments)
+    except Exception:
+        log.exception("a callback failed")
 
 
 def _outcome(message: m.Ended) -> Outcome:

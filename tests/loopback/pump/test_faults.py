@@ -5,6 +5,7 @@ reason.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 
 from prfaas.config.pump import split_address
+from prfaas.model.errors import MachineError
 from prfaas.model.transfer import FailureReason, LeaseGrant, TransferKind
+from prfaas.pump_client import launch
 
 K_WAIT_S = 40
 K_SLICE_BYTES = 64
@@ -210,6 +213,52 @@ def test_what_is_granted_and_submitted_while_a_pump_is_away_is_told_to_the_next_
         assert lease.failure is None
         assert landed(src, dst)
     assert "refused" not in pumps.log(killed)
+
+
+def test_a_callback_that_fails_costs_no_other_its_word_be_the_pump_there_or_not(pumps, caplog):
+    east = pumps.client(pumps.start("east"))
+    west = pumps.client(pumps.start("west", faults={"pause_copy_s": 0.3}))
+    src, dst = pumps.memory(east, 4096), pumps.memory(west, 4096, fill=0)
+
+    def fail(transfer):
+        raise ValueError("not what the user wanted")
+
+    sent = send_all(east, lease_on(west, dst).grant, src, dst)
+    sent.add_done_callback(fail)
+    assert sent.wait(K_WAIT_S).ok
+    lease = lease_on(west, dst, room=2)
+    pumps.kill("east")
+    late = send_all(east, lease.grant, src, dst, deadline_s=0.3)
+    late.add_done_callback(fail)
+    assert late.wait(K_WAIT_S).reason is FailureReason.PUMP_LOST
+    pumps.start("east")
+    assert send_all(east, lease.grant, src, dst).wait(K_WAIT_S).ok
+    assert landed(src, dst)
+    assert caplog.text.count("a callback failed") == 2
+
+
+def test_a_disk_that_is_full_when_a_pump_is_to_be_started_again_costs_time_alone(pumps, monkeypatch, caplog):
+    west = pumps.client(pumps.start("west"))
+    east = pumps.client(pumps.config("east", idle_exit_s=1), start=True)
+    src, dst = pumps.memory(east, 4096), pumps.memory(west, 4096, fill=0)
+    full = threading.Event()
+    write = launch._write_private
+
+    def write_if_there_is_room(*arguments):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments)
+
+    monkeypatch.setattr(launch, "_write_private", write_if_there_is_room)
+    full.set()
+    with pytest.raises(MachineError, match=r"none\.sock: no pump can be reached or started: .*No space left"):
+        pumps.client(pumps.config("none"), start=True)
+    os.kill(east.pump_pid, signal.SIGKILL)
+    sent = send_all(east, lease_on(west, dst).grant, src, dst)
+    pumps.until(lambda: "no pump: " in caplog.text)
+    full.clear()
+    assert sent.wait(K_WAIT_S).ok
+    assert landed(src, dst)
 
 
 def test_a_pump_that_stays_dead_fails_the_transfers_to_it_with_a_reason(pumps):
