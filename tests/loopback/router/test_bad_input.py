@@ -175,6 +175,29 @@ def test_unknown_pages_and_methods_are_errors_in_form(stand: Any) -> None:
     asyncio.run(main())
 
 
+def test_a_fault_of_the_routers_own_is_an_error_in_form_that_tells_nothing_but_to_its_log(
+    stand: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyError("a name of its insides")
+
+    async def main() -> None:
+        async with stand() as s:
+            monkeypatch.setattr("prfaas.router.application.models_page", fail)
+            async with s.session.get(s.url + "/v1/models") as response:
+                body = await response.text()
+                assert response.status == 500
+                assert json.loads(body)["error"]["message"] == "The router failed; its log says more."
+                assert "insides" not in body
+            monkeypatch.undo()
+            async with s.session.get(s.url + "/v1/models") as response:
+                assert response.status == 200
+
+    asyncio.run(main())
+    assert "a fault of the router's own, at /v1/models" in caplog.text
+    assert "insides" in caplog.text
+
+
 def test_hostile_headers_end_their_connection_alone(stand: Any) -> None:
     async def main() -> None:
         async with stand() as s:
