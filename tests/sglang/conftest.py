@@ -235,10 +235,10 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if request.param == "dense":
         options["roles"] += ("near",)
         options["config"]["near"] = {"hosts": [K_NEAR], "transport": "tcp"}
-    # Another's decode takes pages back from requests that run, every few steps.
     # One's caches, pages and states, are under SGLang's own checksum.
     if request.param == "kda":
         options["prefill_args"] = options["decode_args"] = ("--disaggregation-enable-kv-checksum",)
+    # Another's decode takes pages back from requests that run, every few steps.
     if request.param == "mla":
         options["decode_env"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     started = start_servers(request.param, tmp_path_factory.mktemp(request.param), **options)

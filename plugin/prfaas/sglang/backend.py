@@ -205,7 +205,8 @@ class PrfaasKVManager(DecodeSide, LayerSide):
                 return self._take_frames(message)
             except Exception as error:
                 # SGLang's thread that reads would end with it, and the server would hear nobody any more.
-                logger.warning("prfaas: a message that can't be read is dropped: %r: %r", error, message[:1])
+                words = "prfaas: a message that can't be read is dropped: %r: %r"
+                logger.warning(words, error, message[:1], exc_info=True)
                 return None
 
         return read
