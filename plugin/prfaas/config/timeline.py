@@ -26,7 +26,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 def directed(links: str) -> list[str]:
     """The link ids that `a->b` or `a<->b` means."""
     if "<->" in links:
-        a, b = links.split("<->")
+        a, _, b = links.partition("<->")
         return [f"{a}->{b}", f"{b}->{a}"]
     return [links]
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import psutil
 
 from prfaas.config.loading import check
 from prfaas.config.timeline import directed
 from prfaas.config.topology import LinkChange, load_topology
-from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, MachineError, UsageError
+from prfaas.model.errors import EXIT_FELL_SHORT, EXIT_OK, PrfaasError, UsageError
 from prfaas_testbed.cli._waiting import add_wait
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ K_ABOUT = """Brings a network up and leaves it to you. What --run says is done b
 IN_SITE (the words that run a program in that site) and ADDRESS_SITE of each site in its environment; the
 network goes down when it ends. Without it the network stays up until Ctrl-C or the end of the input, each
 line of which changes a link: `east->west loss_percent=1 rate_mbps=20` one way, `east<->west down=true` both.
+What has fields of its own is JSON: bursty_loss={"enter_percent":1,"leave_percent":25}.
 """
 
 
@@ -53,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         if args.script is not None:
             return _run_script(net, args.script)
         try:
-            for line in sys.stdin:
-                _change(net, line)
+            for line in sys.stdin.buffer:
+                _change(net, line.decode(errors="replace"))
         except KeyboardInterrupt:  # the way to end it
             pass
     return EXIT_OK
@@ -66,20 +69,29 @@ def _run_script(net: Network, script: str) -> int:
         for name, site in net.sites.items()
         for what, text in (("IN", f"mnexec -a {site.pid}"), ("ADDRESS", site.address))
     }
-    status = subprocess.run(["sh", "-c", script], env={**os.environ, **sites}, check=False).returncode
+    shell = subprocess.Popen(["sh", "-c", script], env={**os.environ, **sites})
+    try:
+        status = shell.wait()
+    finally:
+        if shell.poll() is None:  # a signal to us alone: what it started would stay without it
+            for child in psutil.Process(shell.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.terminate()
+            shell.kill()
+            shell.wait()
     if status:
         _tell(f"the commands ended with status {status}")
     return EXIT_FELL_SHORT if status else EXIT_OK
 
 
 def _change(net: Network, line: str) -> None:
-    """Tells of a fault, and changes nothing then: the network stays."""
+    """Tells of a fault, the line's or the link's; the network stays."""
     try:
         links, change = read_change(line)
         for link in links:
             applied = net.apply(link, change)
             _tell(f"{link} changed, known within {applied.uncertainty_s * 1e3:.1f} ms")
-    except (UsageError, MachineError) as error:
+    except PrfaasError as error:
         _tell(str(error))
 
 
@@ -93,10 +105,12 @@ def read_change(line: str) -> tuple[list[str], LinkChange]:
         name, equals, value = one.partition("=")
         if not equals:
             raise UsageError(f"{one!r}: expected FIELD=VALUE, as loss_percent=1")
+        if name in fields:
+            raise UsageError(f"{name} is there a second time; expected each field once")
         try:
-            fields[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"{name}: found {value!r}; no YAML") from None
+            fields[name] = json.loads(value)
+        except (ValueError, RecursionError):  # no JSON: the field says what it takes
+            fields[name] = value
     return directed(words), check(fields, LinkChange, words)
 
 
