@@ -107,7 +107,8 @@ def read_yaml(path: Path | str) -> object:
         # What is missing at the end of the file is missed on a line that isn't there.
         line = lines[min(mark.line, len(lines) - 1)] if mark and lines else ""
         raise ConfigError(str(path), where, _SHORT.repr(line.strip())[1:-1], f"no YAML: {problem}") from None
-    except (ValueError, OverflowError) as error:  # of a date that isn't one, or a number without digits
+    except (ValueError, OverflowError, LookupError, AttributeError) as error:
+        # Of a date that isn't one, a number without digits, a tag (!!float) before what isn't of its kind.
         raise ConfigError(str(path), "the file", str(error), "expected YAML") from None
     except RecursionError:
         raise ConfigError(str(path), "the file", "nested too deeply", "expected YAML") from None
