@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from prfaas_testbed.bench import checks
 from prfaas_testbed.bench.cell import Cell
@@ -27,71 +29,58 @@ K_SENT, K_CANARY = 7, 0xC5  # values of bytes
 K_ROOM = 1_000_000  # beside those that the engine counts up from 1
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A transfer in the middle of which every link went down."""
+
+    transfer: Future[Row]
+    value: int
+    """Of its bytes."""
+    before: Row
+    """The receiver's counters at its begin."""
+    began_s: float
+    """The cut, on time.perf_counter()."""
+
+    def outlast(self, down_s: float) -> bool:
+        """Wait until so long after the cut; whether the transfer was over by then."""
+        time.sleep(max(0.0, self.began_s + down_s - time.perf_counter()))
+        return self.transfer.done()
+
+
 def measure(place: Emulated, cell: Cell, downs_s: Sequence[float], progress: Progress) -> list[Row]:
     """A row for each length of a cut: how long after its end the transfer was through, and what it cost.
 
     Raises WorkerError when a transfer fails.
     """
-    rows, values = [], itertools.count(1)
+    rows, values = [], itertools.count(1)  # never what the pages hold from before
     with Prfaas() as engine, ThreadPoolExecutor(1) as threads:
         engine.start(place, cell.with_(total_bytes=K_SIZE_BYTES, contiguous=True))
         for down_s in downs_s:
-            for _ in range(K_TRIES):
-                if row := _cut(place, engine, threads, down_s, next(values)):
-                    break
-                progress("the transfer was through before its link was down: once more")
-            else:
-                raise WorkerError(f"{K_TRIES} times the transfer was over before the link could be cut")
-            rows.append(row)
+            with _cut(place, engine, threads, down_s, values, progress) as cut:
+                freed_s = _free(engine)
+                over_in_time = cut.outlast(down_s)
+            up_s = time.perf_counter()
+            took = cut.transfer.result()
+            after_s = time.perf_counter() - up_s
+            _take(engine, cut.value)
+            after = _inbound(engine)
+            rows.append(
+                {
+                    "down_s": down_s,
+                    "size_bytes": K_SIZE_BYTES,
+                    "over_before_the_end": over_in_time,
+                    "freed_s": freed_s,
+                    "after_s": after_s,
+                    "sender_s": took["ended_s"] - took["began_s"],
+                    "streams_lost": after["streams_lost"] - cut.before["streams_lost"],
+                    "payload_bytes": after["payload_bytes_received"] - cut.before["payload_bytes_received"],
+                }
+            )
             progress(
-                f"link down for {down_s:g} s: pages back in {row['freed_s'] * 1e3:.1f} ms, the transfer "
-                f"through {row['after_s']:.2f} s after its end, {row['streams_lost']} streams replaced"
+                f"link down for {down_s:g} s: pages back in {freed_s * 1e3:.1f} ms, the transfer "
+                f"through {after_s:.2f} s after its end, {rows[-1]['streams_lost']} streams replaced"
             )
     return rows
-
-
-def _cut(
-    place: Emulated, engine: Prfaas, threads: ThreadPoolExecutor, down_s: float, value: int
-) -> Row | None:
-    """None if the link was down too late: on a busy machine the router may hear of it half a second after."""
-    receiver, sender = engine.ends["receiver"], engine.ends["sender"]
-    before = _inbound(engine)
-    sender.call("fill", value=value)  # never what the pages hold from before
-    grant = receiver.call("grant", room=K_ROOM)
-    transfer = threads.submit(
-        sender.call, "deliver", timeout_s=down_s + K_DONE_S, grant=grant,
-        peer_base=engine.peer_base, size_bytes=K_SIZE_BYTES,
-    )  # fmt: skip
-    _wait_for(engine, before["payload_bytes_received"] + K_CUT_AT * K_SIZE_BYTES, transfer)
-    place.set_down(True)
-    try:
-        began_s = time.perf_counter()
-        too_late = transfer.done()
-        freed_s = _free(engine)
-        if not too_late:
-            time.sleep(max(0.0, began_s + down_s - time.perf_counter()))
-        over_in_time = transfer.done()
-    finally:
-        place.set_down(False)
-    up_s = time.perf_counter()
-    took = transfer.result()
-    after_s = time.perf_counter() - up_s
-    if receiver.call("arrived", room=K_ROOM, limit_s=K_DONE_S) is None:
-        raise WorkerError("the sender has its success, and the receiver's lease isn't complete")
-    after = _inbound(engine)
-    _check(engine, value)
-    if too_late:
-        return None
-    return {
-        "down_s": down_s,
-        "size_bytes": K_SIZE_BYTES,
-        "over_before_the_end": over_in_time,
-        "freed_s": freed_s,
-        "after_s": after_s,
-        "sender_s": took["ended_s"] - took["began_s"],
-        "streams_lost": after["streams_lost"] - before["streams_lost"],
-        "payload_bytes": after["payload_bytes_received"] - before["payload_bytes_received"],
-    }
 
 
 def abandon(place: Emulated, cell: Cell, down_s: float, progress: Progress) -> Row:
@@ -103,28 +92,15 @@ def abandon(place: Emulated, cell: Cell, down_s: float, progress: Progress) -> R
     """
     with Prfaas() as engine, ThreadPoolExecutor(1) as threads:
         engine.start(place, cell.with_(total_bytes=K_SIZE_BYTES, contiguous=True))
-        receiver, sender = engine.ends["receiver"], engine.ends["sender"]
-        before = _inbound(engine)
-        sender.call("fill", value=K_SENT)
-        grant = receiver.call("grant", room=K_ROOM)
-        transfer = threads.submit(
-            sender.call, "deliver", timeout_s=down_s + K_DONE_S, grant=grant,
-            peer_base=engine.peer_base, size_bytes=K_SIZE_BYTES,
-        )  # fmt: skip
-        _wait_for(engine, before["payload_bytes_received"] + K_CUT_AT * K_SIZE_BYTES, transfer)
-        place.set_down(True)
-        try:
-            began_s = time.perf_counter()
+        receiver = engine.ends["receiver"]
+        with _cut(place, engine, threads, down_s, itertools.repeat(K_SENT), progress) as cut:
             receiver.call("revoke", room=K_ROOM)
-            freed_s = time.perf_counter() - began_s
+            freed_s = time.perf_counter() - cut.began_s
             receiver.call("fill", value=K_CANARY)
-            received_bytes = _inbound(engine)["payload_bytes_received"] - before["payload_bytes_received"]
-            time.sleep(max(0.0, began_s + down_s - time.perf_counter()))
-            over_in_time = transfer.done()
-        finally:
-            place.set_down(False)
+            received_bytes = _received_bytes(engine, cut.before)
+            over_in_time = cut.outlast(down_s)
         up_s = time.perf_counter()
-        told = str(transfer.exception(timeout=K_DONE_S) or "")
+        told = str(cut.transfer.exception(timeout=K_DONE_S) or "")
         told_s = time.perf_counter() - up_s
         if not told:
             raise WorkerError("a transfer to a lease that had ended succeeded")
@@ -150,6 +126,43 @@ def abandon(place: Emulated, cell: Cell, down_s: float, progress: Progress) -> R
     return row
 
 
+@contextmanager
+def _cut(
+    place: Emulated,
+    engine: Prfaas,
+    threads: ThreadPoolExecutor,
+    down_s: float,
+    values: Iterator[int],
+    progress: Progress,
+) -> Iterator[Cut]:
+    """Every link down while the context lasts, from K_CUT_AT of a transfer on. Where all of it was there
+    before, since on a busy machine the router may hear of a cut half a second late, another one is cut.
+
+    Raises WorkerError when one doesn't get under way, or K_TRIES cuts came too late.
+    """
+    receiver, sender = engine.ends["receiver"], engine.ends["sender"]
+    for value in itertools.islice(values, K_TRIES):
+        before = _inbound(engine)
+        sender.call("fill", value=value)
+        grant = receiver.call("grant", room=K_ROOM)
+        transfer = threads.submit(
+            sender.call, "deliver", timeout_s=down_s + K_DONE_S, grant=grant,
+            peer_base=engine.peer_base, size_bytes=K_SIZE_BYTES,
+        )  # fmt: skip
+        _wait_for(engine, before, transfer)
+        place.set_down(True)
+        try:
+            if _received_bytes(engine, before) < K_SIZE_BYTES:
+                yield Cut(transfer, value, before, time.perf_counter())
+                return
+        finally:
+            place.set_down(False)
+        transfer.result()
+        _take(engine, value)
+        progress("the transfer was through before its link was down: once more")
+    raise WorkerError(f"{K_TRIES} times the transfer was over before the link could be cut")
+
+
 def judge_abandoned(row: Row) -> list[Row]:
     return [
         checks.at_most("outage/abandoned/pages_back_s", row["freed_s"], K_FREE_S),
@@ -169,10 +182,27 @@ def _inbound(engine: Prfaas) -> Row:
     return found
 
 
-def _check(engine: Prfaas, value: int) -> None:
-    """Raises WorkerError unless the bytes are where the success says they are."""
-    step = engine.layout.segment_bytes
-    landed_s = engine.ends["receiver"].call(
+def _received_bytes(engine: Prfaas, before: Row) -> int:
+    return int(_inbound(engine)["payload_bytes_received"] - before["payload_bytes_received"])
+
+
+def _wait_for(engine: Prfaas, before: Row, transfer: Future[Row]) -> None:
+    """Until K_CUT_AT of it is there. Raises WorkerError where it failed or stood still."""
+    give_up_s = time.monotonic() + K_BEGIN_S
+    while _received_bytes(engine, before) < K_CUT_AT * K_SIZE_BYTES:
+        if transfer.done():
+            transfer.result()
+        if time.monotonic() > give_up_s:
+            raise WorkerError("the transfer stood still before the link could be cut")
+        time.sleep(K_LOOK_S)
+
+
+def _take(engine: Prfaas, value: int) -> None:
+    """End the lease of a transfer that succeeded. Raises WorkerError unless the bytes are there."""
+    receiver, step = engine.ends["receiver"], engine.layout.segment_bytes
+    if receiver.call("arrived", room=K_ROOM, limit_s=K_DONE_S) is None:
+        raise WorkerError("the sender has its success, and the receiver's lease isn't complete")
+    landed_s = receiver.call(
         "landed",
         offsets=list(range(0, K_SIZE_BYTES - step, step)),
         segment_bytes=step,
@@ -181,14 +211,6 @@ def _check(engine: Prfaas, value: int) -> None:
     )
     if landed_s is None:
         raise WorkerError("prfaas reported success, and bytes were missing")
-
-
-def _wait_for(engine: Prfaas, received_bytes: float, transfer: Future[Row]) -> None:
-    give_up_s = time.monotonic() + K_BEGIN_S
-    while _inbound(engine)["payload_bytes_received"] < received_bytes:
-        if transfer.done() or time.monotonic() > give_up_s:
-            raise WorkerError("the transfer was over, or stood still, before the link could be cut")
-        time.sleep(K_LOOK_S)
 
 
 def _free(engine: Prfaas) -> float:

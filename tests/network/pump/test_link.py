@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,30 @@ def test_a_lease_ended_with_the_link_down_and_bytes_under_way_gives_its_pages_ba
     assert FailureReason.LEASE_ENDED.value in row["told"] or FailureReason.LEASE_UNKNOWN.value in row["told"]
     # One second is promised; a machine that is busy gets more.
     assert row["freed_s"] < 10
+
+
+@pytest.mark.timeout(180)
+def test_a_cut_that_comes_when_its_transfer_is_through_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, said = NAMED_CELLS["wan-clean"], list[str]()
+    with emulated(cell, tmp_path, lambda text: None) as place:
+        set_down, late = place.set_down, [True, False, True, False]
+
+        def set_down_late(down: bool) -> None:
+            if down and late.pop(0):
+                time.sleep(5.0)
+            set_down(down)
+
+        monkeypatch.setattr(place, "set_down", set_down_late)
+        (row,) = outage.measure(place, cell, (2.0,), said.append)
+        abandoned = outage.abandon(place, cell, 2.0, said.append)
+    assert sum("once more" in line for line in said) == 2
+    assert not row["over_before_the_end"]
+    assert row["sender_s"] > row["down_s"]
+    assert 0 < abandoned["received_bytes"] < abandoned["size_bytes"]
+    assert abandoned["untouched"]
+    assert abandoned["used_again"]
 
 
 @pytest.mark.timeout(180)
