@@ -223,7 +223,6 @@ class LagProbe:
         self.head = b"\xff" * 6 + b"\x02\x72\0\0\0\1" + struct.pack("!H", K_PROBE_ETHERTYPE)
         self.number = self.planned_ns = self.due_ns = 0
         self.on_way: dict[int, list[int]] = {}  # number: when it entered the queue, how long it takes there
-        self.lags_us: list[int] = []
 
     def send(self) -> None:
         """Fill the line up."""
@@ -238,7 +237,8 @@ class LagProbe:
             self.planned_ns += takes_ns
             self.sender.send((self.head + struct.pack("=Q", self.number)).ljust(length, b"\0"))
 
-    def receive(self) -> None:
+    def receive(self) -> Iterator[int]:
+        """The lag of each that arrived, in microseconds."""
         for number, entered_ns in stamped(self.sender, socket.MSG_ERRQUEUE):
             if number in self.on_way:
                 self.on_way[number][0] = entered_ns
@@ -248,7 +248,7 @@ class LagProbe:
             for each in [each for each in self.on_way if each <= number]:
                 entered_ns, takes_ns = self.on_way.pop(each)
                 self.due_ns = max(self.due_ns, entered_ns) + takes_ns  # as netem reckons
-            self.lags_us.append((arrived_ns - self.due_ns) // 1000)
+            yield (arrived_ns - self.due_ns) // 1000
 
 
 def stamped(sock: socket.socket, flags: int) -> Iterator[tuple[int, int]]:
@@ -297,9 +297,8 @@ class Observer:
         if self.count % 10 == 0:
             self.accidents = self._accidents(stats)
         self.count += 1
-        self.probe.receive()
+        lags_us = list(self.probe.receive())
         self.probe.send()
-        lags_us, self.probe.lags_us = self.probe.lags_us, []
         return {"at_s": at_s, "links": rows, "lags_us": lags_us, "accidents": self.accidents}
 
     def _accidents(self, stats: dict[str, dict[tuple[int, int], Counters]]) -> dict[str, int]:
@@ -329,7 +328,6 @@ class Agent:
         self.namespaces = Namespaces()
         self.commands = Commands(self.namespaces)
         self.observer: Observer | None = None
-        self.probe: LagProbe | None = None
         self.answers: dict[int, dict[str, Any]] = {}
         self.pending, self.going = b"", True
 
@@ -383,9 +381,9 @@ class Agent:
             self.commands.prepare(order["nodes"])
         elif what == "observe":
             self.commands.prepare(node for node, _ in order["links"].values())
-            self.probe = self.probe or LagProbe(lambda argv: self.commands.run(None, argv, None))
+            probe = LagProbe(lambda argv: self.commands.run(None, argv, None))
             links, edges, every_s = order["links"], order["edges"], order["every_s"]
-            self.observer = Observer(self.namespaces, links, edges, every_s, self.probe)
+            self.observer = Observer(self.namespaces, links, edges, every_s, probe)
         elif what == "stop":
             self.going = False
         elif what != "clock":

@@ -24,14 +24,13 @@ ahead_ns, agent.K_PROBES_AHEAD_NS = agent.K_PROBES_AHEAD_NS, 1
 for _ in range(100):  # until the kernel has begun to stamp
     probe.send()
     time.sleep(0.03)
-    probe.receive()
-    if probe.lags_us:
+    if list(probe.receive()):
         break
 found = {{}}
 agent.K_PROBES_AHEAD_NS = ahead_ns
 cases = ("plain", 0, 0), ("held up", {K_HELD_UP_NS}, 0), ("starved", 0, {K_STARVED_S})
 for name, held_up_ns, starved_s in cases:
-    probe.planned_ns, probe.due_ns, probe.on_way, probe.lags_us = 0, 0, {{}}, []
+    probe.planned_ns, probe.due_ns, probe.on_way = 0, 0, {{}}
     clock = time.clock_gettime_ns
     agent.time = SimpleNamespace(
         clock_gettime_ns=lambda kind: clock(kind) - held_up_ns, CLOCK_REALTIME=time.CLOCK_REALTIME
@@ -39,8 +38,8 @@ for name, held_up_ns, starved_s in cases:
     probe.send()
     takes_us = [takes_ns // 1000 for _, takes_ns in probe.on_way.values()]
     time.sleep(0.2 + starved_s)
-    probe.receive()
-    found[name] = [takes_us, probe.lags_us, len(probe.on_way)]
+    lags_us = list(probe.receive())
+    found[name] = [takes_us, lags_us, len(probe.on_way)]
 print(json.dumps(found))
 """
 
