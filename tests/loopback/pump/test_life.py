@@ -65,8 +65,10 @@ def test_a_pump_that_cannot_start_says_why(pumps, tmp_path):
     config = pumps.config("west", listen="192.0.2.1:5000", allow_plaintext=True)
     with pytest.raises(MachineError, match="listen"):
         LocalPumpClient.open(config)
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(MachineError, match="no pump answers"):
         LocalPumpClient.open(pumps.config("nobody"), start=False)
+    assert os.listdir("/proc/self/fd") == before, "who has none stays, and may try again and again"
 
 
 def test_servers_of_a_pump_that_is_a_service_wait_for_it_and_start_none_in_its_place(pumps):
