@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prfaas_testbed.claim import capacity, testbed
-from prfaas_testbed.claim.judge import Mean
-
-K_RATIO = 1.54
-K_WITHIN = 0.05
+from prfaas_testbed.claim.capacity import K_RATIOS, K_WITHIN
 
 
 def answer(records: Mapping[str, dict[str, Any]]) -> str:
@@ -36,27 +33,22 @@ def answer(records: Mapping[str, dict[str, Any]]) -> str:
     return "## Does the 1.54 hold?\n\n" + "\n\n".join(line for line in lines if line) + "\n"
 
 
-def _holds(ratio: Mean) -> bool:
-    return abs(ratio.value / K_RATIO - 1) <= K_WITHIN
-
-
 def _simulated(found: dict[str, Any]) -> str:
     ratio, naive = (capacity.ratio_of(found, "paper", below) for below in ("homogeneous", "naive"))
     within = capacity.ratio_of(found, "paper", "homogeneous", field="rate_rps", mode="slo")
-    verdict = "Yes, as a throughput" if _holds(ratio) else "No"
+    holds = abs(ratio.value / K_RATIOS["homogeneous"] - 1) <= K_WITHIN
+    verdict = "Yes, as a throughput" if holds else "No"
     return (
         f"**{verdict}.** In the simulator, queues and all, the report's policy answers {ratio.text()} times "
-        f"what homogeneous hardware of the same cost does (published {K_RATIO}), and {naive.text()} times "
-        "what sending every prompt does (1.32). Counted by the rate at which nine requests in ten have their "
-        f"first token in time, which the report doesn't say, it is {within.text()} times homogeneous "
-        "hardware's."
+        f"what homogeneous hardware of the same cost does (published {K_RATIOS['homogeneous']}), and "
+        f"{naive.text()} times what sending every prompt does ({K_RATIOS['naive']}). Counted by the rate at "
+        "which nine requests in ten have their first token in time, which the report doesn't say, it is "
+        f"{within.text()} times homogeneous hardware's."
     )
 
 
 def _on_testbed(rows: list[dict[str, Any]]) -> str:
-    found = [
-        testbed.ratio_of(rows, "paper", below, "answered_rps", "1.2") for below in ("homogeneous", "naive")
-    ]
+    found = [testbed.ratio_of(rows, "paper", below, "answered_rps", "1.2") for below in K_RATIOS]
     if not all(one.count for one in found):
         return ""
     once = " Each of its parts ran once." if max(one.count for one in found) == 1 else ""

@@ -32,6 +32,7 @@ K_PLAN_FIELDS = (
 )
 K_LEAST_SHARE = 0.1  # of the capacity: where the search for the rate within the SLO begins
 K_TPOT_S = 0.05  # a token, after the first: twice what a decode instance takes
+K_RATIOS = {"homogeneous": 1.54, "naive": 1.32}  # of the report's policy to these, as published
 K_WITHIN = 0.05  # of a published ratio counts as reproduced
 K_SAME = 0.01  # of the report's policy is taken as equal: what five repetitions can tell apart
 
@@ -106,7 +107,7 @@ def ratio_of(
 def goals(data: dict[str, Any]) -> list[Goal]:
     """The published ratios within 5%, the chain's order, and ours at least the report's policy."""
     found = []
-    for below, published in (("homogeneous", 1.54), ("naive", 1.32)):
+    for below, published in K_RATIOS.items():
         ratio = ratio_of(data, "paper", below)
         off = ratio.value / published - 1
         planned = plan_of(data, "paper")["completion_rps"] / plan_of(data, below)["completion_rps"]

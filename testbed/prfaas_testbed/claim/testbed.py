@@ -14,6 +14,7 @@ from prfaas.config.run import Run
 from prfaas.figures import new_figure, save, series
 from prfaas.workload.requests import TimedRequest
 from prfaas_testbed.claim import worlds
+from prfaas_testbed.claim.capacity import K_RATIOS, K_WITHIN
 from prfaas_testbed.claim.gathering import by_hand, gathered, last_of_each, not_run, unbelieved
 from prfaas_testbed.claim.judge import Goal, Mean, Piece, column, mean, ratios, table
 from prfaas_testbed.claim.runs import parts
@@ -40,8 +41,6 @@ K_WHY = {
 """By system."""
 K_TROUBLES = {"gamma": "with arrivals in bursts", "loss": "with 1% loss"}
 """In the place of a part's load."""
-K_PUBLISHED = (("homogeneous", 1.54), ("naive", 1.32))
-K_WITHIN = 0.05
 
 
 def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
                     K_WHY.get(worst.rpartition("-")[0], ""),
                 )
             )
-    for below, published in K_PUBLISHED:
+    for below, published in K_RATIOS.items():
         ratio = ratio_of(rows, "paper", below, "answered_rps", "1.2")
         if ratio.count:
             off = ratio.value / published - 1
