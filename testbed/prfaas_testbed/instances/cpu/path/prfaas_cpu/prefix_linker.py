@@ -9,7 +9,7 @@
 Every server says what it holds and gives it (`listen`); one that lacks part of a prompt asks its `peer`
 before it computes, grants a lease on the very slots of its pools, and waits for the bytes there. KV of full
 attention goes by pages, a recurrent state whole, at the lengths where the giver has one. Where the peer isn't
-there, all is computed.
+there, all is computed; a peer that ends while it gives costs the request, which SGLang aborts.
 
 It is what shows on CPU that a moved prefix is used; it asks for each prompt over the network while the
 scheduler waits, so that it isn't for use.
@@ -24,6 +24,7 @@ import threading
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -131,8 +132,8 @@ class PrefixLinker(UnifiedCacheLinker):
         keys = list(next(one for one in transfers if one.name == PoolName.KV).keys)
         try:
             found = _post(f"{self._peer}/have", {"keys": keys})
-        except OSError as error:
-            log.warning("%s: %s", self._peer, error)
+        except (OSError, HTTPException, ValueError) as error:  # gone, gone half way, another program
+            log.warning("%s: %r", self._peer, error)
             return []
         if PoolName.MAMBA in self.pools:
             return [at + 1 for at in found["states"]]
