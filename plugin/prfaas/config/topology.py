@@ -192,7 +192,8 @@ class Impairments(Strict):
         try:
             return Impairments.model_validate(fields)
         except ValidationError as error:
-            raise UsageError(f"this change can't be made: {error.errors()[0]['msg']}") from None
+            why = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            raise UsageError(f"this change can't be made: {why}") from None
 
 
 class LinkSpec(Impairments):

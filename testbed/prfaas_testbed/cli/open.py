@@ -49,8 +49,6 @@ def run(args: argparse.Namespace) -> int:
 
     # Of what one has in /tmp, sites see the folder that one stands in.
     with open_network(topology, Path.cwd(), _tell, args.emulation, args.wait_s) as net:
-        net.check_links()
-        net.prepare_changes(net.links)
         for name, site in net.sites.items():
             _tell(f"{name:<10} {site.address:<15} mnexec -a {site.pid} PROGRAM …")
         if args.script is not None:

@@ -177,7 +177,7 @@ def test_an_empty_or_contradictory_change_is_refused(data: dict[str, object]) ->
 
 
 def test_a_change_that_contradicts_the_link_is_refused() -> None:
-    with pytest.raises(UsageError, match="jitter"):
+    with pytest.raises(UsageError, match="be made: jitter_ms must not exceed"):
         Impairments(delay_ms=10, jitter_ms=5).changed(LinkChange(delay_ms=1))
     with pytest.raises(UsageError, match="in packets"):
         Impairments(rate_mbps=10, queue_packets=50).changed(LinkChange(queue_bytes=9000))
