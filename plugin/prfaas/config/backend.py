@@ -98,6 +98,19 @@ class NearConfig(Strict):
         )
 
 
+class PrefixesConfig(Strict):
+    """On a prefill server: what its prefix cache takes in is kept in host memory too, given to servers of
+    other sites, and what they have is taken. It goes with SGLang's flags for an external cache.
+    """
+
+    listen: Address
+    """host:port where the router and other sites' servers ask; of several ranks the first one, each other one
+    port further. Plain HTTP: a private address, or loopback with `control`.
+    """
+    store_bytes: int = Field(ge=1 << 20)
+    """Host memory of each rank for it, pinned where CUDA is."""
+
+
 def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         return ipaddress.ip_address(host)
@@ -130,6 +143,8 @@ class BackendConfig(Strict):
     near: NearConfig | None = None
     """Without it every prefill server is reached by our engine."""
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
+    prefixes: PrefixesConfig | None = None
+    """Without it prefixes stay in the servers that computed them."""
     verify: VerifyConfig | None = None
     faults: BackendFaults | None = None
 

@@ -38,6 +38,7 @@ _NAMES = {
         *points.K_ENTRANCE,
         *points.K_ENTRANCE_UTILS,
         *points.K_BACKEND_POINTS,
+        *points.K_PREFIX_POINTS,
         *points.K_LAYER_POINTS,
         *points.K_HTTP_POINTS,
     )

@@ -69,7 +69,7 @@ def differences(ours: Layout, theirs: Layout) -> str:
         )
         if mine != other
     ]
-    if (mine := _last_word(ours.model)) != (other := _last_word(theirs.model)) and mine and other:
+    if (mine := last_word(ours.model)) != (other := last_word(theirs.model)) and mine and other:
         # Caches of two models can lie alike, and mixed up they give wrong answers without an error.
         wrong.append(
             f"model: prefill serves {mine!r}, decode {other!r}; if it is one, name it alike by "
@@ -91,7 +91,7 @@ def differences(ours: Layout, theirs: Layout) -> str:
     return "; ".join(wrong)
 
 
-def _last_word(name: str) -> str:
+def last_word(name: str) -> str:
     """Of a served model's name, which by default is the path that it was loaded from."""
     return name.rstrip("/").rpartition("/")[2]
 

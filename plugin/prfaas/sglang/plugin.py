@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from prfaas.model.errors import PrfaasError
+from prfaas.model.errors import PrfaasError, UsageError
 from prfaas.sglang import command_line, compat, touch_points
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 K_BACKEND_FLAG = "--disaggregation-transfer-backend"
 K_MODE, K_SWITCH = "--disaggregation-mode", "--enable-pd-role-switch"
+K_LINKER_MODULE = "prfaas.sglang.prefixes"
 K_APPLICATION = "prfaas.sglang.http_app:app"
 
 Part = Literal["flag", "classes", "answers", "passage", "layers"]
@@ -49,6 +50,7 @@ def load_plugin() -> None:
                 from prfaas.sglang import near
 
                 near.check_installed()
+            _check_prefixes(config, mode)
             if serves_http and mode in ("prefill", "decode"):
                 _find_pump(config)
             _register_answers(serves_http)
@@ -72,6 +74,25 @@ def _check_configuration() -> BackendConfig:
     from prfaas.config.backend import K_ENVIRONMENT, load_backend_config
 
     return load_backend_config(os.environ.get(K_ENVIRONMENT))
+
+
+def _check_prefixes(config: BackendConfig, mode: str | None) -> None:
+    """The section and SGLang's flags go together; a decode server beside may read the same file. Raises
+    UsageError, SglangMoved.
+    """
+    linked = command_line.says(sys.argv, touch_points.K_LINKER_FLAG) and K_LINKER_MODULE in (
+        command_line.value_of(sys.argv, touch_points.K_LINKER_CONFIG) or ""
+    )
+    if linked != (config.prefixes is not None) and (linked or mode != "decode"):
+        flags = (
+            f"{touch_points.K_LINKER_FLAG} --unified-cache-external-linker-backend dynamic "
+            f"{touch_points.K_LINKER_CONFIG} "
+            f'\'{{"linker": "PrefixLinker", "linker_module_path": "{K_LINKER_MODULE}"}}\''
+        )
+        lacking = "the section" if linked else "the flags"
+        raise UsageError(f"`prefixes:` in the backend's file goes with {flags}; found without {lacking}")
+    if linked:
+        compat.check(touch_points.K_PREFIX_POINTS)
 
 
 def _find_pump(config: BackendConfig) -> None:

@@ -28,9 +28,13 @@ K_MHA_WRITE = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer"
 K_MLA_WRITE = "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.set_kv_buffer"
 K_MLA_WRITE_PARTS = "sglang.srt.mem_cache.memory_pool.MLATokenToKVPool.set_mla_kv_buffer"
 
+K_LINKER_FLAG = "--enable-unified-cache-external-linker"
+K_LINKER_CONFIG = "--unified-cache-external-linker-config"
+
 _COMMON = "sglang.srt.disaggregation.common.conn"
 _MOONCAKE = "sglang.srt.disaggregation.mooncake.conn"
 _POOLS = "sglang.srt.mem_cache.memory_pool"
+_LINKER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker"
 
 
 @dataclass(frozen=True)
@@ -283,6 +287,62 @@ K_LAYER_POINTS: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(_POOLS, "unwrap_write_loc", parameters=("loc_info",)),
     TouchPoint("sglang.srt.layers.radix_attention", "RadixAttention", attributes=("layer_id",)),
+)  # fmt: skip
+
+# What a server's prefixes are kept and given by; checked where its configuration has `prefixes:`.
+K_PREFIX_POINTS: tuple[TouchPoint, ...] = (
+    TouchPoint(
+        _LINKER, "UnifiedCacheLinker",
+        methods={
+            "lookup": ("rid", "transfers"), "load": ("rid", "transfers"), "cancel_queued_load": ("rid",),
+            "start_layer_wise_loading": (), "finish_layer_wise_loading": ("counter_index",),
+            "offload": ("transfers", "session_id"), "num_completed_offloads": (),
+            "pop_completed_offload": (), "reset": (), "close": (), "record_offload_ready": (),
+        },
+        members=("forward_stream",),
+    ),
+    TouchPoint(
+        _LINKER, "LayerWiseLoadCounter",
+        methods={
+            "update_producer": (), "complete": ("index", "layer"), "fail": ("index", "error"),
+            "finish": ("index",), "reset": (),
+        },
+        attributes=("num_layers",),
+    ),
+    TouchPoint("sglang.srt.mem_cache.hicache_storage", "PoolName", members=("KV", "MAMBA")),
+    TouchPoint(
+        "sglang.srt.mem_cache.hicache_storage", "PoolTransfer", fields=("name", "device_indices", "keys")
+    ),
+    TouchPoint("sglang.srt.mem_cache.unified_cache.component_type", "ComponentType", members=("SWA",)),
+    TouchPoint("sglang.srt.mem_cache.radix_cache", "RadixKey", methods={"__init__": ("token_ids",)}),
+    TouchPoint(
+        "sglang.srt.mem_cache.utils", "get_storage_hash_str", parameters=("key", "prior_hash", "page_size")
+    ),
+    TouchPoint(
+        "sglang.srt.mem_cache.cache_init_params", "CacheInitParams",
+        fields=(
+            "token_to_kv_pool_allocator", "req_to_token_pool", "page_size", "tp_cache_group",
+            "attn_tp_cache_group", "pp_size", "attn_cp_size",
+        ),
+    ),
+    TouchPoint(
+        "sglang.srt.server_args", "ServerArgs",
+        attributes=("device", "served_model_name", "model_path", "dp_size", "nnodes"),
+    ),
+    TouchPoint(
+        _POOLS, "MHATokenToKVPool",
+        attributes=("k_buffer", "v_buffer", "layer_num", "k_scale_buffer", "native_k_scale_buffer"),
+    ),
+    TouchPoint(_POOLS, "MLATokenToKVPool", attributes=("kv_buffer", "layer_num")),
+    TouchPoint(
+        _POOLS, "HybridLinearKVPool", attributes=("full_kv_pool", "full_attention_layer_id_mapping")
+    ),
+    TouchPoint(
+        _POOLS, "HybridReqToTokenPool",
+        methods={"register_layer_transfer_counter": ()},
+        attributes=("mamba_pool", "mamba_map", "mamba_ckpt_pool", "short_conv_pool", "ngram_pool"),
+    ),
+    TouchPoint(_POOLS, "MambaPool", attributes=("mamba_cache", "num_mamba_layers")),
 )  # fmt: skip
 
 # What a refused request's answer is made by; checked in the process that serves HTTP.

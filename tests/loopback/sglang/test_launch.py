@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from prfaas.config.backend import load_backend_config
+from prfaas.model.errors import UsageError
 from prfaas.pump_client.launch import connect
 from prfaas.sglang import compat, plugin
 
@@ -29,6 +31,40 @@ def test_a_pump_that_cannot_start_ends_a_launch_before_its_model_loads(
         plugin.load_plugin()
     [line] = str(caught.value).splitlines()
     assert f"prfaas: the pump didn't start: prfaas pump: {tmp_path / 's.pem'}: no such file" in line
+
+
+K_LINKER = """{"linker": "PrefixLinker", "linker_module_path": "prfaas.sglang.prefixes.linker"}"""
+K_LINKED = ["--enable-unified-cache-external-linker", "--unified-cache-external-linker-config", K_LINKER]
+K_SECTION = "prefixes: {listen: 127.0.0.1:9400, store_bytes: 1048576}"
+
+
+@pytest.mark.parametrize(
+    ("mode", "section", "flags", "lacking"),
+    [
+        ("prefill", K_SECTION, [], "found without the flags"),
+        ("prefill", "", K_LINKED, "found without the section"),
+        ("decode", "", K_LINKED, "found without the section"),
+        ("prefill", K_SECTION, K_LINKED, None),
+        # A decode server beside reads the same file.
+        ("decode", K_SECTION, [], None),
+        ("prefill", "", [], None),
+    ],
+)
+def test_keeping_prefixes_takes_a_section_of_the_file_and_flags_of_sglang(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, section: str, flags: list[str],
+    lacking: str | None,
+) -> None:  # fmt: skip
+    config = tmp_path / "east.yaml"
+    config.write_text(f"pump: {{site: east, control_socket: p.sock}}\n{section}")
+    monkeypatch.setattr(compat, "check", lambda points: None)
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    check = partial(plugin._check_prefixes, load_backend_config(str(config)), mode)
+    if lacking is None:
+        check()
+        return
+    with pytest.raises(UsageError, match=lacking) as caught:
+        check()
+    assert "--unified-cache-external-linker-backend dynamic" in str(caught.value)
 
 
 def test_the_pump_that_a_launch_started_waits_for_a_model_that_loads_for_long(tmp_path: Path) -> None:

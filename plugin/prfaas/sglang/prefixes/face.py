@@ -1,0 +1,126 @@
+"""A rank's answers by HTTP, and its questions to others.
+
+Plain HTTP: bind it to a private address, as SGLang's own bootstrap port, or to loopback with `control:`, by
+which it is reached through the pumps alone.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import msgspec
+
+from prfaas.config.pump import split_address
+from prfaas.model.errors import MachineError, PrfaasError
+from prfaas.sglang.prefixes.exchange import K_CODECS, K_GIVE, K_TAKE, Give, Refused, Take
+
+logger = logging.getLogger(__name__)
+
+K_MOST_BYTES = 64 << 20
+"""Of a question: a million tokens are seven, of keys a page of one token each 68."""
+K_POLL_S = 0.1
+"""How long its end may take to be seen."""
+K_SILENT_S = 30.0
+"""How long a connection may say nothing."""
+Answers = dict[str, tuple[type[msgspec.Struct], Callable[[Any], msgspec.Struct]]]
+
+
+class Face:
+    """Serves until it is closed, from a thread of its own."""
+
+    def __init__(
+        self, listen: str, take: Callable[[Take], msgspec.Struct], give: Callable[[Give], msgspec.Struct]
+    ) -> None:
+        """Raises MachineError where it can't listen there."""
+        answers: Answers = {K_TAKE: (Take, take), K_GIVE: (Give, give)}
+        try:
+            self._server = _Server(split_address(listen), _handler(answers))
+        except OSError as error:
+            raise MachineError(f"prefixes.listen {listen}: {error.strerror or error}") from None
+        serve, poll_s = self._server.serve_forever, (K_POLL_S,)
+        self._thread = threading.Thread(target=serve, args=poll_s, daemon=True, name="prfaas-prefixes")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+
+def _handler(answers: Answers) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = K_SILENT_S
+
+        def do_POST(self) -> None:
+            status, body = self._answer()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def _answer(self) -> tuple[int, bytes]:
+            known = answers.get(self.path)
+            if known is None:
+                return _error(404, f"{self.path}: ask {' or '.join(answers)}")
+            (kind, answer), codec = known, K_CODECS[self.path]
+            try:
+                size = int(self.headers.get("Content-Length", ""))
+            except ValueError:
+                return _error(411, "Content-Length is missing")
+            if not 0 <= size <= K_MOST_BYTES:
+                return _error(413, f"a question has at most {K_MOST_BYTES} bytes")
+            try:
+                return 200, codec.encode(answer(codec.decode(self.rfile.read(size), type=kind)))
+            except msgspec.MsgspecError as error:
+                return _error(400, str(error))
+            except Refused as refused:
+                return _error(refused.status, str(refused))
+            except PrfaasError as error:
+                return _error(503, str(error))
+            except Exception as error:
+                logger.exception("prfaas: %s", self.path)
+                return _error(500, f"internal error: {type(error).__name__}")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            return None
+
+    return Handler
+
+
+def _error(status: int, reason: str) -> tuple[int, bytes]:
+    return status, msgspec.json.encode({"error": reason})
+
+
+def ask(address: str, path: str, body: bytes, timeout_s: float) -> bytes:
+    """A peer's answer. Raises Refused: its own refusal, or that it isn't there."""
+    try:
+        host, port = split_address(address)
+        connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+        try:
+            connection.request("POST", path, body)
+            answer = connection.getresponse()
+            said = answer.read()
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Refused(502, f"{address}: {error!r}") from None
+    if answer.status != 200:
+        raise Refused(answer.status, f"{address}: {_reason(said)}")
+    return said
+
+
+def _reason(said: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(said, type=dict[str, str])["error"])
+    except (msgspec.MsgspecError, KeyError):
+        return repr(said[:200])
