@@ -13,7 +13,7 @@ from prfaas.config.addresses import HostName, HttpPage, HttpServer, ZmqEndpoint
 from prfaas.config.loading import Strict, load
 from prfaas.config.located import FileName, located
 from prfaas.config.policy import PolicyConfig, SlowLoopConfig
-from prfaas.config.pump import is_loopback
+from prfaas.config.pump import OptionalAddress, is_loopback
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -140,6 +140,11 @@ class Server(Strict):
     ordered: bool = False
     """It was started with --enable-priority-scheduling, and serves what waits by the order that the router
     decided on: each request takes that along as its `priority`, a client's own being replaced."""
+    prefixes: OptionalAddress = ""
+    """host:port where it gives and takes prefixes, as the other sites' servers reach it: the
+    `prefixes.listen` of its backend's file."""
+    prefixes_url: HttpServer | None = None
+    """http://HOST:PORT of the same, as the router reaches it; None: by `prefixes`."""
     admin_key_file: FileName | None = None
     """The server's --admin-api-key, if it has one: a change of role asks for it."""
 
@@ -154,6 +159,11 @@ class Server(Strict):
                 f"{self.name}: a convertible server prefills or decodes, and needs bootstrap_port for both"
             )
         return self
+
+    @property
+    def prefixes_page(self) -> str:
+        """Where the router asks it to take one."""
+        return self.prefixes_url or f"http://{self.prefixes}"
 
     @property
     def bootstrap(self) -> tuple[str, int]:
@@ -301,8 +311,8 @@ class RouterConfig(Strict):
     logs: Logs = Logs()
     slow_loop: SlowLoop | None = None
     movable: bool = False
-    """Cached prefixes can be brought to another site's prefill cache: its servers answer /prfaas/take_prefix
-    (profiled instances do; SGLang 0.5.23 has no way to insert what comes from outside)."""
+    """Cached prefixes can be brought to another site's prefill cache: SGLang's servers where each has
+    `prefixes`; profiled instances can as they are."""
     seed: int | None = None
     """Of the rooms' random numbers; None: from the system, as it must be where several routers run, or one is
     started again: servers refuse a room that has failed before."""
@@ -329,6 +339,7 @@ class RouterConfig(Strict):
         if self.slow_loop is not None and len(self.models) > 1:
             raise ValueError("slow_loop plans for one model; a router of several can't have it")
         self._check_bootstraps()
+        self._check_prefixes()
         sites = {site.name for site in self.sites}
         models = {model.name for model in self.models}
         for link in self.links:
@@ -353,6 +364,16 @@ class RouterConfig(Strict):
             raise ValueError(
                 f"{', '.join(here)}: decode servers would look for its bootstrap on their own loopback; "
                 "bootstrap_host says what they reach it by"
+            )
+
+    def _check_prefixes(self) -> None:
+        """Raises ValueError where some could move prefixes and others couldn't, or none are to be moved."""
+        able = {one.name: bool(one.prefixes) for _, one in self.servers() if one.role != "decode"}
+        if any(able.values()) and not self.movable:
+            raise ValueError("servers have `prefixes`, which are moved where the file says `movable: true`")
+        if any(able.values()) and (lacking := sorted(name for name, has in able.items() if not has)):
+            raise ValueError(
+                f"all servers that prefill have `prefixes`, or none; without: {', '.join(lacking)}"
             )
 
     def servers(self) -> Iterator[tuple[str, Server]]:

@@ -249,10 +249,9 @@ class Door:
             outcome.predicted_ttft_s = decision.predicted_ttft_s
             outcome.attempts = ticket.attempt + 1
             if decision.cache_move is not None:
-                moved = await bring(
+                outcome.moved_tokens = await bring(
                     route, decision.cache_move, ticket, self._rng, self._metrics, self.background
                 )
-                ticket.cached = {**ticket.cached, **moved}
             outcome.predicted_cached_tokens = ticket.cached.get(route.prefill.name) if route.prefill else None
             room = self._rng.randrange(K_ROOMS)
             outcome.room = room if route.prefill is not None else None

@@ -25,6 +25,8 @@ class Outcome:
     prompt_tokens: int = 0
     cached_tokens: int | None = None
     predicted_cached_tokens: int | None = None
+    moved_tokens: int = 0
+    """Of its prompt, brought to the prefill server from another site's before it was sent there."""
     predicted_ttft_s: float | None = None
     ttft_s: float | None = None
     e2e_s: float = 0.0
@@ -50,6 +52,8 @@ def answer_headers(outcome: Outcome, correlation: str | None = None) -> dict[str
         headers["x-prfaas-attempts"] = str(outcome.attempts)
     if outcome.room is not None:
         headers["x-prfaas-room"] = str(outcome.room)
+    if outcome.moved_tokens:
+        headers["x-prfaas-moved-tokens"] = str(outcome.moved_tokens)
     if outcome.predicted_ttft_s is not None:
         headers["x-prfaas-predicted-ttft-ms"] = f"{outcome.predicted_ttft_s * 1e3:.1f}"
     return headers
