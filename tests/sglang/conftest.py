@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import random
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,15 @@ import yaml
 
 from prfaas_testbed.instances.models import K_MODELS, TinyModel
 from prfaas_testbed.instances.sglang_client import Pair
-from prfaas_testbed.instances.sglang_server import K_CHECKOUT, K_SAME_CHUNKS, ServerSpec, SglangServer
+from prfaas_testbed.instances.sglang_server import (
+    K_CHECKOUT,
+    K_SAME_CHUNKS,
+    ServerSpec,
+    SglangServer,
+    events_words,
+    prefixes_section,
+    prefixes_words,
+)
 
 K_HOST = "127.0.0.1"
 K_ELSEWHERE = "127.0.0.2"
@@ -60,23 +67,20 @@ class East:
     server: SglangServer
     pump: dict[str, Any]
     events: dict[str, Any]
+    prefixes: str
+    """Where it gives them."""
 
     @classmethod
     def of(cls, model: TinyModel, directory: Path) -> East:
-        port, bootstrap_port, events, replay = free_ports(4)
+        port, bootstrap_port, events, replay, prefixes = free_ports(5)
         # Far more than these requests need: the ledger admits what comes, as long as the link is up.
         link = {"peer_site": "test", "admission": {"nominal_bps": 10e9, "probe_every_s": 600}}
         socket_path = str(directory / "east.sock")
         pump = {"site": "east", "control_socket": socket_path, "idle_exit_s": 20, "links": [link]}
         path = directory / "east.yaml"
-        path.write_text(yaml.safe_dump({"pump": pump}))
+        kept = prefixes_section(K_ELSEWHERE, prefixes)
+        path.write_text(yaml.safe_dump({"pump": pump, "prefixes": kept}))
         topic = {"topic": "kv-events"}
-        published = {
-            "publisher": "zmq",
-            "endpoint": f"tcp://*:{events}",
-            "replay_endpoint": f"tcp://*:{replay}",
-            **topic,
-        }
         spec = ServerSpec(
             role="prefill",
             model=model,
@@ -85,14 +89,14 @@ class East:
             port=port,
             bootstrap_port=bootstrap_port,
             config_path=path,
-            extra_args=(*K_SAME_CHUNKS, "--kv-events-config", json.dumps(published)),
+            extra_args=(*K_SAME_CHUNKS, *prefixes_words(), *events_words(events, replay)),
         )
         heard = {
             "endpoint": f"tcp://{K_HOST}:{events}",
             "replay_endpoint": f"tcp://{K_HOST}:{replay}",
             **topic,
         }
-        return cls(SglangServer(spec, directory / "east.log"), pump, heard)
+        return cls(SglangServer(spec, directory / "east.log"), pump, heard, kept["listen"])
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class Servers:
     """A second prefill server, of decode's own site."""
     near_pair: Pair | None = None
     east: East | None = None
+    prefixes: str = ""
+    """Where the prefill server takes them."""
 
     @property
     def all(self) -> list[SglangServer]:
@@ -199,6 +205,7 @@ def start_servers(
         servers.get("near"),
         near_pair,
         east,
+        options.get("config", {}).get("prefixes", {}).get("listen", ""),
     )
     _running.append(started)
     return started
@@ -232,6 +239,8 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     # These have a prefill server elsewhere that a router may choose; one a third, in decode's own site.
     if request.param in ("dense", "hybrid"):
         options["roles"] = ("plain", "prefill", "decode", "east")
+        options["config"]["prefixes"] = prefixes_section(K_HOST, free_ports(1)[0])
+        options["prefill_args"] = prefixes_words()
     if request.param == "dense":
         options["roles"] += ("near",)
         options["config"]["near"] = {"hosts": [K_NEAR], "transport": "tcp"}

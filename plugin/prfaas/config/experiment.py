@@ -91,6 +91,9 @@ class RouterChoice(Strict):
 
     site: Name
     policy: PolicyConfig = PolicyConfig()
+    move_prefixes: bool = False
+    """A prefix that one site holds may be brought to another's prefill cache. Real servers keep theirs in
+    host memory too then, and tell the router what they cache, as profiled instances always do."""
     slow_loop: SlowLoopConfig | None = None
     """Roles follow the load. Of the testbed's instances, profiled ones change theirs."""
 

@@ -111,6 +111,8 @@ def simulation_of(
         lines = trace_lines(experiment.workload, topologies)
         requests = timed_requests(experiment.workload, Random(seed), lines)
     unsupported = play_timeline(world, experiment.timeline)
+    if experiment.router is not None and experiment.router.move_prefixes:
+        unsupported.append("router.move_prefixes (prefixes stay where they are)")
     world.play(requests)
     horizon_s = experiment.workload.duration_s or experiment.wall_time_s
     if sample:

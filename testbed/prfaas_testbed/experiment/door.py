@@ -16,6 +16,8 @@ from prfaas_testbed.experiment.machine import K_TOPOLOGIES
 from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.experiment.transfers import Moved
 from prfaas_testbed.experiment.ways import Ways
+from prfaas_testbed.instances.models import K_MODELS
+from prfaas_testbed.instances.sglang_server import K_EVENTS_TOPIC
 
 if TYPE_CHECKING:
     from prfaas_testbed.experiment.servers import Server
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 K_ROUTER_PORT = 28000
 K_EVENTS_OFFSET = 2000
+K_PREFIXES_OFFSET = 3000
 K_STATUS_PORT = 7601
 K_TOLD_SHARE = 0.8
 
@@ -43,6 +46,8 @@ def router_file(
     here = experiment.router.site
     scale = net.topology.scale.factor if net.topology.scale else 1.0
     hybrid = profile is not None and find_profile(profile, K_TOPOLOGIES).state_bytes > 0
+    if "sglang" in experiment.kinds():
+        hybrid = model in K_MODELS and K_MODELS[model].state_bytes > 0
     sites = []
     for site in net.sites:
         rows = [_server(server, experiment, ways) for server in servers if server.site == site]
@@ -65,7 +70,7 @@ def router_file(
                     host, port = ways.to(here, net.sites[source].address, K_STATUS_PORT)
                     told = {"status_url": f"http://{host}:{port}/links"}
                 links.append({"source": source, "target": target, "rtt_ms": rtt_ms, **rate, **told})
-    config = {
+    config: dict[str, Any] = {
         "listen": {"host": net.sites[here].address, "port": K_ROUTER_PORT},
         "models": [{"name": model, "tokenizer": str(tokenizer), "layers": "hybrid" if hybrid else "dense"}],
         "sites": sites,
@@ -80,6 +85,8 @@ def router_file(
         # And no seed: a router that is killed and started again would give the same rooms out once more.
         "logs": {"events": str(folder / "router-events.jsonl")},
     }
+    if experiment.router.move_prefixes:
+        config["movable"] = True
     if experiment.router.slow_loop is not None:
         config["slow_loop"] = experiment.router.slow_loop.model_dump(mode="json")
     return write_json(folder / "router.yaml", config)
@@ -101,14 +108,24 @@ def _server(server: Server, experiment: Experiment, ways: Ways) -> dict[str, Any
     if _turns(server, experiment):
         row |= {"convertible": True, "bootstrap_port": server.bootstrap_port}
     row["ordered"] = experiment.ordered() and server.role != "decode"
-    if "profiled" in experiment.kinds():
+    if server.role != "decode" and keeps_prefixes(server.name, experiment):
+        port = server.port + K_PREFIXES_OFFSET
+        # Its own address again: other sites' servers go by the pumps by themselves.
+        row |= {"prefixes": f"{server.host}:{port}", "prefixes_url": f"http://{to(port)}"}
+    if "profiled" in experiment.kinds() or "prefixes" in row:
         first = server.port + K_EVENTS_OFFSET
         row["kv_events"] = {
             "endpoint": f"tcp://{to(first)}",
             "replay_endpoint": f"tcp://{to(first + 1)}",
-            "topic": "kv-events",
+            "topic": K_EVENTS_TOPIC,
         }
     return row
+
+
+def keeps_prefixes(name: str, experiment: Experiment) -> bool:
+    """Whether a prefill server is a real one whose prefixes are moved."""
+    real = any(one.kind == "sglang" and name in one.names() for one in experiment.instances)
+    return real and experiment.router is not None and experiment.router.move_prefixes
 
 
 def _turns(server: Server, experiment: Experiment) -> bool:

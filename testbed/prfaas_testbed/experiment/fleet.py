@@ -18,8 +18,10 @@ from prfaas.model.errors import UsageError
 from prfaas.pump import keys
 from prfaas_testbed.experiment.door import (
     K_EVENTS_OFFSET,
+    K_PREFIXES_OFFSET,
     K_ROUTER_PORT,
     K_STATUS_PORT,
+    keeps_prefixes,
     plain_tokenizer,
     router_file,
 )
@@ -30,7 +32,15 @@ from prfaas_testbed.experiment.sites import write_json
 from prfaas_testbed.experiment.upset import Clocks
 from prfaas_testbed.experiment.ways import Endpoint, Ways
 from prfaas_testbed.instances.models import K_MODELS, TinyModel
-from prfaas_testbed.instances.sglang_server import K_BY_PRIORITY, K_SAME_CHUNKS, ServerSpec, SglangServer
+from prfaas_testbed.instances.sglang_server import (
+    K_BY_PRIORITY,
+    K_SAME_CHUNKS,
+    ServerSpec,
+    SglangServer,
+    events_words,
+    prefixes_section,
+    prefixes_words,
+)
 
 if TYPE_CHECKING:
     from prfaas_testbed.network import Network, Site
@@ -215,8 +225,11 @@ class Fleet:
     def _ways(self, moving: list[str]) -> Ways:
         endpoints: dict[str, list[Endpoint]] = {site: [] for site in moving}
         for instance, _, port in self._planned():
-            events = port + K_EVENTS_OFFSET
-            ports = [port, events, events + 1] if instance.kind == "profiled" else [port]
+            events, ports = port + K_EVENTS_OFFSET, [port]
+            if instance.kind == "profiled" or keeps_prefixes(instance.names()[0], self.experiment):
+                ports += [events, events + 1]
+            if keeps_prefixes(instance.names()[0], self.experiment):
+                ports.append(port + K_PREFIXES_OFFSET)
             if instance.site in endpoints:  # else it has no pump to lead there
                 address = self.net.sites[instance.site].address
                 endpoints[instance.site] += [(address, one) for one in ports]
@@ -314,6 +327,11 @@ class Fleet:
             backend["verify"] = {"directory": str(self.digests)}
         if self.fault is not None and instance.role == "prefill":
             backend["faults"] = {"kv": {"zero_kv": "zero", "drop_page": "drop_page"}[self.fault]}
+        more: list[str] = []
+        if instance.role != "decode" and keeps_prefixes(name, self.experiment):
+            events = port + K_EVENTS_OFFSET
+            backend["prefixes"] = prefixes_section(site.address, port + K_PREFIXES_OFFSET)
+            more = [*prefixes_words(), *events_words(events, events + 1)]
         engine = self.experiment.transfer.engine
         config = write_json(self.folder / f"{name}.yaml", backend) if engine == "prfaas" else None
         bootstrap = port + K_BOOTSTRAP_OFFSET
@@ -322,7 +340,7 @@ class Fleet:
             model=self.tiny_model(), model_dir=K_MODELS_DIR / self.model.name, host=site.address, port=port,
             bootstrap_port=bootstrap, backend=engine, config_path=config,
             extra_env=self.environment(site.name),
-            extra_args=(*K_SAME_CHUNKS, *(K_BY_PRIORITY if self.experiment.ordered() else ())),
+            extra_args=(*K_SAME_CHUNKS, *(K_BY_PRIORITY if self.experiment.ordered() else ()), *more),
         )  # fmt: skip
         server = SglangServer(spec, self.folder / f"{name}.log", popen=_popen_of(site))
         return Server(name, instance.site, instance.role, site.address, port, Real(server), bootstrap)

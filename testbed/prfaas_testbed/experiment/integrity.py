@@ -48,3 +48,40 @@ def _kv_bytes_gap_share(view: View) -> float:
     if not gaps:
         raise Unsupported("no request says what it should have moved")
     return max(gaps)
+
+
+def _after_a_move(view: View) -> list[RequestRow]:
+    return [row for row in view.answered() if number(row, "moved_tokens")]
+
+
+@metric("prefix_moves")
+def _prefix_moves(view: View) -> float:
+    """Answered requests of which a part was brought to their prefill server from another site's, of the model
+    that has fewest of them."""
+    found = dict.fromkeys({row.model for row in view.answered()}, 0)
+    for row in _after_a_move(view):
+        found[row.model] += 1
+    if not found:
+        raise Unsupported("no request was answered")
+    return min(found.values())
+
+
+@metric("moved_as_cached_share")
+def _moved_as_cached_share(view: View) -> float:
+    """Share of them whose prefill server reports just as many tokens as cached."""
+    rows = _after_a_move(view)
+    if not rows:
+        raise Unsupported("no prefix was moved")
+    return sum(row.cached_tokens == number(row, "moved_tokens") for row in rows) / len(rows)
+
+
+@metric("moved_bytes_gap_share")
+def _moved_bytes_gap_share(view: View) -> float:
+    """What pumps sent beyond requests' KV and states, against what moved prefixes have by model and length.
+    Auxiliary data, 1,600 bytes a request, is in the gap."""
+    wanted = sum(number(row, "wanted_moved_bytes") or 0 for row in _after_a_move(view))
+    sent = [number(row, "payload_bytes") for row in view.events("accounting")]
+    if not wanted or None in sent:
+        raise Unsupported("no prefix was moved, or a site gave no account of its bytes")
+    kv = sum(row.kv_bytes or 0 for row in view.requests() if field(row, "transfer") == "wan")
+    return abs(sum(size or 0 for size in sent) - kv - wanted) / wanted

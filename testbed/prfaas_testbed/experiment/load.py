@@ -205,8 +205,10 @@ def rows_of(
         if planned.id in where:
             room, server = where[planned.id]
             found = moved.get(room, Moved())
+            brought = int(answer.headers.get("x-prfaas-moved-tokens", 0))
             row |= {
                 "site": server.site, "reason": answer.headers.get("x-prfaas-reason", "the only path"),
+                "moved_tokens": brought, "wanted_moved_bytes": wanted(brought) if brought else 0,
                 "room": room, "transfer": "wan" if server.site != home else "local",
                 "kv_bytes": found.payload_bytes,
                 "wanted_kv_bytes": wanted(len(planned.tokens)) if room else None,

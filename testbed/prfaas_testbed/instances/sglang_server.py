@@ -17,6 +17,7 @@ waited for after, since most of a start is imports.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -80,6 +81,33 @@ K_CPU_ENV = {
 K_OWNER = "PRFAAS_CPU_OWNER"
 """Whose end is the server's too, by the CPU servers' own plugin: a testbed or a test run that is killed by -9
 leaves none behind."""
+
+
+K_PREFIXES_BYTES = 256 << 20
+K_EVENTS_TOPIC = "kv-events"
+
+
+def prefixes_section(host: str, port: int) -> dict[str, Any]:
+    """`prefixes:` of the backend's file, for one that answers there."""
+    return {"listen": f"{host}:{port}", "store_bytes": K_PREFIXES_BYTES}
+
+
+def prefixes_words() -> list[str]:
+    """What goes with it on the command line."""
+    linker = {"linker": "PrefixLinker", "linker_module_path": "prfaas.sglang.prefixes.linker"}
+    return [
+        "--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend", "dynamic",
+        "--unified-cache-external-linker-config", json.dumps(linker),
+    ]  # fmt: skip
+
+
+def events_words(port: int, replay_port: int) -> list[str]:
+    """By which a server tells what it caches."""
+    events = {
+        "publisher": "zmq", "endpoint": f"tcp://*:{port}", "replay_endpoint": f"tcp://*:{replay_port}",
+        "topic": K_EVENTS_TOPIC,
+    }  # fmt: skip
+    return ["--kv-events-config", json.dumps(events)]
 
 
 class ServerDied(PrfaasError):

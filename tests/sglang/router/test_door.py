@@ -26,6 +26,7 @@ from prfaas.config.pump import PumpConfig
 from prfaas.config.router import RouterConfig
 from prfaas.model.transfer import LeaseGrant, TransferKind
 from prfaas.pump_client import LocalPumpClient, Transfer
+from prfaas.router.outcome import Outcome
 from prfaas.router.service import Router
 from prfaas_testbed.instances.sglang_client import generate, loads, new_room, prompt_of
 from prfaas_testbed.instances.sglang_server import (
@@ -63,6 +64,7 @@ def sites(servers: Any) -> Sites:
                 "role": "prefill",
                 "url": servers.prefill.url,
                 "bootstrap_port": servers.pair.bootstrap_port,
+                "prefixes": servers.prefixes,
             },
             {"name": "west-d", "role": "decode", "url": servers.decode.url},
         ],
@@ -77,6 +79,7 @@ def sites(servers: Any) -> Sites:
                 "url": east.url,
                 "bootstrap_port": east.spec.bootstrap_port,
                 "kv_events": servers.east.events,
+                "prefixes": servers.east.prefixes,
             }
         ],
     }
@@ -91,7 +94,8 @@ def sites(servers: Any) -> Sites:
         ],
         "sites": [west, far],
         "links": [{"source": "east", "target": "west", "rate_mbps": 10000, "rtt_ms": 1}],
-        "policy": {"name": "paper", "threshold_tokens": K_THRESHOLD},
+        "policy": {"name": "paper", "threshold_tokens": K_THRESHOLD, "regime": "scarce"},
+        "movable": True,
         "retry": {"first_token_min_s": 60, "total_s": 240},
         "loads": {"timeout_s": 10.0},
     }
@@ -229,6 +233,51 @@ def test_predicted_prefixes_are_what_prefill_reports(sites: Sites, door: Any) ->
             assert said[3][0] > 2 * K_LONG
 
     asyncio.run(main())
+
+
+def test_a_prefix_that_only_east_holds_is_brought_to_west_and_reused_to_the_token(
+    sites: Sites, door: Any
+) -> None:
+    first = prompt_of(K_LONG, 47)
+    second, third = first + prompt_of(K_SHORT, 48), first + prompt_of(K_SHORT, 49)
+    wanted = [generate(sites.servers.plain.url, prompt, K_OUTPUT).tokens for prompt in (first, second, third)]
+    sites.config["policy"]["regime"] = "abundant"
+
+    def sent_bytes() -> int:
+        """Of KV and states, that east's pump sent."""
+        with LocalPumpClient.open(sites.pump, name="test", start=False) as client:
+            peers: Any = client.stats()["peers"]
+            return sum(peer["payload_bytes_sent"] for peer in peers)
+
+    async def main() -> None:
+        async with door() as (router, url, session):
+            outcomes: list[Outcome] = []
+            router.door._on_outcome = outcomes.append
+
+            async def ask(prompt: list[int]) -> list[int]:
+                async with session.post(url + "/generate", json=body(prompt)) as response:
+                    answer = await response.json()
+                    assert response.status == 200, answer
+                    tokens: list[int] = answer["output_ids"]
+                    return tokens
+
+            assert await ask(first) == wanted[0]
+            await asyncio.sleep(1.0)  # until what it says of its cache is here
+            before = await asyncio.to_thread(sent_bytes)
+            assert await ask(second) == wanted[1]
+            moved = await asyncio.to_thread(sent_bytes) - before
+            model = sites.servers.model
+            assert moved == K_LONG * model.kv_bytes_per_token + model.state_bytes
+            assert await ask(third) == wanted[2]
+            found = [(one.site, one.moved_tokens, one.cached_tokens) for one in outcomes]
+            # The third finds it in west: nothing crosses for it.
+            assert found == [("east", 0, 0), ("west", K_LONG, K_LONG), ("west", 0, K_LONG)]
+            assert await asyncio.to_thread(sent_bytes) - before == moved
+
+    try:
+        asyncio.run(main())
+    finally:
+        sites.config["policy"]["regime"] = "scarce"
 
 
 # Of the router alone, whatever the model.

@@ -206,22 +206,12 @@ def test_each_kind_of_pool_tells_which_of_its_buffers_a_layer_has_filled(found: 
 
 def look_and_map(_: Path) -> list[str]:
     """What these say, all in one interpreter, in which they change nothing."""
-    return run_python(
-        K_RUN, *(str(K_INSIDE / f"{name}.py") for name in ("linker", "versions", "ranks", "slices"))
-    )
+    return run_python(K_RUN, *(str(K_INSIDE / f"{name}.py") for name in ("versions", "ranks", "slices")))
 
 
 @finds(look_and_map)
 def test_every_touch_point_is_in_the_pinned_version(found: list[str]) -> None:
     assert found[-3] == touch_points.K_VERSION
-
-
-@finds(look_and_map)
-def test_a_prefix_is_computed_where_the_peer_ends_in_the_middle_of_its_answer(found: list[str]) -> None:
-    """It's asked for within the scheduler, which would end."""
-    answers = json.loads(found[-4])
-    assert answers.pop("whole") == [1, 2]
-    assert answers == {name: [] for name in ("nothing", "half", "no HTTP", "no JSON")}
 
 
 @finds(look_and_map)
