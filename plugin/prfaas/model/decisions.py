@@ -7,6 +7,8 @@ from enum import StrEnum
 from prfaas.model.ids import InstanceId, LinkId, PolicyName, RequestId, SiteId
 from prfaas.model.values import value
 
+K_MOVE_LEAST_S, K_MOVE_FACTOR = 2.0, 4.0
+
 
 class Action(StrEnum):
     """What to do with a request now."""
@@ -29,6 +31,12 @@ class CacheMove:
     @property
     def link(self) -> LinkId:
         return LinkId(self.source, self.target)
+
+    def patience_s(self, predicted_ttft_s: float) -> float:
+        """How long it is waited for, before the prompt is sent without it: so many times as long as the whole
+        way to the first token was predicted to take.
+        """
+        return max(K_MOVE_LEAST_S, K_MOVE_FACTOR * predicted_ttft_s)
 
 
 @value

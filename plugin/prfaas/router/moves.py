@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 
 K_TAKE = "/prfaas/take_prefix"
 K_ROOMS = 1 << 62
-K_LEAST_S = 2.0
-K_FACTOR = 4.0
-"""A move has so many times as long as the whole way to the first token was predicted to take."""
 K_MOST_S = 600.0
 
 
@@ -48,7 +45,7 @@ async def bring(
     if giver is None or taker is None or len(ids) < move.tokens:
         return 0
     predicted_s = ticket.decision.predicted_ttft_s if ticket.decision else None
-    within_s = max(K_LEAST_S, K_FACTOR * (predicted_s or 0.0))
+    within_s = move.patience_s(predicted_s or 0.0)
     rid = f"{ticket.request_id}-p{ticket.attempt}"
     kept = bool(giver.config.prefixes and taker.config.prefixes)
     if kept:

@@ -4,6 +4,8 @@ scarce    l_total − l_pd ≤ t: local prefill, else PrfaaS; each cluster's cac
 abundant  l = max(l_pd, l_prfaas); l_total − l ≤ t: local prefill, else PrfaaS; where the longer cache lies
 in the other cluster, it is moved
 
+Where caches can't be moved it is scarce always: what lies elsewhere would count and not be there.
+
 As the report says that a filling link raises t, `raise_at` and `raise_factor` do so; with the factor at its
 default of 1 the threshold is fixed, which is what the report evaluates.
 """
@@ -53,7 +55,7 @@ class PaperPolicy(BookingPolicy):
         threshold = self._threshold(used, home)
         caches = request.cached_tokens
         here = caches.get(home, 0)
-        if not self._abundant(used):
+        if not (self.fleet.movable and self._abundant(used)):
             uncached = request.prompt_tokens - here
             wanted = [local] if uncached <= threshold else away
             reason = f"paper, scarce: {uncached} uncached, threshold {threshold:.0f}"
@@ -62,9 +64,8 @@ class PaperPolicy(BookingPolicy):
         uncached = request.prompt_tokens - max(here, caches.get(longest, 0))
         wanted = [local] if uncached <= threshold else away
         reason = f"paper, abundant: {uncached} uncached, threshold {threshold:.0f}"
-        if self.fleet.movable:
-            wanted = [self._moved(request, snapshot, path, longest, now) for path in wanted]
-            paths = paths + [path for path in wanted if path.cache_move is not None]
+        wanted = [self._moved(request, snapshot, path, longest, now) for path in wanted]
+        paths = paths + [path for path in wanted if path.cache_move is not None]
         return self.first_of(request, snapshot, now, paths, wanted, reason, threshold)
 
     def _moved(

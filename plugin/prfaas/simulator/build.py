@@ -100,7 +100,8 @@ def simulation_of(
     engines, profiles = _engines(experiment, model, topology, topologies, agenda)
     local = frozenset(engine.site for engine in engines if engine.role != "prefill")
     chosen = policy or (experiment.router.policy if experiment.router else PolicyConfig(name="naive"))
-    policy_object: Policy = create_policy(chosen, Fleet(profiles, local))
+    movable = experiment.router is not None and experiment.router.move_prefixes
+    policy_object: Policy = create_policy(chosen, Fleet(profiles, local, movable))
     slow_loop = experiment.router.slow_loop if experiment.router else None
     settings = settings or _settings(experiment, chosen, local)
     world = World(agenda, engines, Network(topology, agenda), policy_object, record, settings)
@@ -111,8 +112,6 @@ def simulation_of(
         lines = trace_lines(experiment.workload, topologies)
         requests = timed_requests(experiment.workload, Random(seed), lines)
     unsupported = play_timeline(world, experiment.timeline)
-    if experiment.router is not None and experiment.router.move_prefixes:
-        unsupported.append("router.move_prefixes (prefixes stay where they are)")
     world.play(requests)
     horizon_s = experiment.workload.duration_s or experiment.wall_time_s
     if sample:

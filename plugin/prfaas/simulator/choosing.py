@@ -8,6 +8,7 @@ from typing import Literal
 
 from prfaas.model.decisions import Decision
 from prfaas.model.ids import InstanceId
+from prfaas.model.observations import RequestView
 from prfaas.simulator.engine import Engine
 from prfaas.workload.requests import TimedRequest
 
@@ -54,6 +55,28 @@ class Ranked:
     def least(self) -> Engine:
         """The first of those with the least. There must be one."""
         return self.engines[self.figures.index(min(self.figures))]
+
+
+def pick_both(
+    decision: Decision,
+    request: TimedRequest,
+    view: RequestView,
+    key: float,
+    order: ServiceOrder,
+    now: float,
+    engines: Mapping[InstanceId, Engine],
+    prefills: Ranked | None,
+    decodes: Ranked | None,
+) -> tuple[Engine | None, Engine | None]:
+    """Who prefills, the instance that the decision names if it can, and who decodes: of its site's `prefills`
+    by backlog and `decodes` by fullness. None where nobody does.
+    """
+    prefill = engines.get(decision.prefill_instance) if decision.prefill_instance is not None else None
+    if (prefill is None or not prefill.up or prefill.draining) and prefills is not None:
+        prefill = pick_prefill(prefills, request, key, order, now, view.instance_cached_tokens)
+    if prefill is not None and prefill.role == "collocated" and not decision.offloaded:
+        return prefill, prefill
+    return prefill, None if decodes is None else pick_decode(decodes)
 
 
 def pick_prefill(

@@ -46,6 +46,12 @@ class Live:
     decode_job: Job | None = None
     transfer: Transfer | None = None
     link: LinkId | None = None
+    move: Transfer | None = None
+    """A prefix that its prefill instance is being brought, over `move_link`."""
+    move_link: LinkId | None = None
+    moved_tokens: int = 0
+    """What of its prompt was brought so."""
+    moved_bytes: int = 0
     first_token_s: float | None = None
     cached_tokens: int = 0
     kv_bytes: int = 0

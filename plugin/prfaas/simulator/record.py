@@ -24,7 +24,7 @@ class Record:
     def __init__(self) -> None:
         self.index, self.prompt_tokens = array("q"), array("q")
         self.cached_tokens, self.output_tokens = array("q"), array("q")
-        self.kv_bytes = array("q")
+        self.kv_bytes, self.moved_tokens, self.moved_bytes = array("q"), array("q"), array("q")
         self.arrival_s, self.ttft_s, self.e2e_s, self.transfer_s = (array("d") for _ in range(4))
         self.site, self.reason, self.error, self.slo = array("h"), array("i"), array("h"), array("d")
         self.names: list[str] = [""]
@@ -58,6 +58,8 @@ class Record:
         self.output_tokens.append(request.output_tokens)
         self.cached_tokens.append(live.cached_tokens)
         self.kv_bytes.append(live.kv_bytes)
+        self.moved_tokens.append(live.moved_tokens)
+        self.moved_bytes.append(live.moved_bytes)
         self.arrival_s.append(request.arrival_s)
         first = live.first_token_s
         self.ttft_s.append(math.nan if first is None else first - request.arrival_s)
@@ -100,6 +102,7 @@ class Record:
                 "ttft_s": None if math.isnan(ttft) else round(ttft, 6),
                 "e2e_s": round(self.e2e_s[i], 6),
                 "kv_bytes": self.kv_bytes[i],
+                "moved_tokens": self.moved_tokens[i],
                 "tokens_equal": None,
                 "error": error,
             }
@@ -115,6 +118,7 @@ class Record:
         e2e = np.frombuffer(self.e2e_s, dtype=np.float64)[inside]
         failed = np.frombuffer(self.error, dtype=np.int16)[inside] != 0
         kv = np.frombuffer(self.kv_bytes, dtype=np.int64)[inside]
+        moved = np.frombuffer(self.moved_bytes, dtype=np.int64)[inside]
         slo = np.frombuffer(self.slo, dtype=np.float64)[inside]
         ended_s = arrival[inside] + e2e
         served = ttft[~np.isnan(ttft) & ~failed]
@@ -126,7 +130,8 @@ class Record:
             "offered_rps": count / span_s if span_s else None,
             "throughput_rps": int((~failed).sum()) / finish_s if finish_s else None,
             "offloaded_share": float((kv > 0).mean()),
-            "egress_gbps": float(kv.sum()) * 8 / finish_s / 1e9 if finish_s else None,
+            "egress_gbps": float(kv.sum() + moved.sum()) * 8 / finish_s / 1e9 if finish_s else None,
+            "moved_share": float((moved > 0).mean()),
             "refusals": self.refusals,
             "ttft_mean_s": float(served.mean()) if served.size else None,
             "within_slo": float(np.mean(~failed & (ttft <= slo))) if not np.isnan(slo).all() else None,

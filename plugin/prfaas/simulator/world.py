@@ -16,12 +16,13 @@ from prfaas.model.decisions import Action, Decision, Verdict
 from prfaas.model.ids import LinkId, SiteId
 from prfaas.routing.base import Policy
 from prfaas.simulator.agenda import Agenda
-from prfaas.simulator.choosing import Ranked, pick_decode, pick_prefill, queue_key
+from prfaas.simulator.choosing import Ranked, pick_both, queue_key
 from prfaas.simulator.connections import Connections
 from prfaas.simulator.engine import Engine
 from prfaas.simulator.job import Job
 from prfaas.simulator.links import WatchedLink
 from prfaas.simulator.live import Live, Sent
+from prfaas.simulator.moving import Movers
 from prfaas.simulator.network import Network
 from prfaas.simulator.observing import Outlook
 from prfaas.simulator.outages import repeats_s
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from prfaas.simulator.roles import RoleChanges
 
 K_ATTEMPTS = 6  # a request that failed so often is answered with an error
-K_NONE = Ranked(())  # instances of a site that has none
 K_NO_DEADLINE_S = 600.0  # s, order of sending for requests without one
 
 
@@ -66,6 +66,7 @@ class World:
         self._by_site: dict[SiteId, list[Engine]] = {}
         for engine in self.engines.values():
             self._by_site.setdefault(engine.site, []).append(engine)
+        self._movers = Movers(agenda, network, self._by_site)
         self.sort_roles()
         self.roles: RoleChanges | None = None
         """Who watches, and changes roles; None: they stay."""
@@ -161,24 +162,10 @@ class World:
         assert view is not None  # the door made it
         order = self.settings.service_order
         key = queue_key(decision, order)
-        named = None if decision.prefill_instance is None else self.engines.get(decision.prefill_instance)
-        prefill = (
-            named
-            if named is not None and named.up and not named.draining
-            else pick_prefill(
-                self._prefills.get(chosen.prefill_site, K_NONE),
-                request,
-                key,
-                order,
-                now,
-                view.instance_cached_tokens,
-            )
-        )
-        decode = (
-            prefill
-            if prefill is not None and prefill.role == "collocated" and not decision.offloaded
-            else pick_decode(self._decodes.get(chosen.decode_site, K_NONE))
-        )
+        prefill, decode = pick_both(
+            decision, request, view, key, order, now,
+            self.engines, self._prefills.get(chosen.prefill_site), self._decodes.get(chosen.decode_site),
+        )  # fmt: skip
         if prefill is None or decode is None:
             self._retry(live, chosen.prefill_site, "no instance is up", now, dispatched=False)
             return
@@ -198,8 +185,21 @@ class World:
         self.policy.on_dispatch(request=view, decision=decision, now=now)
         if self.roles is not None:
             self.roles.on_dispatch(live, decision, now)
-        live.prefill, live.decode = prefill, decode
-        live.link, live.asked_s = link_id, now
+        live.prefill, live.decode, live.link = prefill, decode, link_id
+        send = partial(self._send, live, decision, key)
+        if chosen.cache_move is None:
+            send(now)
+        else:
+            patience_s = chosen.cache_move.patience_s(chosen.ttft_s)
+            self._movers.bring(live, chosen.cache_move, patience_s, send, now)
+
+    def _send(self, live: Live, decision: Decision, key: float, now: float) -> None:
+        """To the instances that were picked for it."""
+        chosen, request, link_id = decision.chosen, live.request, live.link
+        prefill, decode, live.asked_s = live.prefill, live.decode, now
+        assert chosen is not None
+        assert prefill is not None
+        assert decode is not None
         a_token = self.settings.request_bytes_per_token
         if link_id is not None and a_token:
             kept = self._connections.setdefault(prefill.name, Connections())
@@ -341,6 +341,7 @@ class World:
     def _withdraw(self, live: Live, now: float) -> None:
         """Take everything of the present attempt away."""
         self._release_promise(live, now)
+        self._movers.drop(live, now)
         if live.transfer is not None and live.link is not None:
             self.network.drop(*live.link, live.transfer, now)
         if live.prefill is not None and live.prefill_job is not None:

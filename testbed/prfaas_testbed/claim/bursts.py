@@ -43,8 +43,8 @@ K_CLOSED = 0.6
 K_FAR = 4  # PrfaaS instances of the 1T case
 K_STARTS = "at-each-start"
 K_POLICIES = {
-    "paper": {"name": "paper", "regime": "scarce"},
-    "paper-deadline": {"name": "paper", "regime": "scarce", "service": "deadline"},
+    "paper": {"name": "paper", "regime": "abundant"},
+    "paper-deadline": {"name": "paper", "regime": "abundant", "service": "deadline"},
     "prices-arrival": {"name": "prices"},
     "prices": {"name": "prices", "service": "deadline"},
 }
@@ -295,7 +295,9 @@ def tell(data: dict[str, Any]) -> str:
         + f"""
 Requests within the SLO (first token within 2 s and twice the time that the prompt's new part takes alone on
 a local instance), means over repetitions. Capacity, split and the report's threshold are the plan's for each
-workload's uncached lengths ({plans}). Repetitions of a trace play other parts of it. *By deadline*, and ours
+workload's uncached lengths ({plans}). Repetitions of a trace play other parts of it. In a conversation
+what one site's prefill cache has may be brought to the other's, under every policy: the report's does so
+where bandwidth is abundant, as it is here. *By deadline*, and ours
 unless said otherwise, means that prefill instances take what waits in the order of the router's deadlines
 instead of that of arrival. SGLang does so where it was started with --enable-priority-scheduling, and is then
 told the order by the router (`ordered: true`). {how} What it can't have in time goes behind the

@@ -75,7 +75,8 @@ class Outcome:
             "ttft_p90_s": summary["ttft_p90_s"],
             "tpot_p90_s": float(np.nanquantile(self.tpot_s, 0.9)),
             "offloaded_share": summary["offloaded_share"],
-            "egress_gbps": rate_rps * float(np.mean(record.kv_bytes)) * 8 / 1e9,
+            "moved_share": summary["moved_share"],
+            "egress_gbps": rate_rps * float(np.mean(record.kv_bytes) + np.mean(record.moved_bytes)) * 8 / 1e9,
         }
 
 

@@ -184,13 +184,14 @@ def tell(data: dict[str, Any]) -> str:
                 f"{trace}, {arrivals}, {link} x{row['scale']}", series(row["policy"]).label,
                 f"{row['requests']:,}", f"{row['within_slo']:.1%}",
                 f"{row['ttft_mean_s']:.2f} / {row['ttft_p90_s']:.2f}", f"{row['cached_share']:.1%}",
-                f"{row['offloaded_share']:.1%}", f"{row['egress_gbps']:.1f}", f"{row['simulated_s']:.0f}",
+                f"{row['offloaded_share']:.1%}", f"{row['moved_share']:.1%}", f"{row['egress_gbps']:.1f}",
+                f"{row['simulated_s']:.0f}",
                 f"{row['cpu_s']:.0f}",
             ]
         )  # fmt: skip
     head = [
         "trace, arrivals, link, scale", "policy", "requests", "within SLO", "TTFT mean / P90, s", "cached",
-        "offloaded", "egress, Gbit/s", "simulated, s", "CPU, s",
+        "offloaded", "moved to", "egress, Gbit/s", "simulated, s", "CPU, s",
     ]  # fmt: skip
     repeated = {
         _said(row["part"])[0]: row["repeated_share"]
@@ -207,7 +208,8 @@ threshold the plan's for the whole trace. *Even*: the same requests in the same 
 minute with 95 of them taken by others; all of that is over when code has been played, and a third of the
 other two. *Scale*: so many times the instances, the link and the requests a second, for the same time; the
 trace is then played over and over, and no round shares a prefix with another. One cache for everything,
-without end, would hold {said}; *cached* is what the instances' own caches held. Ours serves by deadline, the
+without end, would hold {said}; *cached* is what the instances' own caches held, some of it brought from
+the other site's before (*moved to*: for how many requests), under either policy. Ours serves by deadline, the
 others as requests come. Each run is one: there is no second trace of a kind, so that there are no intervals.
 """
     )

@@ -108,10 +108,17 @@ def test_the_reports_example_where_bandwidth_is_abundant_stays_and_moves_the_cac
 
 
 def test_a_used_link_is_scarce_and_an_idle_one_abundant() -> None:
-    chosen = policy("paper", regime="auto")
+    chosen = policy("paper", movable=True, regime="auto")
     assert "abundant" in ask(chosen, 30_000, snapshot(link())).reason
     full = snapshot(link(backlog_bytes=20 * 10**9))
     assert "scarce" in ask(chosen, 30_000, full).reason
+
+
+def test_what_another_site_holds_counts_only_where_it_can_be_moved() -> None:
+    chosen = policy("paper", regime="abundant")
+    decision = ask(chosen, 30_000, snapshot(link()), cached_tokens=EXAMPLE)
+    assert "scarce" in decision.reason
+    assert decision.prefill_site == "east"
 
 
 def test_a_filling_link_raises_the_threshold_where_that_is_asked_for() -> None:
