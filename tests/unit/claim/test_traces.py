@@ -49,8 +49,8 @@ def record(ours: float) -> dict[str, Any]:
     rows = [
         {"part": name, "scale": 1, "policy": policy, "repetition": 0, "within_slo": within[policy], "lost": 0,
          "failed": 0, "requests": 900, "ttft_mean_s": 1.0, "ttft_p90_s": 2.0, "cached_share": 0.1,
-         "repeated_share": 0.2, "offloaded_share": 0.5, "egress_gbps": 9.0, "simulated_s": 1000.0,
-         "cpu_s": 4.0}
+         "repeated_share": 0.2, "offloaded_share": 0.5, "moved_share": 0.1, "egress_gbps": 9.0,
+         "simulated_s": 1000.0, "cpu_s": 4.0}
         for name in names
         for policy in traces.K_POLICIES
     ]  # fmt: skip
