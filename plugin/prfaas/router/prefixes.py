@@ -7,6 +7,7 @@ where one was.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -15,6 +16,9 @@ from prfaas.model.ids import ModelId
 from prfaas.router.fleet import ServerHandle
 from prfaas.router.tokens import Hasher, Prompt
 from prfaas.routing import KvEvent, PrefixIndex, block_hashes
+from prfaas.routing.kv_events import BlockStored
+
+log = logging.getLogger(__name__)
 
 K_MOST_BLOCKS = 1 << 24
 """That one server may tell of: 2 GB of the index."""
@@ -58,6 +62,8 @@ class PrefixBook(Caches):
         self._holders: dict[str, Model] = {}
         self._pools: dict[str, ServerHandle] = {}
         self._on_refused = on_refused
+        self._odd: set[str] = set()
+        """Servers of which it has been said."""
         self.apply(config)
 
     def apply(self, config: RouterConfig) -> list[str]:
@@ -98,6 +104,7 @@ class PrefixBook(Caches):
         )
 
     def remove_server(self, name: str) -> None:
+        self._odd.discard(name)
         if self._holders.pop(name, None) is not None:
             del self._pools[name]
             self.index.remove_holder(name)
@@ -136,11 +143,29 @@ class PrefixBook(Caches):
         return prompt.block_hashes[blocks - 1] if blocks <= len(prompt.block_hashes) else None
 
     def on_events(self, server: str, events: Sequence[KvEvent]) -> None:
+        self._check_size(server, events)
         self.index.apply(server, events)
         if self.index.blocks(server) > self._most_blocks(server):
             # Not all of it can be true, and nobody knows what of it is.
             self._on_refused("more than its pool")
             self.index.clear(server)
+
+    def _check_size(self, server: str, events: Sequence[KvEvent]) -> None:
+        """Say once of a server that its blocks are of another size than prompts are cut into: none counts."""
+        model = self._holders.get(server)
+        if model is None or server in self._odd:
+            return
+        sizes = {event.block_size for event in events if isinstance(event, BlockStored)}
+        if odd := sizes - {model.page_tokens}:
+            self._odd.add(server)
+            self._on_refused("block size")
+            words = (
+                "%s: blocks of %d tokens in its KV events, page_tokens of model %s is %d: nothing counts as "
+            )
+            log.warning(
+                words + "cached there; page_tokens must be its --page-size",
+                server, odd.pop(), model.name, model.page_tokens,
+            )  # fmt: skip
 
     def _most_blocks(self, server: str) -> int:
         """That its pool can hold, by its own word, and as many again."""

@@ -45,9 +45,14 @@ def router_file(
     assert experiment.router is not None
     here = experiment.router.site
     scale = net.topology.scale.factor if net.topology.scale else 1.0
-    hybrid = profile is not None and find_profile(profile, K_TOPOLOGIES).state_bytes > 0
+    served: dict[str, Any] = {"name": model, "tokenizer": str(tokenizer)}
     if "sglang" in experiment.kinds():
-        hybrid = model in K_MODELS and K_MODELS[model].state_bytes > 0
+        hybrid, page_tokens = model in K_MODELS and K_MODELS[model].state_bytes > 0, 1
+    else:
+        first = profile or next(one.profile for one in experiment.instances if one.profile)
+        found = find_profile(first, K_TOPOLOGIES)
+        hybrid, page_tokens = found.state_bytes > 0, found.block_tokens
+    served |= {"layers": "hybrid" if hybrid else "dense", "page_tokens": page_tokens}
     sites = []
     for site in net.sites:
         rows = [_server(server, experiment, ways) for server in servers if server.site == site]
@@ -72,7 +77,7 @@ def router_file(
                 links.append({"source": source, "target": target, "rtt_ms": rtt_ms, **rate, **told})
     config: dict[str, Any] = {
         "listen": {"host": net.sites[here].address, "port": K_ROUTER_PORT},
-        "models": [{"name": model, "tokenizer": str(tokenizer), "layers": "hybrid" if hybrid else "dense"}],
+        "models": [served],
         "sites": sites,
         "links": links,
         "home": here,

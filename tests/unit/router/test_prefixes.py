@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
+
 from prfaas.config.loading import check
 from prfaas.config.router import RouterConfig
 from prfaas.router.fleet import Reported, ServerHandle
@@ -57,3 +59,19 @@ def test_a_full_pool_that_turns_over_is_no_lie() -> None:
         made.on_events("a", [BlockStored(list(range(turn * size, (turn + 1) * size)), K_PAGE_TOKENS)])
         made.on_events("a", [BlockRemoved(list(range((turn - 1) * size, turn * size)))])
     assert (told, made.index.blocks("a")) == ([], size)
+
+
+def test_blocks_of_another_size_than_prompts_are_cut_into_count_as_nothing_and_are_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    told: list[str] = []
+    made = book(told)
+    for start in range(3):
+        made.on_events("a", [BlockStored([start], 16)])
+    made.on_events("b", [BlockStored([7], K_PAGE_TOKENS)])
+    assert (made.index.blocks("a"), made.index.blocks("b")) == (0, 1)
+    assert told == ["block size"]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("a: ")
+    assert "16 tokens" in said
+    assert "page_tokens of model m is 64" in said
