@@ -159,11 +159,9 @@ class PrefixBook(Caches):
         if odd := sizes - {model.page_tokens}:
             self._odd.add(server)
             self._on_refused("block size")
-            words = (
-                "%s: blocks of %d tokens in its KV events, page_tokens of model %s is %d: nothing counts as "
-            )
             log.warning(
-                words + "cached there; page_tokens must be its --page-size",
+                "%s: its KV events have blocks of %d tokens, page_tokens of model %s is %d, which must be its "
+                "--page-size: nothing counts as cached there",
                 server, odd.pop(), model.name, model.page_tokens,
             )  # fmt: skip
 

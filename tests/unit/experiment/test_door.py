@@ -91,5 +91,8 @@ def test_a_router_that_is_killed_and_started_again_by_the_same_file_gives_no_roo
         for one in experiment.instances
     ]
     (tmp_path / "tokenizer").mkdir()
-    written = router_file(net, experiment, "toy", None, servers, tmp_path / "tokenizer", tmp_path, Ways())
-    assert load_router_config(written).seed is None
+    written = router_file(net, experiment, "toy", "toy", servers, tmp_path / "tokenizer", tmp_path, Ways())
+    config = load_router_config(written)
+    assert config.seed is None
+    # And it cuts prompts into blocks as they do, or it would know nothing of what they cache.
+    assert config.models[0].page_tokens == find_profile("toy", K_TOPOLOGIES).block_tokens > 1
