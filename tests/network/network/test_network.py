@@ -367,7 +367,9 @@ def test_a_stop_of_the_whole_router_is_lag_and_what_holds_up_only_its_agent_is_n
     def stop_the_guest() -> None:
         os.kill(guest, signal.SIGSTOP)
         time.sleep(K_STOPPED_S)
+        state = Path(f"/proc/{guest}/stat").read_text().rpartition(")")[2].split()[0]
         os.kill(guest, signal.SIGCONT)
+        assert state == "T", "it didn't stand still"
 
     def lags_ms(hold_up: Callable[[], object]) -> list[float]:
         time.sleep(0.3)
