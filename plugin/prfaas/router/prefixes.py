@@ -160,8 +160,8 @@ class PrefixBook(Caches):
             self._odd.add(server)
             self._on_refused("block size")
             log.warning(
-                "%s: its KV events have blocks of %d tokens, page_tokens of model %s is %d, which must be its "
-                "--page-size: nothing counts as cached there",
+                "%s: its KV events have blocks of %d tokens, page_tokens of model %s is %d, which must be "
+                "its --page-size: nothing counts as cached there",
                 server, odd.pop(), model.name, model.page_tokens,
             )  # fmt: skip
 
