@@ -383,7 +383,8 @@ def test_a_stop_of_the_whole_router_is_lag_and_what_holds_up_only_its_agent_is_n
     assert min(len(agent_only), len(whole)) > 20  # due while it stood still as well
     assert sum(lag > 100 for lag in agent_only) == 0
     assert 2 < sum(lag > 100 for lag in whole) < 9  # those due in its first 0.3 s
-    assert max(whole) > 0.8 * K_STOPPED_S * 1000
+    # The first that is due may be so up to 90 ms after it stopped.
+    assert max(whole) > 0.7 * K_STOPPED_S * 1000
 
 
 def test_a_capture_at_the_wan_holds_the_packets(net: Network) -> None:
