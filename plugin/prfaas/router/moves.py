@@ -12,8 +12,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Mapping
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
@@ -80,18 +80,23 @@ async def bring(
     return taken.tokens if taken.moved_bytes else 0
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _Taken(msgspec.Struct):
     """What the taker has of it then, and what of that had to cross."""
 
-    tokens: int
-    moved_bytes: int
+    tokens: Count
+    moved_bytes: Count
 
 
 async def _take_kept(giver: ServerHandle, taker: ServerHandle, ids: list[int], within_s: float) -> _Taken:
     """Raises as `_post`."""
     body = {"input_ids": ids, "giver": giver.config.prefixes, "within_s": min(within_s, K_MOST_S)}
-    said = await _post(taker, taker.config.prefixes_page + K_TAKE, body)
-    return msgspec.json.decode(said, type=_Taken)
+    # Without the server's key: whoever listens there isn't asked for one.
+    said = await _post(taker, taker.config.prefixes_page + K_TAKE, body, {})
+    taken = msgspec.json.decode(said, type=_Taken)
+    return _Taken(min(taken.tokens, len(ids)), taken.moved_bytes)
 
 
 def _both_halves(
@@ -107,17 +112,17 @@ def _both_halves(
     }
 
     async def half(server: ServerHandle, path: str, body: dict[str, object]) -> _Taken:
-        await _post(server, server.url + path, body)
+        await _post(server, server.url + path, body, server.headers)
         return _Taken(tokens=len(ids), moved_bytes=1)
 
     giving = half(giver, "/generate", {**common, "sampling_params": {"max_new_tokens": 1}})
     return [giving, half(taker, K_TAKE, common)]
 
 
-async def _post(server: ServerHandle, url: str, body: dict[str, object]) -> bytes:
+async def _post(server: ServerHandle, url: str, body: dict[str, object], headers: Mapping[str, str]) -> bytes:
     """Raises ValueError for an answer other than 200, aiohttp's errors and OSError."""
     data = msgspec.json.encode(body)
-    async with server.session.post(url, data=data, headers=server.headers) as response:
+    async with server.session.post(url, data=data, headers=headers) as response:
         said = await response.read()
         if response.status != 200:
             raise ValueError(f"{server.name}: HTTP {response.status}: {said[:200]!r}")

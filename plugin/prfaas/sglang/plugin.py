@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from prfaas.model.errors import PrfaasError, UsageError
+from prfaas.model.errors import MachineError, PrfaasError, UsageError
 from prfaas.sglang import command_line, compat, touch_points
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_plugin() -> None:
                 from prfaas.sglang import near
 
                 near.check_installed()
-            _check_prefixes(config, mode)
+            _check_prefixes(config, mode, serves_http)
             if serves_http and mode in ("prefill", "decode"):
                 _find_pump(config)
             _register_answers(serves_http)
@@ -76,9 +76,10 @@ def _check_configuration() -> BackendConfig:
     return load_backend_config(os.environ.get(K_ENVIRONMENT))
 
 
-def _check_prefixes(config: BackendConfig, mode: str | None) -> None:
-    """The section and SGLang's flags go together; a decode server beside may read the same file. Raises
-    UsageError, SglangMoved.
+def _check_prefixes(config: BackendConfig, mode: str | None, begins: bool) -> None:
+    """The section and SGLang's flags go together; a decode server beside may read the same file. `begins`: in
+    the launch's first process, where its port must be free as well. Raises UsageError, MachineError,
+    SglangMoved.
     """
     linked = command_line.says(sys.argv, touch_points.K_LINKER_FLAG) and K_LINKER_MODULE in (
         command_line.value_of(sys.argv, touch_points.K_LINKER_CONFIG) or ""
@@ -93,6 +94,14 @@ def _check_prefixes(config: BackendConfig, mode: str | None) -> None:
         raise UsageError(f"`prefixes:` in the backend's file goes with {flags}; found without {lacking}")
     if linked:
         compat.check(touch_points.K_PREFIX_POINTS)
+    if linked and begins and config.prefixes is not None:
+        from prfaas.config.pump import split_address
+
+        try:
+            socket.create_server(split_address(config.prefixes.listen)).close()
+        except OSError as error:
+            why = error.strerror or error
+            raise MachineError(f"prefixes.listen: {config.prefixes.listen}: {why}") from None
 
 
 def _find_pump(config: BackendConfig) -> None:

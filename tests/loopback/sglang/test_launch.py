@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import sys
 import time
 from functools import partial
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from prfaas.config.backend import load_backend_config
-from prfaas.model.errors import UsageError
+from prfaas.model.errors import MachineError, UsageError
 from prfaas.pump_client.launch import connect
 from prfaas.sglang import compat, plugin
 
@@ -58,13 +60,27 @@ def test_keeping_prefixes_takes_a_section_of_the_file_and_flags_of_sglang(
     config.write_text(f"pump: {{site: east, control_socket: p.sock}}\n{section}")
     monkeypatch.setattr(compat, "check", lambda points: None)
     monkeypatch.setattr(sys, "argv", ["x", *flags])
-    check = partial(plugin._check_prefixes, load_backend_config(str(config)), mode)
+    check = partial(plugin._check_prefixes, load_backend_config(str(config)), mode, False)
     if lacking is None:
         check()
         return
     with pytest.raises(UsageError, match=lacking) as caught:
         check()
     assert "--unified-cache-external-linker-backend dynamic" in str(caught.value)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:PORT", "192.0.2.1:9400"])
+def test_a_port_of_prefixes_that_is_taken_or_elsewhere_s_ends_a_launch_before_its_model_loads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listen: str
+) -> None:
+    monkeypatch.setattr(compat, "check", lambda points: None)
+    monkeypatch.setattr(sys, "argv", ["x", *K_LINKED])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = listen.replace("PORT", str(taken.getsockname()[1]))
+        config = tmp_path / "east.yaml"
+        config.write_text(f"pump: {{site: east}}\nprefixes: {{listen: {listen}, store_bytes: 1048576}}")
+        with pytest.raises(MachineError, match=re.escape(f"prefixes.listen: {listen}: ")):
+            plugin._check_prefixes(load_backend_config(str(config)), "prefill", True)
 
 
 def test_the_pump_that_a_launch_started_waits_for_a_model_that_loads_for_long(tmp_path: Path) -> None:

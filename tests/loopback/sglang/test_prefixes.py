@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from prfaas.config.pump import PumpConfig
+from prfaas.config.pump import PumpConfig, split_address
 from prfaas.pump_client import LocalPumpClient
+from prfaas.sglang.passage import Passage
 from prfaas.sglang.prefixes import face
 from prfaas.sglang.prefixes.exchange import (
     K_GIVE,
@@ -300,3 +301,30 @@ def test_a_giver_asked_for_what_it_cannot_read_says_so(sites: tuple[Server, Serv
     with pytest.raises(Refused, match="grant") as caught:
         face.ask(east.listen, K_GIVE, msgspec.msgpack.encode(question), 5.0)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("hybrid", ["dense"], indirect=True, scope="module")
+def test_with_control_peers_are_asked_through_the_pumps_and_none_that_no_pump_leads_to(
+    sites: tuple[Server, Server],
+) -> None:
+    east, west = sites
+    fill(east, K_PROMPT, False)
+    east.first.client.expose(*split_address(east.listen))
+    wanted = Take(input_ids=K_PROMPT, giver=east.listen, within_s=10.0)
+    exchange = west.first.exchange
+
+    def asking(pumps: dict[str, str]) -> Exchange:
+        leads = Passage(west.first.client, pumps)
+        ask = face.asker(leads, [west.listen])
+        return Exchange(exchange._own, west.first.client, west.first.store, keys_of, ask)
+
+    with pytest.raises(Refused, match="names no pump beside it") as caught:
+        asking({}).take(wanted)
+    assert caught.value.status == 502
+    named = {"127.0.0.1": east.first.client.address}
+    assert Passage(west.first.client, named).address(east.listen) != east.listen
+    assert asking(named).take(wanted).tokens == len(K_PROMPT)
+    # A server's own ranks are where they are.
+    west.first.store.clear()
+    question = msgspec.json.encode(wanted)
+    assert face.asker(Passage(west.first.client, {}), [west.listen])(west.listen, K_TAKE, question, 15.0)

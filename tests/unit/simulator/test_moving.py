@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import prfaas.routing
 from prfaas.config.experiment import Experiment
 from prfaas.config.topology import Topology
+from prfaas.model.decisions import CacheMove
 from prfaas.simulator.build import Simulation, simulation_of
 
 K_TOPOLOGIES = Path(prfaas.routing.__file__).parents[3] / "topologies"
@@ -104,6 +105,25 @@ def test_a_move_that_a_dead_link_holds_up_is_given_up_and_the_prompt_is_computed
     world = simulation(timeline=[down])
     found = rows(world)
     assert not any(row["error"] for row in found)
+    assert not any(pipe.transfers for pipe in world.world.network.pipes.values())
+
+
+def test_a_move_whose_link_dies_under_it_is_waited_for_so_long_and_the_prompt_is_computed() -> None:
+    alone = {
+        "kind": "sessions", "arrivals": {"process": "at_once"}, "sessions": 1, "turns": 2,
+        "first_tokens": 12_800, "turn_tokens": 1280, "output_tokens": 64, "think_s": 50,
+    }  # fmt: skip
+    _, healthy = rows(simulation(workload=alone))
+    assert healthy["moved_tokens"]
+    # When the question is on its way: nobody knows of it yet.
+    down = {"do": "link_down", "at_s": healthy["sent_s"] + K_RTT_S, "link": "east->west", "for_s": 300.0}
+    world = simulation(workload=alone, timeline=[down])
+    _, second = rows(world)
+    assert (second["moved_tokens"], second["cached_tokens"], second["error"]) == (0, 0, None)
+    works = world.world.engines["near-0"].works
+    waited_s = second["ttft_s"] - works.prefill_s(second["prompt_tokens"], 0)
+    patience_s = CacheMove("east", "west", 1, 1).patience_s(healthy["ttft_s"])
+    assert waited_s == pytest.approx(patience_s, rel=0.2)
     assert not any(pipe.transfers for pipe in world.world.network.pipes.values())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import http.client
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -17,6 +17,7 @@ import msgspec
 
 from prfaas.config.pump import split_address
 from prfaas.model.errors import MachineError, PrfaasError
+from prfaas.sglang.passage import Passage
 from prfaas.sglang.prefixes.exchange import K_CODECS, K_GIVE, K_TAKE, Give, Refused, Take
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ K_POLL_S = 0.1
 """How long its end may take to be seen."""
 K_SILENT_S = 30.0
 """How long a connection may say nothing."""
+Asker = Callable[[str, str, bytes, float], bytes]
 Answers = dict[str, tuple[type[msgspec.Struct], Callable[[Any], msgspec.Struct]]]
 
 
@@ -101,10 +103,27 @@ def _error(status: int, reason: str) -> tuple[int, bytes]:
     return status, msgspec.json.encode({"error": reason})
 
 
-def ask(address: str, path: str, body: bytes, timeout_s: float) -> bytes:
-    """A peer's answer. Raises Refused: its own refusal, or that it isn't there."""
+def asker(passage: Passage | None, own: Collection[str]) -> Asker:
+    """How a server asks: its `own` ranks and, without `control:`, everybody as they are; with it others by the
+    pumps alone, which `passage` leads to.
+    """
+
+    def asked(address: str, path: str, body: bytes, timeout_s: float) -> bytes:
+        if passage is None or address in own:
+            return ask(address, path, body, timeout_s)
+        if (there := passage.address(address)) == address:
+            raise Refused(502, f"{address}: control.pumps of this server's file names no pump beside it")
+        return ask(address, path, body, timeout_s, there)
+
+    return asked
+
+
+def ask(address: str, path: str, body: bytes, timeout_s: float, there: str = "") -> bytes:
+    """A peer's answer; `there`: where to dial instead. Raises Refused: its own refusal, or that it isn't
+    there.
+    """
     try:
-        host, port = split_address(address)
+        host, port = split_address(there or address)
         connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
         try:
             connection.request("POST", path, body)

@@ -26,7 +26,8 @@ from prfaas.config.backend import K_ENVIRONMENT, load_backend_config
 from prfaas.config.pump import split_address
 from prfaas.model.errors import PrfaasError
 from prfaas.pump_client import LocalPumpClient
-from prfaas.sglang import compat, layout, passage
+from prfaas.sglang import compat, layout
+from prfaas.sglang.passage import Passage
 from prfaas.sglang.prefixes import face
 from prfaas.sglang.prefixes.exchange import K_KEPT_S, Exchange, Own, Same, address_of
 from prfaas.sglang.prefixes.pools import K_PAGES, K_STATES, Pool, pools_of
@@ -86,10 +87,12 @@ class PrefixLinker(compat.UnifiedCacheLinker):  # type: ignore[misc]
             item_bytes=sizes,
             ranks=ranks,
         )
-        self.exchange = Exchange(
-            Own(same, rank, config.prefixes.listen), self._client, self._store, self._keys_of, _ask
-        )
-        listen = address_of(config.prefixes.listen, rank)
+        first = config.prefixes.listen
+        # Its own: a plain server, and one of another backend, has no manager of ours that would make it one.
+        leads = None if config.control is None else Passage(self._client, config.control.pumps)
+        ask = face.asker(leads, [address_of(first, one) for one in range(ranks)])
+        self.exchange = Exchange(Own(same, rank, first), self._client, self._store, self._keys_of, ask)
+        listen = address_of(first, rank)
         self._face = face.Face(listen, self.exchange.take, self.exchange.give)
         if config.control is not None:
             self._client.expose(*split_address(listen))
@@ -231,12 +234,6 @@ def _rows_of(transfer: Any, pool: Pool, first: int, count: int) -> Any:
     """Of items `first` to `first + count` of a transfer."""
     per = len(transfer.device_indices) // len(transfer.keys)
     return transfer.device_indices[first * per : (first + count) * per]
-
-
-def _ask(address: str, path: str, body: bytes, timeout_s: float) -> bytes:
-    """By the pumps, where `control:` says so."""
-    there = passage.here(f"{passage.K_SCHEME}{address}").removeprefix(passage.K_SCHEME)
-    return face.ask(there, path, body, timeout_s)
 
 
 def _layers_of(params: Any) -> int:
