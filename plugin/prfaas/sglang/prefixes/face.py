@@ -104,8 +104,8 @@ def _error(status: int, reason: str) -> tuple[int, bytes]:
 
 
 def asker(passage: Passage | None, own: Collection[str]) -> Asker:
-    """How a server asks: its `own` ranks and, without `control:`, everybody as they are; with it others by the
-    pumps alone, which `passage` leads to.
+    """How a server asks. `own`: its own ranks, which are where they are. Others are too, without `control:`;
+    with it they are asked through the pumps that `passage` leads by, or not at all.
     """
 
     def asked(address: str, path: str, body: bytes, timeout_s: float) -> bytes:
