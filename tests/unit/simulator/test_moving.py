@@ -123,7 +123,7 @@ def test_a_move_whose_link_dies_under_it_is_waited_for_so_long_and_the_prompt_is
     works = world.world.engines["near-0"].works
     waited_s = second["ttft_s"] - works.prefill_s(second["prompt_tokens"], 0)
     least_s = works.prefill_s(healthy["prompt_tokens"], healthy["cached_tokens"])
-    # So many times what was predicted, which was the rest's prefill and a move no slower than the healthy one.
+    # So many times what was predicted: the rest's prefill, and a move no slower than the healthy one.
     least_s, most_s = (K_MOVE_FACTOR * one for one in (least_s, healthy["ttft_s"]))
     assert least_s < waited_s < most_s
     assert not any(pipe.transfers for pipe in world.world.network.pipes.values())
