@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import socket
 import threading
 import time
@@ -304,7 +305,7 @@ def test_a_giver_asked_for_what_it_cannot_read_says_so(sites: tuple[Server, Serv
 
 
 @pytest.mark.parametrize("hybrid", ["dense"], indirect=True, scope="module")
-def test_with_control_peers_are_asked_through_the_pumps_and_none_that_no_pump_leads_to(
+def test_with_control_a_peer_that_a_pump_is_named_for_is_asked_through_the_pumps_or_not_at_all(
     sites: tuple[Server, Server],
 ) -> None:
     east, west = sites
@@ -318,13 +319,16 @@ def test_with_control_peers_are_asked_through_the_pumps_and_none_that_no_pump_le
         ask = face.asker(leads, [west.listen])
         return Exchange(exchange._own, west.first.client, west.first.store, keys_of, ask)
 
-    with pytest.raises(Refused, match="names no pump beside it") as caught:
-        asking({}).take(wanted)
+    with pytest.raises(Refused, match=re.escape(east.listen)) as caught:
+        asking({"127.0.0.1": "127.0.0.1:9"}).take(wanted)  # no pump is there, and nobody dials it otherwise
     assert caught.value.status == 502
+    assert west.first.store.held == {}
     named = {"127.0.0.1": east.first.client.address}
     assert Passage(west.first.client, named).address(east.listen) != east.listen
     assert asking(named).take(wanted).tokens == len(K_PROMPT)
     # A server's own ranks are where they are.
     west.first.store.clear()
     question = msgspec.json.encode(wanted)
-    assert face.asker(Passage(west.first.client, {}), [west.listen])(west.listen, K_TAKE, question, 15.0)
+    assert face.asker(Passage(west.first.client, {"127.0.0.1": "127.0.0.1:9"}), [west.listen])(
+        west.listen, K_TAKE, question, 15.0
+    )

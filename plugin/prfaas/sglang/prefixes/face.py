@@ -104,15 +104,12 @@ def _error(status: int, reason: str) -> tuple[int, bytes]:
 
 
 def asker(passage: Passage | None, own: Collection[str]) -> Asker:
-    """How a server asks. `own`: its own ranks, which are where they are. Others are too, without `control:`;
-    with it they are asked through the pumps that `passage` leads by, or not at all.
+    """How a server asks: those that `passage` (of `control:`) has a pump for by the pumps, its `own` ranks and
+    all others as they are.
     """
 
     def asked(address: str, path: str, body: bytes, timeout_s: float) -> bytes:
-        if passage is None or address in own:
-            return ask(address, path, body, timeout_s)
-        if (there := passage.address(address)) == address:
-            raise Refused(502, f"{address}: control.pumps of this server's file names no pump beside it")
+        there = address if passage is None or address in own else passage.address(address)
         return ask(address, path, body, timeout_s, there)
 
     return asked
