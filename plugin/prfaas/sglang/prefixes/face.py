@@ -104,8 +104,8 @@ def _error(status: int, reason: str) -> tuple[int, bytes]:
 
 
 def asker(passage: Passage | None, own: Collection[str]) -> Asker:
-    """How a server asks: those that `passage` (of `control:`) has a pump for by the pumps, its `own` ranks and
-    all others as they are.
+    """How a server asks: those that `passage` (of `control:`) has a pump for by the pumps, its `own` ranks
+    and all others as they are.
     """
 
     def asked(address: str, path: str, body: bytes, timeout_s: float) -> bytes:
