@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 K_BACKEND_FLAG = "--disaggregation-transfer-backend"
 K_MODE, K_SWITCH = "--disaggregation-mode", "--enable-pd-role-switch"
-K_LINKER_MODULE = "prfaas.sglang.prefixes"
+K_LINKER_MODULE = "prfaas.sglang.prefixes.linker"
 K_APPLICATION = "prfaas.sglang.http_app:app"
 
 Part = Literal["flag", "classes", "answers", "passage", "layers"]

@@ -67,6 +67,7 @@ def test_keeping_prefixes_takes_a_section_of_the_file_and_flags_of_sglang(
     with pytest.raises(UsageError, match=lacking) as caught:
         check()
     assert "--unified-cache-external-linker-backend dynamic" in str(caught.value)
+    assert f"'{K_LINKER}'" in str(caught.value), "what is told is what works"
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:PORT", "192.0.2.1:9400"])
