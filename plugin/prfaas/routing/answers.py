@@ -95,19 +95,19 @@ class BookingPolicy(Policy):
         if instance is None:
             costs = self.paths.costs(chosen.prefill_site, request.model)
             instance = prefill_instance(request, snapshot, chosen, costs)
-        return Decision(
-            request=request.request,
-            policy=self.name,
-            at_s=now,
-            action=Action.DISPATCH,
-            reason=reason,
-            chosen=chosen,
-            alternatives=tuple([path for path in paths if path is not chosen]),
-            prefill_instance=instance,
-            decode_instance=decode_instance(snapshot, chosen),
-            deadline_s=deadline_s,
-            order_s=order_s,
-            threshold_tokens=threshold_tokens,
+        return Decision(  # by place: a class called by names packs them into a dictionary first
+            request.request,
+            self.name,
+            now,
+            Action.DISPATCH,
+            reason,
+            chosen,
+            tuple([path for path in paths if path is not chosen]),
+            instance,
+            decode_instance(snapshot, chosen),
+            deadline_s,
+            order_s,
+            threshold_tokens,
         )
 
     def _queue_s(self, request: RequestView, snapshot: Snapshot, chosen: PathPrediction, now: float) -> float:
@@ -165,13 +165,15 @@ def alike(one: PathPrediction, other: PathPrediction) -> bool:
 
 def why_won(chosen: PathPrediction, paths: Sequence[PathPrediction]) -> str:
     """What won, and over what."""
-    # "%" takes half of an f-string's time for figures.
-    why = "%s: TTFT %.2f s + price %.2f" % (chosen.label, chosen.ttft_s, chosen.price)  # noqa: UP031
+    # "%" takes half of an f-string's time for figures, and a label that is asked for half of this.
+    label = chosen.prefill_site if chosen.cache_move is None else chosen.label
+    why = "%s: TTFT %.2f s + price %.2f" % (label, chosen.ttft_s, chosen.price)  # noqa: UP031
     before = ", over "
     for path in paths:
         if path is not chosen:
             if path.feasible:
-                why += "%s%s %.2f+%.2f" % (before, path.label, path.ttft_s, path.price)  # noqa: UP031
+                label = path.prefill_site if path.cache_move is None else path.label
+                why += "%s%s %.2f+%.2f" % (before, label, path.ttft_s, path.price)  # noqa: UP031
             else:
                 why += f"{before}{path.label} {path.why_not}"
             before = ", "

@@ -209,12 +209,14 @@ class InstanceChooser:
                     tokens, own_s = self._own(request, path, instance)
                     due_price = price * own_s / path.prefill_s if path.prefill_s > 0 else price
                     unheld_s = own_s + least_s + due_price
-                # It can't cost less than this, or than the next: most lanes need no closer look.
                 hopeful = lane.hopeful
-                if hopeful and hopeful[-1].order_s > order_s:
-                    held_s = lane.ends_s - now if lane.ends_s > now else 0.0
+                # It can't cost less than this, or than the next: most lanes need no closer look.
                 if held_s + unheld_s >= enough:
-                    continue
+                    if not hopeful or hopeful[-1].order_s <= order_s:
+                        continue
+                    running_s = lane.ends_s - now
+                    if (running_s + unheld_s if running_s > 0.0 else unheld_s) >= enough:
+                        continue
                 end_s = lane.end_s(order_s, tokens, own_s, now, start_up_s)
                 ttft_s = end_s - now + move_s
                 if ttft_s + due_price >= best_cost:

@@ -157,6 +157,7 @@ class Lane(Steps):
     def _go_on(self, cut: Queued, until_s: float) -> None:
         """Steps that begin by then with nothing in them but the prompt that was cut: most of long ones."""
         chunk, tokens, work_s = float(self.chunk_tokens), cut.tokens, cut.work_s
+        began_s = self.ends_s
         while self.ends_s <= until_s and tokens > chunk:
             took_s = work_s * chunk / tokens
             tokens -= chunk
@@ -164,15 +165,21 @@ class Lane(Steps):
             self.hopeful_s -= took_s
             self.ends_s += took_s
         cut.tokens, cut.work_s = tokens, work_s
-        self._ends = None
+        if self._ends is not None and self.states[0][0] == began_s:
+            # All end when they were reckoned to: looking again would find the same, but for rounding.
+            self.states[0] = self.ends_s, chunk, 0.0, 0
+        else:
+            self._ends = None
 
     def _start(self, at_s: float) -> bool:
         """The next step, from at_s on; False where nothing is there for it."""
         left, took_s = float(self.chunk_tokens), 0.0
         self._ends = None
-        sent = len(self.hopeful) + len(self.behind) - self.held
-        room = min(sent, self.prefill_requests)
-        for entries in (self.hopeful, self.behind):
+        hopeful, behind = self.hopeful, self.behind
+        room: float = len(hopeful) + len(behind) - self.held  # those that were sent
+        if room > self.prefill_requests:
+            room = self.prefill_requests
+        for entries in (hopeful, behind) if behind else (hopeful,):
             at = 0
             while room > 0 and left > 0 and at < len(entries):
                 entry = entries[at]
@@ -192,11 +199,11 @@ class Lane(Steps):
                 entry.start_up_s, entry.order_s = 0.0, -math.inf  # nothing overtakes it now
                 self._left(entries, part_s)
                 took_s, left = took_s + part_s, 0.0
-                if at or entries is self.behind:
+                if at or entries is behind:
                     del entries[at]
-                    self.hopeful.insert(0, entry)
-                if entries is self.behind:
-                    self._left(self.behind, entry.work_s)
+                    hopeful.insert(0, entry)
+                if entries is behind:
+                    self._left(behind, entry.work_s)
                     self.hopeful_s += entry.work_s
         if left < self.chunk_tokens:
             self._begin(at_s, took_s)

@@ -39,6 +39,7 @@ K_MISS_S = 500.0  # s: what one more request too late costs, relative to delay
 K_MARGIN_S = 0.2  # s by which a prediction must keep a deadline
 
 _hoped_of = itemgetter(0)  # of a SortedLane
+_set = object.__setattr__
 
 
 @register_policy("prices")
@@ -211,7 +212,7 @@ class PricesPolicy(BookingPolicy):
             prices = self.prices.costs(paths, ways, snapshot, self.config.price_gain, now, hoped_s)
             for path, price in zip(paths, prices, strict=True):
                 if path.feasible:
-                    object.__setattr__(path, "price", price)  # still ours alone
+                    _set(path, "price", price)  # still ours alone
             best = self.instances.in_time(
                 request, paths, prices, lanes, snapshot, now, in_time_s, deadline_s, miss_s, K_MISS_S, planned
             )
@@ -235,17 +236,18 @@ class PricesPolicy(BookingPolicy):
             begins = begins_behind_s if order_s == behind_s else begins_s
             wait_s = begins(lane, order_s, now) - now
             if best.gives_up or wait_s > self._lead_s(lane) + 2 * K_ROUNDING_S:
-                return Decision(
-                    request=request.request,
-                    policy=self.name,
-                    at_s=now,
-                    action=Action.HOLD,
-                    reason=f"held until {best.instance} is about to begin it, in {wait_s:.2f} s; {why}",
-                    chosen=chosen,
-                    alternatives=tuple(others),
-                    prefill_instance=best.instance,
-                    deadline_s=deadline_s,
-                    order_s=order_s,
+                return Decision(  # by place, as in `dispatch`
+                    request.request,
+                    self.name,
+                    now,
+                    Action.HOLD,
+                    "held until %s is about to begin it, in %.2f s; %s" % (best.instance, wait_s, why),  # noqa: UP031
+                    chosen,
+                    tuple(others),
+                    best.instance,
+                    None,
+                    deadline_s,
+                    order_s,
                     gives_up=best.gives_up,
                 )
         return self.dispatch(

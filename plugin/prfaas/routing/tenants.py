@@ -72,6 +72,8 @@ class TenantShares:
 
     def lag_s(self, tenant: TenantId, now: float) -> float:
         """How far its requests are moved back in the order of service."""
+        if len(self._taken) < 2 and tenant in self._taken:
+            return 0.0  # no other is there
         over = self.excess(tenant, now) - K_EVEN
         return 0.0 if over <= 0 else K_LAG_S * min(1.0, over)
 

@@ -160,6 +160,28 @@ def test_a_lane_looked_at_seldom_stands_where_one_stands_that_begins_each_step_s
     assert [one.work_s for one in seldom.hopeful] == [one.work_s for one in often.hopeful]
 
 
+@settings(max_examples=200)
+@given(seed=st.integers(0, 1 << 40))
+def test_ends_that_a_lane_keeps_while_a_cut_prompt_goes_on_are_those_found_anew(seed: int) -> None:
+    rng, now = Random(seed), 10.0
+    lane = lane_of(rng, now)
+    lane.early_s = rng.choice([0.0, 0.03, 0.4])
+    for serial in range(100, 130):
+        if rng.random() < 0.3:
+            tokens = rng.randrange(1, 9000)
+            lane.add(Queued(rng.random(), serial, str(serial), tokens, 0.3 + tokens / 1000, 99.0, 0.3), now)
+        if rng.random() < 0.1:
+            lane.report(rng.uniform(0.6, 5.0), now, now)
+        lane.look(now)  # perhaps before what is due by now has been advanced
+        now += rng.expovariate(3)
+        lane.advance(now)
+        states: list[tuple[float, float, float, int]] = []
+        anew = lane.walk(lane.hopeful, lane.first(now), states)
+        assert lane.look(now) == pytest.approx(anew, abs=1e-9)
+        for kept, found in zip(lane.states, states, strict=True):
+            assert kept == pytest.approx(found, abs=1e-6)
+
+
 def plain_choice(policy: PricesPolicy, asked: tuple[Any, ...]) -> Choice | None:
     """Every lane of every path looked at in full; where it was to go so far wins a draw."""
     request, paths, prices, lanes, snapshot, now, order_s, deadline_s, miss_s, other_miss_s, planned = asked
