@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prfaas.config.pump import PumpConfig
+from prfaas.pump.server import Pump
 from prfaas.pump_client import LocalPumpClient
 from prfaas.pump_client.launch import connect
 
@@ -95,6 +98,18 @@ class Pumps:
             assert alive(self._pids[name]), self.log(name)
             time.sleep(0.02)
         raise AssertionError(f"the pump {name} didn't start")
+
+    @contextmanager
+    def here(self, name: str, **fields: object) -> Iterator[Pump]:
+        """A pump of site `name` in this process, for a test that looks into it."""
+        pump = Pump(self.config(name, **fields))
+        thread = threading.Thread(target=pump.run)
+        thread.start()
+        try:
+            yield pump
+        finally:
+            pump.stop()
+            thread.join()
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()

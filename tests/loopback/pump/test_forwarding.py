@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -277,23 +277,11 @@ def test_the_next_connection_finds_its_stream_open_and_a_stream_that_rests_goes_
     pumps.until(lambda: west.stats()["forwards"]["spares"] == 0)
 
 
-@contextmanager
-def served(pump: Pump) -> Iterator[Pump]:
-    """A pump in this process."""
-    thread = threading.Thread(target=pump.run)
-    thread.start()
-    try:
-        yield pump
-    finally:
-        pump.stop()
-        thread.join()
-
-
 def test_streams_that_rest_take_no_connections_place_where_they_were_dialled(pumps, serve, monkeypatch):
     monkeypatch.setattr("prfaas.pump.forwarding.K_CONNECTIONS_MOST", 3)
     east, port = pumps.client(pumps.start("east")), serve(Echo)
     east.expose("127.0.0.1", port)
-    with served(Pump(pumps.config("west"))) as pump, ExitStack() as open_ones:
+    with pumps.here("west") as pump, ExitStack() as open_ones:
         west = pumps.client(pump.config)
         address = west.forward(east.address, "127.0.0.1", port)
         for n in (1, 2, 3):
@@ -316,7 +304,7 @@ def test_streams_that_rest_take_no_connections_place_where_they_were_accepted(pu
     def says_hello(sock: socket.socket) -> bool:
         return f.Header.from_bytes(sock.recv(f.K_HEADER_BYTES), None).type is f.FrameType.HELLO
 
-    with served(Pump(pumps.config("east", exposes=[f"127.0.0.1:{port}"]))) as pump, ExitStack() as stack:
+    with pumps.here("east", exposes=[f"127.0.0.1:{port}"]) as pump, ExitStack() as stack:
         # Accepted one by one: of two that come at once neither is the older.
         oldest = opened(stack, pump.address)
         pumps.until(lambda: sum(s.forwarding for s in pump.inbound.streams) == 1)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import socket
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -27,18 +24,6 @@ K_BOUNDED = ("_Past", "Remembered.", "Line.", "Loop._timers", "Pump.ended", "Inb
 """Of these there is now more and now less, up to a number that tests of their own hold (transfer/), or to
 as many as there are reasons: on a busy machine a transfer ends by one that no round before had.
 """
-
-
-@contextmanager
-def served(pump: Pump) -> Iterator[Pump]:
-    """A pump in this process."""
-    thread = threading.Thread(target=pump.run)
-    thread.start()
-    try:
-        yield pump
-    finally:
-        pump.stop()
-        thread.join()
 
 
 def held() -> Counter[str]:
@@ -155,8 +140,8 @@ def test_whatever_comes_and_goes_leaves_nothing_behind(pumps, monkeypatch) -> No
     monkeypatch.setattr("prfaas.pump.dialling.K_WARM_TRIES", 2)
     links = [{"peer_site": "west", "admission": {"nominal_bps": 1e10}}]
     with (
-        served(Pump(pumps.config("east", links=links))) as east,
-        served(Pump(pumps.config("west"))) as west,
+        pumps.here("east", links=links) as east,
+        pumps.here("west") as west,
     ):
         life = Life(east, west)
         for _ in range(3):

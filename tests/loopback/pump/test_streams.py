@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from prfaas.model.transfer import TransferKind
 from prfaas.pump import tcpinfo
-from prfaas.pump.server import Pump
 from prfaas_testbed.bench.certificates import tls_for
 
 K_BYTES = 8 << 20
-
-
-@contextmanager
-def served(pump: Pump) -> Iterator[Pump]:
-    """A pump in this process."""
-    thread = threading.Thread(target=pump.run)
-    thread.start()
-    try:
-        yield pump
-    finally:
-        pump.stop()
-        thread.join()
 
 
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
@@ -46,7 +31,7 @@ def test_streams_beyond_the_number_wanted_end_under_load_and_nothing_is_lost_or_
         for name in ("east", "west")
     }
     west = pumps.client(pumps.start("west", **sites["west"]))
-    with served(Pump(pumps.config("east", **sites["east"]))) as pump:
+    with pumps.here("east", **sites["east"]) as pump:
         east = pumps.client(pump.config)
         source, target = pumps.memory(east, K_BYTES), pumps.memory(west, K_BYTES, fill=0)
         lease = west.grant_lease(1, 0, [(target.ctypes.data, K_BYTES)], 60)
@@ -83,7 +68,7 @@ def test_streams_beyond_the_number_wanted_end_under_load_and_nothing_is_lost_or_
 def test_a_stream_that_is_wanted_again_before_it_ended_goes_on(pumps, monkeypatch):
     monkeypatch.setattr("prfaas.pump.peer.K_SILENT_S", 3600.0)
     west = pumps.client(pumps.start("west"))
-    with served(Pump(pumps.config("east", min_streams=4))) as pump:
+    with pumps.here("east", min_streams=4) as pump:
         east = pumps.client(pump.config)
         east.prepare(west.address)
         pumps.until(lambda: [p.n_ready for p in pump._peers.values()] == [4])
@@ -127,7 +112,7 @@ def test_a_stream_is_dry_when_its_kernel_has_sent_all_that_it_was_handed(wire):
 
 def test_streams_that_run_dry_though_more_waits_are_let_hold_more_on_a_long_path_alone(pumps, monkeypatch):
     west = pumps.client(pumps.start("west"))
-    with served(Pump(pumps.config("east", min_streams=4))) as pump:
+    with pumps.here("east", min_streams=4) as pump:
         east = pumps.client(pump.config)
         east.prepare(west.address)
         pumps.until(lambda: [p.n_ready for p in pump._peers.values()] == [4])
