@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
+import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -93,9 +96,9 @@ class Server:
             rank.client.close()
 
 
-def free_ports(n: int) -> int:
+def free_ports(n: int, begin: int = 21000) -> int:
     """The first of so many neighbours that nobody has."""
-    for first in range(21000, 27000, 7):
+    for first in range(begin, begin + 3000, 7):
         try:
             held = [socket.create_server(("127.0.0.1", first + at)) for at in range(n)]
         except OSError:
@@ -106,8 +109,12 @@ def free_ports(n: int) -> int:
     raise AssertionError("no ports are free")
 
 
-def server_of(folder: Path, site: str, hybrid: bool, ranks: int = 1, **differs: Any) -> Server:
+def server_of(
+    folder: Path, site: str, hybrid: bool, ranks: int = 1, listen_port: int = 0, **differs: Any
+) -> Server:
+    """`listen_port`: the pump's; 0: any."""
     fields = {"site": site, "control_socket": folder / f"{site}.sock", "idle_exit_s": 2}
+    fields["listen"] = f"127.0.0.1:{listen_port}"
     config = PumpConfig.model_validate(fields)
     sizes = {K_PAGES: K_PAGE_BYTES} | ({K_STATES: K_STATE_BYTES} if hybrid else {})
     same: dict[str, Any] = {
@@ -269,6 +276,69 @@ def test_a_giver_that_says_nothing_or_lies_costs_the_time_given_and_leaves_nothi
             take(west, east, K_PROMPT, within_s=1.0)
         lying.join()
     assert west.first.store.held == {}
+
+
+@pytest.mark.parametrize("hybrid", ["hybrid"], indirect=True, scope="module")
+@pytest.mark.parametrize("whose", ["east", "west"])
+def test_a_prefix_is_whole_though_a_pump_stands_still_and_is_killed_while_it_is_brought(
+    tmp_path: Path, whose: str, hybrid: bool
+) -> None:
+    # Ports of their own: another pump is started where one was, as operators' are.
+    first = free_ports(2, 24000)
+    east, west = (
+        server_of(tmp_path, site, hybrid, listen_port=first + at) for at, site in enumerate(("east", "west"))
+    )
+    try:
+        fill(east, K_PROMPT, hybrid)
+        pid = pump_of(tmp_path / f"{whose}.sock")
+        os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            taking = pool.submit(take, west, east, K_PROMPT, 20.0)
+            time.sleep(0.3)
+            assert not taking.done()
+            os.kill(pid, signal.SIGKILL)
+            assert taking.result().tokens == len(K_PROMPT)
+        assert west.first.has(K_PAGES, keys_of(K_PROMPT))
+        assert west.first.has(K_STATES, keys_of(K_PROMPT)[-1:])
+    finally:
+        east.close()
+        west.close()
+
+
+def pump_of(control: Path) -> int:
+    """The process that serves there."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(control))
+        pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return pid
+
+
+def test_a_taker_that_goes_before_its_answer_leaves_no_traceback(
+    sites: tuple[Server, Server], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked, gone = threading.Event(), threading.Event()
+
+    def slowly(asking: Take) -> Taken:
+        asked.set()
+        gone.wait(10)
+        return Taken(tokens=0, moved_bytes=0)
+
+    listen = f"127.0.0.1:{free_ports(1)}"
+    slow = face.Face(listen, slowly, slowly)
+    with caplog.at_level("DEBUG", logger=face.__name__):
+        with socket.create_connection(split_address(listen)) as sock:
+            body = msgspec.json.encode(Take(input_ids=[1], giver=listen))
+            sock.sendall(f"POST {K_TAKE} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert asked.wait(10)
+            # Reset at once: what is written afterwards fails.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone.set()
+        deadline_s = time.monotonic() + 10
+        while "went without its answer" not in caplog.text:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+    slow.close()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("hybrid", ["hybrid"], indirect=True, scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import sys
 import threading
 from collections.abc import Callable, Collection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,6 +58,14 @@ class Face:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The base class writes a traceback. Who asked may be gone, its time being over: that is no error."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            logger.debug("prfaas: %s went without its answer: %s", client_address, error)
+        else:
+            logger.exception("prfaas: a question of %s", client_address)
 
 
 def _handler(answers: Answers) -> type[BaseHTTPRequestHandler]:
