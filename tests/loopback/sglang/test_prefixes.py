@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,28 @@ def pump_of(control: Path) -> int:
         sock.connect(str(control))
         pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
     return pid
+
+
+def test_of_many_questions_at_once_so_many_are_taken_and_the_rest_cut_off_until_some_end(
+    both: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(face, "K_CONNECTIONS", 3)
+    listen = f"127.0.0.1:{free_ports(1)}"
+    small = face.Face(listen, lambda asking: Taken(tokens=7, moved_bytes=0), both[0].first.exchange.give)
+    body = msgspec.json.encode(Take(input_ids=[1], giver=listen))
+    with ExitStack() as silent:
+        for _ in range(3):
+            silent.enter_context(socket.create_connection(split_address(listen)))
+        with pytest.raises(Refused, match=r"Disconnected|reset"):
+            face.ask(listen, K_TAKE, body, 5.0)
+    deadline_s = time.monotonic() + 10
+    while True:  # those that ended are noticed soon
+        try:
+            assert b'"tokens":7' in face.ask(listen, K_TAKE, body, 5.0)
+            break
+        except Refused:
+            assert time.monotonic() < deadline_s
+    small.close()
 
 
 def test_a_taker_that_goes_before_its_answer_leaves_no_traceback(

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 K_MOST_BYTES = 64 << 20
 """Of a question: a million tokens are seven, of keys a page of one token each 68."""
+K_CONNECTIONS = 128
+"""Questions at once; each is open until its prefix is there."""
 K_POLL_S = 0.1
 """How long its end may take to be seen."""
 K_SILENT_S = 30.0
@@ -58,6 +60,25 @@ class Face:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = K_CONNECTIONS
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._free = threading.BoundedSemaphore(K_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own, of which there are so many at most: one more is cut off."""
+        if not self._free.acquire(blocking=False):
+            logger.warning("prfaas: %s is cut off: %d questions are open", client_address, K_CONNECTIONS)
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The base class writes a traceback. Who asked may be gone, its time being over: that is no error."""
