@@ -187,11 +187,14 @@ class Lane(Steps):
                     at += 1
                     continue
                 room -= 1
-                if entry.tokens <= left:
+                tokens = entry.tokens
+                if tokens <= left:
                     del entries[at]
                     self.step.append(entry)
-                    self._left(entries, entry.work_s)
-                    took_s, left = took_s + entry.work_s, left - entry.tokens
+                    work_s = entry.work_s
+                    self._left(entries, work_s)
+                    took_s += work_s
+                    left -= tokens
                     continue
                 part_s = entry.start_up_s + (entry.work_s - entry.start_up_s) * left / entry.tokens
                 entry.tokens -= left

@@ -110,7 +110,8 @@ class Steps:
         hopeful = self.hopeful
         if not hopeful:
             return 0
-        self.look(now)
+        if self._ends is None or self.ends_s <= now + self.early_s:
+            self.look(now)
         following = taken = place_of(hopeful, order_s)
         at_s, left, took_s, sharing = self.states[taken]
         judged = taken - sharing
