@@ -93,9 +93,13 @@ class Record:
         if self._kept:
             self.finished(f"{part} (cut short)", took_s)
 
-    def finished(self, part: str, took_s: float | None = None) -> Path:
-        """A part is measured: note it, and write what there is."""
+    def finished(self, part: str, took_s: float | None = None, *, whole: bool = False) -> Path:
+        """A part is measured: note it, and write what there is. `whole`: all of it is new, so that what was
+        noted of it before is no more true.
+        """
         self._kept = False
+        if whole:
+            self.made = [one for one in self.made if one["part"].partition(" (")[0] != part]
         ended = datetime.now(UTC).isoformat(timespec="seconds")
         note: dict[str, Any] = {"part": part, "commit": commit(), "ended": ended}
         self.made.append(note if took_s is None else {**note, "took_s": round(took_s, 1)})

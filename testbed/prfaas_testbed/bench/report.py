@@ -47,21 +47,32 @@ def text(run: dict[str, Any], samples: Sequence[Row], stamp: str, figures: Seque
 def _head(run: dict[str, Any], stamp: str, samples: Sequence[Row]) -> str:
     machine = run["machine"]
     loads = [one["load_1min"] for one in samples if one.get("load_1min") is not None]
-    made = [
-        f"{one['part']} at {one['ended']} on {one['commit'][:10]}"
-        + (f" in {one['took_s']:.0f} s" if one.get("took_s") else "")
-        for one in run.get("made", [])
-    ]
     return (
         "# The transfer engine beside its peers\n\n"
         f"Drawn by `prfaas bench report` from `{stamp}/run.json`, which holds every raw value. Link: "
         f"{run['emulation']}. Machine: {machine.get('cpu') or machine.get('processor') or 'see run.json'}, "
         f"{machine.get('cores') or machine.get('cpus')} cores, which the emulated link, both ends and their "
         "peers share. Goodput in Mbit/s, the median of the repetitions (lowest to highest).\n\n"
-        f"Measured: {'; '.join(made)}.\n\n"
+        f"Measured: {'; '.join(_made(run.get('made', [])))}.\n\n"
         f"Load averages when repetitions began: {spread(loads)}. What is far above the two ends' own work "
         "is others': such figures compare what ran in the same minutes, and aren't what the machine can do.\n"
     )
+
+
+def _made(notes: Sequence[Row]) -> list[str]:
+    """Each part, in as many goes as it took: when it ended, on which commits, and how long that was."""
+    parts: dict[str, list[Row]] = {}
+    for note in notes:
+        parts.setdefault(note["part"], []).append(note)
+    found = []
+    for part, goes in parts.items():
+        ended = " to ".join(dict.fromkeys([goes[0]["ended"], goes[-1]["ended"]]))
+        commits = ", ".join(dict.fromkeys(note["commit"][:10] for note in goes))
+        took_s = [note["took_s"] for note in goes if note.get("took_s")]
+        in_goes = f" in {len(goes)} goes" if len(goes) > 1 else ""
+        took = f" in {sum(took_s):.0f} s" if took_s else ""
+        found.append(f"{part}{in_goes} at {ended} on {commits}{took}")
+    return found
 
 
 def _loopback(run: dict[str, Any], samples: Sequence[Row]) -> str:

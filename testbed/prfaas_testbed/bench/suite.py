@@ -217,7 +217,12 @@ def run_parts(parts: Sequence[str], record: Record, sizes: Sizes, progress: Prog
             except BaseException:
                 record.cut_short(part, time.monotonic() - began_s)
                 raise
-            record.finished(part, time.monotonic() - began_s)
+            record.finished(part, time.monotonic() - began_s, whole=_is_whole(part, sizes))
+
+
+def _is_whole(part: str, sizes: Sizes) -> bool:
+    """Whether all of a part is measured at one go."""
+    return part not in K_HOUR_LONG and (part != "wan" or len(sizes.cells) == len(NAMED_CELLS))
 
 
 def _keeping(record: Record, judge: Callable[[list[Row]], list[Row]] | None) -> Keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,14 @@ def test_parts_are_added_to_a_record_and_what_is_measured_again_is_replaced(tmp_
     assert len(run["checks"]) == len(first.checks)
     assert run["measures"]["stages"]
     assert [one["part"] for one in run["made"]] == ["wan", "cost", "wan"]
+    last.keep()
+    last.cut_short("wan", 1.0)
+    last.finished("wan", 9.0, whole=True)
+    assert [(one["part"], one.get("took_s")) for one in last.made] == [("cost", None), ("wan", 9.0)]
+    last.finished("matrix", 5.0)
+    last.finished("matrix", 7.0)
+    (told,) = re.findall(r"matrix .*? in 12 s", report.text(last.run().model_dump(), [], "stamp"))
+    assert told.startswith("matrix in 2 goes at ")
 
 
 def test_a_page_says_what_its_run_holds(tmp_path: Path) -> None:
