@@ -290,6 +290,7 @@ class Observer:
         """Per link [bytes, packets, netem's drops, queue's drops, queue bytes, packets held]; accidents."""
         stats = {node: reader.read() for node, reader in self.readers.items()}
         at_s = time.monotonic()
+        lags_us = list(self.probe.receive())  # at once: what comes while the rest is read is the next one's
         rows = {}
         for name, (node, index) in self.links.items():
             line, queue = (stats[node].get((index, handle), K_NOTHING) for handle in (1, 2))
@@ -297,7 +298,6 @@ class Observer:
         if self.count % 10 == 0:
             self.accidents = self._accidents(stats)
         self.count += 1
-        lags_us = list(self.probe.receive())
         self.probe.send()
         return {"at_s": at_s, "links": rows, "lags_us": lags_us, "accidents": self.accidents}
 

@@ -378,16 +378,17 @@ def test_a_stop_of_the_whole_router_is_lag_and_what_holds_up_only_its_agent_is_n
         began_s = time.monotonic()
         hold_up()
         time.sleep(1.5)
-        samples = net.samples(began_s, time.monotonic())
+        # The stop may have come in the middle of a sample, which then tells of it under the time before.
+        samples = net.samples(began_s - 0.15, time.monotonic())
         seen[:] = [(round(sample.at_s - began_s, 3), sample.lags_ms) for sample in samples]
         return [lag for sample in samples for lag in sample.lags_ms]
 
     agent_only = lags_ms(lambda: net.agent.run(None, ["sleep", str(K_STOPPED_S)]))
-    assert len(agent_only) > 20, seen  # due while it stood still as well
-    assert sum(lag > 100 for lag in agent_only) == 0, seen
+    assert len(agent_only) > 20, str(seen)  # due while it stood still as well
+    assert sum(lag > 100 for lag in agent_only) == 0, str(seen)
     whole = lags_ms(stop_the_guest)
-    assert len(whole) > 20, seen
-    assert 2 < sum(lag > 100 for lag in whole) < 9, seen  # those due in its first 0.3 s
+    assert len(whole) > 20, str(seen)
+    assert 2 < sum(lag > 100 for lag in whole) < 9, str(seen)  # those due in its first 0.3 s
     # The first that is due may be so up to 90 ms after it stopped.
     assert max(whole) > 0.7 * K_STOPPED_S * 1000
 
