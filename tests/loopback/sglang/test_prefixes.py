@@ -326,14 +326,30 @@ def test_of_many_questions_at_once_so_many_are_taken_and_the_rest_cut_off_until_
             silent.enter_context(socket.create_connection(split_address(listen)))
         with pytest.raises(Refused, match=r"Disconnected|reset|Broken pipe"):
             face.ask(listen, K_TAKE, body, 5.0)
+    answered_soon(listen, body)
+    # Where no thread can be had, a question costs itself alone.
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    for _ in range(4):
+        with pytest.raises(Refused, match=r"Disconnected|reset|Broken pipe"):
+            face.ask(listen, K_TAKE, body, 5.0)
+    monkeypatch.undo()
+    answered_soon(listen, body)
+    small.close()
+
+
+def answered_soon(listen: str, body: bytes) -> None:
+    """Those that have ended are noticed within moments."""
     deadline_s = time.monotonic() + 10
-    while True:  # those that ended are noticed soon
+    while True:
         try:
             assert b'"tokens":7' in face.ask(listen, K_TAKE, body, 5.0)
-            break
+            return
         except Refused:
             assert time.monotonic() < deadline_s
-    small.close()
+
+
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_taker_that_goes_before_its_answer_leaves_no_traceback(

@@ -64,15 +64,25 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self._free = threading.BoundedSemaphore(K_CONNECTIONS)
+        self._cut_off = 0
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own, of which there are so many at most: one more is cut off."""
+        """In a thread of its own, of which there are so many at most: one more is cut off. Told, but not each
+        time.
+        """
         if not self._free.acquire(blocking=False):
-            logger.warning("prfaas: %s is cut off: %d questions are open", client_address, K_CONNECTIONS)
+            self._cut_off += 1
+            if self._cut_off.bit_count() == 1:
+                words = "prfaas: %s is cut off, %d questions being open; times that this was so: %d"
+                logger.warning(words, client_address, K_CONNECTIONS, self._cut_off)
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread can be had: the place is free again
+            self._free.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
