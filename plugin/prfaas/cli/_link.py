@@ -72,7 +72,7 @@ class Connection:
             raise LinkError(f"{address}: can't be reached: {_reason(error)}") from None
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if congestion_control:
-            tcpinfo.set_congestion_control(plain, congestion_control, 0.0)
+            tcpinfo.set_congestion_control(plain, congestion_control)
         self.sock: socket.socket = plain
         try:
             if tls is not None:

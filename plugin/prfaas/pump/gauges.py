@@ -13,8 +13,12 @@ def rtt_s(infos: Sequence[TcpInfo]) -> float:
 
 
 def min_rtt_s(infos: Sequence[TcpInfo]) -> float:
-    """The shortest round trip that any has seen; 0 when unknown."""
-    return min((i.min_rtt_s for i in infos if i.min_rtt_s), default=0.0)
+    """The shortest round trip of the path that any has seen; 0 when unknown. Where only packets that overtook
+    others have made one, the smoothed one in the mean.
+    """
+    overtaken = any(i.is_overtaken for i in infos)
+    believed = [i.min_rtt_s for i in infos if i.min_rtt_s and not (overtaken and i.is_doubtful)]
+    return min(believed) if believed else mean_rtt_s(infos)
 
 
 def mean_rtt_s(infos: Sequence[TcpInfo]) -> float:

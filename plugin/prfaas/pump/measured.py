@@ -19,6 +19,7 @@ class Measured:
         self.progress_s = now
         self.acked_bytes = 0
         self.congestion_control = ""
+        self._asked_control = ""
         self._unsent_bytes = K_UNSENT_FIRST_BYTES
         self._sock = sock
 
@@ -46,9 +47,11 @@ class Measured:
         return tcpinfo.room_bytes(self._sock)
 
     def set_congestion_control(self, wanted: str) -> None:
-        """By what the path is, as far as the handshake has shown it."""
-        rtt_s = self.info.min_rtt_s if self.info else 0.0
-        self.congestion_control = tcpinfo.set_congestion_control(self._sock, wanted, rtt_s)
+        """By what the path is, as far as is known. The kernel isn't asked twice for the same."""
+        name = tcpinfo.control_for(wanted, self.info)
+        if name != self._asked_control:
+            self._asked_control = name
+            self.congestion_control = tcpinfo.set_congestion_control(self._sock, name)
 
     def set_unsent(self, wait_s: float, n_streams: int) -> None:
         """Let the kernel hold `wait_s` of the stream's rate unsent: enough to outlast our absence, and no

@@ -335,6 +335,7 @@ class Peer(PeerFigures):
                 stream.lose(f"no answer ({stream.state.value})", now)
             return
         stream.sample(now)
+        stream.set_congestion_control(self.pump.config.congestion_control)
         self._let_hold(stream, now)
         rtt_s = stream.info.rtt_s if stream.info else 0.0
         if now - stream.progress_s > max(self.pump.config.stall_s, 8 * rtt_s):

@@ -37,7 +37,7 @@ class PeerFigures(Handler):
 
     @property
     def min_rtt_s(self) -> float:
-        """The shortest round trip that any stream has seen; 0 when unknown."""
+        """The shortest round trip of the path that any stream has seen; 0 when unknown."""
         return gauges.min_rtt_s(self._infos())
 
     @property

@@ -15,6 +15,11 @@ K_TCP_NOTSENT_LOWAT = 25
 K_SIOCOUTQNSD = 0x894B
 K_DRY_BYTES = 4096
 K_LONG_PATH_S = 0.002
+K_OVERTAKEN_FROM_S = 0.004
+K_OVERTAKEN_SHARE = 0.05
+"""A least round trip below so much of the smoothed one, where packets overtook others, isn't the path's: no
+queue makes ten round trips of one and lets packets pass it.
+"""
 K_UNSENT_LEAST_BYTES = 64 * 1024
 K_UNSENT_SHARED_BYTES = 1 << 20
 K_UNSENT_MOST_BYTES = 4 << 20
@@ -43,6 +48,27 @@ class TcpInfo:
     app_limited: bool = False
     """The kernel's last rate sample is of a stream that had nothing to send for a part of it."""
     pacing_rate_bps: float = 0.0
+    reorderings: int = 0
+    """How often a packet was found to have overtaken others."""
+
+    @property
+    def is_overtaken(self) -> bool:
+        """Whether single packets have saved so much of the way that the least round trip isn't the path's.
+
+        netem lets a packet that overtakes skip the whole delay. A rate-driven control (BBR) holds no more in
+        flight than twice the least round trip has room for: 8 Mbit/s of 100 at 150 ms.
+        """
+        return self.reorderings > 0 and self.is_doubtful
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the least round trip is the path's only if all the rest is a queue."""
+        return self.rtt_s >= K_OVERTAKEN_FROM_S and self.min_rtt_s < K_OVERTAKEN_SHARE * self.rtt_s
+
+    @property
+    def path_rtt_s(self) -> float:
+        """The shortest round trip that can be the path's; 0 when unknown."""
+        return self.rtt_s if self.is_overtaken else self.min_rtt_s
 
     @property
     def rate_bps(self) -> float:
@@ -81,6 +107,7 @@ def parse(data: bytes) -> TcpInfo:
         segments_in=_u32(data, 140),
         app_limited=len(data) > 7 and bool(data[7] & 1),
         pacing_rate_bps=_u64(data, 104) * 8.0,
+        reorderings=_u32(data, 220),
     )
 
 
@@ -110,7 +137,7 @@ def unsent_bytes(info: TcpInfo, wait_s: float, n_streams: int) -> int:
     of that).
     """
     wanted = K_UNSENT_MOST_BYTES
-    if info.min_rtt_s >= K_LONG_PATH_S:
+    if info.path_rtt_s >= K_LONG_PATH_S:
         wanted = int(info.rate_bps / 8 * wait_s)
     # A rate measured while too little was unsent is too low: without a floor each holds down the other.
     least = max(K_UNSENT_LEAST_BYTES, K_UNSENT_SHARED_BYTES // n_streams)
@@ -134,15 +161,20 @@ def read(sock: socket.socket) -> TcpInfo | None:
         return None
 
 
-def set_congestion_control(sock: socket.socket, wanted: str, rtt_s: float) -> str:
-    """Try `wanted`; the one in force, whichever it is.
+def control_for(wanted: str, info: TcpInfo | None) -> str:
+    """The congestion control for a stream by what is known of its path.
 
     "auto" is bbr on a long path, where loss costs a loss-driven control most of its rate, and cubic on a
-    short one, where pacing costs more than loss.
+    short one, where pacing costs more than loss, and where the least round trip misleads bbr.
     """
-    name = wanted
-    if wanted == "auto":
-        name = "bbr" if rtt_s >= K_LONG_PATH_S else "cubic"
+    if wanted != "auto":
+        return wanted
+    is_long = info is not None and not info.is_overtaken and info.min_rtt_s >= K_LONG_PATH_S
+    return "bbr" if is_long else "cubic"
+
+
+def set_congestion_control(sock: socket.socket, name: str) -> str:
+    """Try `name`; the one in force, whichever it is."""
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
     except OSError:

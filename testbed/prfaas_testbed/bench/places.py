@@ -120,8 +120,7 @@ class Emulated(Place):
 
     def shape(self, cell: Cell) -> None:
         """Give the link the cell's delay, rate and loss, both ways, and both sites its congestion control."""
-        for link in self._network.links:
-            self._network.apply(link, change_for(cell))
+        self.change(change_for(cell))
         for site in self._network.sites.values():
             # As `prfaas doctor` advises: a link that rested goes on at its rate. It is the same for every
             # engine.
@@ -153,8 +152,12 @@ class Emulated(Place):
 
     def set_down(self, down: bool) -> None:
         """Cut every link, or mend it."""
+        self.change(LinkChange(down=down))
+
+    def change(self, change: LinkChange) -> None:
+        """Of every link."""
         for link in self._network.links:
-            self._network.apply(link, LinkChange(down=down))
+            self._network.apply(link, change)
 
     def port(self) -> int:
         return next(self._ports)  # a site's namespace is new, and nobody else is in it

@@ -20,6 +20,11 @@ from prfaas_testbed.bench.cell import Cell
 from prfaas_testbed.bench.layout import Layout
 from prfaas_testbed.bench.worker import Worker
 
+K_BEYOND_S = 0.5
+"""Of the link, handed over beyond the time that counts: enough to keep the queue full while the pages are
+counted. What is handed over beyond is waited for, in each repetition.
+"""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -69,6 +74,13 @@ def span_of(cell: Cell, layout: Layout, limit_s: float) -> Span | None:
     return span if fits else None
 
 
+def bytes_for(cell: Cell, seconds: float, most_bytes: int) -> int:
+    """What a link can't have carried after so long, nor for K_BEYOND_S more. Pure."""
+    if cell.ceiling_mbps is None:
+        return most_bytes
+    return min(most_bytes, int(cell.ceiling_mbps * 1e6 / 8 * (seconds + cell.rtt_s + K_BEYOND_S)))
+
+
 def move_and_count(
     move: Move, ends: Mapping[str, Worker], cell: Cell, layout: Layout, value: int, limit_s: float
 ) -> tuple[dict[str, Any], Counted | None]:
@@ -90,7 +102,8 @@ def move_and_count(
             )
             counts.append((now_s, landed_bytes))
 
-    moved = move(total_bytes=layout.total_bytes, limit_s=span.end_s, meanwhile=count)
+    enough_bytes = bytes_for(cell, span.end_s, layout.total_bytes)
+    moved = move(total_bytes=enough_bytes, limit_s=span.end_s, meanwhile=count)
     if len(counts) < 2 or counts[1][0] > moved["ended_s"]:
         return moved, None
     return moved, Counted(*counts[0], *counts[1])

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from prfaas.config.topology import LinkChange
 from prfaas.model.transfer import FailureReason
+from prfaas.transfer.streams import K_FAR_STREAMS
 from prfaas_testbed.bench import outage, share
 from prfaas_testbed.bench.cell import NAMED_CELLS
+from prfaas_testbed.bench.engines.prfaas import Prfaas
 from prfaas_testbed.bench.places import emulated
 
 
@@ -62,6 +65,24 @@ def test_a_cut_that_comes_when_its_transfer_is_through_is_made_again(
     assert 0 < abandoned["received_bytes"] < abandoned["size_bytes"]
     assert abandoned["untouched"]
     assert abandoned["used_again"]
+
+
+@pytest.mark.timeout(180)
+def test_packets_that_overtake_by_the_whole_way_do_not_make_a_far_peer_look_near(tmp_path: Path) -> None:
+    cell = NAMED_CELLS["ocean-loss-bbr"].with_(total_bytes=1 << 26)
+    with emulated(cell, tmp_path, lambda text: None) as place, Prfaas() as engine:
+        engine.start(place, cell)
+        place.change(LinkChange(loss_percent=0.0, reorder_percent=2.0))
+        give_up_s = time.monotonic() + 60.0
+        while True:
+            engine.move(total_bytes=1 << 40, limit_s=2.0)
+            (peer,) = engine.ends["sender"].call("stats")["peers"]
+            controls = {stream["congestion_control"] for stream in peer["streams"]}
+            # Beyond what a far path has from the start: they wouldn't grow on one that is short, nor by BBR.
+            if "cubic" in controls and len(peer["streams"]) > K_FAR_STREAMS:
+                break
+            assert time.monotonic() < give_up_s, (controls, len(peer["streams"]))
+        assert min(stream["min_rtt_s"] for stream in peer["streams"]) < 0.05
 
 
 @pytest.mark.timeout(180)

@@ -99,6 +99,15 @@ def test_no_cell_runs_out_of_bytes_even_at_all_that_its_link_carries(cell: Cell)
     assert Layout.of(cell).total_bytes > 1.02 * span.end_s * (cell.ceiling_mbps or 0) * 1e6 / 8
 
 
+@pytest.mark.parametrize("cell", [*NAMED_CELLS.values(), *full_matrix()], ids=Cell.label)
+def test_no_more_is_handed_over_than_keeps_the_link_busy_for_a_moment_beyond_the_time(cell: Cell) -> None:
+    assert cell.ceiling_mbps is not None
+    for seconds in (2.0, 4.0):
+        lasts_s = steady.bytes_for(cell, seconds, 1 << 40) * 8e-6 / cell.ceiling_mbps
+        assert seconds + cell.rtt_s + 0.2 < lasts_s < seconds + cell.rtt_s + 1
+    assert steady.bytes_for(cell, 2.0, 1000) == 1000
+
+
 def test_where_pages_would_be_written_again_or_there_is_no_link_the_whole_counts() -> None:
     fast = Cell(rtt_ms=1, rate_mbps=10_000, total_bytes=1 << 33)
     assert steady.span_of(fast, Layout.of(fast), LIMIT_S) is None

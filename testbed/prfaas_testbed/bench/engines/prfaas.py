@@ -120,9 +120,10 @@ class Prfaas(Engine):
         first = self.move(total_bytes=min(self._cell.total_bytes, K_LEAST_WARM_BYTES), limit_s=K_WARM_S)
         self.cold_mbps = first["bytes"] * 8e-6 / (first["ended_s"] - first["began_s"])
         if self._cell.emulated:
+            warm_s = max(K_WARM_S, K_WARM_RTTS * self._cell.rtt_s)
+            most_bytes = steady.bytes_for(self._cell, warm_s, 1 << 40)
             # What is under way when no more may begin lasts for as long as it takes the link.
-            warm_s = max(K_WARM_S, K_WARM_RTTS * self._cell.rtt_s) - K_DEPTH * K_BATCH_S
-            self.move(total_bytes=1 << 40, limit_s=max(K_BEGIN_S, warm_s))
+            self.move(total_bytes=most_bytes, limit_s=max(K_BEGIN_S, warm_s - K_DEPTH * K_BATCH_S))
 
     def measure(self, limit_s: float) -> Sample:
         self._fill = self._fill % 255 + 1  # never what the receiver's pages hold from before
