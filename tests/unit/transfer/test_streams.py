@@ -15,7 +15,7 @@ from prfaas.transfer.streams import K_CALM_S, K_LOSS, StreamCount, block_bytes_f
 def drive(
     count: StreamCount,
     seconds: float,
-    per_stream_bps: float,
+    per_stream_bps: float | Callable[[float], float],
     link_bps: float,
     loss: float | Callable[[float], float],
     rtt_s: float = 0.04,
@@ -23,20 +23,22 @@ def drive(
     late_s: float = 0.0,
     **more: object,
 ):
-    """Each stream carries `per_stream_bps` until the link is full; then packets wait `queue_s`. `loss` may be
-    one at each time. Answers come `late_s` after the shortest round trip.
+    """Each stream carries `per_stream_bps` (as `loss`, one or one at each time) until the link is full; then
+    packets wait `queue_s`. Answers come `late_s` after the shortest round trip.
     """
     now = acked = sent = lost = 0.0
     history = []
     loss_at = loss if callable(loss) else lambda _: loss
+    stream_bps_at = per_stream_bps if callable(per_stream_bps) else lambda _: per_stream_bps
     while now < seconds:
-        waits = queue_s if count.wanted * per_stream_bps >= link_bps else 0.0
+        stream_bps = stream_bps_at(now)
+        waits = queue_s if count.wanted * stream_bps >= link_bps else 0.0
         count.observe(
             now, open_streams=count.wanted, acked_bytes=int(acked), sent_bytes=int(sent),
             retransmitted_bytes=int(lost), rtt_s=rtt_s + late_s + waits, backlogged=True, min_rtt_s=rtt_s,
             **more,
         )  # fmt: skip
-        rate = min(link_bps, count.wanted * per_stream_bps) / 8 * 0.25
+        rate = min(link_bps, count.wanted * stream_bps) / 8 * 0.25
         p = loss_at(now)
         now, acked, sent, lost = now + 0.25, acked + rate, sent + rate * (1 + p), lost + rate * p
         history.append(count.wanted)
@@ -61,6 +63,22 @@ def test_a_far_link_with_thin_loss_has_what_it_needs_within_three_steps():
 def test_many_streams_grow_by_half_and_end_near_what_the_link_needs():
     history = drive(StreamCount(2, 64), 10, 7e6, 190e6, 0.001)
     assert sorted(set(history)) == [8, 16, 24, 36]
+
+
+def test_what_slow_start_alone_has_filled_gets_its_streams_as_soon_as_it_is_seen_to_fall():
+    """24 Mbit/s a stream at first, 6 from the fifth second on: 32 are needed; ten round trips are 1.5 s."""
+    history = drive(
+        StreamCount(2, 64), 10, lambda now: 24e6 if now < 5 else 6e6, 190e6, 0.001, rtt_s=0.15, queue_s=0.04
+    )
+    assert history[int(5 / 0.25)] == 8
+    assert history[int(6 / 0.25)] == 16
+    assert history[-1] >= 32
+
+
+def test_a_link_that_has_become_slower_and_loses_without_a_queue_gets_two_steps_and_no_more():
+    count = StreamCount(2, 64)
+    drive(count, 5, 24e6, 190e6, 0.001, rtt_s=0.15, queue_s=0.04)
+    assert max(drive(count, 14, 24e6, 50e6, 0.001, rtt_s=0.15, queue_s=0.0)) <= 24
 
 
 def test_loss_of_the_links_own_queue_does_not_bring_streams():
