@@ -74,6 +74,8 @@ def measure_cell(
     limit_s = max(limit_s, K_LEAST_RTTS * cell.rtt_s)
     rows = [_empty_row(cell, engine) for engine in engines]
     try:
+        for engine in engines:
+            engine.spawn(place, cell)  # all at once: each takes seconds to import what it needs
         for engine, row in zip(engines, rows, strict=True):
             _start(engine, place, cell, row, progress)
         for repetition in range(repetitions):

@@ -43,6 +43,13 @@ class Engine(abc.ABC):
     streams: int | None
     """How many connections it was told to use; None where it chooses, or has its own way."""
 
+    def spawn(self, place: Place, cell: Cell) -> None:
+        """Start what takes a while to come up, and return at once; `start` does it where nobody has.
+
+        Raises MachineError when this machine lacks what it needs.
+        """
+        return None
+
     @abc.abstractmethod
     def start(self, place: Place, cell: Cell) -> None:
         """Start its processes and move a little, so that no repetition pays for cold connections.

@@ -54,18 +54,22 @@ class PoolPeer(Engine):
     def environment(self, place: Place, end: str) -> dict[str, str]:
         return {}
 
-    def start(self, place: Place, cell: Cell) -> None:
+    def spawn(self, place: Place, cell: Cell) -> None:
         if not self.installed():
             raise MachineError(f"{self.distribution} is missing; pip install 'prfaas[baselines]'")
-        self.layout = Layout.of(cell)
-        self._batch = min(self.batch_segments, self.layout.segments_in(K_BATCH_S, cell.rate_mbps))
-        self._cell = cell
         for end in ("receiver", "sender"):
             log = place.workdir / f"{self.name}-{end}.log"
             spawn = functools.partial(place.popen, end)
             self.ends[end] = Worker(
                 f"{self.name} ({end})", spawn, self.worker, log, **self.environment(place, end)
             )
+
+    def start(self, place: Place, cell: Cell) -> None:
+        if not self.ends:
+            self.spawn(place, cell)
+        self.layout = Layout.of(cell)
+        self._batch = min(self.batch_segments, self.layout.segments_in(K_BATCH_S, cell.rate_mbps))
+        self._cell = cell
         self._target = self.connect(place, self.layout.pool_bytes)
         first = self.move(total_bytes=min(cell.total_bytes, K_WARM_BYTES), limit_s=K_WARM_S)
         self.cold_mbps = first["bytes"] * 8e-6 / (first["ended_s"] - first["began_s"])

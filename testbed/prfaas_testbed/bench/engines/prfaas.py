@@ -79,15 +79,19 @@ class Prfaas(Engine):
         self._rooms = itertools.count(1)
         self._fill = 0
 
-    def start(self, place: Place, cell: Cell) -> None:
-        self._cell = cell
-        self.layout = Layout.of(cell)
-        one_call = cell.one_call or cell.rate_mbps is None
-        self._batch = self.layout.segments if one_call else self.layout.segments_in(K_BATCH_S, cell.rate_mbps)
+    def spawn(self, place: Place, cell: Cell) -> None:
         for end in ("receiver", "sender"):
             log = place.workdir / f"prfaas-{end}.log"
             spawn = functools.partial(place.popen, end)
             self.ends[end] = Worker(f"prfaas ({end})", spawn, WORKER, log)
+
+    def start(self, place: Place, cell: Cell) -> None:
+        if not self.ends:
+            self.spawn(place, cell)
+        self._cell = cell
+        self.layout = Layout.of(cell)
+        one_call = cell.one_call or cell.rate_mbps is None
+        self._batch = self.layout.segments if one_call else self.layout.segments_in(K_BATCH_S, cell.rate_mbps)
         said: dict[str, dict[str, Any]] = {}
         for end, worker in self.ends.items():  # which have come up while their pumps do
             config = self._start_pump(place, end)
