@@ -65,7 +65,9 @@ def measure(repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
     ((_, experiment),) = parts(K_EXPERIMENT)
     rows = played(experiment, repetitions, say)
     say("two pumps alone")
-    return {"rows": rows, "load_s": experiment.workload.duration_s, "alone": alone()}
+    bounded = all(instance.limits.cache_tokens for instance in experiment.instances)
+    load_s = experiment.workload.duration_s
+    return {"rows": rows, "load_s": load_s, "caches_bounded": bounded, "alone": alone()}
 
 
 def played(experiment: Experiment, repetitions: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -215,7 +217,8 @@ def tell(data: dict[str, Any]) -> str:
     head = ["process", "MiB at the start", "at half-time", "at the end", "MiB an hour after", "% of a core"]
     came = sum(row["answered"] + row["failed"] for row in data["rows"] if row["name"] == "load")
     load_s = data["repetitions"] * data["load_s"]
-    told = K_TOLD.format(requests=came, minutes=load_s / 60, rate_rps=came / load_s)
+    caches = K_BOUNDED if data.get("caches_bounded") else K_UNBOUNDED
+    told = K_TOLD.format(requests=came, minutes=load_s / 60, rate_rps=came / load_s, caches=caches)
     return table(head, lines) + told + _alone(data.get("alone", []))
 
 
@@ -239,10 +242,13 @@ K_TOLD = """
 Router, pumps and profiled instances of two sites on this machine's loopback; {requests:,} requests of 64 to
 4,096 tokens in {minutes:.0f} minutes, {rate_rps:.1f} a second, no two with a common prefix; pumps with
 mutual TLS, their links estimated. Nothing is started again in between. Growth is told by the hour of this
-load. Resident memory of a process with its descendants, every ten seconds. The instances' prefix caches
-have no limit here, so that prefill's grow with every prompt; they aren't judged. Real SGLang servers are
+load. Resident memory of a process with its descendants, every ten seconds. {caches} Real SGLang servers are
 not among them: their memory is seen, over shorter loads, in the records of their own experiments.
 """
+K_BOUNDED = """The instances' prefix caches
+are full after a minute or two, and so is what the router knows of them; instances aren't judged."""
+K_UNBOUNDED = """The instances' prefix caches
+have no limit here, so that prefill's grow with every prompt; they aren't judged."""
 
 
 K_ALONE = """

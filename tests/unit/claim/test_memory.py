@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prfaas.config.topology import load_topology
-from prfaas_testbed.claim import memory, pieces
+from prfaas_testbed.claim import memory, pieces, runs
 from prfaas_testbed.claim.runs import K_TOPOLOGIES
 
 
@@ -48,6 +48,16 @@ def test_what_pumps_alone_grow_by_is_told_beside_the_growth() -> None:
     ]
     # 100 transfers an hour, 1 KiB each.
     assert "grow by 0.1 MiB in an hour" in memory.goals({**data, "alone": alone})[0].why
+
+
+def test_whether_caches_had_a_limit_is_told_by_the_record() -> None:
+    assert "have no limit here" in memory.tell(record(1.0))
+    assert "are full after a minute or two" in memory.tell({**record(1.0), "caches_bounded": True})
+
+
+def test_the_files_caches_have_one() -> None:
+    ((_, experiment),) = runs.parts(memory.K_EXPERIMENT)
+    assert all(instance.limits.cache_tokens for instance in experiment.instances)
 
 
 def test_a_request_that_failed_is_told() -> None:
