@@ -25,7 +25,10 @@ def carry(source: int, sink: int, line_of: Line) -> None:
     with os.fdopen(source, "rb") as lines, os.fdopen(sink, "wb", buffering=0) as out:
         n = 0
         for line in lines:
-            out.write(line_of(n, line) if line.strip() else line)
+            try:
+                out.write(line_of(n, line) if line.strip() else line)
+            except BrokenPipeError:
+                return  # that end is over; what was asked again of it meanwhile is for nobody
             n += bool(line.strip())
 
 
