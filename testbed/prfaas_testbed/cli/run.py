@@ -50,7 +50,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--again", metavar="GLOB[,GLOB]",
         help="with --resume: run these parts anew, though they ended; the record keeps that they did",
     )  # fmt: skip
-    parser.add_argument("--repetitions", type=int, metavar="N", help="instead of the file's own number")
+    more = "instead of the file's own number; the time that it declares grows with them"
+    parser.add_argument("--repetitions", type=int, metavar="N", help=more)
     add_wait(parser)
     parser.add_argument(
         "--dry-run",
@@ -141,7 +142,14 @@ def experiments_of(
     found = parts_of(choice, K_TOPOLOGIES) if isinstance(choice, ExperimentSet) else [(choice.name, choice)]
     if args.repetitions is None:
         return list(found)
-    return [(name, one.model_copy(update={"repetitions": args.repetitions})) for name, one in found]
+    return [(name, _repeated(one, args.repetitions)) for name, one in found]
+
+
+def _repeated(experiment: Experiment, repetitions: int) -> Experiment:
+    """So many times; more than the file says have so much more of its time."""
+    more = max(1.0, repetitions / experiment.repetitions)
+    wall_time_s = experiment.wall_time_s * more
+    return experiment.model_copy(update={"repetitions": repetitions, "wall_time_s": wall_time_s})
 
 
 def check_all(

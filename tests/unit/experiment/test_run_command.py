@@ -112,6 +112,9 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(
     assert "3 times, toy on 2 servers, hello (2 sites, 2 links)" in said
     assert "nothing was started" in said
     assert not (tmp_path / "out").exists()
+    assert main(["run", "hello", "--dry-run"]) == 0
+    declared_s = float(capsys.readouterr().out.split(" s at most")[0].split()[-1])
+    assert f"; {3 * declared_s:g} s at most" in said, "more repetitions have more time"
     assert main(["run", "matrix", "--parts", "metro-*", "--dry-run"]) == 0
     assert "metro at 1/200 (2 sites" in capsys.readouterr().out
 
