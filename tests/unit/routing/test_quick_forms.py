@@ -245,6 +245,7 @@ def test_the_choice_among_instances_is_that_of_looking_at_each_in_full(seed: int
     assert seen
 
 
+@pytest.mark.timeout(60)  # 14 s of a slow core
 @settings(max_examples=40)
 @given(seed=st.integers(0, 1 << 40))
 def test_what_is_too_late_anywhere_is_decided_as_if_every_place_had_been_looked_at(seed: int) -> None:
