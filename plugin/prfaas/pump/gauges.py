@@ -16,9 +16,16 @@ def min_rtt_s(infos: Sequence[TcpInfo]) -> float:
     """The shortest round trip of the path that any has seen; 0 when unknown. Where only packets that overtook
     others have made one, the smoothed one in the mean.
     """
-    overtaken = any(i.is_overtaken for i in infos)
+    overtaken = is_overtaken(infos)
     believed = [i.min_rtt_s for i in infos if i.min_rtt_s and not (overtaken and i.is_doubtful)]
-    return min(believed) if believed else mean_rtt_s(infos)
+    if overtaken and not believed:
+        return mean_rtt_s(infos)
+    return min(believed, default=0.0)
+
+
+def is_overtaken(infos: Sequence[TcpInfo]) -> bool:
+    """Whether packets of any stream saved most of the way: it is one path for all of them."""
+    return any(i.is_overtaken for i in infos)
 
 
 def mean_rtt_s(infos: Sequence[TcpInfo]) -> float:

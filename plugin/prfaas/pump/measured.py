@@ -46,9 +46,11 @@ class Measured:
         """What it carries within a round trip besides what its kernel has already."""
         return tcpinfo.room_bytes(self._sock)
 
-    def set_congestion_control(self, wanted: str) -> None:
-        """By what the path is, as far as is known. The kernel isn't asked twice for the same."""
-        name = tcpinfo.control_for(wanted, self.info)
+    def set_congestion_control(self, wanted: str, overtaken: bool) -> None:
+        """By what the path is, as far as is known, and whether packets overtake there. The kernel isn't asked
+        twice for the same.
+        """
+        name = tcpinfo.control_for(wanted, self.info, overtaken)
         if name != self._asked_control:
             self._asked_control = name
             self.congestion_control = tcpinfo.set_congestion_control(self._sock, name)

@@ -205,7 +205,8 @@ class Peer(PeerFigures):
 
     def on_ready(self, stream: Stream, now: float) -> None:
         stream.sample(now)
-        stream.set_congestion_control(self.pump.config.congestion_control)
+        wanted = self.pump.config.congestion_control
+        stream.set_congestion_control(wanted, gauges.is_overtaken(self._infos()))
         self._let_hold(stream, now)
         self._dialling.succeeded(now)
         self.counters.streams_opened += 1
@@ -315,8 +316,9 @@ class Peer(PeerFigures):
             return
         for event in self.sending.tick(now):
             self._event(event, now)
+        overtaken = gauges.is_overtaken(self._infos())
         for stream in self.streams:
-            self._check(stream, now)
+            self._check(stream, overtaken, now)
         busy = len(self.sending) > 0
         self._spreading.measure(self._infos())
         self._observe(now)
@@ -328,14 +330,14 @@ class Peer(PeerFigures):
         self.kick(now)
         self.pump.loop.call_at(now + (K_TICK_S if busy else 5 * K_TICK_S), self._tick)
 
-    def _check(self, stream: Stream, now: float) -> None:
+    def _check(self, stream: Stream, overtaken: bool, now: float) -> None:
         if not stream.ready:
             limit_s = K_CONNECT_S if stream.state.value == "connecting" else K_HANDSHAKE_S
             if now - stream.opened_s > limit_s:
                 stream.lose(f"no answer ({stream.state.value})", now)
             return
         stream.sample(now)
-        stream.set_congestion_control(self.pump.config.congestion_control)
+        stream.set_congestion_control(self.pump.config.congestion_control, overtaken)
         self._let_hold(stream, now)
         rtt_s = stream.info.rtt_s if stream.info else 0.0
         if now - stream.progress_s > max(self.pump.config.stall_s, 8 * rtt_s):

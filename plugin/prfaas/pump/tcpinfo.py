@@ -161,16 +161,16 @@ def read(sock: socket.socket) -> TcpInfo | None:
         return None
 
 
-def control_for(wanted: str, info: TcpInfo | None) -> str:
-    """The congestion control for a stream by what is known of its path.
+def control_for(wanted: str, info: TcpInfo | None, overtaken: bool) -> str:
+    """The congestion control for a stream by what is known of its path (`overtaken`: gauges.is_overtaken).
 
     "auto" is bbr on a long path, where loss costs a loss-driven control most of its rate, and cubic on a
     short one, where pacing costs more than loss, and where the least round trip misleads bbr.
     """
     if wanted != "auto":
         return wanted
-    is_long = info is not None and not info.is_overtaken and info.min_rtt_s >= K_LONG_PATH_S
-    return "bbr" if is_long else "cubic"
+    is_long = info is not None and info.min_rtt_s >= K_LONG_PATH_S
+    return "bbr" if is_long and not overtaken else "cubic"
 
 
 def set_congestion_control(sock: socket.socket, name: str) -> str:

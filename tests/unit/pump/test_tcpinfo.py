@@ -44,17 +44,30 @@ def test_packets_that_overtake_by_little_leave_the_round_trip_believed() -> None
 
 
 @pytest.mark.parametrize(
-    ("info", "name"), [(FAR, "bbr"), (OVERTAKEN, "cubic"), (QUEUED, "cubic"), (None, "cubic")]
+    ("info", "overtaken", "name"),
+    [
+        (FAR, False, "bbr"),
+        (FAR, True, "cubic"),  # a stream that is new, beside others
+        (OVERTAKEN, True, "cubic"),
+        (QUEUED, False, "cubic"),
+        (None, False, "cubic"),
+    ],
 )
 def test_the_control_is_rate_driven_where_the_least_round_trip_is_that_of_a_long_path(
-    info: TcpInfo | None, name: str
+    info: TcpInfo | None, overtaken: bool, name: str
 ) -> None:
-    assert control_for("auto", info) == name
+    assert control_for("auto", info, overtaken) == name
 
 
-@given(st.sampled_from(["bbr", "cubic", "reno"]), st.sampled_from([None, FAR, OVERTAKEN, QUEUED]))
-def test_a_control_that_the_operator_named_stays(name: str, info: TcpInfo | None) -> None:
-    assert control_for(name, info) == name
+@given(
+    st.sampled_from(["bbr", "cubic", "reno"]), st.sampled_from([None, FAR, OVERTAKEN, QUEUED]), st.booleans()
+)
+def test_a_control_that_the_operator_named_stays(name: str, info: TcpInfo | None, overtaken: bool) -> None:
+    assert control_for(name, info, overtaken) == name
+
+
+def test_a_kernel_that_knows_no_least_round_trip_leaves_it_unknown() -> None:
+    assert gauges.min_rtt_s([replace(FAR, min_rtt_s=0.0)]) == 0.0
 
 
 @given(st.binary(max_size=260))
