@@ -72,7 +72,7 @@ class TlsContext:
     def end(self, sock: socket.socket, *, dialled: bool) -> TlsEnd:
         """Takes the socket over, which doesn't block and is connected."""
         if self._native is not None:
-            return openssl.End(sock, self._native, dialled=dialled)
+            return (openssl.DiallingEnd if dialled else openssl.ListeningEnd)(sock, self._native)
         return DiallingEnd(sock, self._plain) if dialled else ListeningEnd(sock, self._plain)
 
 

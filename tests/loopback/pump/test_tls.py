@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import random
 import socket
 import ssl
+import struct
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
@@ -156,6 +158,64 @@ def test_what_was_taken_off_the_socket_and_not_read_is_pending(connect, dials, l
     chunk = memoryview(bytearray(100))
     turns(lambda: listener.recv_into(chunk) > 0)
     assert listener.pending()
+    rest = memoryview(bytearray(50_000))
+    got = 100
+
+    def read() -> bool:
+        nonlocal got
+        got += listener.recv_into(rest)
+        return got == 50_000
+
+    turns(read)
+    assert not listener.pending()
+
+
+@BOTH
+def test_a_full_socket_is_told_and_what_was_offered_then_comes_once(connect, dials, listens):
+    dialler, listener = connect(dials, listens)
+    shake(dialler, listener)
+    data = memoryview(K_DATA * 4)
+    sent = 0
+    with contextlib.suppress(*K_WANT):
+        while sent < len(data):
+            sent += dialler.send(data[sent : sent + 1_000_000])
+    held = sent
+    assert held < len(data)
+    got = bytearray()
+    chunk = memoryview(bytearray(200_000))
+
+    def send() -> bool:
+        nonlocal sent
+        if sent < len(data):
+            sent += dialler.send(data[sent : sent + 1_000_000])
+        return sent == len(data) and dialler.flush()
+
+    def receive() -> bool:
+        n = listener.recv_into(chunk)
+        got.extend(chunk[:n])
+        return len(got) == len(data)
+
+    turns(receive_some(listener, got, held // 2), send, receive)
+    assert got == data
+
+
+def receive_some(listener: TlsEnd, got: bytearray, enough: int) -> Callable[[], bool]:
+    def receive() -> bool:
+        got.extend(memoryview(chunk)[: listener.recv_into(chunk)])
+        return len(got) >= enough
+
+    chunk = memoryview(bytearray(3_000))
+    return receive
+
+
+@BOTH
+def test_a_connection_that_is_reset_is_an_error_of_the_system(connect, dials, listens):
+    dialler, listener = connect(dials, listens)
+    shake(dialler, listener)
+    listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    listener.sock.close()
+    with pytest.raises(OSError, match=r"reset|[Bb]roken pipe|EOF"):
+        turns(lambda: not dialler.send(memoryview(bytes(100_000))))
 
 
 def test_without_one_of_openssls_names_pumps_use_ssl(monkeypatch):
@@ -220,7 +280,8 @@ def test_connections_of_one_context_each_get_their_own_bytes_though_all_come_at_
     assert [bytes(one) for one in got] == wanted
 
 
-def test_a_connection_holds_no_buffer_of_its_own_for_what_comes(many) -> None:
+def test_a_connection_holds_a_chunk_each_way_at_most_and_only_where_it_listens(many) -> None:
     """A pump has 64 to each of its peers."""
-    _, held_bytes = many
-    assert held_bytes < 2 * 1.1 * (openssl.K_CHUNK_BYTES + openssl.K_OVERHEAD_BYTES)
+    pairs, held_bytes = many
+    assert len(pairs) == K_CONNECTIONS
+    assert held_bytes < 2 * 1.1 * openssl.K_CHUNK_BYTES
