@@ -5,7 +5,8 @@ After every part the whole record is written again, so what a run has at any mom
     missing                     run
     stopped by the machine      run again   (too busy, a port taken, a calibration missed)
     stopped by the testbed      run again   (a fault of its own)
-    made by another definition  run again   (the file, or one that it names, was edited since)
+    made by another definition  run again   (the file, or one that it names, was edited since; not where only
+                                             the time changed that a part may take, which it ended in)
     ended, or the system's fault stopped it   kept, whatever it says: nothing is run until it passes
 
 Each part keeps its own start, commit, machine and load under `part_runs`, with the attempts before it.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import fnmatch
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ class SetRun:
         if any(fnmatch.fnmatchcase(name, glob) for glob in self._again):
             return "asked for again"
         assert self.record is not None
-        if self.record.definition["parts"][name] != _definition(self._parts[name]):
+        was, now = self.record.definition["parts"][name], _definition(self._parts[name])
+        # What ended in its time would with more of it too; what was stopped might have been by that.
+        if was != now and (done.get("stopped") or _but_its_time(was) != _but_its_time(now)):
             return "its definition has changed"
         changed = self._changed_inputs(name, done)
         if changed:
@@ -260,6 +263,10 @@ def joined_order(known: Sequence[str], order: Sequence[str]) -> list[str]:
 
 def _definition(experiment: Experiment) -> dict[str, Any]:
     return experiment.model_dump(mode="json", exclude_defaults=True)
+
+
+def _but_its_time(definition: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in definition.items() if key != "wall_time_s"}
 
 
 def _marked(row: Any, part: str) -> Any:

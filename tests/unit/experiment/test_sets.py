@@ -108,6 +108,17 @@ def test_a_part_whose_definition_changed_runs_again_and_its_old_rows_go(tmp_path
     assert sorted(str(row.model_extra["part"]) for row in rows) == sorted(K_PARTS.split(","))  # type: ignore[index]
 
 
+def test_more_time_runs_again_only_what_was_stopped(tmp_path: Path) -> None:
+    a_set(tmp_path).go(Conductor({"metro-flap": PrfaasError("it has taken its declared time")}))
+    record = read_run(tmp_path)
+    for part in K_PARTS.split(","):
+        record.definition["parts"][part]["wall_time_s"] = 1.0
+    write_run(record, tmp_path)
+    again = Conductor()
+    a_set(tmp_path, resume=True).go(again)
+    assert again.ran == ["metro-flap"]
+
+
 def test_rows_stay_where_the_machine_lets_the_next_attempt_give_none(tmp_path: Path) -> None:
     a_set(tmp_path).go(Conductor())
     record = read_run(tmp_path)
