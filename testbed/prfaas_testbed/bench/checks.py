@@ -20,8 +20,12 @@ K_SEGMENTS_IN_ONE_CALL = 100_000
 
 
 def judge_wan(rows: Iterable[Row]) -> list[Row]:
-    """Two checks a cell: against the best iperf3 and against Mooncake."""
-    found = list(rows)
+    """Two checks a cell: against the best iperf3 and against Mooncake; what was measured with TLS too has one
+    against the same link without.
+    """
+    all_rows = list(rows)
+    found = [row for row in all_rows if not row.get("tls")]
+    ours = {row["cell"]: row for row in all_rows if row["engine"] == "prfaas"}
     checks = []
     for cell in summary(found):
         mine = next(row for row in found if row["cell"] == cell["cell"])
@@ -31,7 +35,16 @@ def judge_wan(rows: Iterable[Row]) -> list[Row]:
         mooncake = K_TO_MOONCAKE_LOSSY if lossy else K_TO_MOONCAKE
         checks.append(at_least(f"wan/{cell['cell']}/to_best_iperf3", cell["to_best_iperf3"], K_TO_IPERF3))
         checks.append(at_least(f"wan/{cell['cell']}/to_mooncake", cell["to_mooncake"], mooncake))
+        encrypted, plain = ours.get(with_tls(cell["cell"])), cell["prfaas_mbps"]
+        secure = middle(encrypted) if encrypted else None
+        if secure and plain:
+            checks.append(at_least(f"wan/{cell['cell']}/tls_to_plain", secure / plain, K_TLS_TO_PLAIN))
     return checks
+
+
+def with_tls(cell: str) -> str:
+    """The name of a cell's measurement with mutual TLS."""
+    return f"{cell}-tls"
 
 
 def judge_loopback(rows: Iterable[Row]) -> list[Row]:

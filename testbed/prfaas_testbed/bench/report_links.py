@@ -23,7 +23,7 @@ def named(run: dict[str, Any], samples: Sequence[Row]) -> str:
         row
         for row in run["summary"]
         if row["cell"] not in matrix_labels()
-        and any(is_wan(r) and r["cell"] == row["cell"] for r in run["rows"])
+        and any(is_wan(r) and r["cell"] == row["cell"] and not r.get("tls") for r in run["rows"])
     ]
     if not cells:
         return ""
@@ -61,6 +61,7 @@ def named(run: dict[str, Any], samples: Sequence[Row]) -> str:
         "without the way of the last bytes.\n\n"
         + table(head, lines)
         + (K_OLDER if any(K_MARK in line[0] for line in lines) else "")
+        + _secure(run["rows"], samples)
         + _nixl(run["rows"])
     )
 
@@ -78,6 +79,27 @@ def _whole(samples: Iterable[Row], cell: str, engine: str, streams: int | None =
         if (one["cell"], one["engine"], one["streams"]) == (cell, engine, streams) and one.get("whole_mbps")
     ]
     return number(median(found)) if found else "-"
+
+
+def _secure(rows: Sequence[Row], samples: Sequence[Row]) -> str:
+    """Where it was measured with mutual TLS too."""
+    ours = {row["cell"]: row for row in rows if row["engine"] == "prfaas" and is_wan(row)}
+    lines = [
+        [
+            cell, spread(row["goodput_mbps"]), spread(secure["goodput_mbps"]),
+            number(median(secure["goodput_mbps"]) / median(row["goodput_mbps"]), 2),
+            cpu(samples, cell, "prfaas"), cpu(samples, checks.with_tls(cell), "prfaas"),
+        ]
+        for cell, row in ours.items()
+        if (secure := ours.get(checks.with_tls(cell))) and secure["goodput_mbps"] and row["goodput_mbps"]
+    ]  # fmt: skip
+    if not lines:
+        return ""
+    head = ["cell", "prfaas", "with mutual TLS", "ratio", "CPU s/GB", "with TLS"]
+    return (
+        f"\nWith mutual TLS, as between sites, right after. Wanted: {checks.K_TLS_TO_PLAIN} of what it is "
+        "without.\n\n" + table(head, lines)
+    )
 
 
 def _nixl(rows: Sequence[Row]) -> str:

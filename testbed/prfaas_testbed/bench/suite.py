@@ -51,6 +51,9 @@ K_COARSE_CELLS = ("wan-clean", "wan-loss", "wan-burst")
 best. Three cells show it: no loss, and 1% of both kinds.
 """
 
+K_TLS_CELLS = ("wan-clean", "wan-loss", "ocean-loss-bbr")
+"""Few streams, the most of them, and the longest path: what mutual TLS costs is measured on these."""
+
 Keep = Callable[[list[Row], list[dict[str, Any]]], None]
 
 
@@ -141,12 +144,14 @@ def measure_cells(
     streams_iperf3: Sequence[int] | None = None,
     coarse: bool = False,
     narrow: bool = False,
+    secure: bool = False,
     keep: Keep | None = None,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of all cells, those over an emulated link in one network, and what their places say of themselves.
 
     `narrow`: see measure_cell. `coarse`: measure the peers that write segment by segment at K_COARSE_BYTES
-    too. `keep` gets a cell's rows after each round, and what their place says of itself. Raises MachineError.
+    too. `secure`: measure prfaas in K_TLS_CELLS with mutual TLS as well. `keep` gets a cell's rows after each
+    round, and what their place says of itself. Raises MachineError.
     """
     rows: list[Row] = []
     places: list[dict[str, Any]] = []
@@ -181,6 +186,12 @@ def measure_cells(
                     measured += measure_cell(
                         place, large, others, repetitions=1, limit_s=limit_s, progress=progress
                     )
+                if secure and cell.name in K_TLS_CELLS:
+                    encrypted = cell.with_(tls=True, name=checks.with_tls(cell.name))
+                    measured += measure_cell(
+                        place, encrypted, engines_for(encrypted, []), repetitions=repetitions,
+                        limit_s=limit_s, progress=progress, keep=kept,
+                    )  # fmt: skip
                 rows += measured
     for cell in cells:
         if not cell.emulated:
@@ -247,6 +258,7 @@ def _wan(record: Record, sizes: Sizes, workdir: Path, progress: Progress) -> Non
         streams_iperf3=sizes.streams_iperf3,
         coarse=sizes.judge,
         narrow=True,
+        secure=sizes.judge,
         keep=_keeping(record, checks.judge_wan if sizes.judge else None),
     )
     _take(record, rows, places)

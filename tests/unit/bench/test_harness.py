@@ -11,7 +11,7 @@ import pytest
 from prfaas.cli.main import main
 from prfaas.config.run import read_run
 from prfaas.model.errors import MachineError, UsageError
-from prfaas_testbed.bench import checks, harness, host, latency, report, suite, table
+from prfaas_testbed.bench import checks, harness, host, latency, report, report_links, suite, table
 from prfaas_testbed.bench.cell import NAMED_CELLS, Cell
 from prfaas_testbed.bench.engines.base import Engine, Sample
 from prfaas_testbed.bench.harness import engines_for, measure_cell, summary
@@ -147,6 +147,23 @@ def test_a_cell_passes_at_95_percent_of_the_best_iperf3(name: str, ours: float, 
         [row("prfaas", [ours], cell=cell), row("iperf3", [100], 1, cell), row("mooncake", [20], cell=cell)]
     )
     assert judged[0]["outcome"] == outcome
+
+
+def test_a_cell_with_tls_is_held_against_the_same_without_and_against_no_peer() -> None:
+    cell = NAMED_CELLS["wan-loss"]
+    secure = cell.with_(tls=True, name=checks.with_tls(cell.name))
+    rows = [
+        row("prfaas", [180], cell=cell), row("iperf3", [100], 1, cell), row("mooncake", [20], cell=cell),
+        row("prfaas", [80, 99, 120], cell=secure),
+    ]  # fmt: skip
+    judged = checks.judge_wan(rows)
+    assert [one["name"] for one in judged] == [
+        "wan/wan-loss/to_best_iperf3", "wan/wan-loss/to_mooncake", "wan/wan-loss/tls_to_plain",
+    ]  # fmt: skip
+    assert (judged[2]["value"], judged[2]["outcome"]) == (0.55, "passed")
+    page = report_links.named({"rows": rows, "summary": summary(rows)}, [])
+    assert "| wan-loss | 180.0 (180.0 to 180.0) | 99.0 (80.0 to 120.0) | 0.55 |" in page
+    assert page.count("wan-loss") == 2
 
 
 def test_mooncake_is_to_be_tripled_where_loss_is_high_and_only_cubic_allowed() -> None:
