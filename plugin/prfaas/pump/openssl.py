@@ -35,6 +35,10 @@ except (ImportError, AttributeError):  # pragma: no cover - a cryptography witho
 
 K_CHUNK_BYTES = 128 * 1024
 """Enciphered or taken off the socket at a time: small enough to stay in a core's cache on its way."""
+K_RECORD_BYTES = 16 * 1024
+"""Most in a record, as it is read (RFC 8446, 5.1)."""
+K_RECORD_OVERHEAD_BYTES = 5 + 1 + 16
+"""Of a record: its header, its type and its tag, which are of one length in all of K_SUITES."""
 K_CORKED_BYTES = 16 * 1024
 """More than a record holds: there is something to put together."""
 K_ENDED = "UNEXPECTED_EOF_WHILE_READING"
@@ -177,6 +181,9 @@ class DiallingEnd(End):
     def pending(self) -> bool:
         return bool(_lib.SSL_pending(self._ssl))
 
+    def bytes_before(self, plain_bytes: int) -> int:
+        return 1
+
     def _cork(self, corked: bool) -> None:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, corked)
         self._corked = corked
@@ -212,12 +219,15 @@ class ListeningEnd(End):
         self._came, self._out = (np.empty(K_CHUNK_BYTES, np.uint8).data for _ in range(2))
         self._came_c, self._out_c = _ffi.from_buffer(self._came), _ffi.from_buffer(self._out)
         self._going = self._out[:0]
+        self._held_bytes = 0
+        """Taken off the socket and not read: once nothing more can be read, of a record that isn't whole."""
 
     def do_handshake(self) -> None:
         while True:
             result = _lib.SSL_do_handshake(self._ssl)
             code = _lib.SSL_get_error(self._ssl, result)
             if result == 1:
+                self._held_bytes = _lib.BIO_get_mem_data(self._source, _ffi.new("char **"))
                 self.flush()
                 return
             if code != _lib.SSL_ERROR_WANT_READ:
@@ -239,6 +249,10 @@ class ListeningEnd(End):
             n = _lib.SSL_read(self._ssl, target + got, size - got)
             if n > 0:
                 got += n
+                self._held_bytes -= n
+                # No call reads of two records, so that one that gives a record's most has read all of it.
+                if n == K_RECORD_BYTES or not _lib.SSL_pending(self._ssl):
+                    self._held_bytes -= K_RECORD_OVERHEAD_BYTES
                 continue
             code = _lib.SSL_get_error(self._ssl, n)
             if code == _lib.SSL_ERROR_ZERO_RETURN:
@@ -277,6 +291,10 @@ class ListeningEnd(End):
     def pending(self) -> bool:
         return bool(_lib.SSL_pending(self._ssl) or _lib.BIO_get_mem_data(self._source, _ffi.new("char **")))
 
+    def bytes_before(self, plain_bytes: int) -> int:
+        # What isn't counted here (a message of TLS itself) makes it wake earlier, never too late.
+        return max(1, plain_bytes - max(0, self._held_bytes))
+
     def _fill(self) -> int | None:
         """Take what has come, all before it being read: how many bytes; 0: it has ended; None: nothing."""
         try:
@@ -284,6 +302,7 @@ class ListeningEnd(End):
         except BlockingIOError:
             return None
         if n:
+            self._held_bytes += n
             self._source = _lib.BIO_new_mem_buf(self._came_c, n)
             _lib.BIO_set_mem_eof_return(self._source, -1)  # its end is not the connection's
             _lib.SSL_set_bio(self._ssl, self._source, self._to_go)  # which frees the one before

@@ -3,7 +3,7 @@
 It reads exactly what it needs next (a header; a body into one buffer, and the header that follows it), so a
 block is never moved again before its copy to the pages, and sends a block's header, table and payload from
 one buffer. All calls return at once; each turn is bounded, so that no stream keeps the others waiting.
-Without TLS it is woken for what completes a block (SO_RCVLOWAT), not for every packet.
+It is woken for what completes a block (SO_RCVLOWAT), not for every packet.
 """
 
 from __future__ import annotations
@@ -221,10 +221,10 @@ class Stream(Measured):
                 self._whole(now)
             if n < room:
                 break  # there is no more
-        if tls is None:
-            self._sleep_until_worth_it()
-        elif budget <= 0 and not self.closed and tls.pending():
+        if tls is not None and budget <= 0 and not self.closed and tls.pending():
             self.loop.call_again(self, R)
+        else:
+            self._sleep_until_worth_it()
 
     def _sleep_until_worth_it(self) -> None:
         """Be woken when the rest of a block has come, or K_LOWAT_MOST_BYTES of it; else by any byte."""
@@ -232,7 +232,8 @@ class Stream(Measured):
             return
         wanted = 1
         if self._header is not None and self._header.type is FrameType.BLOCK:
-            wanted = min(K_LOWAT_MOST_BYTES, max(1, self._want - self._got))
+            rest = max(1, self._want - self._got)
+            wanted = min(K_LOWAT_MOST_BYTES, self._tls.bytes_before(rest) if self._tls else rest)
         if not wanted // 2 <= self._lowat_bytes <= wanted:
             self._lowat_bytes = wanted
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)

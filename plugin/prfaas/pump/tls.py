@@ -51,6 +51,11 @@ class TlsEnd(Protocol):
     def pending(self) -> bool:
         """Whether bytes have been taken off the socket that nobody has read yet."""
 
+    def bytes_before(self, plain_bytes: int) -> int:
+        """No more than must come to the socket before so many more bytes can be read, after SSLWantReadError;
+        1 where that isn't known.
+        """
+
 
 class TlsContext:
     """What the connections that this side dialled, or those that came to it (`server`), share. Raises
@@ -106,6 +111,9 @@ class DiallingEnd:
 
     def pending(self) -> bool:
         return bool(self.sock.pending())
+
+    def bytes_before(self, plain_bytes: int) -> int:
+        return 1
 
 
 class ListeningEnd:
@@ -180,6 +188,9 @@ class ListeningEnd:
 
     def pending(self) -> bool:
         return bool(self._tls.pending() or self._came.pending)
+
+    def bytes_before(self, plain_bytes: int) -> int:
+        return 1
 
     def _fill(self) -> bool:
         """Take what has come, or its end; False: nothing."""

@@ -170,6 +170,58 @@ def test_what_was_taken_off_the_socket_and_not_read_is_pending(connect, dials, l
     assert not listener.pending()
 
 
+def plain_bytes(raw: bytearray) -> int:
+    """In whole records of TLS 1.3, each with a header of 5 bytes, its type and a tag of 16."""
+    at = found = 0
+    while at + 5 <= len(raw) and at + 5 + (body := int.from_bytes(raw[at + 3 : at + 5])) <= len(raw):
+        at, found = at + 5 + body, found + body - 17
+    return found
+
+
+@BOTH
+def test_a_reader_is_never_told_to_wait_for_more_bytes_than_the_rest_of_what_it_reads_takes(
+    connect, dials, listens, sites
+):
+    """A relay hands the records over by pieces of any length; the last piece of each must be waited for by no
+    more than it has.
+    """
+    dialler, listener = connect(dials, listens)
+    shake(dialler, listener)
+    # From here on what the dialler says is caught, and comes to the listener through another connection.
+    relay, ours = socket.socketpair()
+    caught = socket.socket(fileno=socket.dup(listener.sock.fileno()))
+    listener.sock, was = ours, listener.sock
+    ours.setblocking(False)
+    caught.setblocking(False)
+    order = random.Random(7)
+    with relay, ours, caught, was:
+        for _ in range(40):
+            size = order.choice([1, 700, 16_384, 16_385, 40_000, 90_000])
+            raw = bytearray()
+            sent = 0
+            while sent < size:
+                until = sent + order.choice([900, 16_384, 50_000])
+                sent += dialler.send(memoryview(bytes(size))[sent:until])
+            dialler.flush()
+            while plain_bytes(raw) < size:
+                with contextlib.suppress(BlockingIOError):
+                    raw += caught.recv(1 << 20)
+            rest = memoryview(raw)
+            buffer, got = memoryview(bytearray(size)), 0
+            while got < size:
+                piece = rest[: order.choice([1, 5, 300, 5_000, 70_000])]
+                relay.sendall(piece)
+                rest = rest[len(piece) :]
+                with contextlib.suppress(*K_WANT):
+                    got += listener.recv_into(buffer[got:])
+                if got < size:
+                    told = listener.bytes_before(size - got)
+                    assert 1 <= told <= len(rest)
+                    if listens == "native":
+                        assert len(rest) - told <= 22 * (size // 900 + 2)
+            assert not rest
+
+
 @BOTH
 def test_a_full_socket_is_told_and_what_was_offered_then_comes_once(connect, dials, listens):
     dialler, listener = connect(dials, listens)
