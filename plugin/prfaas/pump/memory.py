@@ -13,6 +13,7 @@ import errno
 import fcntl
 import mmap
 import os
+import struct
 import time
 from collections.abc import Callable
 from functools import cache
@@ -21,10 +22,12 @@ import numpy as np
 
 from prfaas.pump.spans import K_MOST_BYTES, Bytes, Spans, pays, shares
 from prfaas.pump_client.guard import K_TABLE_BYTES, K_WORD
-from prfaas.transfer.segments import U64, Ranges
+from prfaas.transfer.segments import U64, Ranges, Single
 from prfaas.transfer.strides import Pieces, Strides
 
 K_IOV_MAX = 1024
+K_IOVECS = struct.Struct("=QQQQ")
+"""One of ours and one of theirs."""
 K_WRITABLE = 0x200
 """PyBUF_WRITE."""
 
@@ -81,6 +84,7 @@ class OwnerMemory:
         self._map = mmap.mmap(guard_fd, K_TABLE_BYTES, prot=mmap.PROT_READ)
         self._local = np.empty((1, 2), dtype=np.uint64)
         self._local_at = int(self._local.ctypes.data)
+        self._iovecs = Buffer(K_IOVECS.size)
         self._pause_copy_s = pause_copy_s
 
     def probe(self, address: int, expected: bytes) -> str | None:
@@ -101,6 +105,9 @@ class OwnerMemory:
             pieces = pieces.rows
         self._hold(guard)
         try:
+            if isinstance(pieces, Single):
+                self._move_one(_readv, pieces, address)
+                return
             if isinstance(pieces, Strides):
                 self._read_runs(pieces, address)
                 return
@@ -125,6 +132,9 @@ class OwnerMemory:
                 pieces, alone = pieces.rows, alone if between else None
         self._hold(guard)
         try:
+            if isinstance(pieces, Single):
+                self._move_one(_writev, pieces, address)
+                return
             if isinstance(pieces, Strides):
                 self._write_runs(pieces, address)
                 return
@@ -186,6 +196,15 @@ class OwnerMemory:
     def _release(self, guard: tuple[int, int]) -> None:
         fcntl.lockf(self._fd, fcntl.LOCK_UN, K_WORD.size, guard[0] * K_WORD.size)
 
+    def _move_one(self, call: Callable[..., int], piece: Single, address: int) -> None:
+        K_IOVECS.pack_into(self._iovecs.view, 0, address, piece.size, *piece)
+        self._moved(call(self._pid, self._iovecs.address, 1, self._iovecs.address + 16, 1, 0), piece.size)
+
+    def _moved(self, got: int, want: int) -> None:
+        if got != want:
+            code = ctypes.get_errno() if got < 0 else errno.EFAULT
+            raise Gone(f"memory of process {self._pid}: {os.strerror(code)}")
+
     def _move(self, call: Callable[..., int], pieces: U64, address: int) -> None:
         remote = np.ascontiguousarray(pieces)
         local, remote_at = self._local, int(remote.ctypes.data)
@@ -193,10 +212,7 @@ class OwnerMemory:
             n = min(K_IOV_MAX, remote.shape[0] - at)
             want = int(remote[at : at + n, 1].sum())
             local[0, 0], local[0, 1] = address, want
-            got = call(self._pid, self._local_at, 1, remote_at + 16 * at, n, 0)
-            if got != want:
-                code = ctypes.get_errno() if got < 0 else errno.EFAULT
-                raise Gone(f"memory of process {self._pid}: {os.strerror(code)}")
+            self._moved(call(self._pid, self._local_at, 1, remote_at + 16 * at, n, 0), want)
             address += want
 
     def close(self) -> None:

@@ -16,9 +16,8 @@ body CRC costs the block only.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import crc32c as _crc
 import msgspec
@@ -119,8 +118,9 @@ class Forward(msgspec.Struct, omit_defaults=True, frozen=True):
     port: int
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
+    """Made for each block at both ends, as cheaply as can be."""
+
     version: int
     type: FrameType
     flags: int

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prfaas.model.errors import LocalProtocolError
 from prfaas.transfer.frames import K_BLOCK_MAX_BYTES
-from prfaas.transfer.segments import K_TRANSFER_MAX_BYTES, U64, as_u64, fault_of, rows
+from prfaas.transfer.segments import K_TRANSFER_MAX_BYTES, U64, Single, as_u64, fault_of, rows
 from prfaas.transfer.strides import Pieces, StridedSegments
 
 K_RUNS_MAX = 4096
@@ -114,6 +114,10 @@ class Plan(Blocks):
 
     def block(self, block: int) -> Piece:
         first, last = self._first[block], self._last[block]
+        if last - first == 1:
+            skip, size_bytes = self._skip[block], self._bytes[block]
+            src_at, dst_at = int(self._src[first]) + skip, int(self._dst[first]) + skip
+            return Piece(Single(src_at, size_bytes), Single(dst_at, size_bytes), size_bytes)
         size = self._size[first:last]
         src, dst = rows(self._src[first:last], size), rows(self._dst[first:last], size)
         skip, spare = self._skip[block], self._spare[block]

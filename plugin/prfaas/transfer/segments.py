@@ -7,7 +7,9 @@ addresses up to 2^64.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +19,23 @@ from prfaas.model.errors import LocalProtocolError
 U64 = NDArray[np.uint64]
 
 K_TRANSFER_MAX_BYTES = 1 << 44
+
+
+class Single(NamedTuple):
+    """One piece, as most blocks are over a far link: arrays of one row cost several times what numbers do."""
+
+    address: int
+    size: int
+
+    @property
+    def rows(self) -> U64:
+        return np.array([self], dtype=np.uint64)
+
+    def fault(self) -> str | None:
+        """As fault_of says it."""
+        if not self.size:
+            return "an empty piece"
+        return "a piece past the end of memory" if self.address + self.size >> 64 else None
 
 
 def as_u64(values: ArrayLike) -> U64:
@@ -68,14 +87,7 @@ def fault_of(start: U64, length: U64, *, overlap_is_fault: bool) -> str | None:
     if start.size == 0:
         return "no pieces"
     if start.size == 1:
-        address, size = int(start[0]), int(length[0])
-        return (
-            "an empty piece"
-            if not size
-            else "a piece past the end of memory"
-            if address + size >> 64
-            else None
-        )
+        return Single(int(start[0]), int(length[0])).fault()
     if not length.min():
         return "an empty piece"
     end = start + length
@@ -97,6 +109,8 @@ class Ranges:
         self._regions: list[tuple[int, int]] = []
         self._start = np.empty(0, np.uint64)
         self._end = np.empty(0, np.uint64)
+        self._starts: list[int] = []
+        self._ends: list[int] = []
         self.add(regions)
 
     def add(self, regions: Sequence[tuple[int, int]] | U64) -> None:
@@ -130,8 +144,9 @@ class Ranges:
                 joined[-1][1] = max(joined[-1][1], address + length)
             else:
                 joined.append([address, address + length])
-        self._start = np.array([r[0] for r in joined], dtype=np.uint64)
-        self._end = np.array([r[1] for r in joined], dtype=np.uint64)
+        self._starts, self._ends = [r[0] for r in joined], [r[1] for r in joined]
+        self._start = np.array(self._starts, dtype=np.uint64)
+        self._end = np.array(self._ends, dtype=np.uint64)
 
     @property
     def regions(self) -> list[tuple[int, int]]:
@@ -140,6 +155,10 @@ class Ranges:
     @property
     def total_bytes(self) -> int:
         return int((self._end - self._start).sum())
+
+    def holds_one(self, piece: Single) -> bool:
+        where = bisect_right(self._starts, piece.address) - 1
+        return where >= 0 and piece.address + piece.size <= self._ends[where]
 
     def holds(self, pieces: U64) -> bool:
         """Whether every piece (already free of faults) lies within one range."""

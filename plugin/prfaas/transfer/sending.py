@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from prfaas.model.errors import LocalProtocolError
 from prfaas.model.transfer import FailureReason
@@ -57,8 +58,7 @@ class Failed:
 SendEvent = Completed | Failed
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One block to send now. `open_first`: this stream hasn't carried the transfer's OPEN yet."""
 
     transfer_id: int

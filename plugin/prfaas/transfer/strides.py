@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prfaas.model.errors import LocalProtocolError
-from prfaas.transfer.segments import K_TRANSFER_MAX_BYTES, U64, Ranges, as_u64, fault_of, rows
+from prfaas.transfer.segments import K_TRANSFER_MAX_BYTES, U64, Ranges, Single, as_u64, fault_of, rows
 
 K_LEAST_PIECES = 64
 """With fewer in all, rows are as good."""
@@ -74,16 +74,25 @@ class Strides:
         return fault_of(spans[:, 0], spans[:, 1], overlap_is_fault=overlap_is_fault)
 
 
-Pieces = U64 | Strides
-"""Where bytes lie: rows (address, length), or runs."""
+Pieces = U64 | Strides | Single
+"""Where bytes lie: rows (address, length), or runs, or one piece."""
+
+
+def rows_of(pieces: Pieces) -> U64:
+    """Each piece, (address, length)."""
+    return pieces if isinstance(pieces, np.ndarray) else pieces.rows
 
 
 def payload_bytes(pieces: Pieces) -> int:
+    if isinstance(pieces, Single):
+        return pieces.size
     return pieces.total_bytes if isinstance(pieces, Strides) else int(pieces[:, 1].sum())
 
 
 def holds(ranges: Ranges, pieces: Pieces) -> bool:
     """Whether every piece (already free of faults) lies within one range."""
+    if isinstance(pieces, Single):
+        return ranges.holds_one(pieces)
     if not isinstance(pieces, Strides):
         return ranges.holds(pieces)
     # What lies between pieces may be somebody else's.

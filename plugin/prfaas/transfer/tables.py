@@ -9,11 +9,13 @@ import numpy as np
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.transfer.frames import K_BLOCK_MAX_BYTES
 from prfaas.transfer.plans import K_PIECES_MAX, K_RUNS_MAX
-from prfaas.transfer.segments import U64, fault_of, rows
+from prfaas.transfer.segments import U64, Single, fault_of, rows
 from prfaas.transfer.strides import Pieces, Strides
 
 K_TABLE = struct.Struct("<BIQ")
-K_SIZE = struct.Struct("<I")
+K_ONE = struct.Struct("<BIQI")
+"""A whole table of one piece, from version 2 on; no other has as many bytes."""
+K_PLAIN_ROW = struct.Struct("<QQ")
 K_EQUAL_LENGTHS, K_EQUAL_STRIDES, K_WIDE, K_STRIDES = 1, 2, 4, 8
 K_STRIDES_TABLE = struct.Struct("<BI")
 K_STRIDES_ROW = np.dtype([("start", "<u8"), ("step", "<u4"), ("size", "<u4"), ("count", "<u4")])
@@ -35,12 +37,13 @@ def encode_table(pieces: Pieces, version: int) -> bytes:
                 f"a block of {pieces.n_pieces} pieces, and version {version} knows blocks of {K_RUNS_MAX}"
             )
         pieces = pieces.rows
+    if isinstance(pieces, Single):
+        return K_PLAIN_ROW.pack(*pieces) if version < 2 else K_ONE.pack(K_EQUAL_LENGTHS, 1, *pieces)
     if version < 2:
         return pieces.tobytes()
     n = pieces.shape[0]
     if n == 1:
-        address, size = pieces[0].tolist()
-        return K_TABLE.pack(K_EQUAL_LENGTHS, 1, address) + K_SIZE.pack(size)
+        return encode_table(Single(*pieces[0].tolist()), version)
     starts, lengths = pieces[:, 0], pieces[:, 1]
     steps = (starts[1:] - starts[:-1]).view(np.int64)
     mode, parts = 0, []
@@ -72,6 +75,8 @@ def decode_table(table: bytes | bytearray | memoryview, version: int, payload_by
     """
     if version >= K_STRIDES_VERSION and table and table[0] == K_STRIDES:
         return _decode_strides(table, payload_bytes)
+    if version >= 2 and len(table) == K_ONE.size:
+        return _decode_one(table, payload_bytes)
     start, length = _decode_plain(table) if version < 2 else _decode_compact(table)
     # Of at most K_RUNS_MAX lengths below 2^32 the sum is exact, so none is longer than the payload.
     if int(length.sum()) != payload_bytes:
@@ -97,6 +102,19 @@ def _decode_strides(table: bytes | bytearray | memoryview, payload_bytes: int) -
     if fault is not None:
         raise RemoteProtocolError(f"a table with {fault}")
     return pieces
+
+
+def _decode_one(table: bytes | bytearray | memoryview, payload_bytes: int) -> Single:
+    mode, n, address, size = K_ONE.unpack(table)
+    if n != 1 or mode & ~7:
+        raise RemoteProtocolError(f"a table of {n} pieces, mode {mode}")
+    piece = Single(address, size)
+    if size != payload_bytes:
+        raise RemoteProtocolError("a table that doesn't add up to its payload")
+    fault = piece.fault()
+    if fault is not None:
+        raise RemoteProtocolError(f"a table with {fault}")
+    return piece
 
 
 def _decode_plain(table: bytes | bytearray | memoryview) -> tuple[U64, U64]:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.transfer.plans import K_RUNS_MAX, Plan
-from prfaas.transfer.segments import Ranges, fault_of_iov, iov
+from prfaas.transfer.segments import Ranges, Single, fault_of_iov, iov
+from prfaas.transfer.strides import holds, rows_of
 from prfaas.transfer.tables import decode_table, encode_table
 
 K_TOP = 1 << 64
@@ -44,8 +45,8 @@ def test_blocks_carry_every_byte_of_every_segment_exactly_once(layout, block_byt
     for block in range(plan.n_blocks):
         piece = plan.block(block)
         assert 0 < piece.payload_bytes == plan.block_bytes(block) <= block_bytes
-        sources = [int(a) + k for a, n in piece.source for k in range(int(n))]
-        destinations = [int(a) + k for a, n in piece.destination for k in range(int(n))]
+        sources = [int(a) + k for a, n in rows_of(piece.source) for k in range(int(n))]
+        destinations = [int(a) + k for a, n in rows_of(piece.destination) for k in range(int(n))]
         assert len(sources) == len(destinations) == piece.payload_bytes
         for s, d in zip(sources, destinations, strict=True):
             assert d not in got
@@ -59,7 +60,7 @@ def test_blocks_of_tiny_segments_are_cut_by_their_number():
     at = np.arange(n, dtype=np.uint64) * np.uint64(128)
     plan = Plan(at, at + np.uint64(1 << 40), np.full(n, 64), 1 << 20)
     assert plan.n_blocks == 4
-    assert all(plan.block(b).destination.shape[0] <= K_RUNS_MAX for b in range(plan.n_blocks))
+    assert all(len(rows_of(plan.block(b).destination)) <= K_RUNS_MAX for b in range(plan.n_blocks))
 
 
 def test_a_hundred_thousand_segments_make_one_plan():
@@ -77,7 +78,35 @@ def test_tables_say_at_the_receiver_what_they_said_at_the_sender(layout, version
     lengths, gaps, order = layout
     pieces = iov(place(lengths, gaps, order, base), lengths)
     decoded = decode_table(encode_table(pieces, version), version, sum(lengths))
-    assert decoded.tolist() == pieces.tolist()
+    assert rows_of(decoded).tolist() == pieces.tolist()
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@given(address=st.integers(0, K_TOP - 1), size=st.integers(1, 1 << 22))
+def test_one_piece_is_told_and_judged_as_a_row_of_one(version, address, size):
+    one, row = Single(address, size), iov([address], [size])
+    table = encode_table(one, version)
+    assert table == encode_table(row, version)
+    fault = fault_of_iov(row, overlap_is_fault=True)
+    if fault is not None:
+        with pytest.raises(RemoteProtocolError, match=fault):
+            decode_table(table, version, size)
+        return
+    assert rows_of(decode_table(table, version, size)).tolist() == row.tolist()
+    with pytest.raises(RemoteProtocolError, match="add up"):
+        decode_table(table, version, size + 1)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.integers(1, 50)), max_size=6),
+    st.integers(0, 260), st.integers(1, 60),
+)  # fmt: skip
+def test_one_piece_is_held_where_a_row_of_one_is(regions, address, size):
+    ranges = Ranges(regions)
+    assert holds(ranges, Single(address, size)) is holds(ranges, iov([address], [size]))
+    for start, _ in regions[:2]:
+        ranges.remove([start])
+        assert holds(ranges, Single(address, size)) is holds(ranges, iov([address], [size]))
 
 
 @given(st.binary(max_size=200), st.sampled_from([1, 2]), st.integers(0, 1 << 22))
@@ -86,8 +115,8 @@ def test_tables_of_garbage_are_refused_or_are_sound(table, version, payload_byte
         pieces = decode_table(table, version, payload_bytes)
     except RemoteProtocolError:
         return
-    assert int(pieces[:, 1].sum()) == payload_bytes
-    assert fault_of_iov(pieces, overlap_is_fault=True) is None
+    assert int(rows_of(pieces)[:, 1].sum()) == payload_bytes
+    assert fault_of_iov(rows_of(pieces), overlap_is_fault=True) is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from prfaas.model.errors import LocalProtocolError, RemoteProtocolError
 from prfaas.transfer.plans import K_PIECES_MAX, K_RUNS_MAX, StridedPlan
 from prfaas.transfer.segments import U64, Ranges, fault_of_iov
-from prfaas.transfer.strides import K_LEAST_MEAN_PIECES, K_LEAST_PIECES, StridedSegments, Strides, holds
+from prfaas.transfer.strides import (
+    K_LEAST_MEAN_PIECES,
+    K_LEAST_PIECES,
+    Pieces,
+    StridedSegments,
+    Strides,
+    holds,
+    rows_of,
+)
 from prfaas.transfer.tables import (
     K_STRIDES,
     K_STRIDES_ROW,
@@ -55,9 +63,9 @@ def columns(case: Columns) -> list[U64]:
     return [np.array(column, dtype=np.uint64) for column in case]
 
 
-def each_byte(pieces: U64 | Strides) -> U64:
+def each_byte(pieces: Pieces) -> U64:
     """Its address."""
-    rows = pieces.rows if isinstance(pieces, Strides) else pieces
+    rows = rows_of(pieces)
     length = rows[:, 1].astype(np.int64)
     within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
     at: U64 = np.repeat(rows[:, 0], length) + within.astype(np.uint64)
@@ -158,7 +166,7 @@ def test_a_block_of_runs_has_so_many_pieces_that_its_receiver_takes_it() -> None
 
 def test_a_peer_of_an_older_version_gets_rows_or_nothing() -> None:
     run = one_run(K_DESTINATION, 128, 64, K_RUNS_MAX)
-    assert decode_table(encode_table(run, 2), 2, 64 * K_RUNS_MAX).tolist() == run.rows.tolist()
+    assert rows_of(decode_table(encode_table(run, 2), 2, 64 * K_RUNS_MAX)).tolist() == run.rows.tolist()
     with pytest.raises(LocalProtocolError, match="version 2"):
         encode_table(one_run(K_DESTINATION, 128, 64, K_RUNS_MAX + 1), 2)
     with pytest.raises(RemoteProtocolError):

@@ -23,7 +23,7 @@ from prfaas.transfer.plans import Blocks, Plan, StridedPlan
 from prfaas.transfer.receiving import Apply, Broken, Known, Lease, Received, Receiving
 from prfaas.transfer.segments import Ranges
 from prfaas.transfer.sending import Completed, Failed, Sending
-from prfaas.transfer.strides import Pieces, StridedSegments, Strides
+from prfaas.transfer.strides import Pieces, StridedSegments, rows_of
 from prfaas.transfer.tables import decode_table, encode_table
 
 K_LEASE_BYTES = 4096
@@ -35,7 +35,7 @@ K_VERSION = f.K_VERSION_NEWEST
 
 
 def each(pieces: Pieces) -> list[list[int]]:
-    rows: list[list[int]] = (pieces.rows if isinstance(pieces, Strides) else pieces).tolist()
+    rows: list[list[int]] = rows_of(pieces).tolist()
     return rows
 
 
