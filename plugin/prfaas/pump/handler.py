@@ -37,8 +37,8 @@ class Counters:
     tcp_bytes_sent: int = 0
 
     def add(self, other: Counters) -> None:
-        for name, value in other.as_dict().items():
-            setattr(self, name, getattr(self, name) + value)
+        for name in K_NAMES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def take(self, info: TcpInfo) -> None:
         """What the kernel counts of one stream."""
@@ -48,7 +48,10 @@ class Counters:
         self.segments_out, self.segments_in = info.segments_out, info.segments_in
 
     def as_dict(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in K_NAMES}
+
+
+K_NAMES = tuple(field.name for field in dataclasses.fields(Counters))
 
 
 class Handler(ABC):

@@ -128,7 +128,10 @@ class Peer(PeerFigures):
     def kick(self, now: float) -> None:
         """Let every stream that can take something have a turn."""
         self._note_work(now)
-        able = [s for s in self._streams.values() if s.ready and not s.waiting_to_write]
+        if not self.sending.backlog_bytes and not self.sending.can_double(now):
+            return
+        # Asked for each acknowledgement; while much waits hardly any stream can take more.
+        able = [s for s in self._streams.values() if not s.waiting_to_write and s.ready]
         if able and self._spreads(now):
             for stream in able:
                 stream.sample(now)
@@ -207,7 +210,7 @@ class Peer(PeerFigures):
         stream.sample(now)
         wanted = self.pump.config.congestion_control
         stream.set_congestion_control(wanted, gauges.is_overtaken(self._infos()))
-        self._let_hold(stream, now)
+        self._let_hold(stream, self.n_ready, now)
         self._dialling.succeeded(now)
         self.counters.streams_opened += 1
         self._observe(now)  # the first one tells how far the peer is, and so how many are wanted
@@ -316,9 +319,9 @@ class Peer(PeerFigures):
             return
         for event in self.sending.tick(now):
             self._event(event, now)
-        overtaken = gauges.is_overtaken(self._infos())
+        overtaken, n_ready = gauges.is_overtaken(self._infos()), self.n_ready
         for stream in self.streams:
-            self._check(stream, overtaken, now)
+            self._check(stream, overtaken, n_ready, now)
         busy = len(self.sending) > 0
         self._spreading.measure(self._infos())
         self._observe(now)
@@ -330,7 +333,7 @@ class Peer(PeerFigures):
         self.kick(now)
         self.pump.loop.call_at(now + (K_TICK_S if busy else 5 * K_TICK_S), self._tick)
 
-    def _check(self, stream: Stream, overtaken: bool, now: float) -> None:
+    def _check(self, stream: Stream, overtaken: bool, n_ready: int, now: float) -> None:
         if not stream.ready:
             limit_s = K_CONNECT_S if stream.state.value == "connecting" else K_HANDSHAKE_S
             if now - stream.opened_s > limit_s:
@@ -338,7 +341,7 @@ class Peer(PeerFigures):
             return
         stream.sample(now)
         stream.set_congestion_control(self.pump.config.congestion_control, overtaken)
-        self._let_hold(stream, now)
+        self._let_hold(stream, n_ready, now)
         rtt_s = stream.info.rtt_s if stream.info else 0.0
         if now - stream.progress_s > max(self.pump.config.stall_s, 8 * rtt_s):
             stream.lose(f"nothing was acknowledged for {now - stream.progress_s:.1f} s", now)

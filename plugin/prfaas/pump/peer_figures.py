@@ -68,12 +68,13 @@ class PeerFigures(Handler):
     def on_dry(self, stream: Stream, now: float) -> None:
         # On a short path the kernel sends whatever it gets at once.
         if self.sending.can_send() and self.min_rtt_s >= K_LONG_PATH_S and self._slack.ran_dry(now):
+            n_ready = self.n_ready
             for each in self._streams.values():
-                self._let_hold(each, now)
+                self._let_hold(each, n_ready, now)
 
-    def _let_hold(self, stream: Stream, now: float) -> None:
+    def _let_hold(self, stream: Stream, n_ready: int, now: float) -> None:
         """As much unsent as our own lateness asks for."""
-        stream.set_unsent(self.slack_s(now), max(1, self.n_ready))
+        stream.set_unsent(self.slack_s(now), max(1, n_ready))
 
     @property
     def app_limited(self) -> bool:
