@@ -13,6 +13,7 @@ False, and tls.py does the same by ssl.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -145,11 +146,13 @@ class DiallingEnd(End):
         self._corked = False
 
     def do_handshake(self) -> None:
+        self._check_open()
         result = _lib.SSL_do_handshake(self._ssl)
         if result != 1:
             self._raise(result)
 
     def recv_into(self, buffer: memoryview) -> int:
+        self._check_open()
         target, size, got = _ffi.from_buffer(buffer), len(buffer), 0
         while got < size:
             n = _lib.SSL_read(self._ssl, target + got, size - got)
@@ -166,6 +169,7 @@ class DiallingEnd(End):
         return got
 
     def send(self, data: memoryview) -> int:
+        self._check_open()
         if not self._corked and len(data) > K_CORKED_BYTES:
             self._cork(True)
         n = _lib.SSL_write(self._ssl, _ffi.from_buffer(data), min(len(data), K_CHUNK_BYTES))
@@ -183,6 +187,11 @@ class DiallingEnd(End):
 
     def bytes_before(self, plain_bytes: int) -> int:
         return 1
+
+    def _check_open(self) -> None:
+        """OpenSSL knows the descriptor by its number, which may be another file's once this is closed."""
+        if self.sock.fileno() < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def _cork(self, corked: bool) -> None:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, corked)

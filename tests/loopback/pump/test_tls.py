@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import os
 import random
 import socket
 import ssl
@@ -268,6 +269,25 @@ def test_a_connection_that_is_reset_is_an_error_of_the_system(connect, dials, li
     listener.sock.close()
     with pytest.raises(OSError, match=r"reset|[Bb]roken pipe|EOF"):
         turns(lambda: not dialler.send(memoryview(bytes(100_000))))
+
+
+@BOTH
+def test_what_is_offered_after_the_end_goes_to_no_other_file(connect, dials, listens, tmp_path):
+    """The descriptor's number may be another's by then."""
+    dialler, listener = connect(dials, listens)
+    shake(dialler, listener)
+    number = dialler.sock.fileno()
+    dialler.sock.close()
+    with open(tmp_path / "other", "w+b") as other:
+        os.dup2(other.fileno(), number)
+        for call in (
+            lambda: dialler.send(memoryview(bytes(1000))),
+            lambda: dialler.recv_into(memoryview(bytearray(10))),
+        ):
+            with pytest.raises(OSError):
+                call()
+        os.close(number)
+        assert other.seek(0, 2) == 0
 
 
 def test_without_one_of_openssls_names_pumps_use_ssl(monkeypatch):
