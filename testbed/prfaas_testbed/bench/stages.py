@@ -123,6 +123,8 @@ def _pass(
         try:
             while sent < len(source):
                 sent += a.send(source[sent:])
+            if not isinstance(a, socket.socket):
+                a.flush()
         except (BlockingIOError, ssl.SSLWantWriteError):
             pass
         try:
