@@ -14,7 +14,10 @@ import zmq.asyncio
 
 from prfaas_testbed.instances.profiled.cache import Change, Cleared, Removed, Stored
 
-K_REPLAY_DEPTH = 10_000  # batches kept for those who missed some
+K_REPLAY_DEPTH, K_REPLAY_BYTES = 10_000, 32 << 20
+"""Most batches kept for those who missed some, as SGLang keeps them, and most bytes: each prompt of thousands
+of tokens is tens of kB, and an instance grew by 100 MiB an hour until it had all 10,000.
+"""
 K_END = b"\xff" * 8
 
 
@@ -53,15 +56,23 @@ class EventPublisher:
         self._router.bind(f"tcp://{host}:{replay_port}")
         self._topic = topic.encode()
         self._sequence = 0
-        self._past: deque[tuple[int, bytes]] = deque(maxlen=K_REPLAY_DEPTH)
+        self._past: deque[tuple[int, bytes]] = deque()
+        self._past_bytes = 0
 
     async def publish(self, rows: Sequence[dict[str, Any]]) -> None:
         if not rows:
             return
         batch = msgspec.msgpack.encode([time.time(), list(rows), 0])
-        self._past.append((self._sequence, batch))
+        self._keep(batch)
         await self._pub.send_multipart([self._topic, self._sequence.to_bytes(8, "big"), batch])
         self._sequence += 1
+
+    def _keep(self, batch: bytes) -> None:
+        self._past.append((self._sequence, batch))
+        self._past_bytes += len(batch)
+        # The newest is kept whatever its size.
+        while len(self._past) > K_REPLAY_DEPTH or (self._past_bytes > K_REPLAY_BYTES and len(self._past) > 1):
+            self._past_bytes -= len(self._past.popleft()[1])
 
     async def serve_replays(self) -> None:
         while True:
