@@ -190,9 +190,18 @@ def payload_sent(servers: Any) -> int:
 
 @pytest.mark.parametrize("servers", ["mla"], indirect=True)
 def test_requests_whose_pages_decode_took_back_each_end_with_their_own_answer(servers: Any) -> None:
-    eight_at_once_each_get_their_own_answer(servers)
-    retracted = re.findall(r"Testing retraction. #retracted_reqs: (\d+)", servers.decode.log_path.read_text())
-    assert sum(map(int, retracted)) > 0
+    # On a slow machine prompts come so far apart that none meets another in decode's batch, and of one alone
+    # no page is taken back; those that prefill has cached come closer together.
+    for _ in range(5):
+        eight_at_once_each_get_their_own_answer(servers)
+        if n_taken_back(servers):
+            break
+    assert n_taken_back(servers) > 0
+
+
+def n_taken_back(servers: Any) -> int:
+    said = re.findall(r"Testing retraction. #retracted_reqs: (\d+)", servers.decode.log_path.read_text())
+    return sum(map(int, said))
 
 
 def logprobs_of(url: str, prompt: list[int], answer: list[int]) -> list[float]:
