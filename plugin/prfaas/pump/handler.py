@@ -37,7 +37,7 @@ class Counters:
     tcp_bytes_sent: int = 0
 
     def add(self, other: Counters) -> None:
-        for name in K_NAMES:
+        for name in K_COUNTERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def take(self, info: TcpInfo) -> None:
@@ -48,10 +48,10 @@ class Counters:
         self.segments_out, self.segments_in = info.segments_out, info.segments_in
 
     def as_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in K_NAMES}
+        return {name: getattr(self, name) for name in K_COUNTERS}
 
 
-K_NAMES = tuple(field.name for field in dataclasses.fields(Counters))
+K_COUNTERS = tuple(field.name for field in dataclasses.fields(Counters))
 
 
 class Handler(ABC):

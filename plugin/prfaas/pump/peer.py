@@ -60,7 +60,7 @@ class Peer(PeerFigures):
     def __init__(self, pump: Pump, address: str, now: float) -> None:
         self.pump, self.address, self.wanted_site = pump, address, ""
         self.site = ""
-        super().__init__(Sending(pump.config.window_bytes), now)
+        super().__init__(Sending(pump.config.window_bytes), pump.config.congestion_control, now)
         self.count = StreamCount(pump.config.min_streams, pump.config.max_streams)
         self.boot: bytes | None = None
         self.version = K_VERSION_OLDEST
@@ -128,7 +128,7 @@ class Peer(PeerFigures):
     def kick(self, now: float) -> None:
         """Let every stream that can take something have a turn."""
         self._note_work(now)
-        if not self.sending.backlog_bytes and not self.sending.can_double(now):
+        if not self._has_block(now):
             return
         # Asked for each acknowledgement; while much waits hardly any stream can take more.
         able = [s for s in self._streams.values() if not s.waiting_to_write and s.ready]
@@ -137,11 +137,11 @@ class Peer(PeerFigures):
                 stream.sample(now)
             able = self._spreading.with_room(able, self._infos(), now)
         for stream in able:
-            if not self.sending.backlog_bytes and not self.sending.can_double(now):
+            if not self._has_block(now):
                 return
             if stream.ready and not stream.waiting_to_write:
                 stream.on_ready(W, now)
-        if self.sending.backlog_bytes and self.n_ready and self._spreads(now):
+        if self.n_ready and self._spreads(now):
             self._spreading.look_again(now)
         self._note_work(now)
 
@@ -207,10 +207,7 @@ class Peer(PeerFigures):
         self.sending.on_peer_restarted()
 
     def on_ready(self, stream: Stream, now: float) -> None:
-        stream.sample(now)
-        wanted = self.pump.config.congestion_control
-        stream.set_congestion_control(wanted, gauges.is_overtaken(self._infos()))
-        self._let_hold(stream, self.n_ready, now)
+        self._settle(stream, gauges.is_overtaken(self._infos()), self.n_ready, now)
         self._dialling.succeeded(now)
         self.counters.streams_opened += 1
         self._observe(now)  # the first one tells how far the peer is, and so how many are wanted
@@ -339,9 +336,7 @@ class Peer(PeerFigures):
             if now - stream.opened_s > limit_s:
                 stream.lose(f"no answer ({stream.state.value})", now)
             return
-        stream.sample(now)
-        stream.set_congestion_control(self.pump.config.congestion_control, overtaken)
-        self._let_hold(stream, n_ready, now)
+        self._settle(stream, overtaken, n_ready, now)
         rtt_s = stream.info.rtt_s if stream.info else 0.0
         if now - stream.progress_s > max(self.pump.config.stall_s, 8 * rtt_s):
             stream.lose(f"nothing was acknowledged for {now - stream.progress_s:.1f} s", now)

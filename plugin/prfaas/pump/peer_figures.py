@@ -14,8 +14,8 @@ from prfaas.transfer.starving import Starving
 class PeerFigures(Handler):
     """The streams that are open to a peer, and what goes over them."""
 
-    def __init__(self, sending: Sending, now: float) -> None:
-        self.sending = sending
+    def __init__(self, sending: Sending, allowed_control: str, now: float) -> None:
+        self.sending, self.allowed_control = sending, allowed_control
         self.counters = Counters()
         """Of closed streams."""
         self._streams: dict[int, Stream] = {}
@@ -72,6 +72,12 @@ class PeerFigures(Handler):
             for each in self._streams.values():
                 self._let_hold(each, n_ready, now)
 
+    def _settle(self, stream: Stream, overtaken: bool, n_ready: int, now: float) -> None:
+        """Ask the kernel how the stream does, and set its socket by that."""
+        stream.sample(now)
+        stream.set_congestion_control(self.allowed_control, overtaken)
+        self._let_hold(stream, n_ready, now)
+
     def _let_hold(self, stream: Stream, n_ready: int, now: float) -> None:
         """As much unsent as our own lateness asks for."""
         stream.set_unsent(self.slack_s(now), max(1, n_ready))
@@ -80,6 +86,10 @@ class PeerFigures(Handler):
     def app_limited(self) -> bool:
         """Whether the kernel says of all streams that they were not kept full."""
         return gauges.all_app_limited(self._infos())
+
+    def _has_block(self, now: float) -> bool:
+        """One that waits, or a second copy of one that is late."""
+        return self.sending.backlog_bytes > 0 or self.sending.can_double(now)
 
     def _note_work(self, now: float) -> None:
         has_work = self.sending.can_send()
