@@ -114,7 +114,11 @@ class Worker:
 
     def _said(self, what: str) -> str:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"{self.name} {what}" + (f"; it said: {' / '.join(lines[-3:])}" if lines else "")
+        # Of a traceback what went wrong alone, where that isn't told already: the rest is in the log.
+        last = lines[-1:] if any(line.startswith("Traceback ") for line in lines) else lines[-3:]
+        if last and last[-1] in what:
+            last = []
+        return f"{self.name} {what}" + (f"; it said: {' / '.join(last)}" if last else "")
 
 
 def cpu_seconds(pid: int) -> float:
