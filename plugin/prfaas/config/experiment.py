@@ -203,6 +203,10 @@ class Experiment(Strict):
     """A topology under topologies/networks, or a path. Its scale divides the KV bytes of profiles, too."""
     seed: int = 1
     repetitions: Annotated[int, Field(ge=1, le=100)] = 1
+    spoilt: Literal["again", "keep"] = "again"
+    """What becomes of a repetition that the emulator spoilt. `keep` counts it, runs on a network that isn't
+    quite as asked for, and the page says so: for what must be right however late packets are, never for a
+    time. Rounds are always kept."""
     models: Annotated[list[ModelChoice], Field(min_length=1)]
     instances: Annotated[list[Instance], Field(min_length=1)]
     router: RouterChoice | None = None

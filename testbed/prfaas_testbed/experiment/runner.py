@@ -169,7 +169,7 @@ class Runner:
                 f"(wanted {row.wanted_loss:.3%}): {'inside' if row.inside else 'OUTSIDE'}"
             )
         missed = network_verdict(rows)
-        if missed:
+        if missed and self.experiment.spoilt == "again":
             raise CalibrationMissed(
                 f"the network isn't as asked for, the load was not run: {' | '.join(missed)}"
             )
@@ -254,7 +254,7 @@ class Runner:
             if index or attempt:
                 empty(net, fleet, self.tell)
             found = self.attempt(net, fleet, requests, name, self.experiment.timeline)
-            if found.void is None:
+            if found.void is None or self.experiment.spoilt == "keep":
                 break
             self.tell(f"{fleet.model.name}: repetition {index + 1} is void: {found.void}")
             row = {"index": index, "attempt": attempt, "model": fleet.model.name, "reason": found.void}

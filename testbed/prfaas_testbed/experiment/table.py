@@ -67,7 +67,7 @@ def block(view: View) -> list[str]:
     for row in cells:
         first, *others = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row))
         lines.append("  " + "  ".join([first, *others]))
-    return lines + missed_lines(view)
+    return lines + missed_lines(view) + kept_lines(view)
 
 
 def missed_lines(view: View) -> list[str]:
@@ -81,6 +81,19 @@ def missed_lines(view: View) -> list[str]:
             when = f" at {planned_s:g} s" if planned_s is not None else ""
             lines.append(f"  not done: {row.event}{when}: {why}")
     return lines
+
+
+def kept_lines(view: View) -> list[str]:
+    """What is counted though the emulation wasn't faithful (`spoilt: keep`, or rounds)."""
+    last = {row.direction: row for row in view.calibration()}  # the second time is the one that counts
+    lines = [f"  {row.direction} is outside its calibration" for row in last.values() if not row.inside]
+    watched = view.events("watch")
+    spoilt = [row for row in watched if field(row, "spoilt") is True]
+    if not spoilt:
+        return lines
+    reasons = field(spoilt[0], "reasons")
+    why = f", the first: {reasons[0]}" if isinstance(reasons, list) and reasons else ""
+    return [*lines, f"  {len(spoilt)} of {len(watched)} passes counted though the emulator spoilt them{why}"]
 
 
 def _quantile(values: Sequence[float | None], q: float) -> str:

@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from prfaas.config.run import read_run
 from prfaas_testbed.experiment.place import K_RESERVE_BYTES, K_WORK_BYTES
 
-ROOT = Path(__file__).parents[3]
 RUN = [sys.executable, "-m", "prfaas_testbed.cli.main", "run"]
 WAIT = ["--wait", "60"]
 K_SPARE_BYTES = 4_000_000
@@ -38,12 +40,16 @@ exit $status
 """
 
 
-def small_hello(folder: Path, **changes: object) -> Path:
-    data = yaml.safe_load((ROOT / "topologies" / "experiments" / "hello.yaml").read_text())
-    data["workload"]["requests"] = 6
-    path = folder / "hello-small.yaml"
-    path.write_text(yaml.safe_dump({**data, "name": "hello-small", **changes}))
-    return path
+@pytest.fixture
+def small_hello(hello: Callable[[Path], dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+    def make(**changes: object) -> Path:
+        data = hello(tmp_path)
+        data["workload"]["requests"] = 6
+        path = tmp_path / "hello-small.yaml"
+        path.write_text(yaml.safe_dump({**data, "name": "hello-small", **changes}))
+        return path
+
+    return make
 
 
 def results(folder: Path) -> Path:
@@ -52,16 +58,16 @@ def results(folder: Path) -> Path:
 
 
 def test_hello_passes_every_check_that_does_not_time_anything_and_nothing_crosses_in_the_clear(
-    tmp_path: Path,
+    tmp_path: Path, hello: Callable[[Path], dict[str, Any]], small_hello: Callable[..., Path]
 ) -> None:
     """And a repetition finds nothing of the one before in any cache."""
-    base = yaml.safe_load((ROOT / "topologies" / "experiments" / "hello.yaml").read_text())
-    checks = [*base["checks"], {"name": "outside_pumps_bytes", "at_most": 0}]
-    hello = small_hello(tmp_path, transfer={"http_by_pump": True}, checks=checks, repetitions=2)
+    checks = [*hello(tmp_path)["checks"], {"name": "outside_pumps_bytes", "at_most": 0}]
+    path = small_hello(transfer={"http_by_pump": True}, checks=checks, repetitions=2)
     done = subprocess.run(
-        [*RUN, str(hello), "--out", str(tmp_path), "--json", *WAIT],
+        [*RUN, str(path), "--out", str(tmp_path), "--json", *WAIT],
         capture_output=True, text=True, check=False, timeout=170,
     )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr  # 1: checks that time something, on a busy machine
     outcomes = {row["name"]: row["outcome"] for row in json.loads(done.stdout)}
     assert outcomes["tokens_equal_share"] == "passed", done.stderr
     assert outcomes["digests_equal_share"] == "passed"
@@ -78,9 +84,9 @@ def test_hello_passes_every_check_that_does_not_time_anything_and_nothing_crosse
     assert (results(tmp_path) / "index.html").exists()
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path, small_hello: Callable[..., Path]) -> None:
     process = subprocess.Popen(
-        [*RUN, str(small_hello(tmp_path)), "--out", str(tmp_path), *WAIT],
+        [*RUN, str(small_hello()), "--out", str(tmp_path), *WAIT],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stderr is not None
@@ -103,11 +109,13 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     assert left == ""
 
 
-def test_a_disk_that_fills_ends_the_run_with_3_and_keeps_what_was_measured(tmp_path: Path) -> None:
+def test_a_disk_that_fills_ends_the_run_with_3_and_keeps_what_was_measured(
+    tmp_path: Path, small_hello: Callable[..., Path]
+) -> None:
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
-    experiment = small_hello(tmp_path, repetitions=2)
+    experiment = small_hello(repetitions=2)
     words = " ".join([*RUN, str(experiment), "--out", str(disk), *WAIT])
     size = K_RESERVE_BYTES + K_WORK_BYTES + K_SPARE_BYTES
     script = K_SCRIPT.format(size=size, disk=disk, run=words, kept=kept)
@@ -124,8 +132,10 @@ def test_a_disk_that_fills_ends_the_run_with_3_and_keeps_what_was_measured(tmp_p
     assert not list(Path("/run/netns").glob("prfaas-*"))
 
 
-def test_a_site_that_the_network_lacks_is_told_before_anything_starts(tmp_path: Path) -> None:
-    path = small_hello(tmp_path, baseline={"site": "mars"})
+def test_a_site_that_the_network_lacks_is_told_before_anything_starts(
+    tmp_path: Path, small_hello: Callable[..., Path]
+) -> None:
+    path = small_hello(baseline={"site": "mars"})
     done = subprocess.run(
         [*RUN, str(path), "--out", str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
     )

@@ -209,3 +209,27 @@ def test_a_prompt_that_was_prefilled_where_it_is_decoded_is_not_drawn_as_one_fro
     lines = (tmp_path / "ttft.csv").read_text().splitlines()
     assert sum("prefill and decode here" in line for line in lines) == 1
     assert sum("prefill elsewhere, decode here" in line for line in lines) == 5
+
+
+def test_what_is_counted_though_the_emulator_spoilt_it_is_said_so(tmp_path: Path) -> None:
+    run = example()
+    assert "spoilt" not in "\n".join(summary_lines(run))
+    late = {"event": "watch", "lag_p99_ms": 2.5, "lag_max_ms": 9, "unplanned_drops": 0, "spoilt": True}
+    late |= {"at_s": 3.0, "reasons": ["timers lagged"], "model": "toy"}
+    run.repetitions[0].events.append(EventRow.model_validate(late))
+    assert "1 of 2 passes counted though the emulator spoilt them, the first: timers lagged" in "\n".join(
+        summary_lines(run)
+    )
+    write_run(run, tmp_path)
+    assert "<b>spoilt, and counted all the same</b>: timers lagged" in draw_run(tmp_path).read_text()
+
+
+def test_a_network_that_is_not_as_asked_for_is_said_so_after_its_second_calibration(tmp_path: Path) -> None:
+    row = {"wanted_rtt_ms": 20, "measured_rtt_ms": 25, "wanted_rate_mbps": 1, "measured_rate_mbps": 1}
+    row |= {"wanted_loss": 0, "measured_loss": 0, "packets": 100}
+    rows = [("a->b", False), ("b->a", False), ("a->b", True)]
+    found = [
+        {**row, "link": direction, "direction": direction, "inside": inside} for direction, inside in rows
+    ]
+    lines = summary_lines(example(calibration=found))
+    assert [line.strip() for line in lines if "calibration" in line] == ["b->a is outside its calibration"]
