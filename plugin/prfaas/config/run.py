@@ -9,7 +9,8 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,7 +141,8 @@ def stamp(now: datetime | None = None) -> str:
 
 
 def write_run(run: Run, folder: Path) -> Path:
-    """Write FOLDER/run.json; where it would be too large, raw rows go to .jsonl.gz files.
+    """Write FOLDER/run.json; where it would be too large, raw rows go to .jsonl.gz files. Paths of files in
+    FOLDER are kept as seen from there: a record may be moved, and names no place of its machine.
 
     What was there stays whole until all that is new is on the disk: files of rows have names of their own
     content, and run.json, which names them, is replaced last. Raises OSError, for example where the disk is
@@ -148,14 +150,15 @@ def write_run(run: Run, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = run.model_dump(mode="json")
-    text = _dumps(data)
+    bare = _without(folder)
+    text = bare(_dumps(data))
     if len(text) > K_INLINE_BYTES:
         data["files"] = {}
         for field in K_OUTSIDE:
             rows = _flat(data[field]) if field == "repetitions" else data[field]
-            data["files"][field] = _write_rows(folder, field, rows)
+            data["files"][field] = _write_rows(folder, field, rows, bare)
             data[field] = []
-        text = _dumps(data)
+        text = bare(_dumps(data))
     target = folder / K_RUN_FILE
     with _draft(target) as (file, draft):
         file.write(text.encode())
@@ -220,6 +223,14 @@ def _dumps(data: object) -> str:
     )
 
 
+def _without(folder: Path) -> Callable[[str], str]:
+    """What takes the folder off the paths in a JSON text."""
+    names = {json.dumps(str(one))[1:-1] for one in (folder, folder.resolve()) if len(one.parts) > 1}
+    either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    pattern = re.compile(f"(?<![\\w./-])(?:{either})/") if names else None
+    return lambda text: pattern.sub("", text) if pattern else text
+
+
 def _flat(repetitions: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     for repetition in repetitions:
         yield {"index": repetition["index"]}
@@ -238,7 +249,7 @@ def _nested(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _write_rows(folder: Path, field: str, rows: Iterable[dict[str, Any]]) -> str:
+def _write_rows(folder: Path, field: str, rows: Iterable[dict[str, Any]], bare: Callable[[str], str]) -> str:
     """The name of the file, which is made of what it holds: the same rows give the same file."""
     seen = hashlib.sha256()
     with (
@@ -246,7 +257,7 @@ def _write_rows(folder: Path, field: str, rows: Iterable[dict[str, Any]]) -> str
         gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file,
     ):
         for row in rows:
-            line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+            line = bare(json.dumps(row, separators=(",", ":"))).encode() + b"\n"
             seen.update(line)
             file.write(line)
     name = f"{field}-{seen.hexdigest()[:K_NAME_DIGITS]}.jsonl.gz"

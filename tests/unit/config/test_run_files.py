@@ -13,6 +13,7 @@ import pytest
 
 import prfaas.config.run as run_module
 from prfaas.config.run import (
+    CheckRow,
     EventRow,
     LinkRow,
     Repetition,
@@ -56,6 +57,28 @@ def test_a_large_run_keeps_its_raw_rows_in_files_that_run_json_names(
     back = read_run(tmp_path)
     assert back.repetitions == example().repetitions
     assert back.baseline == example().baseline
+
+
+@pytest.mark.parametrize("inline_bytes", [10, 10_000_000])
+def test_a_record_names_its_own_files_as_seen_from_its_folder_and_others_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline_bytes: int
+) -> None:
+    monkeypatch.setattr(run_module, "K_INLINE_BYTES", inline_bytes)
+    monkeypatch.chdir(tmp_path)
+    folder = Path("out") / 'a "b" (1)'
+    run = example()
+    other = f"{tmp_path}/other/out/x.log"
+    said = [f"died; log: {tmp_path / folder}/work/pump.log", f"log: {folder}/work/pump.log", f"log: {other}"]
+    run.checks = [CheckRow(name="c", outcome="failed", value=None, wanted="w", reason=said[0])]
+    run.baseline = [run.baseline[0].model_copy(update={"error": one}) for one in said]
+    write_run(run, folder)
+    back = read_run(folder)
+    assert back.checks[0].reason == "died; log: work/pump.log"
+    assert [row.error for row in back.baseline] == [
+        "died; log: work/pump.log", "log: work/pump.log", f"log: {other}"
+    ]  # fmt: skip
+    write_run(example(), Path("."))
+    assert read_run(tmp_path).baseline == example().baseline
 
 
 def test_rows_kept_outside_give_way_only_to_a_whole_new_record(
