@@ -10,6 +10,8 @@ import random
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
@@ -123,6 +125,41 @@ def test_a_stranger_is_refused_by_name_of_the_reason(connect, dials, listens):
     assert refused.value.verify_message in (
         "self-signed certificate in certificate chain", "unable to get local issuer certificate",
     )  # fmt: skip
+
+
+@BOTH
+def test_an_error_holds_no_memory_that_was_to_be_read_into(connect, dials, listens):
+    dialler, listener = connect(dials, listens, site="stranger")
+    with pytest.raises(ssl.SSLError):
+        shake(dialler, listener)
+    buffer = memoryview(bytearray(100))
+    with pytest.raises(ssl.SSLError) as refused:
+        turns(lambda: dialler.recv_into(buffer) > 0)
+    assert "UNKNOWN_CA" in str(refused.value).upper()
+    buffer.release()  # BufferError if the traceback, which is still here, had any of it
+
+
+K_CYCLES = """
+import gc, socket, sys
+from pathlib import Path
+from prfaas.pump import openssl
+
+context = openssl.Context(Path(sys.argv[1]), [Path(sys.argv[2])])
+for _ in range(30):
+    for kind, sock in zip((openssl.DiallingEnd, openssl.ListeningEnd), socket.socketpair()):
+        end = kind(sock, context)
+        end.itself = end
+del end, sock
+sys.exit(0 if gc.collect() else "there was nothing to collect")
+"""
+
+
+def test_ends_that_only_know_each_other_are_collected(sites: Path) -> None:
+    """In a process of its own: what went wrong here ended it."""
+    words = [sys.executable, "-W", "ignore::ResourceWarning", "-X", "faulthandler", "-c", K_CYCLES]
+    words += [str(sites / "east" / keys.K_SITE_FILE), str(sites / "east" / keys.K_TRUSTED)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @BOTH
