@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import io
 import logging
 import sys
 
@@ -46,7 +49,11 @@ class Burst:
 
 
 def log_to_stderr(level: int | str) -> None:
-    """For a process that is only started once; does nothing where a log is set up already."""
+    """For a process that is only started once; does nothing where a log is set up already. A crash of native
+    code (SIGSEGV) says there too where it was: else a pump that comes again at once leaves no word of it.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+    with contextlib.suppress(io.UnsupportedOperation):  # a stderr that is no file
+        faulthandler.enable()

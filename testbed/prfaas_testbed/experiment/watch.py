@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prfaas.config.run import EventRow, LinkRow
+from prfaas_testbed.experiment import crashes
 from prfaas_testbed.experiment.cost import Spent, cost_rows, spent
 from prfaas_testbed.experiment.fleet import K_PUMP_PORT, Fleet
 from prfaas_testbed.experiment.sites import account, frames_of, least_rtt_ms, pump_sent, pump_stats
@@ -68,9 +69,11 @@ class Observer:
         self._watch = self._net.watch()
 
     def end(self, zero_s: float) -> tuple[list[LinkRow], list[EventRow], str | None]:
-        """Link rows; events `watch`, `cost` and `accounting`; why the repetition is void (None: valid)."""
+        """Link rows; events `watch`, `cost` and `accounting`; why the repetition is void (None: valid).
+        Raises PrfaasError where a program crashed."""
         assert self._watch is not None
         time.sleep(K_SETTLE_S)
+        crashes.require_none(self._fleet)
         ended_s = time.monotonic()
         costs = cost_rows(self._spent, spent(self._fleet), ended_s - self.began_s, round(ended_s - zero_s, 3))
         health = self._watch.verdict()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from prfaas.telemetry.log_lines import Burst, OneLine
+from prfaas.telemetry.log_lines import Burst, OneLine, log_to_stderr
 
 
 def written(message: str, *args: object, error: BaseException | None = None) -> str:
@@ -45,3 +49,20 @@ def test_of_like_entries_that_come_at_once_the_first_is_told_and_the_number_of_t
 def test_what_comes_seldom_is_told_whole() -> None:
     burst = Burst(quiet_s=5.0)
     assert [burst.words(10.0 * n) for n in range(3)] == ["", "", ""]
+
+
+def test_a_crash_of_native_code_leaves_where_it_was() -> None:
+    script = (
+        "import os, signal; from prfaas.telemetry.log_lines import log_to_stderr\n"
+        "def inside(): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "log_to_stderr('INFO'); inside()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
+    assert "in inside" in done.stderr
+
+
+def test_a_stderr_that_is_no_file_is_logged_to_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    log_to_stderr("INFO")
