@@ -179,6 +179,7 @@ def start_servers(
             config_path=None if near else config,
             extra_args=(*K_SAME_CHUNKS, *options.get(f"{role}_args", ())),
             extra_env=options.get(f"{role}_env", {}),
+            spawn=options.get("spawn", False),
         )
         servers[role] = SglangServer(spec, directory / f"{role}.log")
     try:
@@ -248,7 +249,9 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if request.param == "kda":
         options["prefill_args"] = options["decode_args"] = ("--disaggregation-enable-kv-checksum",)
     # Another's decode takes pages back from requests that run, every few steps.
+    # These are started as on an operator's machine, each process an interpreter of its own.
     if request.param == "mla":
+        options["spawn"] = True
         options["decode_env"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     started = start_servers(request.param, tmp_path_factory.mktemp(request.param), **options)
     yield started

@@ -118,6 +118,7 @@ def _server(model: TinyModel, arm: str, port: int, folder: Path, block: int, con
     spec = ServerSpec(
         role="plain", model=model, model_dir=K_MODELS_DIR / model.name, host=K_HOST, port=port,
         extra_args=K_SAME_CHUNKS, extra_env={} if loads else {"SGLANG_PLUGINS": K_CPU_PLUGIN},
+        spawn=True,
     )  # fmt: skip
     return SglangServer(spec, folder / f"{block}-{arm}.log")
 

@@ -75,9 +75,14 @@ K_CPU_ENV = {
     "OMP_NUM_THREADS": "1",
     # A scheduler's start-up banner and tracebacks arrive in the log when they happen.
     "PYTHONUNBUFFERED": "1",
+    # A site has no resolver, and torch asks for the name of each address that it hears from.
+    "RES_OPTIONS": "timeout:1 attempts:1",
     # Of its own two hundred modules of models a server imports those of our tiny ones.
     "SGLANG_EXTERNAL_MODEL_PACKAGE": "prfaas_cpu.models",
 }
+K_FORK = "PRFAAS_CPU_FORK"
+"""By it the CPU servers' own plugin has a server's processes forked, where SGLang spawns them, each of which
+then imports what its parent has. Empty in the environment: spawned."""
 K_OWNER = "PRFAAS_CPU_OWNER"
 """Whose end is the server's too, by the CPU servers' own plugin: a testbed or a test run that is killed by -9
 leaves none behind."""
@@ -136,6 +141,8 @@ class ServerSpec:
     extra_args: Sequence[str] = ()
     """Later flags win, so these override everything."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
+    spawn: bool = False
+    """On a CPU too its processes are spawned, as everywhere else; a start takes more than twice as long."""
 
     def __post_init__(self) -> None:
         if self.role not in K_ROLES:
@@ -192,6 +199,7 @@ def build_environment(spec: ServerSpec, inherited: Mapping[str, str]) -> dict[st
     env |= {"SGLANG_HOST_IP": spec.host}
     if spec.device == "cpu":
         env |= K_CPU_ENV | {"PYTHONPATH": K_PYTHONPATH} | dict(spec.model.server_env)
+        env[K_FORK] = "" if spec.spawn else inherited.get(K_FORK, "1")
     else:
         env |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(K_CHECKOUT / "plugin")}
     if spec.config_path is not None:

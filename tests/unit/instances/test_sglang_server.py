@@ -17,6 +17,7 @@ from prfaas_testbed.instances import sglang_server
 from prfaas_testbed.instances.models import K_MODELS
 from prfaas_testbed.instances.sglang_server import (
     K_CHECKOUT,
+    K_FORK,
     ServerDied,
     ServerSpec,
     SglangServer,
@@ -82,6 +83,13 @@ def test_environment_lets_bytecode_be_written_and_puts_the_stand_in_first(tmp_pa
     assert plugin / "prfaas" / "__init__.py" == Path(prfaas.__file__), "another checkout's plugin"
     assert (env["HOME"], env["X"], env["PRFAAS_CONFIG"]) == ("/h", "1", str(config))
     assert env["SGLANG_HOST_IP"] == "10.0.0.2"
+
+
+def test_a_cpu_servers_processes_are_forked_unless_the_spec_or_the_environment_says_otherwise() -> None:
+    assert build_environment(spec(), {})[K_FORK] == "1"
+    assert build_environment(spec(), {K_FORK: ""})[K_FORK] == ""
+    assert build_environment(spec(spawn=True), {K_FORK: "1"})[K_FORK] == ""
+    assert K_FORK not in build_environment(spec(device="cuda"), {})
 
 
 def test_stand_ins_entry_point_is_where_python_finds_it() -> None:

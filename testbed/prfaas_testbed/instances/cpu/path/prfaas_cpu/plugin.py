@@ -4,6 +4,7 @@ reaches users."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from typing import Any
@@ -16,6 +17,8 @@ K_KDA = "PRFAAS_CPU_KDA"
 K_SCHEDULER = "sglang.srt.managers.scheduler"
 K_LOOK_MS = 1
 """How often a server that waits for a transfer looks for its end."""
+K_FORK = "PRFAAS_CPU_FORK"
+"""Set: a server's processes are forked, not spawned."""
 _loaded = False
 
 
@@ -30,11 +33,26 @@ def load_plugin() -> None:
         return
     _loaded = True
     end_with_owner()
-    if K_SCHEDULER not in sys.modules:
+    if os.environ.get(K_FORK):
+        _fork_children()
+    elif K_SCHEDULER not in sys.modules:
         return
     _choose_cpu_norms()
     _answer_device_module()
     _register_hooks()
+
+
+def _fork_children() -> None:
+    """Imports are nearly all of a start, and it is a GPU that forbids forking: here children go on with what
+    their parent has imported, the scheduler's hooks among it, instead of importing the same anew.
+    """
+    set_start_method = multiprocessing.set_start_method
+
+    def fork(method: str | None, force: bool = False) -> None:
+        set_start_method("fork" if method == "spawn" else method, force)
+
+    multiprocessing.set_start_method = fork
+    os.register_at_fork(after_in_child=end_with_owner)
 
 
 def _choose_cpu_norms() -> None:
