@@ -232,8 +232,9 @@ class ListeningEnd(End):
         _lib.SSL_set_bio(self._ssl, self._source, self._to_go)  # which owns them from here on
         _lib.SSL_set_accept_state(self._ssl)
         # Not zeroed: of what is hardly used only the first page is ever touched.
-        self._came, self._out = (np.empty(K_CHUNK_BYTES, np.uint8) for _ in range(2))
-        self._came_c, self._out_c = _ffi.from_buffer(self._came), _ffi.from_buffer(self._out)
+        came, out = (np.empty(K_CHUNK_BYTES, np.uint8) for _ in range(2))
+        self._came, self._out = came.data, out.data
+        self._came_c, self._out_c = _ffi.from_buffer(came), _ffi.from_buffer(out)
         self._going = self._out[:0]
         self._held_bytes = 0
         """Taken off the socket and not read: once nothing more can be read, of a record that isn't whole."""
@@ -298,7 +299,7 @@ class ListeningEnd(End):
 
     def flush(self) -> bool:
         while True:
-            if not len(self._going):
+            if not self._going:
                 n = _lib.BIO_read(self._to_go, self._out_c, len(self._out))
                 if n <= 0:
                     return True
