@@ -217,7 +217,7 @@ class DiallingEnd(End):
             return OSError(number, os.strerror(number))
         error = self._error()
         if code in (_lib.SSL_ERROR_ZERO_RETURN, _lib.SSL_ERROR_SYSCALL) or error.reason == K_ENDED:
-            return ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer ended the connection")
+            return _ended()
         return error
 
 
@@ -253,7 +253,7 @@ class ListeningEnd(End):
                 raise ssl.SSLWantWriteError
             came = self._fill()
             if came == 0:
-                raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer ended the connection")
+                raise _ended()
             if came is None:
                 raise ssl.SSLWantReadError
 
@@ -338,7 +338,13 @@ def _require(result: int) -> None:
 
 def _failure(reason: str) -> ssl.SSLError:
     error = ssl.SSLError(1, reason)
-    error.reason = reason
+    error.reason = reason  # ssl's own have it, those that are made in Python don't
+    return error
+
+
+def _ended() -> ssl.SSLEOFError:
+    error = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer ended the connection")
+    error.reason = K_ENDED
     return error
 
 

@@ -9,6 +9,7 @@ It is woken for what completes a block (SO_RCVLOWAT), not for every packet.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import selectors
 import socket
@@ -21,7 +22,7 @@ from prfaas.pump.handler import Handler
 from prfaas.pump.loop import Loop
 from prfaas.pump.measured import Measured
 from prfaas.pump.memory import Buffer
-from prfaas.pump.tls import TlsContext, TlsEnd
+from prfaas.pump.tls import TlsContext, TlsEnd, reason_of
 from prfaas.transfer.frames import (
     K_BLOCK_MAX_BYTES,
     K_CONTROL_MAX_BYTES,
@@ -38,6 +39,7 @@ from prfaas.transfer.frames import (
     message_frame,
 )
 
+logger = logging.getLogger(__name__)
 K_TURN_BYTES = 2 << 20
 """Most bytes read or written in one turn."""
 K_QUEUE_MAX_BYTES = 8 << 20
@@ -154,15 +156,17 @@ class Stream(Measured):
                 self._read(now)
             if not self.closed and (mask & W or self._queue or self._acks):
                 self.write(now)
-        except RemoteProtocolError as error:
-            self.lose(str(error), now)
-        except ssl.SSLError as error:
-            reason = error.reason or str(error)
-            if self.state is not State.READY and not isinstance(error, ssl.SSLEOFError):
-                self.untrusted = f"TLS: {getattr(error, 'verify_message', '') or reason}"
-            self.lose(self.untrusted or f"TLS: {reason}", now)
-        except OSError as error:
-            self.lose(error.strerror or str(error) or type(error).__name__, now)
+        except (RemoteProtocolError, OSError) as error:
+            known = self.state is State.READY or isinstance(error, ssl.SSLEOFError)
+            if isinstance(error, ssl.SSLError) and not known:
+                self.untrusted = reason_of(error)
+            self.lose(reason_of(error), now)
+        except Exception as error:
+            if self.state is State.READY:
+                raise
+            # Who isn't known yet, and brings out a fault of ours, loses his stream; others keep the pump.
+            logger.exception("a stream that wasn't ready yet")
+            self.lose(f"a fault here: {error}", now)
 
     def _finish_connect(self) -> None:
         code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -203,3 +203,13 @@ class ListeningEnd:
         else:
             self._came.write_eof()
         return True
+
+
+def reason_of(error: Exception) -> str:
+    """Why a stream ended, for logs and for who waits on it."""
+    if isinstance(error, ssl.SSLError):
+        # Those that are made in Python have no reason until they are given one.
+        return f"TLS: {getattr(error, 'verify_message', '') or getattr(error, 'reason', '') or error}"
+    if isinstance(error, OSError):
+        return error.strerror or str(error) or type(error).__name__
+    return str(error)

@@ -181,6 +181,7 @@ def test_what_comes_is_what_was_sent_or_an_error_and_nothing_of_it_stays(
             if still:
                 time.sleep(0.001)
         for side in sides:
+            assert not isinstance(side.error, ssl.SSLError) or side.error.reason
             assert K_DATA.startswith(bytes(side.got))
             side.itself = side  # type: ignore[attr-defined]
         if site == "stranger":

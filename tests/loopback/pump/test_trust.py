@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import shutil
 import socket
 import ssl
+import struct
+import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import pytest
 from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump import keys
+from prfaas.pump.stream import Stream
 from prfaas.pump.trust import Trust
 
 K_WAIT_S = 40
@@ -98,6 +103,106 @@ def test_a_client_without_a_certificate_is_cut_off_before_it_is_heard(pumps, sit
         except (ssl.SSLError, ConnectionError):
             answer = b""
     assert answer == b""
+
+
+def client_hello() -> bytes:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    sent = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), sent).do_handshake()
+    return sent.read()
+
+
+def beginnings() -> Iterator[tuple[bytes, bool, bool]]:
+    """What somebody says who goes before he is known, whether an answer is awaited, and whether he resets."""
+    hello = client_hello()
+    for said in (b"", hello[:1], hello[:100], hello, hello + hello[:7], b"GET / HTTP/1.0\r\n\r\n"):
+        for waits in (False, True) if said.startswith(hello) else (False,):
+            for resets in (False, True):
+                yield said, waits, resets
+
+
+def test_whoever_comes_and_goes_before_he_is_known_ends_nothing(pumps, sites):
+    """A look at a port, by those who watch over it or scan it, is just that."""
+    west = pumps.client(pumps.start("west", tls=tls(sites, "west")))
+    east = pumps.client(pumps.start("east", tls=tls(sites, "east")))
+    for said, waits, resets in beginnings():
+        with socket.create_connection(split_address(west.address), timeout=10) as sock:
+            sock.sendall(said)
+            if waits:
+                sock.recv(1)
+            if resets:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    outcome, landed, _ = send(pumps, east, west)
+    assert (outcome.ok, landed) == (True, True), pumps.log("west")
+    assert "Traceback" not in pumps.log("west")
+
+
+def test_a_fault_of_ours_that_somebody_unknown_brings_out_costs_him_his_stream_alone(pumps, monkeypatch):
+    says_hello, asked = Stream._send_hello, []
+
+    def fail_once(stream):
+        asked.append(stream)
+        if len(asked) == 1:
+            raise KeyError("a fault")
+        says_hello(stream)
+
+    monkeypatch.setattr(Stream, "_send_hello", fail_once)
+    with pumps.here("west") as pump:
+        for is_served in (False, True):
+            with socket.create_connection(split_address(pump.address), timeout=10) as sock:
+                assert bool(sock.recv(1)) is is_served
+    assert len(asked) == 2
+
+
+def test_a_peer_that_takes_connections_and_ends_them_costs_its_transfers_and_no_others(pumps, sites):
+    """As one does that is being started again."""
+    east = pumps.client(pumps.start("east", tls=tls(sites, "east")))
+    west_config = pumps.start("west", tls=tls(sites, "west"))
+    west = pumps.client(west_config)
+    third = pumps.client(pumps.start("third", tls=tls(sites, "third")))
+    src, dst = pumps.memory(east, 1 << 16), pumps.memory(west, 1 << 16, fill=0)
+    grant = west.grant_lease(1, 0, [(dst.ctypes.data, 1 << 16)], 60).grant
+    address = split_address(west.address)
+    pumps.kill("west")
+    for said in (b"", b"\x15\x03\x03\x00\x02\x02\x28", b"HTTP/1.0 400 Bad Request\r\n\r\n"):
+        for resets in (False, True):
+            with socket.create_server(address) as server, until_asked(server, said, resets) as taken:
+                transfer = east.submit(
+                    grant, [src.ctypes.data], [dst.ctypes.data], [1 << 16],
+                    kind=TransferKind.KV, deadline_s=1.0, last=True,
+                )  # fmt: skip
+                assert not transfer.wait(K_WAIT_S).ok
+            assert taken
+    outcome, landed, _ = send(pumps, east, third)
+    assert (outcome.ok, landed) == (True, True), pumps.log("east")
+    assert "Traceback" not in pumps.log("east")
+
+
+@contextlib.contextmanager
+def until_asked(server: socket.socket, said: bytes, resets: bool) -> Iterator[list[int]]:
+    """Somebody takes each connection, hears its first bytes, says so much and goes."""
+    taken: list[int] = []
+    server.settimeout(0.2)
+    over = threading.Event()
+
+    def serve() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError), server.accept()[0] as sock:
+                sock.settimeout(1)
+                taken.append(len(sock.recv(4096)))
+                sock.sendall(said)
+                if resets:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_an_expired_certificate_gets_nothing(pumps, sites, tmp_path):
