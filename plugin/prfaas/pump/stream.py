@@ -396,5 +396,5 @@ class Stream(Measured):
         self._queue.clear()
         self._acks.clear()
         self._out = memoryview(b"")
-        # Whoever still holds the stream (a timer) doesn't hold its buffers.
-        self._in, self._out_buffer = K_NO_BUFFER, None
+        # Whoever still holds the stream (a timer) doesn't hold its buffers, nor those of its TLS.
+        self._in, self._out_buffer, self._tls = K_NO_BUFFER, None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import shutil
 import socket
 import ssl
@@ -17,7 +18,7 @@ import pytest
 
 from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.transfer import FailureReason, TransferKind
-from prfaas.pump import keys
+from prfaas.pump import keys, openssl
 from prfaas.pump.stream import Stream
 from prfaas.pump.trust import Trust
 
@@ -137,6 +138,18 @@ def test_whoever_comes_and_goes_before_he_is_known_ends_nothing(pumps, sites):
     outcome, landed, _ = send(pumps, east, west)
     assert (outcome.ok, landed) == (True, True), pumps.log("west")
     assert "Traceback" not in pumps.log("west")
+
+
+def test_of_those_who_came_and_went_before_they_were_known_no_memory_is_held(pumps, sites):
+    def ends() -> int:
+        return sum(isinstance(one, openssl.End) for one in gc.get_objects())
+
+    before = ends()
+    with pumps.here("west", tls=tls(sites, "west")) as pump:
+        for _ in range(30):
+            socket.create_connection(split_address(pump.address), timeout=10).close()
+        pumps.until(lambda: pump.inbound.refusals.get("handshake") == 30)
+        assert ends() == before
 
 
 def test_a_fault_of_ours_that_somebody_unknown_brings_out_costs_him_his_stream_alone(pumps, monkeypatch):
