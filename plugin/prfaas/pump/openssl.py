@@ -129,12 +129,12 @@ class End:
         """
         reason = _reason()
         verified = _lib.SSL_get_verify_result(self._ssl)
-        error = ssl.SSLError(1, reason)
-        if verified != _lib.X509_V_OK:
-            error = ssl.SSLCertVerificationError(1, reason)
-            error.verify_code = verified
-            error.verify_message = _text(_lib.X509_verify_cert_error_string(verified))
+        if verified == _lib.X509_V_OK:
+            return _failure(reason)
+        error = ssl.SSLCertVerificationError(1, reason)
         error.reason = reason
+        error.verify_code = verified
+        error.verify_message = _text(_lib.X509_verify_cert_error_string(verified))
         return error
 
 

@@ -143,6 +143,7 @@ class Stream(Measured):
     def on_ready(self, mask: int, now: float) -> None:
         if self.closed:
             return
+        known = self.ready
         try:
             if self.state is State.CONNECTING:
                 self._finish_connect()
@@ -157,12 +158,11 @@ class Stream(Measured):
             if not self.closed and (mask & W or self._queue or self._acks):
                 self.write(now)
         except (RemoteProtocolError, OSError) as error:
-            known = self.state is State.READY or isinstance(error, ssl.SSLEOFError)
-            if isinstance(error, ssl.SSLError) and not known:
+            if isinstance(error, ssl.SSLError) and not (self.ready or isinstance(error, ssl.SSLEOFError)):
                 self.untrusted = reason_of(error)
             self.lose(reason_of(error), now)
         except Exception as error:
-            if self.state is State.READY:
+            if known or self.ready:
                 raise
             # Who isn't known yet, and brings out a fault of ours, loses his stream; others keep the pump.
             logger.exception("a stream that wasn't ready yet")

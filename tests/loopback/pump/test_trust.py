@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import selectors
 import shutil
 import socket
 import ssl
@@ -12,6 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ import pytest
 from prfaas.config.pump import PumpConfig, split_address
 from prfaas.model.transfer import FailureReason, TransferKind
 from prfaas.pump import keys, openssl
-from prfaas.pump.stream import Stream
+from prfaas.pump.loop import Loop
+from prfaas.pump.stream import State, Stream
 from prfaas.pump.trust import Trust
 
 K_WAIT_S = 40
@@ -167,6 +170,23 @@ def test_a_fault_of_ours_that_somebody_unknown_brings_out_costs_him_his_stream_a
             with socket.create_connection(split_address(pump.address), timeout=10) as sock:
                 assert bool(sock.recv(1)) is is_served
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("state", [State.HELLO, State.READY])
+def test_a_fault_of_ours_with_a_known_peer_is_not_hidden_though_its_stream_is_closed_by_then(state):
+    class Faulty(Mock):
+        def on_lost(self, *unused):
+            raise KeyError("a fault")
+
+    ours, theirs = socket.socketpair()
+    with theirs, ours:
+        ours.setblocking(False)
+        stream = Stream(Loop(), ours, Faulty(), 0, dialled=False, tls=None, now=0.0)
+        stream.state, stream.counters.control_bytes_sent = state, 1
+        theirs.close()
+        with pytest.raises(KeyError) if state is State.READY else contextlib.nullcontext():
+            stream.on_ready(selectors.EVENT_READ, 1.0)
+        assert stream.closed
 
 
 def test_a_peer_that_takes_connections_and_ends_them_costs_its_transfers_and_no_others(pumps, sites):
