@@ -68,14 +68,14 @@ def test_a_record_names_its_own_files_as_seen_from_its_folder_and_others_whole(
     folder = Path("out") / 'a "b" (1)'
     run = example()
     other = f"{tmp_path}/other/out/x.log"
-    said = [f"died; log: {tmp_path / folder}/work/pump.log", f"log: {folder}/work/pump.log", f"log: {other}"]
+    said = [f"died; log: {tmp_path / folder}/logs/pump.log", f"log: {folder}/logs/pump.log", f"log: {other}"]
     run.checks = [CheckRow(name="c", outcome="failed", value=None, wanted="w", reason=said[0])]
     run.baseline = [run.baseline[0].model_copy(update={"error": one}) for one in said]
     write_run(run, folder)
     back = read_run(folder)
-    assert back.checks[0].reason == "died; log: work/pump.log"
+    assert back.checks[0].reason == "died; log: logs/pump.log"
     assert [row.error for row in back.baseline] == [
-        "died; log: work/pump.log", "log: work/pump.log", f"log: {other}"
+        "died; log: logs/pump.log", "log: logs/pump.log", f"log: {other}"
     ]  # fmt: skip
     write_run(example(), Path("."))
     assert read_run(tmp_path).baseline == example().baseline
